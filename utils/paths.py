@@ -1,0 +1,107 @@
+"""Where everything lies on disk: train image <-> edge map <-> copies (DESIGN: one module owns these paths).
+
+    <data-dir>/<dataset>/train/<class-label>/<stem>.<ext>
+    <data-dir>/<dataset>/test/<class-label>/<stem>.<ext>
+    <data-dir>/<dataset>/edge_maps/<class-label>/<stem>.png
+    <data-dir>/<dataset>/exemplars/<class-label>/<stem>_seed00.jpg
+
+Everything works on path parts, so a data folder that itself contains `train` does no harm.  Two images of a class that
+differ only in their ending (`a.jpg`, `a.png`) keep their whole name as the stem of what is derived from them.
+"""
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.images import is_image
+
+
+def data_dir(chosen: str | os.PathLike | None = None) -> Path:
+    """The folder of all datasets: what was chosen, else $ESCORT_DATA_DIR, else ./data."""
+    return Path(chosen or os.environ.get("ESCORT_DATA_DIR") or "data").expanduser()
+
+
+@dataclass(frozen=True)
+class DatasetPaths:
+    """One dataset's folders.
+
+    data_dir: the folder of all datasets; dataset: the dataset's folder name in it.
+    """
+
+    data_dir: Path
+    dataset: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "data_dir", Path(self.data_dir))
+
+    @property
+    def root(self) -> Path:
+        return self.data_dir / self.dataset
+
+    def folder(self, mode: str) -> Path:
+        """The folder of a mode: "train", "test", "edge_maps" or "exemplars"."""
+        return self.root / mode
+
+    def classes(self, mode: str = "train") -> list[str]:
+        """Sorted class labels: the names of the mode's sub-folders.  Raises UserError where there are none."""
+        folder = self.folder(mode)
+        if not folder.is_dir():
+            raise UserError(
+                f"no {mode} images of dataset {self.dataset!r}: {folder} is not a folder. "
+                f"Put images at {folder}/<class-label>/, or name another place with --data-dir or data_dir."
+            )
+        labels = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if not labels:
+            raise UserError(f"{folder} has no class folders; images belong in {folder}/<class-label>/.")
+        return labels
+
+    def images(self, label: str, mode: str = "train") -> list[Path]:
+        """Sorted image files of a class (by ending; whether they decode shows when they are read)."""
+        folder = self.folder(mode) / label
+        if not folder.is_dir():
+            return []
+        return sorted(path for path in folder.iterdir() if is_image(path))
+
+    @cached_property
+    def _shared_stems(self) -> dict[str, frozenset[str]]:
+        return {}
+
+    def _stem(self, image: Path) -> str:
+        label = image.parent.name
+        if label not in self._shared_stems:
+            stems = Counter(path.stem for path in self.images(label))
+            self._shared_stems[label] = frozenset(stem for stem, count in stems.items() if count > 1)
+        return image.name if image.stem in self._shared_stems[label] else image.stem
+
+    def edge_map(self, image: Path) -> Path:
+        """Where the edge map of a train image is written."""
+        return self.folder("edge_maps") / image.parent.name / f"{self._stem(image)}.png"
+
+    def find_edge_map(self, image: Path) -> Path | None:
+        """The edge map of a train image that is on disk: the .png, or a .bmp as the published scripts wrote it."""
+        path = self.edge_map(image)
+        for candidate in (path, path.with_name(f"{self._stem(image)}.bmp")):
+            if candidate.is_file():
+                return candidate
+        return None
+
+    def copy(self, image: Path, k: int) -> Path:
+        """Where copy number k (0, 1, ...) of a train image lies."""
+        return self.folder("exemplars") / image.parent.name / f"{self._stem(image)}_seed{k:02d}.jpg"
+
+    def class_texts(self) -> dict[str, str]:
+        """Class label -> the text that prompts call it by: `class_names.json`'s where it has one, else the label."""
+        file = self.root / "class_names.json"
+        texts = {}
+        if file.is_file():
+            try:
+                texts = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{file} is not valid JSON: {error}") from error
+            if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+                raise UserError(f'{file} must be one object of texts, like {{"n01440764": "tench"}}.')
+        return {label: texts.get(label, label) for label in self.classes()}
