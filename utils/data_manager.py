@@ -1,0 +1,339 @@
+"""From folders of images to the batches of a phase: class order, phases, the training set, the order of an epoch.
+
+Every random choice here is a function of (model_seed, phase, epoch, item) alone (DESIGN section 6).  Datasets and
+samplers therefore keep no random state: the epoch travels inside each index, so that neither the number of workers,
+nor where a run was resumed, nor how many processes share a batch changes what is drawn.
+"""
+
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from utils.datasets import DatasetDefaults, ImageKind, Transform, dataset_defaults
+from utils.errors import UserError
+from utils.images import image_bits, read_image
+from utils.paths import DatasetPaths
+
+Role = Literal["new", "real", "synthetic"]
+
+_ORDER, _ITEM = 0, 1  # one stream of random numbers each, apart for the same seed
+
+
+class UnreadableImage(UserError):
+    """A picture that does not decode; the message names the file.
+
+    A DataLoader hands on its worker's error as a new one whose text is the whole traceback: the last line is kept.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
+def _load(path: Path) -> Image.Image:
+    try:
+        return read_image(path)
+    except OSError as error:
+        raise UnreadableImage(f"cannot read image {error}. Replace the file or take it away.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One entry of a phase's training set.
+
+    image: the train image; target: its class's place in the class order; role: "new" for an image of the phase's new
+    classes, "real" for a real exemplar, "synthetic" for an exemplar of which only the prompt is kept.
+    """
+
+    image: Path
+    target: int
+    role: Role
+
+
+class DataManager:
+    """A dataset's classes in the order in which they arrive, and the images of each.
+
+    paths: the dataset's folders; shuffle: whether the order is `np.random.seed(seed); np.random.permutation(n)` over
+    the sorted class labels, or the sorted labels themselves; init_cls: number of classes of phase 0; increment: number
+    of classes of every later phase, of which the last one has what is left.
+
+    Raises UserError for a missing folder, a class without images, train and test classes that differ, or a split
+    into phases that the classes don't allow.  All folders are listed here, once.
+    """
+
+    def __init__(self, paths: DatasetPaths, *, shuffle: bool, seed: int, init_cls: int, increment: int):
+        self.paths = paths
+        labels = paths.classes("train")
+        _check_same_classes(paths, labels, paths.classes("test"))
+        n = len(labels)
+        if not 1 <= init_cls <= n:
+            raise UserError(
+                f"init_cls is {init_cls}, but dataset {paths.dataset!r} has {n} classes: choose 1 to {n} (in the config)."
+            )
+        if init_cls < n and increment < 1:
+            raise UserError(
+                f"increment is {increment}, with {n - init_cls} classes left after phase 0: choose at least 1."
+            )
+        self.class_order: list[int] = list(range(n))
+        if shuffle:
+            # The numbers of np.random.seed(seed); np.random.permutation(n), without touching the global generator.
+            self.class_order = np.random.RandomState(seed).permutation(n).tolist()
+        self.class_names: list[str] = [labels[i] for i in self.class_order]
+        self._starts = [0, *range(init_cls, n, max(increment, 1)), n]
+        self._train = [paths.images(label, "train") for label in self.class_names]
+        self._test = [paths.images(label, "test") for label in self.class_names]
+        self._check_no_class_is_empty()
+
+    @property
+    def nb_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def nb_phases(self) -> int:
+        return len(self._starts) - 1
+
+    def phase_targets(self, phase: int) -> range:
+        """The targets of the classes that are new in a phase (0, 1, ...)."""
+        if not 0 <= phase < self.nb_phases:
+            raise IndexError(f"phase {phase} of {self.nb_phases}")
+        return range(self._starts[phase], self._starts[phase + 1])
+
+    def seen_targets(self, phase: int) -> range:
+        """The targets of all classes seen by the end of a phase."""
+        return range(self.phase_targets(phase).stop)
+
+    def train_images(self, target: int) -> list[Path]:
+        """All train images of a class, sorted."""
+        return self._train[target]
+
+    def test_images(self, target: int) -> list[Path]:
+        """All test images of a class, sorted."""
+        return self._test[target]
+
+    def new_items(self, phase: int) -> list[Item]:
+        """Every train image of a phase's new classes, as items of role "new"."""
+        return [Item(image, target, "new") for target in self.phase_targets(phase) for image in self._train[target]]
+
+    @property
+    def image_kind(self) -> ImageKind:
+        """ "small" (32 x 32 inputs) or "large" (224 x 224 inputs)."""
+        return self.defaults.image_kind
+
+    @property
+    def train_transform(self) -> Transform:
+        return self.defaults.train_transform
+
+    @property
+    def test_transform(self) -> Transform:
+        return self.defaults.test_transform
+
+    @cached_property
+    def defaults(self) -> DatasetDefaults:
+        """What fits this dataset's name and the typical size of its images (the median of a few, by their headers)."""
+        return dataset_defaults(self.paths.dataset, _typical_size([images[0] for images in self._train]))
+
+    def _check_no_class_is_empty(self) -> None:
+        empty = [
+            self.paths.folder(mode) / label
+            for mode, listing in (("train", self._train), ("test", self._test))
+            for label, images in zip(self.class_names, listing, strict=True)
+            if not images
+        ]
+        if empty:
+            more = f" (and {len(empty) - 1} more class folders)" if len(empty) > 1 else ""
+            raise UserError(f"no images in {min(empty)}{more}: every class needs train and test images.")
+
+
+def _check_same_classes(paths: DatasetPaths, train: list[str], test: list[str]) -> None:
+    for mode, here, other_mode, there in (("train", train, "test", test), ("test", test, "train", train)):
+        only = sorted(set(here) - set(there))
+        if only:
+            raise UserError(
+                f"{len(only)} classes of {paths.folder(mode)} have no folder in {paths.folder(other_mode)}, "
+                f"the first is {only[0]!r}: train and test need the same class folders."
+            )
+
+
+def _typical_size(images: Sequence[Path]) -> tuple[int, int]:
+    """(width, height) of the image whose shorter side is the median of up to nine, spread over `images`."""
+    sizes = []
+    for i in np.linspace(0, len(images) - 1, min(len(images), 9)).round().astype(int):
+        try:
+            width, height, _ = image_bits(images[i])
+        except OSError as error:
+            raise UnreadableImage(f"cannot read image {error}. Replace the file or take it away.") from error
+        sizes.append((width, height))
+    return sorted(sizes, key=min)[len(sizes) // 2]
+
+
+def _seed_sequence(model_seed: int, phase: int, epoch: int, *stream: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence((model_seed, phase, epoch), spawn_key=stream)
+
+
+class TrainingSet(Dataset):
+    """The training set of a phase; what an item shows is drawn anew in each epoch.
+
+    A synthetic exemplar becomes its copy number k, uniform in 0 ... K-1.  A real image is replaced by one of its K copies
+    with probability p: new images and real exemplars alike where the scope is "all", real exemplars alone where it is
+    "exemplars".
+
+    items: what is trained on; augmentation_prob: p; augmentations_per_image: K; transform: from picture to tensor, its
+    random numbers taken from torch's default generator.
+
+    Stateless: `self[epoch, index]` -> (index, C x H x W tensor, target), whoever calls it and in whatever order.
+    Raises UserError naming the file of a picture that can't be read.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        paths: DatasetPaths,
+        transform: Transform,
+        augmentation_prob: float,
+        augmentations_per_image: int,
+        augmentation_scope: Literal["all", "exemplars"],
+        model_seed: int,
+        phase: int,
+    ):
+        if not 0 <= augmentation_prob <= 1:
+            raise UserError(f"augmentation_prob is a probability, 0 to 1, not {augmentation_prob}.")
+        if augmentation_scope not in ("all", "exemplars"):
+            raise UserError(f'augmentation_scope is "all" or "exemplars", not {augmentation_scope!r}.')
+        self.items = items
+        self.paths = paths
+        self.transform = transform
+        self.augmentations_per_image = augmentations_per_image
+        replaced = ("new", "real") if augmentation_scope == "all" else ("real",)
+        self._copy_prob = {role: augmentation_prob if role in replaced else 0.0 for role in ("new", "real")}
+        self._copy_prob["synthetic"] = 1.0
+        self._seeds = (model_seed, phase)
+        copied = {item.image.parent: item.image for item in items if self._copy_prob[item.role] > 0}
+        if copied and augmentations_per_image < 1:
+            raise UserError("augmentations_per_image is 0, but exemplars are to be regenerated: it needs at least 1.")
+        for image in copied.values():
+            paths.copy(image, 0)  # lists the class's folder here once, not in each worker
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor, int]:
+        epoch, index = key
+        item = self.items[index]
+        rng = np.random.default_rng(_seed_sequence(*self._seeds, epoch, _ITEM, index))
+        path = item.image
+        if rng.random() < self._copy_prob[item.role]:
+            path = self.paths.copy(item.image, int(rng.integers(self.augmentations_per_image)))
+        image = _load(path)
+        with torch.random.fork_rng(devices=[]):
+            # The CPU generator alone: torch.manual_seed would reset the GPUs' generators too.
+            torch.default_generator.manual_seed(int(rng.integers(2**63)))
+            return index, self.transform(image), item.target
+
+
+class ImageSet(Dataset):
+    """Pictures as they are, for evaluation and features: `self[index]` -> (index, C x H x W tensor, target).
+
+    Raises UserError naming the file of a picture that can't be read.
+    """
+
+    def __init__(self, images: Sequence[Path], targets: Sequence[int], transform: Transform):
+        if len(images) != len(targets):
+            raise ValueError(f"{len(images)} images, {len(targets)} targets")
+        self.images = images
+        self.targets = targets
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, int]:
+        return index, self.transform(_load(self.images[index])), self.targets[index]
+
+
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) keys for a `TrainingSet`; `set_epoch(e)` chooses the epoch of the next iteration.
+
+    One permutation of all items for each (model_seed, phase, epoch), cut into batches of `batch_size`, the number of
+    items of all processes together.  Each batch is dealt out to the ranks in turn, so that the ranks' batches together
+    are the one process's batch.  The last batch has what is left, or is dropped with `drop_last`.
+
+    Every rank takes the same number of steps, else distributed training would hang: where the last batch has fewer items
+    than there are ranks, the ranks that would get none repeat one of its items.
+    """
+
+    def __init__(
+        self,
+        nb_items: int,
+        batch_size: int,
+        model_seed: int,
+        phase: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+    ):
+        if batch_size < world_size:
+            raise UserError(
+                f"batch_size {batch_size} can't be shared by {world_size} processes: at least one image each."
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
+        self.nb_items = nb_items
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.drop_last = drop_last
+        self.epoch = 0
+        self._seeds = (model_seed, phase)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.nb_items, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        rng = np.random.default_rng(_seed_sequence(*self._seeds, epoch, _ORDER))
+        order = rng.permutation(self.nb_items).tolist()
+        for step in range(len(self)):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            own = batch[self.rank :: self.world_size] or [batch[self.rank % len(batch)]]
+            yield [(epoch, index) for index in own]
+
+
+def check_copies(paths: DatasetPaths, images: Iterable[Path], augmentations_per_image: int) -> None:
+    """Raises UserError where one of the copies 0 ... K-1 of `images` is not on disk, with the command that makes them.
+
+    Lists the folder of each class once, and looks at no file itself.
+    """
+    on_disk: dict[Path, frozenset[str]] = {}
+    wanted, missing = 0, []
+    for image in images:
+        for k in range(augmentations_per_image):
+            copy = paths.copy(image, k)
+            folder = copy.parent
+            if folder not in on_disk:
+                on_disk[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+            wanted += 1
+            if copy.name not in on_disk[folder]:
+                missing.append((copy, image))
+    if not missing:
+        return
+    copy, image = missing[0]
+    resolution = dataset_defaults(paths.dataset, _typical_size([image])).resolution
+    raise UserError(
+        f"{len(missing)} of {wanted} copies are missing, the first is {copy}. Make them with:\n"
+        f"python compress/run.py --data-dir {shlex.quote(str(paths.data_dir))} --dataset {shlex.quote(paths.dataset)} "
+        f"--resolution {resolution} --seeds {augmentations_per_image}"
+    )
