@@ -76,9 +76,7 @@ class DataManager:
         _check_same_classes(paths, labels, paths.classes("test"))
         n = len(labels)
         if not 1 <= init_cls <= n:
-            raise UserError(
-                f"init_cls is {init_cls}, but dataset {paths.dataset!r} has {n} classes: choose 1 to {n} (in the config)."
-            )
+            raise UserError(f"init_cls is {init_cls}, but dataset {paths.dataset!r} has {n} classes: choose 1 to {n}.")
         if init_cls < n and increment < 1:
             raise UserError(
                 f"increment is {increment}, with {n - init_cls} classes left after phase 0: choose at least 1."
@@ -182,9 +180,9 @@ def _seed_sequence(model_seed: int, phase: int, epoch: int, *stream: int) -> np.
 class TrainingSet(Dataset):
     """The training set of a phase; what an item shows is drawn anew in each epoch.
 
-    A synthetic exemplar becomes its copy number k, uniform in 0 ... K-1.  A real image is replaced by one of its K copies
-    with probability p: new images and real exemplars alike where the scope is "all", real exemplars alone where it is
-    "exemplars".
+    A synthetic exemplar becomes its copy number k, uniform in 0 ... K-1.  A real image is replaced by one of its K
+    copies with probability p: new images and real exemplars alike where the scope is "all", real exemplars alone where
+    it is "exemplars".
 
     items: what is trained on; augmentation_prob: p; augmentations_per_image: K; transform: from picture to tensor, its
     random numbers taken from torch's default generator.
@@ -266,8 +264,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     items of all processes together.  Each batch is dealt out to the ranks in turn, so that the ranks' batches together
     are the one process's batch.  The last batch has what is left, or is dropped with `drop_last`.
 
-    Every rank takes the same number of steps, else distributed training would hang: where the last batch has fewer items
-    than there are ranks, the ranks that would get none repeat one of its items.
+    Every rank takes the same number of steps, else distributed training would hang: where the last batch has fewer
+    items than there are ranks, the ranks that would get none repeat one of its items.
     """
 
     def __init__(
@@ -282,9 +280,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         drop_last: bool = False,
     ):
         if batch_size < world_size:
-            raise UserError(
-                f"batch_size {batch_size} can't be shared by {world_size} processes: at least one image each."
-            )
+            raise UserError(f"batch_size {batch_size} is less than one image for each of {world_size} processes.")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
         self.nb_items = nb_items

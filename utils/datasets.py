@@ -1,7 +1,7 @@
 """What the trainer assumes about a dataset: its transforms (DESIGN section 6).
 
-Any folder in the layout of `utils.paths` is a dataset; its images' size picks the transforms.  A known name only adds
-defaults, so a dataset that is missing from `KNOWN` needs no code.
+Any folder in the layout of `utils.paths` is a dataset, and the size of its images picks the transforms.  A known name
+only adds what the size can't tell, so a dataset that is missing from `KNOWN` needs no code.
 """
 
 from collections.abc import Callable
@@ -27,27 +27,26 @@ _BRIGHTNESS = 63 / 255
 
 @dataclass(frozen=True)
 class Known:
-    """Defaults that a dataset's name adds; None leaves the choice to the size of the images.
+    """What a dataset's name adds.
 
-    kind: which transforms; flip: whether a mirrored picture still shows its class; small_statistics: mean and standard
-    deviation per channel of the small-image transforms; resolution: the preset of compress/run.py.
+    flip: whether a mirrored picture still shows its class; small_statistics: mean and standard deviation per channel
+    for the small-image transforms; resolution: the preset of compress/run.py, None to go by the size of the images.
     """
 
-    kind: ImageKind | None = None
     flip: bool = True
     small_statistics: tuple[tuple[float, ...], tuple[float, ...]] = CIFAR100_STATISTICS
     resolution: Literal["high", "low"] | None = None
 
 
 KNOWN = {
-    "Food101": Known("large", resolution="high"),
-    "Caltech256": Known("large", resolution="low"),
-    "Places100": Known("large", resolution="high"),
-    "ImageNet100": Known("large", resolution="high"),
-    "Imagenette224": Known("large", resolution="low"),
-    "CIFAR10": Known("small", small_statistics=CIFAR10_STATISTICS, resolution="low"),
-    "CIFAR100": Known("small", resolution="low"),
-    "MNIST": Known("small", flip=False, resolution="low"),
+    "Food101": Known(resolution="high"),
+    "Caltech256": Known(resolution="low"),
+    "Places100": Known(resolution="high"),
+    "ImageNet100": Known(resolution="high"),
+    "Imagenette224": Known(resolution="low"),
+    "CIFAR10": Known(small_statistics=CIFAR10_STATISTICS, resolution="low"),
+    "CIFAR100": Known(resolution="low"),
+    "MNIST": Known(flip=False, resolution="low"),
 }
 
 
@@ -86,19 +85,18 @@ class FitSmall:
 
 
 def known(name: str) -> Known:
-    """The defaults of a known name, in any case; those of an unknown one leave everything to the images."""
+    """What a dataset's name adds, whatever its case; an unknown name adds nothing."""
     return next((entry for key, entry in KNOWN.items() if key.lower() == name.lower()), Known())
 
 
 def dataset_defaults(name: str, sample_image_size: tuple[int, int]) -> DatasetDefaults:
     """The transforms of a dataset.
 
-    name: the dataset's folder name; sample_image_size: (width, height) in pixels of a typical image, which decides
-    where the name is not a known one.
+    name: the dataset's folder name; sample_image_size: (width, height) in pixels of a typical image.
     """
     entry = known(name)
     shorter = min(sample_image_size)
-    kind = entry.kind or ("small" if shorter <= SMALL_SIDE else "large")
+    kind: ImageKind = "small" if shorter <= SMALL_SIDE else "large"
     flip = [transforms.RandomHorizontalFlip()] if entry.flip else []
     jitter = transforms.ColorJitter(brightness=_BRIGHTNESS)
     if kind == "small":

@@ -32,7 +32,7 @@ def herding(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
     Raises ValueError for m outside 0 ... n, and UserError for features that aren't finite.
     """
     if isinstance(features, torch.Tensor):
-        features = features.detach().cpu().numpy()
+        features = features.detach().to("cpu", torch.float64).numpy()
     x = np.asarray(features, dtype=np.float64)
     n = len(x)
     if not 0 <= m <= n:
@@ -58,8 +58,8 @@ def herding(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
 def prompt_cost(image: Path, edge_map: Path | None = None) -> float:
     """Units that an image's prompt costs: bits of its edge map over bits of the image, from the headers of both files.
 
-    An edge map has one bit per pixel, also where an older file spends eight on it.  Without an edge map, the cost is that
-    of one as large as the image.
+    An edge map has one bit per pixel, also where an older file spends eight on it.  Without an edge map, the cost is
+    that of one as large as the image.
     Raises UserError naming a file that can't be read.
     """
     try:
@@ -83,9 +83,9 @@ def check_budget(real: int, synthetic: int, budget: float | None, cost: float = 
     units = real + synthetic * cost
     if budget is None or units <= budget + _ROUNDING:
         return
-    each = Fraction(cost).limit_denominator(10_000)
+    asked = f"{real} real + {synthetic} synthetic x {Fraction(cost).limit_denominator(10_000)}"
     raise UserError(
-        f"over the memory budget of a class: {real} real + {synthetic} synthetic x {each} = {units:.2f} units > {budget:g}. "
+        f"over the memory budget of a class: {asked} = {units:.2f} units > {budget:g}. "
         "Lower real_per_class or syn_per_class, or raise memory_per_class."
     )
 
@@ -100,8 +100,8 @@ def check_class_sizes(sizes: Mapping[str, int], real: int, synthetic: int) -> No
         count, label = short[0]
         more = f" ({len(short)} classes are too small)" if len(short) > 1 else ""
         raise UserError(
-            f"class {label!r} has {count} train images, fewer than {real} real + {synthetic} synthetic exemplars{more}. "
-            "Lower real_per_class or syn_per_class."
+            f"class {label!r} has {count} train images, fewer than {real} real + {synthetic} synthetic exemplars{more}."
+            " Lower real_per_class or syn_per_class."
         )
 
 
