@@ -1,0 +1,195 @@
+"""The first stage: a variational autoencoder between pictures and latents of 1/8 of their size."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def normalize(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = normalize(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = normalize(channels_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over the positions of a feature map."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = normalize(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def _middle(channels: int, dropout: float) -> nn.Module:
+    middle = nn.Module()
+    middle.block_1 = ResnetBlock(channels, channels, dropout)
+    middle.attn_1 = AttnBlock(channels)
+    middle.block_2 = ResnetBlock(channels, channels, dropout)
+    return middle
+
+
+def _run_middle(middle: nn.Module, h: Tensor) -> Tensor:
+    return middle.block_2(middle.attn_1(middle.block_1(h)))
+
+
+def _level(channels_in: int, channels_out: int, blocks: int, attend: bool, dropout: float) -> nn.Module:
+    level = nn.Module()
+    level.block = nn.ModuleList(
+        ResnetBlock(channels_in if i == 0 else channels_out, channels_out, dropout) for i in range(blocks)
+    )
+    level.attn = nn.ModuleList(AttnBlock(channels_out) for _ in range(blocks if attend else 0))
+    return level
+
+
+def _run_level(level: nn.Module, h: Tensor) -> Tensor:
+    for i, block in enumerate(level.block):
+        h = block(h)
+        if len(level.attn):
+            h = level.attn[i](h)
+    return h
+
+
+class Encoder(nn.Module):
+    """B x in_channels x H x W -> B x 2*z_channels x H/f x W/f, f = 2**(len(ch_mult) - 1)."""
+
+    def __init__(
+        self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attn_resolutions: Sequence[int], dropout: float,
+        in_channels: int, resolution: int, z_channels: int, double_z: bool,
+    ):  # fmt: skip
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        channels = ch
+        for i, mult in enumerate(ch_mult):
+            level = _level(channels, ch * mult, num_res_blocks, resolution // 2**i in attn_resolutions, dropout)
+            channels = ch * mult
+            if i < len(ch_mult) - 1:
+                level.downsample = Downsample(channels)
+            self.down.append(level)
+        self.mid = _middle(channels, dropout)
+        self.norm_out = normalize(channels)
+        self.conv_out = nn.Conv2d(channels, 2 * z_channels if double_z else z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = _run_level(level, h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(_run_middle(self.mid, h))))
+
+
+class Decoder(nn.Module):
+    """B x z_channels x H/f x W/f -> B x out_ch x H x W, the encoder's mirror with one block more a level."""
+
+    def __init__(
+        self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attn_resolutions: Sequence[int], dropout: float,
+        out_ch: int, resolution: int, z_channels: int,
+    ):  # fmt: skip
+        super().__init__()
+        channels = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
+        self.mid = _middle(channels, dropout)
+        levels = []
+        for i, mult in reversed(list(enumerate(ch_mult))):
+            level = _level(channels, ch * mult, num_res_blocks + 1, resolution // 2**i in attn_resolutions, dropout)
+            channels = ch * mult
+            if i > 0:
+                level.upsample = Upsample(channels)
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)
+        self.norm_out = normalize(channels)
+        self.conv_out = nn.Conv2d(channels, out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = _run_middle(self.mid, self.conv_in(z))
+        for level in reversed(self.up):
+            h = _run_level(level, h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class DiagonalGaussian:
+    """The encoder's answer: a normal distribution a latent, from B x 2C x H x W (means, then log variances)."""
+
+    def __init__(self, moments: Tensor):
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + (0.5 * self.logvar).exp() * noise
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """KL divergence from the standard normal, summed over the latents of each picture: B."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
+
+
+class AutoencoderKL(nn.Module):
+    """encode: B x 3 x H x W in [-1, 1] -> DiagonalGaussian over B x embed_dim x H/8 x W/8; decode: the way back."""
+
+    def __init__(self, ddconfig: Mapping, embed_dim: int, lossconfig: Mapping | None = None, monitor: str = ""):
+        super().__init__()
+        both = {k: ddconfig[k] for k in ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout")}
+        both |= {k: ddconfig[k] for k in ("resolution", "z_channels")}
+        if not ddconfig["double_z"]:
+            raise ValueError("ddconfig.double_z must be true: the encoder gives means and log variances")
+        self.encoder = Encoder(in_channels=ddconfig["in_channels"], double_z=True, **both)
+        self.decoder = Decoder(out_ch=ddconfig["out_ch"], **both)
+        self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        return DiagonalGaussian(self.quant_conv(self.encoder(x)))
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))

@@ -1,0 +1,43 @@
+"""The noise schedule of the diffusion process (Ho, Jain & Abbeel 2020, "DDPM", in that paper's notation)."""
+
+import numpy as np
+
+
+def scaled_linear_betas(timesteps: int, linear_start: float, linear_end: float) -> np.ndarray:
+    """beta_t: the squares of evenly spaced values from sqrt(linear_start) to sqrt(linear_end); float64, (timesteps,)."""
+    return np.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=np.float64) ** 2
+
+
+def schedule_buffers(betas: np.ndarray) -> dict[str, np.ndarray]:
+    """The tables that the official checkpoint carries, by its names; each float32 of shape (timesteps,)."""
+    alphas = 1.0 - betas
+    alphas_cumprod = np.cumprod(alphas)
+    previous = np.append(1.0, alphas_cumprod[:-1])
+    variance = betas * (1.0 - previous) / (1.0 - alphas_cumprod)  # of q(x_{t-1} | x_t, x_0), DDPM eq. 7
+    tables = {
+        "betas": betas,
+        "alphas_cumprod": alphas_cumprod,
+        "alphas_cumprod_prev": previous,
+        "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - alphas_cumprod),
+        "log_one_minus_alphas_cumprod": np.log(1.0 - alphas_cumprod),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / alphas_cumprod),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / alphas_cumprod - 1.0),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "posterior_mean_coef1": betas * np.sqrt(previous) / (1.0 - alphas_cumprod),
+        "posterior_mean_coef2": (1.0 - previous) * np.sqrt(alphas) / (1.0 - alphas_cumprod),
+        "logvar": np.zeros_like(betas),
+    }
+    return {name: table.astype(np.float32) for name, table in tables.items()}
+
+
+def ddim_timesteps(steps: int, num_timesteps: int = 1000) -> np.ndarray:
+    """Ascending timesteps of a `steps`-step DDIM schedule: every c-th, c = num_timesteps // steps, plus one.
+
+    As in the published sampler, a number of steps that does not divide num_timesteps gives a few more (7 -> 8); one
+    that would reach past the last timestep stays on it, where the published sampler fails.
+    """
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"steps must be between 1 and {num_timesteps}, not {steps}")
+    return np.minimum(np.arange(0, num_timesteps, num_timesteps // steps) + 1, num_timesteps - 1)

@@ -1,0 +1,126 @@
+"""The text encoder: CLIP's (Radford et al. 2021), as Stable Diffusion 1.x uses it, and its tokenizer, offline."""
+
+import gzip
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+MERGES_FILE = Path(__file__).parent / "clip_merges.txt.gz"
+START, END = 49406, 49407  # token ids of <|startoftext|> and <|endoftext|>; the latter pads as well
+MAX_LENGTH = 77
+
+# CLIP cuts a text into contractions, words, single digits and runs of punctuation.
+_PIECES = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> Tokenizer:
+    merges = [tuple(line.split()) for line in gzip.decompress(MERGES_FILE.read_bytes()).decode().splitlines()]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    # Every byte has a visible stand-in, GPT-2's; the ones that are visible already stand for themselves, and come first.
+    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    words = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
+    vocabulary = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = Tokenizer(
+        BPE(vocabulary, merges, end_of_word_suffix="</w>", fuse_unk=False, unk_token="<|endoftext|>")  # noqa: S106
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+def tokenize(texts: list[str]) -> Tensor:
+    """CLIP token ids: int64, B x 77; start, the text cut to 75 tokens, end, and end again as padding."""
+    ids = torch.full((len(texts), MAX_LENGTH), END, dtype=torch.int64)
+    for row, encoding in zip(ids, _tokenizer().encode_batch(list(texts), add_special_tokens=False), strict=True):
+        tokens = [START, *encoding.ids[: MAX_LENGTH - 2]]
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids
+
+
+class FrozenCLIPEmbedder(nn.Module):
+    """Texts -> B x 77 x hidden_size: CLIP's last hidden states after the final layer norm.
+
+    The defaults are ViT-L/14's text model.  `version` and `device` are accepted because official configs may carry
+    them; no hub is contacted.  Whatever the installed transformers calls its tensors (with `text_model.` or without,
+    with `position_ids` or without), `state_dict` gives the official checkpoint's names and `load_state_dict` takes
+    either.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        intermediate_size: int = 3072,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        version: str = "openai/clip-vit-large-patch14",
+        device: str | None = None,
+        max_length: int = MAX_LENGTH,
+    ):
+        super().__init__()
+        if max_length != MAX_LENGTH:
+            raise ValueError(f"max_length must be {MAX_LENGTH}, the text model's number of positions")
+        self.transformer = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=49408,
+                hidden_size=hidden_size,
+                intermediate_size=intermediate_size,
+                num_hidden_layers=num_hidden_layers,
+                num_attention_heads=num_attention_heads,
+                max_position_embeddings=MAX_LENGTH,
+                hidden_act="quick_gelu",
+                bos_token_id=START,
+                eos_token_id=END,
+                pad_token_id=END,
+            )
+        )
+        self._own_prefix = "text_model." if hasattr(self.transformer, "text_model") else ""
+        self.register_state_dict_post_hook(self._to_official_names)
+        self.register_load_state_dict_pre_hook(self._from_any_names)
+
+    @property
+    def _embeddings(self) -> nn.Module:
+        return getattr(self.transformer, "text_model", self.transformer).embeddings
+
+    @staticmethod
+    def _to_official_names(module, state: dict, prefix: str, metadata) -> None:
+        own = f"{prefix}transformer.{module._own_prefix}"
+        official = f"{prefix}transformer.text_model."
+        for name in [name for name in state if name.startswith(own)]:
+            state[official + name[len(own) :]] = state.pop(name)
+        state[official + "embeddings.position_ids"] = module._embeddings.position_ids
+
+    @staticmethod
+    def _from_any_names(module, state: dict, prefix: str, metadata, strict, missing, unexpected, errors) -> None:
+        root = f"{prefix}transformer."
+        own_names = {name for name, _ in module.transformer.named_parameters()}
+        own_names |= {name for name, _ in module.transformer.named_buffers()}
+        for name in [name for name in state if name.startswith(root)]:
+            bare = name[len(root) :].removeprefix("text_model.")
+            tensor = state.pop(name)
+            if bare == "embeddings.position_ids":
+                continue  # counted, not learned: filled in below where this transformers release stores it
+            state[root + (module._own_prefix + bare if module._own_prefix + bare in own_names else bare)] = tensor
+        positions = f"{module._own_prefix}embeddings.position_ids"
+        if positions in module.transformer.state_dict():
+            state[root + positions] = module._embeddings.position_ids
+
+    def forward(self, texts: list[str]) -> Tensor:
+        return self.encode_tokens(tokenize(texts))
+
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """token ids (int64, B x 77) -> B x 77 x hidden_size."""
+        device = next(self.transformer.parameters()).device
+        return self.transformer(input_ids=tokens.to(device)).last_hidden_state

@@ -1,0 +1,178 @@
+"""The denoising UNet of latent diffusion, in the official checkpoint's layout."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ControlNet.ldm.attention import SpatialTransformer, zeroed
+
+
+def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 10_000) -> Tensor:
+    """Sinusoidal embedding of timesteps (B) -> B x channels, cosines first (channels must be even)."""
+    half = channels // 2
+    rates = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=timesteps.device))
+    angles = timesteps.float()[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Stage(nn.Sequential):
+    """A sequence whose layers get what they ask for: ResBlocks the timestep, transformers the text."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around the timestep's embedding, with a residual connection."""
+
+    def __init__(self, channels_in: int, channels_out: int, emb_channels: int, dropout: float = 0.0):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels_in), nn.SiLU(), nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, channels_out))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, channels_out),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zeroed(nn.Conv2d(channels_out, channels_out, 3, padding=1)),
+        )
+        same = channels_in == channels_out
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class UNetEncoder(nn.Module):
+    """The half that the UNet and the ControlNet have in common: timestep embedding, input blocks, middle block.
+
+    Arguments are the official config's.  attention_resolutions are downsampling factors (1 = the latents' own size).
+    Attributes: `skip_channels`, the channels of each input block's output.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        channel_mult: Sequence[int],
+        context_dim: int,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        transformer_depth: int = 1,
+        dropout: float = 0.0,
+        image_size: int | None = None,  # says nothing: the network is convolutional
+        use_spatial_transformer: bool = True,
+        use_checkpoint: bool = False,  # recomputes activations in training to save memory; no effect on results
+        legacy: bool = False,
+    ):
+        super().__init__()
+        if not use_spatial_transformer:
+            raise ValueError("use_spatial_transformer must be true: Stable Diffusion attends to text that way")
+        if (num_heads == -1) == (num_head_channels == -1):
+            raise ValueError("give one of num_heads and num_head_channels")
+        self.model_channels = model_channels
+        self._num_heads, self._num_head_channels = num_heads, num_head_channels
+        self._depth, self._context_dim, self._dropout = transformer_depth, context_dim, dropout
+        self._emb_channels = emb_channels = 4 * model_channels
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        channels, factor = model_channels, 1
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        self.skip_channels = [channels]
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                layers = self._layers(channels, mult * model_channels, attend=factor in attention_resolutions)
+                self.input_blocks.append(Stage(*layers))
+                channels = mult * model_channels
+                self.skip_channels.append(channels)
+            if level < len(channel_mult) - 1:
+                self.input_blocks.append(Stage(Downsample(channels)))
+                self.skip_channels.append(channels)
+                factor *= 2
+        self.middle_block = Stage(
+            *self._layers(channels, channels, attend=True), ResBlock(channels, channels, emb_channels, dropout)
+        )
+
+    def _layers(self, channels_in: int, channels_out: int, attend: bool) -> list[nn.Module]:
+        layers: list[nn.Module] = [ResBlock(channels_in, channels_out, self._emb_channels, self._dropout)]
+        if attend:
+            heads = channels_out // self._num_head_channels if self._num_heads == -1 else self._num_heads
+            layers.append(
+                SpatialTransformer(
+                    channels_out, heads, channels_out // heads, self._depth, self._context_dim, self._dropout
+                )
+            )
+        return layers
+
+    def embed_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """timesteps (B) -> B x 4*model_channels."""
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+
+
+class UNetModel(UNetEncoder):
+    """eps(x_t, t, text): the noise in noisy latents.  `out_channels` and UNetEncoder's arguments."""
+
+    def __init__(
+        self,
+        out_channels: int,
+        model_channels: int,
+        num_res_blocks: int,
+        channel_mult: Sequence[int],
+        attention_resolutions: Sequence[int],
+        **kwargs,
+    ):
+        super().__init__(
+            model_channels=model_channels,
+            num_res_blocks=num_res_blocks,
+            channel_mult=channel_mult,
+            attention_resolutions=attention_resolutions,
+            **kwargs,
+        )
+        skips, channels = list(self.skip_channels), self.skip_channels[-1]
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(len(channel_mult))):
+            mult = channel_mult[level]
+            for i in range(num_res_blocks + 1):
+                attend = 2**level in attention_resolutions
+                layers = self._layers(channels + skips.pop(), mult * model_channels, attend)
+                channels = mult * model_channels
+                if level > 0 and i == num_res_blocks:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(Stage(*layers))
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
+        )
