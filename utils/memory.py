@@ -120,7 +120,7 @@ class ExemplarMemory:
         budget: float | None,
         augmentations_per_image: int,
     ):
-        check_budget(real_per_class, 0, budget)
+        check_budget(real_per_class, syn_per_class, budget, cost=0)  # what a prompt costs shows class by class
         self.paths = paths
         self.real_per_class = real_per_class
         self.syn_per_class = syn_per_class

@@ -1,0 +1,527 @@
+"""Class order, phases, the training set and its batches (utils/data_manager.py)."""
+
+import pickle
+import re
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.folders import make_dataset, save_noise, save_picture
+from utils.data_manager import (
+    DataManager,
+    EpochBatchSampler,
+    ImageSet,
+    Item,
+    TrainingSet,
+    check_copies,
+)
+from utils.datasets import dataset_defaults
+from utils.errors import UserError
+from utils.paths import DatasetPaths
+
+TRANSFORM = dataset_defaults("Toy", (32, 32)).train_transform
+LABELS = ["crème brûlée", "apple pie", "b", "d", "e", "f", "g"]
+
+
+def manager(paths, **changes):
+    return DataManager(paths, **{"shuffle": True, "seed": 1993, "init_cls": 3, "increment": 2, **changes})
+
+
+# --- classes and phases ---
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("train data"), LABELS)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 1993, 2**32 - 1])
+def test_class_order_is_numpys_permutation_of_the_sorted_labels(toy, seed):
+    data = manager(toy, seed=seed)
+    np.random.seed(seed)
+    expected = np.random.permutation(len(LABELS))
+    assert data.class_order == expected.tolist()
+    assert data.class_names == [sorted(LABELS)[i] for i in expected]
+    assert all(type(i) is int for i in data.class_order)
+
+
+def test_class_order_leaves_numpys_own_generator_alone(toy):
+    np.random.seed(5)
+    expected = np.random.rand()
+    np.random.seed(5)
+    manager(toy)
+    assert np.random.rand() == expected
+
+
+def test_without_shuffle_the_order_is_the_sorted_labels(toy):
+    data = manager(toy, shuffle=False, seed=3)
+    assert data.class_order == list(range(7))
+    assert data.class_names == sorted(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("init_cls", "increment", "sizes"),
+    [
+        (3, 2, [3, 2, 2]),
+        (1, 1, [1] * 7),
+        (3, 3, [3, 3, 1]),
+        (2, 4, [2, 4, 1]),
+        (7, 2, [7]),
+        (7, 0, [7]),
+        (6, 9, [6, 1]),
+    ],
+)
+def test_phases_cover_the_classes_and_the_last_has_what_is_left(toy, init_cls, increment, sizes):
+    data = manager(toy, init_cls=init_cls, increment=increment)
+    phases = range(data.nb_phases)
+    assert [len(data.phase_targets(phase)) for phase in phases] == sizes
+    assert [target for phase in phases for target in data.phase_targets(phase)] == list(range(7))
+    assert [data.seen_targets(phase) for phase in phases] == [range(total) for total in np.cumsum(sizes)]
+    with pytest.raises(IndexError):
+        data.phase_targets(data.nb_phases)
+
+
+def test_images_belong_to_the_target_s_class(toy):
+    data = manager(toy)
+    assert data.nb_classes == 7
+    for target, label in enumerate(data.class_names):
+        for mode, images in (("train", data.train_images(target)), ("test", data.test_images(target))):
+            assert images == sorted((toy.root / mode / label).iterdir())
+    assert data.new_items(1) == [Item(image, t, "new") for t in data.phase_targets(1) for image in data.train_images(t)]
+
+
+def test_image_kind_and_transforms_fit_the_pictures(toy, tmp_path):
+    assert manager(toy).image_kind == "small"
+    assert manager(toy).test_transform is not None
+    large = manager(make_dataset(tmp_path, LABELS, train=1, test=1, size=(100, 80)))
+    assert large.image_kind == "large"
+
+
+def test_one_thumbnail_does_not_make_the_pictures_small(tmp_path):
+    paths = make_dataset(tmp_path, LABELS, train=1, test=1, size=(100, 80))
+    save_noise(paths.images(sorted(LABELS)[0])[0], 0, (20, 20))
+    for seed in range(5):
+        assert manager(paths, seed=seed).image_kind == "large"
+
+
+@pytest.mark.parametrize("init_cls", [0, -1, 8])
+def test_init_cls_must_fit_the_classes(toy, init_cls):
+    with pytest.raises(UserError, match=rf"init_cls is {init_cls}.*7 classes"):
+        manager(toy, init_cls=init_cls)
+
+
+@pytest.mark.parametrize("increment", [0, -2])
+def test_increment_must_be_positive_while_classes_are_left(toy, increment):
+    with pytest.raises(UserError, match=f"increment is {increment}"):
+        manager(toy, increment=increment)
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_a_missing_folder_is_named(tmp_path, mode):
+    paths = make_dataset(tmp_path, LABELS, train=1, test=1)
+    paths.folder(mode).rename(paths.root / "elsewhere")
+    with pytest.raises(UserError, match=re.escape(str(paths.folder(mode)))):
+        manager(paths)
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_a_class_without_images_is_named(tmp_path, mode):
+    paths = make_dataset(tmp_path, LABELS, train=1, test=1)
+    (image,) = paths.images("d", mode)
+    image.rename(image.with_name("not a picture.txt"))
+    with pytest.raises(UserError, match=re.escape(str(paths.folder(mode) / "d"))):
+        manager(paths)
+
+
+@pytest.mark.parametrize(("mode", "other"), [("train", "test"), ("test", "train")])
+def test_train_and_test_must_have_the_same_classes(tmp_path, mode, other):
+    paths = make_dataset(tmp_path, LABELS, train=1, test=1)
+    save_picture(paths.folder(mode) / "zebra" / "0.png")
+    with pytest.raises(UserError, match=f"(?s){re.escape(str(paths.folder(other)))}.*'zebra'"):
+        manager(paths)
+
+
+# --- which picture an item shows ---
+
+K = 5
+REAL, COPIES = 250, [20, 60, 100, 140, 180]  # grey levels, told apart after JPEG
+CHI2_999 = {1: 10.83, 4: 18.47, 24: 51.18}  # by degrees of freedom: exceeded once in a thousand
+
+
+def level(image):
+    """Stands for a transform: the grey level of a picture of one colour."""
+    return torch.tensor(float(np.asarray(image)[0, 0, 0]))
+
+
+@pytest.fixture(scope="module")
+def greys(tmp_path_factory):
+    """24 images of one class and their copies, each of one grey level that says which it is."""
+    paths = DatasetPaths(tmp_path_factory.mktemp("greys"), "Greys")
+    for i in range(24):
+        image = save_picture(paths.folder("train") / "a" / f"{i}.png", (REAL,) * 3, (8, 8))
+        for k, grey in enumerate(COPIES):
+            save_picture(paths.copy(image, k), (grey,) * 3, (8, 8))
+    return paths
+
+
+def training_set(paths, role, p, *, scope="all", model_seed=1, phase=0, copies=K):
+    items = [Item(image, 0, role) for image in paths.images("a")]
+    return TrainingSet(items, paths, level, p, copies, scope, model_seed, phase)
+
+
+def shown(dataset, epochs):
+    """What each item shows in each epoch: items x epochs; -1 the real image, else the copy's number."""
+    levels = np.array([[dataset[epoch, i][1].item() for epoch in range(epochs)] for i in range(len(dataset))])
+    choices = np.array([REAL, *COPIES])
+    nearest = np.abs(levels[..., None] - choices).argmin(-1)
+    assert (np.abs(levels - choices[nearest]) < 5).all()
+    return nearest - 1
+
+
+def chi2(counts, expected):
+    counts, expected = np.asarray(counts, float), np.asarray(expected, float)
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def test_a_synthetic_exemplar_is_always_a_copy_and_each_is_as_likely(greys):
+    numbers = shown(training_set(greys, "synthetic", 0.0), 80)
+    assert numbers.min() == 0
+    assert chi2(np.bincount(numbers.ravel(), minlength=K), [numbers.size / K] * K) < CHI2_999[K - 1]
+    # An epoch's choice says nothing about the next one's, nor an item's about its neighbour's.
+    for first, second in ((numbers[:, :-1], numbers[:, 1:]), (numbers[:-1], numbers[1:])):
+        pairs = np.bincount((K * first + second).ravel(), minlength=K * K)
+        assert chi2(pairs, [first.size / K**2] * K**2) < CHI2_999[K * K - 1]
+
+
+@pytest.mark.parametrize("role", ["new", "real"])
+@pytest.mark.parametrize("p", [0.2, 0.7])
+def test_a_real_image_is_replaced_with_probability_p_by_any_of_its_copies(greys, role, p):
+    numbers = shown(training_set(greys, role, p), 60)
+    replaced = numbers[numbers >= 0]
+    n = numbers.size
+    assert chi2([len(replaced), n - len(replaced)], [n * p, n * (1 - p)]) < CHI2_999[1]
+    assert chi2(np.bincount(replaced, minlength=K), [len(replaced) / K] * K) < CHI2_999[K - 1]
+    assert (numbers >= 0).any(1).all(), "every item is replaced at some time"
+
+
+@pytest.mark.parametrize(
+    ("scope", "role", "p", "replaced"),
+    [
+        ("exemplars", "new", 1.0, False),
+        ("exemplars", "real", 1.0, True),
+        ("exemplars", "synthetic", 0.0, True),
+        ("all", "new", 1.0, True),
+        ("all", "new", 0.0, False),
+        ("all", "real", 0.0, False),
+    ],
+)
+def test_scope_says_which_images_are_replaced(greys, scope, role, p, replaced):
+    assert set((shown(training_set(greys, role, p, scope=scope), 5) >= 0).ravel()) == {replaced}
+
+
+def test_copies_beyond_k_are_never_shown(greys):
+    assert set(shown(training_set(greys, "synthetic", 0.0, copies=2), 10).ravel()) == {0, 1}
+
+
+@pytest.mark.parametrize("change", [{"model_seed": 2}, {"phase": 1}])
+def test_seed_and_phase_change_the_choices(greys, change):
+    numbers = shown(training_set(greys, "synthetic", 0.0), 5)
+    others = shown(training_set(greys, "synthetic", 0.0, **change), 5)
+    assert 0.02 < (numbers == others).mean() < 0.45  # one in five by chance
+
+
+def test_without_copies_only_unreplaced_images_can_be_trained_on(greys):
+    assert len(training_set(greys, "new", 0.0, copies=0)) == 24
+    for role, p in (("synthetic", 0.0), ("real", 0.1)):
+        with pytest.raises(UserError, match="augmentations_per_image"):
+            training_set(greys, role, p, copies=0)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.1])
+def test_p_is_a_probability(greys, p):
+    with pytest.raises(UserError, match="augmentation_prob"):
+        training_set(greys, "new", p)
+
+
+def test_an_unknown_scope_is_refused(greys):
+    with pytest.raises(UserError, match="augmentation_scope"):
+        training_set(greys, "new", 0.5, scope="exemplar")
+
+
+# --- randomness depends on (model_seed, phase, epoch, item) alone ---
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    paths = make_dataset(tmp_path_factory.mktemp("photos"), ["a", "b"], train=7, test=1)
+    for label in "ab":
+        for i, image in enumerate(paths.images(label)):
+            for k in range(2):
+                save_noise(paths.copy(image, k), seed=50_000 + 10 * i + k)
+    return paths
+
+
+def photo_set(paths, model_seed=7, phase=2):
+    data = manager(paths, init_cls=2)
+    items = [
+        Item(image, target, role)
+        for target, role in ((0, "new"), (1, "synthetic"))
+        for image in data.train_images(target)
+    ]
+    return TrainingSet(items, paths, data.train_transform, 0.5, 2, "all", model_seed, phase)
+
+
+def epoch_of(dataset, epoch, **loader):
+    """Every item of an epoch, by index."""
+    sampler = EpochBatchSampler(len(dataset), 4, 7, 2)
+    sampler.set_epoch(epoch)
+    found = {}
+    for indices, images, targets in DataLoader(dataset, batch_sampler=sampler, **loader):
+        found.update({i: (image, target) for i, image, target in zip(indices.tolist(), images, targets, strict=True)})
+    return found
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(
+        torch.equal(left[i][0], right[i][0]) and left[i][1] == right[i][1] for i in left
+    )
+
+
+def test_workers_change_nothing_also_when_they_stay(photos):
+    dataset = photo_set(photos)
+    sampler = EpochBatchSampler(len(dataset), 4, 7, 2)
+    loaders = [
+        DataLoader(dataset, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
+        for workers in (0, 2)
+    ]
+    seen = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        ours, theirs = (list(loader) for loader in loaders)
+        assert len(ours) == len(theirs) == 4
+        for batch, other in zip(ours, theirs, strict=True):
+            for tensor, other_tensor in zip(batch, other, strict=True):
+                assert torch.equal(tensor, other_tensor)
+        seen.append(torch.cat([batch[0] for batch in ours]))
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_the_order_of_epochs_and_the_state_of_torch_change_nothing(photos):
+    torch.manual_seed(0)
+    forwards = [epoch_of(photo_set(photos), epoch) for epoch in (0, 1, 2)]
+    torch.manual_seed(99)
+    dataset = photo_set(photos)
+    backwards = [epoch_of(dataset, epoch) for epoch in (2, 1, 0)]
+    assert all(same(a, b) for a, b in zip(forwards, backwards[::-1], strict=True))
+    assert not same(forwards[0], forwards[1])
+
+
+def test_an_item_does_not_depend_on_the_other_items_read(photos):
+    dataset = photo_set(photos)
+    alone = dataset[3, 9][1]
+    for i in range(len(dataset)):
+        dataset[3, i]
+    assert torch.equal(alone, dataset[3, 9][1])
+
+
+@pytest.mark.parametrize("change", [{"model_seed": 8}, {"phase": 3}])
+def test_seed_and_phase_change_the_pictures(photos, change):
+    assert not same(epoch_of(photo_set(photos), 0), epoch_of(photo_set(photos, **change), 0))
+
+
+def test_equal_pictures_are_augmented_differently(tmp_path):
+    paths = DatasetPaths(tmp_path, "Same")
+    items = [Item(save_noise(paths.folder("train") / "a" / f"{i}.png", 0), 0, "new") for i in range(6)]
+    dataset = TrainingSet(items, paths, TRANSFORM, 0.0, 0, "all", 1, 0)
+    assert len({dataset[0, i][1].sum().item() for i in range(6)}) == 6
+
+
+def test_reading_an_item_leaves_the_generators_alone(photos):
+    dataset = photo_set(photos)
+    torch.manual_seed(3)
+    np.random.seed(3)
+    expected = torch.rand(1), np.random.rand()
+    torch.manual_seed(3)
+    np.random.seed(3)
+    dataset[0, 0]
+    assert (torch.rand(1), np.random.rand()) == expected
+
+
+def test_a_training_set_travels_to_a_process(photos):
+    dataset = photo_set(photos)
+    other = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(dataset[1, 8][1], other[1, 8][1])
+
+
+def test_image_set_gives_pictures_in_order(photos):
+    data = manager(photos, init_cls=2)
+    images = data.train_images(1)
+    dataset = ImageSet(images, [1] * len(images), data.test_transform)
+    indices, tensors, targets = next(iter(DataLoader(dataset, batch_size=10)))
+    assert indices.tolist() == list(range(7))
+    assert targets.tolist() == [1] * 7
+    assert tensors.shape == (7, 3, 32, 32)
+    assert torch.equal(tensors[3], dataset[3][1])
+    with pytest.raises(ValueError, match="7 images, 6 targets"):
+        ImageSet(images, [1] * 6, data.test_transform)
+
+
+# --- unreadable pictures ---
+
+
+def complaint(loader):
+    try:
+        list(loader)
+    except UserError as error:
+        error.with_traceback(None)  # it would keep the loader's processes in a cycle, which ends only seconds later
+        return str(error)
+    return "none"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["truncated", "text"])
+def test_an_unreadable_picture_is_named_in_one_line(tmp_path, kind, workers):
+    paths = DatasetPaths(tmp_path, "Broken")
+    image = save_noise(paths.folder("train") / "a" / "bad picture.jpg", 0, (64, 64))
+    image.write_bytes(image.read_bytes()[:900] if kind == "truncated" else b"not a picture")
+    training = TrainingSet([Item(image, 0, "new")], paths, TRANSFORM, 0.0, 0, "all", 1, 0)
+    for loader in (
+        DataLoader(training, batch_sampler=EpochBatchSampler(1, 1, 1, 0), num_workers=workers),
+        DataLoader(ImageSet([image], [0], TRANSFORM), num_workers=workers),
+    ):
+        message = complaint(loader)
+        assert message.startswith(f"cannot read image {image}")
+        assert "\n" not in message
+        assert "Traceback" not in message
+
+
+def test_a_copy_that_went_missing_is_named(greys, tmp_path):
+    paths = DatasetPaths(tmp_path, "Gone")
+    image = save_picture(paths.folder("train") / "a" / "0.png")
+    dataset = TrainingSet([Item(image, 0, "synthetic")], paths, level, 0.0, 1, "all", 1, 0)
+    with pytest.raises(UserError, match=re.escape(str(paths.copy(image, 0)))):
+        dataset[0, 0]
+
+
+def test_a_header_that_does_not_decode_is_named(tmp_path):
+    paths = make_dataset(tmp_path, ["a"], train=1, test=1)
+    (image,) = paths.images("a")
+    image.write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=re.escape(str(image))):
+        _ = manager(paths, init_cls=1).image_kind
+
+
+# --- batches ---
+
+
+def flat(lists):
+    return [index for indices in lists for index in indices]
+
+
+def batches(nb_items, batch_size, epoch=0, model_seed=1, phase=0, **options):
+    sampler = EpochBatchSampler(nb_items, batch_size, model_seed, phase, **options)
+    sampler.set_epoch(epoch)
+    result = list(sampler)
+    assert len(sampler) == len(result)
+    assert {key[0] for batch in result for key in batch} <= {epoch}
+    return [[index for _, index in batch] for batch in result]
+
+
+@pytest.mark.parametrize(("nb_items", "batch_size"), [(10, 4), (12, 4), (3, 8), (1, 1), (0, 4)])
+def test_an_epoch_shows_every_item_once(nb_items, batch_size):
+    found = batches(nb_items, batch_size)
+    assert sorted(flat(found)) == list(range(nb_items))
+    assert [len(batch) for batch in found[:-1]] == [batch_size] * (len(found) - 1)
+    kept = batches(nb_items, batch_size, drop_last=True)
+    assert kept == [batch for batch in found if len(batch) == batch_size]
+
+
+def test_each_epoch_phase_and_seed_has_an_order_of_its_own():
+    orders = [
+        tuple(flat(batches(50, 8, epoch=epoch, phase=phase, model_seed=seed)))
+        for epoch in range(3)
+        for phase in range(3)
+        for seed in range(3)
+    ]
+    assert len(set(orders)) == 27
+    assert batches(50, 8, epoch=2) == batches(50, 8, epoch=2)
+
+
+def test_every_place_in_the_order_is_as_likely_for_an_item():
+    counts = np.zeros((5, 5))
+    for epoch in range(1000):
+        counts[np.arange(5), flat(batches(5, 2, epoch=epoch))] += 1
+    assert chi2(counts, np.full((5, 5), 200)) < CHI2_999[24]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_ranks_batches_together_are_the_one_rank_batches(world_size, drop_last):
+    nb_items, batch_size = 55, 8
+    whole = batches(nb_items, batch_size, epoch=4, drop_last=drop_last)
+    ranks = [
+        batches(nb_items, batch_size, epoch=4, drop_last=drop_last, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for step, batch in enumerate(whole):
+        shares = [rank[step] for rank in ranks]
+        assert sorted(flat(shares)) == sorted(batch)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_no_rank_is_left_without_a_step():
+    """Nine items in batches of 8: the last batch has one, both ranks read it."""
+    whole = batches(9, 8)
+    ranks = [batches(9, 8, rank=rank, world_size=2) for rank in range(2)]
+    assert [len(rank) for rank in ranks] == [2, 2]
+    assert all(rank[1] == whole[1] for rank in ranks)
+
+
+def test_a_batch_needs_an_image_for_each_process():
+    with pytest.raises(UserError, match=r"batch_size 3.*4 processes"):
+        EpochBatchSampler(10, 3, 1, 0, rank=0, world_size=4)
+    with pytest.raises(ValueError, match="rank 2"):
+        EpochBatchSampler(10, 4, 1, 0, rank=2, world_size=2)
+
+
+# --- copies made ahead ---
+
+
+def test_complete_copies_pass_and_missing_ones_are_counted_with_the_command(photos, tmp_path):
+    images = photos.images("a") + photos.images("b")
+    check_copies(photos, images, 2)
+    check_copies(photos, images, 0)
+    with pytest.raises(UserError) as error:
+        check_copies(photos, images, 3)
+    message = str(error.value)
+    assert message.startswith("14 of 42 copies are missing")
+    assert str(photos.copy(images[0], 2)) in message
+    command = shlex.split(message.splitlines()[-1])
+    assert command[:2] == ["python", "compress/run.py"]
+    arguments = dict(zip(command[2::2], command[3::2], strict=True))
+    assert arguments == {
+        "--data-dir": str(photos.data_dir),
+        "--dataset": "Toy",
+        "--resolution": "low",
+        "--seeds": "3",
+    }
+
+
+def test_the_first_missing_copy_is_the_one_that_is_gone(tmp_path):
+    paths = make_dataset(tmp_path / "my data", ["a b", "ü"], train=3, test=1, size=(300, 300))
+    images = paths.images("a b") + paths.images("ü")
+    for image in images:
+        for k in range(2):
+            save_picture(paths.copy(image, k))
+    check_copies(paths, images, 2)
+    gone = paths.copy(images[4], 1)
+    gone.unlink()
+    with pytest.raises(UserError, match=f"^1 of 12 .*{re.escape(str(gone))}") as error:
+        check_copies(paths, images, 2)
+    command = shlex.split(str(error.value).splitlines()[-1])
+    assert command[command.index("--data-dir") + 1] == str(paths.data_dir)
+    assert command[command.index("--resolution") + 1] == "high"
+    check_copies(paths, images[:4], 2)

@@ -1,0 +1,227 @@
+"""Paths on disk and image files (utils/paths.py, utils/images.py)."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.folders import save_picture
+from utils.errors import UserError
+from utils.images import image_bits, is_image, read_image, write_atomically
+from utils.paths import DatasetPaths, data_dir
+
+
+def test_layout_is_the_documented_one(tmp_path):
+    image = save_picture(tmp_path / "Food101" / "train" / "apple_pie" / "0001.jpg")
+    paths = DatasetPaths(tmp_path, "Food101")
+    root = tmp_path / "Food101"
+    assert paths.classes() == ["apple_pie"]
+    assert paths.images("apple_pie") == [image]
+    assert paths.edge_map(image) == root / "edge_maps" / "apple_pie" / "0001.png"
+    assert paths.copy(image, 0) == root / "exemplars" / "apple_pie" / "0001_seed00.jpg"
+    assert paths.copy(image, 12).name == "0001_seed12.jpg"
+    assert paths.copy(image, 123).name == "0001_seed123.jpg"
+
+
+@pytest.mark.parametrize("data_folder", ["train", "my train data/train/x", "exemplars", "edge_maps/test"])
+def test_a_data_folder_that_contains_a_mode_name_does_no_harm(tmp_path, data_folder):
+    data = tmp_path / data_folder
+    image = save_picture(data / "train" / "train" / "train" / "train.jpg")  # dataset, mode, class and stem alike
+    paths = DatasetPaths(data, "train")
+    assert paths.images("train") == [image]
+    assert paths.edge_map(image) == data / "train" / "edge_maps" / "train" / "train.png"
+    assert paths.copy(image, 3) == data / "train" / "exemplars" / "train" / "train_seed03.jpg"
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".JPEG", ".png", ".PNG", ".bmp", ".webp", ".tif", ".gif"])
+def test_any_ending_that_pillow_reads_in_any_case(tmp_path, ending):
+    image = save_picture(tmp_path / "D" / "train" / "a" / f"pic.v2{ending}")
+    paths = DatasetPaths(tmp_path, "D")
+    assert paths.images("a") == [image]
+    assert paths.edge_map(image).name == "pic.v2.png"
+    assert paths.copy(image, 0).name == "pic.v2_seed00.jpg"
+    assert read_image(image).size == (32, 32)
+
+
+def test_images_are_sorted_and_other_files_are_not_among_them(tmp_path):
+    folder = tmp_path / "D" / "train" / "a"
+    for name in ("b.png", "a.jpg", "c.JPG"):
+        save_picture(folder / name)
+    for name in ("notes.txt", ".hidden.jpg", "Thumbs.db", "list.csv", "no_ending", ".123-abc.tmp"):
+        (folder / name).write_text("x")
+    assert [path.name for path in DatasetPaths(tmp_path, "D").images("a")] == ["a.jpg", "b.png", "c.JPG"]
+
+
+def test_stems_that_collide_stay_apart(tmp_path):
+    folder = tmp_path / "D" / "train" / "a"
+    jpg, png, other = (save_picture(folder / name) for name in ("x.jpg", "x.png", "y.jpg"))
+    elsewhere = save_picture(tmp_path / "D" / "train" / "b" / "x.jpg")  # another class is no collision
+    paths = DatasetPaths(tmp_path, "D")
+    assert paths.edge_map(jpg).name == "x.jpg.png"
+    assert paths.edge_map(png).name == "x.png.png"
+    assert paths.copy(jpg, 1).name == "x.jpg_seed01.jpg"
+    assert paths.copy(png, 1).name == "x.png_seed01.jpg"
+    assert paths.copy(other, 1).name == "y_seed01.jpg"
+    assert paths.copy(elsewhere, 1).name == "x_seed01.jpg"
+
+
+@pytest.mark.parametrize("label", ["hot dog", "crème brûlée", "寿司", "a.b.c", "50% off [x]", "-dash"])
+def test_labels_with_spaces_and_other_alphabets(tmp_path, label):
+    image = save_picture(tmp_path / "D" / "train" / label / "bild 1 ü.jpg")
+    paths = DatasetPaths(tmp_path, "D")
+    assert paths.classes() == [label]
+    assert paths.images(label) == [image]
+    assert paths.copy(image, 0) == tmp_path / "D" / "exemplars" / label / "bild 1 ü_seed00.jpg"
+    assert paths.class_texts() == {label: label}
+
+
+def test_classes_are_sorted_folders(tmp_path):
+    paths = DatasetPaths(tmp_path, "D")
+    for label in ("b", "a", "C", ".hidden"):
+        (paths.folder("train") / label).mkdir(parents=True)
+    (paths.folder("train") / "README.txt").write_text("not a class")
+    assert paths.classes() == ["C", "a", "b"]
+
+
+def test_a_missing_folder_and_one_without_classes_are_named(tmp_path):
+    paths = DatasetPaths(tmp_path, "Nope")
+    with pytest.raises(UserError, match="Nope") as error:
+        paths.classes("test")
+    assert str(tmp_path / "Nope" / "test") in str(error.value)
+    paths.folder("train").mkdir(parents=True)
+    with pytest.raises(UserError, match="no class folders"):
+        paths.classes("train")
+    assert paths.images("no such class") == []
+
+
+def test_edge_maps_png_first_then_the_published_bmp(tmp_path):
+    paths = DatasetPaths(tmp_path, "D")
+    image = save_picture(paths.folder("train") / "a" / "x.jpg")
+    assert paths.find_edge_map(image) is None
+    bmp = save_picture(paths.folder("edge_maps") / "a" / "x.bmp", mode="L")
+    assert paths.find_edge_map(image) == bmp
+    png = save_picture(paths.folder("edge_maps") / "a" / "x.png", mode="1")
+    assert paths.find_edge_map(image) == png == paths.edge_map(image)
+
+
+def test_class_names_json_changes_the_texts_it_names(tmp_path):
+    paths = DatasetPaths(tmp_path, "D")
+    for label in ("n01440764", "cat"):
+        (paths.folder("train") / label).mkdir(parents=True)
+    (paths.root / "class_names.json").write_text('{"n01440764": "tench 🐟"}', encoding="utf-8")
+    assert paths.class_texts() == {"n01440764": "tench 🐟", "cat": "cat"}
+
+
+@pytest.mark.parametrize("content", ["{", '["tench"]', '{"cat": 3}'])
+def test_a_broken_class_names_json_is_named(tmp_path, content):
+    paths = DatasetPaths(tmp_path, "D")
+    (paths.folder("train") / "cat").mkdir(parents=True)
+    (paths.root / "class_names.json").write_text(content)
+    with pytest.raises(UserError, match=r"class_names\.json"):
+        paths.class_texts()
+
+
+def test_data_dir_chosen_then_environment_then_default(monkeypatch):
+    monkeypatch.setenv("ESCORT_DATA_DIR", "/from/environment")
+    assert data_dir("/chosen") == Path("/chosen")
+    assert data_dir() == Path("/from/environment")
+    monkeypatch.delenv("ESCORT_DATA_DIR")
+    assert data_dir() == Path("data")
+    assert data_dir("~/x") == Path.home() / "x"
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGB", (200, 100, 50), (200, 100, 50)),
+        ("L", 77, (77, 77, 77)),
+        ("1", 1, (255, 255, 255)),
+        ("RGBA", (200, 100, 50, 255), (200, 100, 50)),
+    ],
+)
+def test_every_picture_is_read_as_rgb(tmp_path, mode, colour, expected):
+    image = read_image(save_picture(tmp_path / "x.png", colour, (5, 3), mode))
+    assert image.mode == "RGB"
+    assert image.size == (5, 3)
+    assert (np.asarray(image) == expected).all()
+
+
+@pytest.mark.parametrize(("mode", "bits"), [("RGB", 24), ("RGBA", 24), ("L", 8), ("1", 1)])
+def test_image_bits_from_the_header_alone(tmp_path, mode, bits):
+    path = save_picture(tmp_path / "x.png", 0, (50, 30), mode)
+    path.write_bytes(path.read_bytes()[:60])  # the header is there, most of the picture is not
+    assert image_bits(path) == (50, 30, bits)
+
+
+def broken_files(folder: Path) -> dict[str, Path]:
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole, "JPEG")
+    contents = {
+        "truncated": whole.getvalue()[: len(whole.getvalue()) // 2],
+        "text": b"these are not the pixels you are looking for",
+        "empty": b"",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / f"{name}.jpg").write_bytes(content)
+    (folder / "folder.jpg").mkdir()
+    return {name: folder / f"{name}.jpg" for name in (*contents, "folder", "missing")}
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "folder", "missing"])
+def test_an_unreadable_picture_is_an_oserror_that_names_it(tmp_path, kind):
+    path = broken_files(tmp_path)[kind]
+    with pytest.raises(OSError, match=kind) as error:
+        read_image(path)
+    assert str(path) in str(error.value)
+
+
+def test_is_image_goes_by_the_ending():
+    assert is_image(Path("a.JPG"))
+    assert not is_image(Path("a.pdf"))
+    assert not is_image(Path("a.txt"))
+    assert not is_image(Path("jpg"))
+    assert not is_image(Path(".a.jpg"))
+
+
+def test_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
+    target = tmp_path / "new folder" / "x.bin"
+    write_atomically(target, lambda file: file.write(b"first"))
+    write_atomically(target, lambda file: file.write(b"second"))
+    assert target.read_bytes() == b"second"
+    assert os.listdir(target.parent) == ["x.bin"]
+
+
+@pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, failure):
+    target = tmp_path / "x.bin"
+    target.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"half of the ne")
+        raise failure
+
+    with pytest.raises(type(failure)):
+        write_atomically(target, write)
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x.bin"]
+
+
+def test_the_target_appears_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "x.jpg"
+    seen = []
+    write_atomically(target, lambda file: (file.write(b"part"), seen.append(target.exists())))
+    assert seen == [False]
+    assert target.read_bytes() == b"part"
+
+
+def test_a_half_written_file_is_never_taken_for_an_image(tmp_path):
+    folder = tmp_path / "D" / "train" / "a"
+    seen = []
+    write_atomically(
+        folder / "x.jpg", lambda file: (file.write(b"part"), seen.extend(DatasetPaths(tmp_path, "D").images("a")))
+    )
+    assert seen == []
