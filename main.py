@@ -1,0 +1,168 @@
+"""Train a class-incremental learner whose memory holds prompts beside pictures.
+
+    python main.py --config exps/config.json [key=value ...]
+
+Read the config, look at the data, check that exemplars fit the budget and that their copies are there; then, for each
+seed (a class order), let the method learn phase after phase, and write down what came of it.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import torchvision_compat  # noqa: F401  (before torchvision and Lightning: lets a CUDA wheel load beside a CPU torch)
+from convs.resnet import CONVNETS
+from models import METHODS
+from models.base import Regenerate
+from utils import config as configs
+from utils import log as logs
+from utils import report
+from utils.config import Config
+from utils.data_manager import DataManager, check_copies
+from utils.errors import UserError
+from utils.memory import ExemplarMemory, check_budget, check_class_sizes, prompt_cost
+from utils.paths import DatasetPaths, data_dir
+
+log = logging.getLogger("main")
+
+CHOICES = {"model_name": tuple(METHODS), "convnet_type": CONVNETS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command.  Returns its exit code: 0 done, 2 the command, the config or the data is wrong, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="main.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="a JSON config; exps/config.json is the paper's experiment")
+    parser.add_argument("--help-config", action="store_true", help="list every config key and leave")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config")
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as leave:  # argparse has said what is wrong
+        return int(leave.code or 0)
+    try:
+        if arguments.help_config:
+            print(configs.help_text(CHOICES))
+            return 0
+        if arguments.config is None:
+            raise UserError("no config: python main.py --config exps/config.json [key=value ...]")
+        run(configs.load_config(arguments.config, arguments.overrides, CHOICES))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on after the last finished phase", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(config: Config) -> dict:
+    """The experiment.  Returns what it writes to results.json (`utils.report` describes it)."""
+    fabric = start_devices(config)
+    paths = DatasetPaths(data_dir(config.data_dir), config.dataset)
+    orders = {seed: open_data(config, paths, seed) for seed in config.seed}
+    regenerate = check_exemplars(config, next(iter(orders.values())))
+    output = open_output(config)
+    cache = Path(config.phase0_cache) if config.phase0_cache else output / "phase0_cache"
+    logs.start(output / "log.txt", quiet=not fabric.is_global_zero)
+
+    runs = []
+    for seed, data in orders.items():
+        what = f"{config.dataset}, {config.model_name}, {config.convnet_type}, seed {seed}"
+        log.info("%s: %s", what, phases_in_words(data))
+        memory = ExemplarMemory(
+            paths,
+            config.real_per_class,
+            config.syn_per_class,
+            config.memory_per_class,
+            config.augmentations_per_image,
+        )
+        folder = output / f"seed{seed}"
+        learner = METHODS[config.model_name](config, data, memory, fabric, folder / "checkpoints", cache, regenerate)
+        records = learner.run()
+        runs.append(report.run_entry(seed, data.class_names, records, data.nb_phases))
+        if fabric.is_global_zero:
+            for record in records:
+                confusion = folder / f"confusion_phase{record['phase']:02d}.csv"
+                report.write_confusion(confusion, record["cnn"]["confusion"], data.class_names)
+            results = report.results(configs.as_dict(config), runs)
+            report.write_json(output / "results.json", results)
+            report.plot({config.model_name: results}, output / "accuracy.png")
+    results = report.results(configs.as_dict(config), runs)
+    log.info("\n%s\n\nresults: %s", report.table({config.model_name: results}), output / "results.json")
+    return results
+
+
+def start_devices(config: Config):
+    """The launched Lightning Fabric.  Raises UserError for a device that this machine has not."""
+    from lightning_fabric import Fabric
+
+    accelerator, devices = configs.accelerator(config.device)
+    found = torch.cuda.device_count()
+    asked = devices if isinstance(devices, list) else [0]
+    if accelerator == "cuda" and max(asked) >= found:
+        there = f"this machine has CUDA devices 0 to {found - 1}" if found else "this machine has no CUDA device"
+        raise UserError(f'device: {config.device!r} is not there; {there}. Choose another, or "cpu".')
+    fabric = Fabric(accelerator=accelerator, devices=devices, precision=config.precision)
+    fabric.launch()
+    return fabric
+
+
+def open_data(config: Config, paths: DatasetPaths, seed: int) -> DataManager:
+    """The classes in one seed's order."""
+    return DataManager(paths, shuffle=config.shuffle, seed=seed, init_cls=config.init_cls, increment=config.increment)
+
+
+def check_exemplars(config: Config, data: DataManager) -> Regenerate | None:
+    """Make sure, before any work, that the exemplars can be chosen, fit the budget and have their copies.
+
+    Returns what makes copies on demand, None where all are made ahead.
+    """
+    classes = range(data.nb_classes)
+    sizes = {data.class_names[target]: len(data.train_images(target)) for target in classes}
+    check_class_sizes(sizes, config.real_per_class, config.syn_per_class)
+    images = [data.train_images(target)[0] for target in classes]
+    cost = statistics.median(prompt_cost(image, data.paths.find_edge_map(image)) for image in images)
+    check_budget(config.real_per_class, config.syn_per_class, config.memory_per_class, cost)
+    if config.syn_per_class == 0 and config.augmentation_prob == 0:
+        return None
+    if config.regenerate == "on_demand":
+        return None
+    every = (image for target in classes for image in data.train_images(target))
+    check_copies(data.paths, every, config.augmentations_per_image)
+    return None
+
+
+def open_output(config: Config) -> Path:
+    """The folder of results, with the config as used.  Raises UserError where another experiment lives there."""
+    output = Path(config.output_dir)
+    file = output / "config.json"
+    ours = configs.as_dict(config)
+    if file.is_file():
+        try:
+            theirs = configs.read_json(file)
+        except UserError as error:
+            raise UserError(f"{error} Choose another output_dir, or delete that file.") from None
+        if differing := configs.differences(ours, theirs):
+            raise UserError(
+                f"{output} holds another experiment ({'; '.join(differing)}). Choose another output_dir, or delete it."
+            )
+    try:
+        report.write_json(file, ours)
+    except OSError as error:
+        raise UserError(f"output_dir: {output} can't be written to ({error.strerror}).") from None
+    return output
+
+
+def phases_in_words(data: DataManager) -> str:
+    """Such as "11 phases of 51, 5, ..., 5 classes"."""
+    sizes = [str(len(data.phase_targets(phase))) for phase in range(data.nb_phases)]
+    shown = sizes if len(sizes) <= 4 else [*sizes[:2], "...", sizes[-1]]
+    return f"{len(sizes)} phase{'s' * (len(sizes) > 1)} of {', '.join(shown)} classes"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

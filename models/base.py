@@ -1,0 +1,429 @@
+"""What all methods share: the phases, the one epoch loop, the one evaluation, the one checkpoint format.
+
+A method is a subclass that says what its paper changes: `build_network`, `loss`, and, where it needs them,
+`before_training` and `after_training`.
+"""
+
+import copy
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import SGD
+from torch.optim.lr_scheduler import MultiStepLR
+from torch.utils.data import DataLoader
+
+from convs.resnet import ResNet, build_backbone, nb_parameters
+from models import checkpoint
+from models.networks import GrowingNet, Outputs
+from utils import log as logs
+from utils.config import Config, as_dict, differences
+from utils.data_manager import DataManager, EpochBatchSampler, ImageSet, Item, TrainingSet
+from utils.errors import UserError
+from utils.memory import ExemplarMemory
+from utils.metrics import nearest_mean_scores, phase_metrics
+
+log = logging.getLogger(__name__)
+
+Regenerate = Callable[[list[Path]], None]
+"""Makes the edge maps and the copies of train images, where they are not there yet."""
+
+
+class Schedule(NamedTuple):
+    """SGD's settings for a phase: the learning rate is multiplied by `decay` after each epoch in `milestones`."""
+
+    epochs: int
+    lr: float
+    milestones: Sequence[int]
+    decay: float
+    weight_decay: float
+
+
+class Learner:
+    """One run of a method over all phases.
+
+    config: the checked configuration; data: the classes in their order; memory: the exemplars, empty at first;
+    fabric: devices and precision, launched; folder: where this run's checkpoints go; cache: where trained phase-0
+    networks are shared; regenerate: called with the exemplars chosen after a phase, None where their copies exist.
+    """
+
+    milestones: Sequence[int] = ()
+    """Epochs of later phases after which the learning rate decays, where the config names none."""
+    keeps_old_network = False
+    """Whether the network as it was before a phase is kept, frozen, as `old_network`."""
+    uses_nme = False
+    """Whether the nearest mean of exemplars is evaluated beside the head."""
+    plain_phase_0 = True
+    """Whether phase 0 is a backbone and a linear head, trained by cross-entropy: all such methods share one network."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: DataManager,
+        memory: ExemplarMemory,
+        fabric: Fabric,
+        folder: Path,
+        cache: Path,
+        regenerate: Regenerate | None = None,
+    ):
+        self.config = config
+        self.data = data
+        self.memory = memory
+        self.fabric = fabric
+        self.folder = folder
+        self.cache = cache
+        self.regenerate = regenerate
+        self.records: list[dict[str, Any]] = []
+        self.phase = -1
+        self.nb_old = self.nb_new = self.nb_seen = 0
+        self.old_network: GrowingNet | None = None
+        self._seed_torch(0)
+        self.network = self.build_network(
+            build_backbone(config.convnet_type, data.image_kind, init_cls=config.init_cls, increment=config.increment)
+        )
+
+    # What a method changes
+
+    def build_network(self, backbone: ResNet) -> GrowingNet:
+        """The method's network around a fresh backbone, before it knows any class."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a batch, a scalar.  images: B x 3 x H x W; targets: B, of 0 ... nb_seen - 1."""
+        raise NotImplementedError
+
+    def before_training(self) -> None:
+        """Called when the network has grown for a phase, before it is trained."""
+
+    def after_training(self) -> None:
+        """Called when a phase's training is over, before exemplars are chosen and the phase is evaluated."""
+
+    def old_logits(self, images: Tensor) -> Tensor:
+        """What the frozen network of before this phase says: B x nb_old."""
+        with torch.no_grad(), self.fabric.autocast():
+            return self.old_network(images).logits
+
+    # The phases
+
+    def run(self) -> list[dict[str, Any]]:
+        """Every phase that is not done yet.  Returns the records of all, in order (`evaluate` describes one)."""
+        for phase in range(self.resume(), self.data.nb_phases):
+            start = time.perf_counter()
+            self.start_phase(phase)
+            training = self.train()
+            self.after_training()
+            trained = time.perf_counter()
+            self.choose_exemplars()
+            chosen = time.perf_counter()
+            results = self.evaluate()
+            now = time.perf_counter()
+            seconds = {"train": trained - start, "exemplars": chosen - trained, "evaluate": now - chosen}
+            self.records.append({**results, "training": training, "seconds": {**seconds, "total": now - start}})
+            self.save_checkpoint()
+            self._say_how_it_went()
+        return self.records
+
+    def start_phase(self, phase: int) -> None:
+        """Make the network ready for a phase's classes."""
+        self.phase = phase
+        targets = self.data.phase_targets(phase)
+        self.nb_old, self.nb_new, self.nb_seen = targets.start, len(targets), targets.stop
+        if self.keeps_old_network and phase > 0:
+            self.old_network = copy.deepcopy(self.network).requires_grad_(False).eval()
+        self._seed_torch(phase + 1)
+        self.network.grow(self.nb_new)
+        self.network.to(device=self.fabric.device, memory_format=torch.channels_last)
+        self.before_training()
+
+    def schedule(self) -> Schedule:
+        """The present phase's."""
+        c = self.config
+        if self.phase == 0:
+            return Schedule(c.init_epoch, c.init_lr, c.init_milestones, c.init_lr_decay, c.init_weight_decay)
+        milestones = self.milestones if c.milestones is None else c.milestones
+        return Schedule(c.epochs, c.lrate, milestones, c.lrate_decay, c.weight_decay)
+
+    def train(self) -> dict[str, Any]:
+        """Train on the new classes' images and the exemplars, unless this very training has been done before.
+
+        Returns what `fit` does, with the seconds that it took and whether the outcome was reused.
+        """
+        if self.phase == 0 and (training := self.load_phase_0()) is not None:
+            return {**training, "reused": True}
+        start = time.perf_counter()
+        training = self.fit([*self.data.new_items(self.phase), *self.memory.items()], self.schedule())
+        training = {**training, "seconds": time.perf_counter() - start}
+        if self.phase == 0:
+            self.save_phase_0(training)
+        return {**training, "reused": False}
+
+    def fit(self, items: Sequence[Item], schedule: Schedule) -> dict[str, Any]:
+        """The epoch loop.  Returns epochs, loss and accuracy (percent, of the last epoch's training batches)."""
+        config, fabric = self.config, self.fabric
+        loader, sampler = self._training_loader(items)
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        optimizer = SGD(trained, lr=schedule.lr, momentum=config.momentum, weight_decay=schedule.weight_decay)
+        network, optimizer = fabric.setup(self.network, optimizer)
+        scheduler = MultiStepLR(optimizer, list(schedule.milestones), schedule.decay)
+        loss_mean = accuracy = 0.0
+        bar = logs.progress(schedule.epochs * len(sampler), self._name(), quiet=not fabric.is_global_zero)
+        with bar:
+            for epoch in range(schedule.epochs):
+                network.train()
+                sampler.set_epoch(epoch)
+                sums, seen = torch.zeros(2, device=fabric.device), 0  # loss and right answers: read once an epoch
+                for _, images, targets in loader:
+                    images, targets = self._to_device(images), fabric.to_device(targets)
+                    outputs = network(images)
+                    with fabric.autocast():
+                        loss = self.loss(outputs, images, targets)
+                    optimizer.zero_grad()
+                    fabric.backward(loss)
+                    optimizer.step()
+                    right = (outputs.logits.detach().argmax(dim=1) == targets).sum()
+                    sums += torch.stack([loss.detach() * len(targets), right])
+                    seen += len(targets)
+                    bar.update()
+                scheduler.step()
+                loss_sum, nb_right = fabric.all_reduce(sums, reduce_op="sum").tolist()
+                seen = int(fabric.all_reduce(torch.tensor(seen, device=fabric.device), reduce_op="sum"))
+                loss_mean, accuracy = loss_sum / seen, 100 * nb_right / seen
+                if not math.isfinite(loss_mean):
+                    key = "init_lr" if self.phase == 0 else "lrate"
+                    raise UserError(
+                        f"training diverged: the loss is {loss_mean} in epoch {epoch + 1} of phase {self.phase}. "
+                        f"Lower {key} ({schedule.lr:g} now)."
+                    )
+                progress = f"epoch {epoch + 1}/{schedule.epochs}, loss {loss_mean:.3f}, train {accuracy:.1f} %"
+                bar.set_postfix_str(progress, refresh=False)
+                log.debug("%s: %s", self._name(), progress)
+        return {"epochs": schedule.epochs, "loss": loss_mean, "accuracy": accuracy}
+
+    def choose_exemplars(self) -> None:
+        """Herding over all real images of the new classes; then their prompts become copies, where that is due now."""
+        targets = list(self.data.phase_targets(self.phase))
+        images = [self.data.train_images(target) for target in targets]
+        features = self.predict([image for of_class in images for image in of_class]).features
+        for target, of_class, rows in zip(targets, images, features.split([len(i) for i in images]), strict=True):
+            self.memory.add_class(target, of_class, rows)
+        needed_again = self.phase + 1 < self.data.nb_phases or self.uses_nme
+        if self.regenerate is not None and needed_again:
+            shown = ("synthetic", "real") if self.config.augmentation_prob > 0 else ("synthetic",)
+            new = [item.image for item in self.memory.items() if item.target in targets and item.role in shown]
+            if self.fabric.is_global_zero:
+                self.regenerate(new)
+            self.fabric.barrier()
+            for target in targets:
+                self.memory.enforce_budget(target)
+
+    def predict(self, images: Sequence[Path]) -> Outputs:
+        """The network's logits and features for pictures, with the test transform, on the CPU in the order given."""
+        workers, fabric = self._nb_workers(), self.fabric
+        loader = DataLoader(
+            ImageSet(images, [0] * len(images), self.data.test_transform),
+            batch_size=self.config.batch_size,
+            sampler=range(fabric.global_rank, len(images), fabric.world_size),
+            num_workers=workers,
+            pin_memory=fabric.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+        self.network.eval()
+        logits = features = None
+        with torch.no_grad(), fabric.autocast():
+            for index, pictures, _ in loader:
+                outputs = self.network(self._to_device(pictures))
+                if logits is None or features is None:
+                    logits = torch.zeros(len(images), outputs.logits.shape[1])
+                    features = torch.zeros(len(images), outputs.features.shape[1])
+                logits[index] = outputs.logits.float().cpu()
+                features[index] = outputs.features.float().cpu()
+        return Outputs(self._sum_over_processes(logits), self._sum_over_processes(features))
+
+    def evaluate(self) -> dict[str, Any]:
+        """The record of a phase: phase, classes_seen, cnn and nme (`metrics.phase_metrics`; nme None where unused),
+        memory (`ExemplarMemory.report`), parameters."""
+        images = [self.data.test_images(target) for target in self.data.seen_targets(self.phase)]
+        targets = torch.tensor([target for target, of_class in enumerate(images) for _ in of_class])
+        ends = [self.data.seen_targets(phase).stop for phase in range(self.phase + 1)]
+        outputs = self.predict([image for of_class in images for image in of_class])
+        nme = None
+        if self.uses_nme:
+            nme = phase_metrics(nearest_mean_scores(outputs.features, self.class_means()), targets, ends)
+        return {
+            "phase": self.phase,
+            "classes_seen": self.nb_seen,
+            "cnn": phase_metrics(outputs.logits, targets, ends),
+            "nme": nme,
+            "memory": self.memory.report(),
+            "parameters": nb_parameters(self.network),
+        }
+
+    def class_means(self) -> Tensor:
+        """The mean feature of each class's exemplars, of unit length: nb_seen x D.
+
+        A synthetic exemplar counts as much as a real one: its copies share its weight.
+        """
+        shown = [self.memory.evaluation_images(target) for target in range(self.nb_seen)]
+        features = F.normalize(self.predict([image for of_class in shown for image, _ in of_class]).features)
+        means = []
+        for of_class, rows in zip(shown, features.split([len(of_class) for of_class in shown]), strict=True):
+            weights = torch.tensor([weight for _, weight in of_class])
+            means.append(weights @ rows / weights.sum())
+        return F.normalize(torch.stack(means))
+
+    # Going on where a run stopped
+
+    def save_checkpoint(self) -> None:
+        """Keep the phase; a rerun starts at the next one."""
+        if self.fabric.is_global_zero:
+            state = {
+                "config": as_dict(self.config),
+                "class_names": self.data.class_names,
+                "phase": self.phase,
+                "network": self.network.state_dict(),
+                "memory": self.memory.state_dict(),
+                "records": self.records,
+            }
+            checkpoint.save(checkpoint.phase_path(self.folder, self.phase), state)
+            if self.config.keep_checkpoints > 0:
+                for phase in checkpoint.saved_phases(self.folder)[: -self.config.keep_checkpoints]:
+                    checkpoint.phase_path(self.folder, phase).unlink()
+        self.fabric.barrier()
+
+    def resume(self) -> int:
+        """Take up the last checkpoint, if there is one.  Returns the phase to start with.
+
+        Raises UserError where it is of another config or of other classes.
+        """
+        phases = checkpoint.saved_phases(self.folder)
+        if not phases:
+            return 0
+        path = checkpoint.phase_path(self.folder, phases[-1])
+        state = checkpoint.load(path)
+        differing = differences(as_dict(self.config), state["config"])
+        if state["class_names"] != self.data.class_names:
+            differing.append("the classes or their order")
+        if differing:
+            raise UserError(
+                f"{path} is of another experiment ({'; '.join(differing)}). Choose another output_dir, or delete it."
+            )
+        for phase in range(state["phase"] + 1):
+            self.network.grow(len(self.data.phase_targets(phase)))
+        self.network.load_state_dict(state["network"])
+        self.memory.load_state_dict(state["memory"])
+        self.records = state["records"]
+        done = len(self.records)
+        if done == self.data.nb_phases:
+            log.info("all %d phases are done already: their results are taken from %s", done, path)
+        else:
+            log.info("going on after %d of %d phases, from %s", done, self.data.nb_phases, path)
+        return done
+
+    def load_phase_0(self) -> dict[str, Any] | None:
+        """Load the network of phase 0 where a run that agrees on all it depends on has trained it already."""
+        path = self._phase_0_path()
+        if not path.is_file():
+            return None
+        state = checkpoint.load(path)
+        for module, weights in zip(self.network.first_phase_modules(), state["network"], strict=True):
+            module.load_state_dict(weights)
+        log.info("phase 0 is not trained again: its network is taken from %s", path)
+        return state["training"]
+
+    def save_phase_0(self, training: dict[str, Any]) -> None:
+        """Keep the trained network of phase 0 for other runs."""
+        if self.fabric.is_global_zero:
+            weights = [module.state_dict() for module in self.network.first_phase_modules()]
+            checkpoint.save(self._phase_0_path(), {"network": weights, "training": training})
+        self.fabric.barrier()
+
+    def _phase_0_path(self) -> Path:
+        """Named after everything that the trained network of phase 0 depends on."""
+        config, data, paths = self.config, self.data, self.data.paths
+        settings: dict[str, Any] = {
+            "method": "any" if self.plain_phase_0 else config.model_name,
+            "layers": [str(layer) for layer in self.network.first_phase_modules()[0].children()],
+            "transform": str(data.train_transform),
+            "classes": [data.class_names[target] for target in data.phase_targets(0)],
+            "schedule": list(self.schedule()),
+            "processes": self.fabric.world_size,
+            **{key: getattr(config, key) for key in ("dataset", "model_seed", "batch_size", "momentum", "precision")},
+        }
+        files = [item.image for item in data.new_items(0)]
+        if config.augmentation_prob > 0 and config.augmentation_scope == "all":
+            settings["copies"] = [config.augmentation_prob, config.augmentations_per_image]
+            files += [paths.copy(image, k) for image in files for k in range(config.augmentations_per_image)]
+        return self.cache / f"{checkpoint.fingerprint(settings, files, paths.root)}.pt"
+
+    # Small matters
+
+    def _training_loader(self, items: Sequence[Item]) -> tuple[DataLoader, EpochBatchSampler]:
+        config, fabric = self.config, self.fabric
+        dataset = TrainingSet(
+            items,
+            self.data.paths,
+            self.data.train_transform,
+            config.augmentation_prob,
+            config.augmentations_per_image,
+            config.augmentation_scope,
+            config.model_seed,
+            self.phase,
+        )
+        sampler = EpochBatchSampler(
+            len(items),
+            config.batch_size,
+            config.model_seed,
+            self.phase,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+        )
+        workers = self._nb_workers()
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=fabric.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+        return loader, sampler
+
+    def _nb_workers(self) -> int:
+        return min(self.config.num_workers, len(os.sched_getaffinity(0)))
+
+    def _to_device(self, images: Tensor) -> Tensor:
+        return self.fabric.to_device(images).contiguous(memory_format=torch.channels_last)
+
+    def _sum_over_processes(self, rows: Tensor) -> Tensor:
+        """Each process has filled in its own rows of an array of zeros; their sum is the whole."""
+        if self.fabric.world_size == 1:
+            return rows
+        return self.fabric.all_reduce(rows.to(self.fabric.device), reduce_op="sum").cpu()
+
+    def _seed_torch(self, stage: int) -> None:
+        """Fresh weights are a function of model_seed and the stage (0 the backbone, 1 + phase) alone."""
+        torch.manual_seed(int(np.random.SeedSequence((self.config.model_seed, stage)).generate_state(1)[0]))
+
+    def _name(self) -> str:
+        return f"phase {self.phase} ({self.phase + 1} of {self.data.nb_phases})"
+
+    def _say_how_it_went(self) -> None:
+        record = self.records[-1]
+        memory = record["memory"]
+        parts = []
+        for name, key in (("CNN", "cnn"), ("NME", "nme")):
+            if (metrics := record[key]) is not None:
+                of_old = "" if metrics["old"] is None else f"old {metrics['old']:.1f}, new {metrics['new']:.1f}, "
+                parts.append(f"{name} {metrics['top1']:.1f} % ({of_old}top-5 {metrics['top5']:.1f})")
+        parts.append(f"memory {memory['units_total']:.1f} units, {memory['bytes_total']:,} bytes")
+        parts.append(f"{record['seconds']['total']:.1f} s")
+        log.info("%s, %d classes: %s", self._name(), self.nb_seen, "; ".join(parts))

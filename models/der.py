@@ -1,0 +1,32 @@
+"""DER: Yan et al., "DER: Dynamically Expandable Representation for Class Incremental Learning", CVPR 2021.
+
+A new extractor for each phase beside the old ones, which are frozen; without the pruning masks, as PyCIL has it.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from convs.heads import align_weights
+from convs.resnet import ResNet
+from models.base import Learner
+from models.losses import newest_or_old
+from models.networks import ExpandableNet, Outputs, der_net
+
+
+class DER(Learner):
+    milestones = (80, 120, 150)
+
+    def build_network(self, backbone: ResNet) -> ExpandableNet:
+        return der_net(backbone)
+
+    def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
+        """CE over all classes + CE of the auxiliary head, whose class 0 is every old class."""
+        classification = F.cross_entropy(outputs.logits, targets)
+        if outputs.aux_logits is None:
+            return classification
+        return classification + F.cross_entropy(outputs.aux_logits, newest_or_old(targets, self.nb_old))
+
+    def after_training(self) -> None:
+        """The new classes' bias is taken out as WA does, in place of the paper's second stage."""
+        if self.phase > 0:
+            align_weights(self.network.head, self.nb_new)

@@ -1,0 +1,28 @@
+"""iCaRL: Rebuffi et al., "iCaRL: Incremental Classifier and Representation Learning", CVPR 2017.
+
+One network; what it knew is distilled into what it learns; classes are told by the nearest mean of their exemplars.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from convs.resnet import ResNet
+from models.base import Learner
+from models.losses import distillation
+from models.networks import IncrementalNet, Outputs
+
+
+class ICaRL(Learner):
+    milestones = (80, 120)
+    keeps_old_network = True
+    uses_nme = True
+
+    def build_network(self, backbone: ResNet) -> IncrementalNet:
+        return IncrementalNet(backbone)
+
+    def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
+        """Algorithm 3, with softmax for the paper's sigmoids as later work does: CE + KD on the old classes."""
+        classification = F.cross_entropy(outputs.logits, targets)
+        if self.old_network is None:
+            return classification
+        return classification + distillation(outputs.logits[:, : self.nb_old], self.old_logits(images), self.config.T)

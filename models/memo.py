@@ -1,0 +1,15 @@
+"""MEMO: Zhou et al., "A Model or 603 Exemplars: Towards Memory-Efficient Class-Incremental Learning", ICLR 2023.
+
+Early blocks hardly differ between phases, so they are shared; only the last stage is specialised, one a phase.
+"""
+
+from convs.resnet import ResNet
+from models.der import DER
+from models.networks import ExpandableNet, memo_net
+
+
+class MEMO(DER):
+    """DER's loss and alignment, on a network that shares its early blocks."""
+
+    def build_network(self, backbone: ResNet) -> ExpandableNet:
+        return memo_net(backbone)

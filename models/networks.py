@@ -1,0 +1,116 @@
+"""Networks that grow from phase to phase.  Each maps B x 3 x H x W to `Outputs`; `grow` readies it for new classes."""
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from convs.heads import grown, linear_head
+from convs.resnet import ResNet, joined, split
+
+
+class Outputs(NamedTuple):
+    """logits: B x classes seen; features: B x D, what the head reads; aux_logits: B x (new classes + 1), or None."""
+
+    logits: Tensor
+    features: Tensor
+    aux_logits: Tensor | None = None
+
+
+class GrowingNet(nn.Module):
+    """What all growing networks have in common: how many classes they know, and extractors that stay frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.nb_classes = 0
+        self.head: nn.Linear | None = None
+
+    def grow(self, nb_new: int) -> None:
+        """Make room for `nb_new` more classes, before a phase.  Draws fresh weights from torch's random state."""
+        raise NotImplementedError
+
+    def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
+        """(backbone, head) after phase 0, with the names that the backbone had before it became part of a method."""
+        raise NotImplementedError
+
+    @property
+    def frozen_modules(self) -> Sequence[nn.Module]:
+        """The parts that are never trained again."""
+        return ()
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's, but frozen parts stay in eval mode: their batch norm statistics belong to them."""
+        super().train(mode)
+        for module in self.frozen_modules:
+            module.eval()
+        return self
+
+
+class IncrementalNet(GrowingNet):
+    """One backbone and one linear head that grows (iCaRL, WA)."""
+
+    def __init__(self, backbone: ResNet):
+        super().__init__()
+        self.backbone = backbone
+
+    def grow(self, nb_new: int) -> None:
+        self.nb_classes += nb_new
+        self.head = grown(self.head, self.backbone.feature_dim, self.nb_classes)
+
+    def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
+        return self.backbone, self.head
+
+    def forward(self, x: Tensor) -> Outputs:
+        features = self.backbone(x)
+        return Outputs(self.head(features), features)
+
+
+class ExpandableNet(GrowingNet):
+    """Shared blocks, one more extractor in each phase, and a head over the features of all of them.
+
+    shared: what every extractor reads the output of; extractor: phase 0's, from there to B x feature_dim.  A later
+    phase's extractor starts from the previous one's weights, and the previous ones are frozen.  From phase 1 on
+    `aux_head` tells the new classes and one "old" class apart by the newest extractor's features alone.
+    """
+
+    def __init__(self, shared: nn.Module, extractor: nn.Module, feature_dim: int):
+        super().__init__()
+        self.shared = shared
+        self.extractors = nn.ModuleList([extractor])
+        self.feature_dim = feature_dim
+        self.aux_head: nn.Linear | None = None
+
+    def grow(self, nb_new: int) -> None:
+        if self.nb_classes > 0:
+            newest = copy.deepcopy(self.extractors[-1])
+            self.extractors[-1].requires_grad_(False).eval()
+            self.extractors.append(newest)
+            self.aux_head = linear_head(self.feature_dim, nb_new + 1)
+        self.nb_classes += nb_new
+        self.head = grown(self.head, self.feature_dim * len(self.extractors), self.nb_classes)
+
+    @property
+    def frozen_modules(self) -> Sequence[nn.Module]:
+        return self.extractors[:-1]
+
+    def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
+        return joined(self.shared, self.extractors[0]), self.head
+
+    def forward(self, x: Tensor) -> Outputs:
+        # Frozen extractors pass gradients on to trained shared blocks; where nothing is shared, none are computed.
+        x = self.shared(x)
+        parts = [extractor(x) for extractor in self.extractors]
+        features = torch.cat(parts, dim=1)
+        return Outputs(self.head(features), features, self.aux_head(parts[-1]) if self.aux_head is not None else None)
+
+
+def der_net(backbone: ResNet) -> ExpandableNet:
+    """A whole backbone a phase, nothing shared."""
+    return ExpandableNet(nn.Sequential(), backbone, backbone.feature_dim)
+
+
+def memo_net(backbone: ResNet) -> ExpandableNet:
+    """Shared early blocks and one specialised last stage a phase."""
+    return ExpandableNet(*split(backbone), backbone.feature_dim)

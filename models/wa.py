@@ -1,0 +1,34 @@
+"""WA: Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental Learning", CVPR 2020.
+
+Distillation maintains discrimination among old classes; aligning the head's weights restores fairness to them.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from convs.heads import align_weights
+from convs.resnet import ResNet
+from models.base import Learner
+from models.losses import distillation
+from models.networks import IncrementalNet, Outputs
+
+
+class WA(Learner):
+    milestones = (60, 100, 140)
+    keeps_old_network = True
+
+    def build_network(self, backbone: ResNet) -> IncrementalNet:
+        return IncrementalNet(backbone)
+
+    def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
+        """(1 - l) CE + l KD, with l = old classes / all classes."""
+        classification = F.cross_entropy(outputs.logits, targets)
+        if self.old_network is None:
+            return classification
+        l = self.nb_old / self.nb_seen  # noqa: E741  (the paper's lambda)
+        old = distillation(outputs.logits[:, : self.nb_old], self.old_logits(images), self.config.T)
+        return (1 - l) * classification + l * old
+
+    def after_training(self) -> None:
+        if self.phase > 0:
+            align_weights(self.network.head, self.nb_new)

@@ -1,0 +1,336 @@
+"""A run's configuration: every key with its type, default and meaning in one place, read from JSON and checked at once.
+
+The keys are PyCIL's where PyCIL has one, plus ESCORT's and those that PyCIL hides in its method files.
+"""
+
+# ruff: noqa: RUF009  (_key is dataclasses.field with a meaning)
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from utils.errors import UserError
+
+
+def _key(default: Any, meaning: str, *, result: bool = True, choices: Sequence[str] | None = None) -> Any:
+    """One key.  result: whether two runs that differ in it may end with different numbers."""
+    metadata = {"meaning": meaning, "result": result, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class Config:
+    """Every key of a config file.  A key without a default must be given."""
+
+    # The experiment, in PyCIL's words
+    prefix: str = _key("", "a name for the run, free to use in other keys as ${prefix}", result=False)
+    dataset: str = _key(MISSING, "the dataset's folder in data_dir")
+    memory_size: int = _key(2000, "PyCIL's total of exemplars; used only where fixed_memory is false")
+    memory_per_class: float = _key(20.0, "B: memory budget of a class, in units of one real image")
+    fixed_memory: bool = _key(True, "a fixed budget per class; the only mode so far")
+    shuffle: bool = _key(True, "shuffle the class order with seed")
+    init_cls: int = _key(MISSING, "classes of phase 0")
+    increment: int = _key(MISSING, "classes of each further phase; the last one takes what is left")
+    model_name: str = _key(MISSING, "the method")
+    convnet_type: str = _key(MISSING, "the backbone")
+    device: Any = _key(
+        "auto", '"auto", "cpu", "cuda", or CUDA devices as PyCIL writes them: ["0"], ["0", "1"]', result=False
+    )
+    seed: list[int] = _key([1993], "class orders: one run each, mean and spread reported", result=False)
+
+    # ESCORT
+    real_per_class: int = _key(20, "R: exemplars of a class that are kept as pictures")
+    syn_per_class: int = _key(0, "S: exemplars of a class that are kept as prompts")
+    augmentations_per_image: int = _key(5, "K: copies that are regenerated from a prompt")
+    augmentation_prob: float = _key(
+        0.0, "p: probability that a real image is replaced by one of its copies when it is read"
+    )
+    augmentation_scope: str = _key("all", "which real images p is for", choices=("all", "exemplars"))
+    regenerate: str = _key(
+        "ahead",
+        "copies made beforehand by compress/run.py, or after each phase for the chosen exemplars alone",
+        choices=("ahead", "on_demand"),
+    )
+    regenerate_resolution: str = _key("high", "on_demand: the settings of compress/run.py", choices=("high", "low"))
+    regenerate_model: str = _key("sd15", "on_demand: the ControlNet, as compress/run.py --model names it")
+    regenerate_batch_size: int = _key(4, "on_demand: copies made at a time", result=False)
+
+    # The schedule (PyCIL keeps these in its method files)
+    model_seed: int = _key(1993, "initial weights, order of the batches, augmentation, choice of copies")
+    batch_size: int = _key(128, "images of a training step, over all devices together")
+    momentum: float = _key(0.9, "SGD's momentum")
+    init_epoch: int = _key(200, "phase 0: epochs")
+    init_lr: float = _key(0.1, "phase 0: learning rate")
+    init_milestones: list[int] = _key([60, 120, 170], "phase 0: epochs after which the rate decays")
+    init_lr_decay: float = _key(0.1, "phase 0: factor of each decay")
+    init_weight_decay: float = _key(5e-4, "phase 0: weight decay")
+    epochs: int = _key(170, "later phases: epochs")
+    lrate: float = _key(0.1, "later phases: learning rate")
+    milestones: list[int] | None = _key(
+        None, "later phases: epochs after which the rate decays; null takes the method's own"
+    )
+    lrate_decay: float = _key(0.1, "later phases: factor of each decay")
+    weight_decay: float = _key(2e-4, "later phases: weight decay")
+    T: float = _key(2.0, "temperature of knowledge distillation (iCaRL, WA)")
+
+    # The machine
+    precision: str = _key("32-true", "arithmetic of training", choices=("32-true", "bf16-mixed", "16-mixed"))
+    num_workers: int = _key(8, "processes that read images (at most one a core is used)", result=False)
+    data_dir: str | None = _key(None, "the folder of all datasets; null: $ESCORT_DATA_DIR, else ./data", result=False)
+    output_dir: str = _key("outputs", "where the run leaves its results", result=False)
+    phase0_cache: str | None = _key(
+        None,
+        "trained phase-0 networks, shared by runs that agree on them; null: phase0_cache in output_dir",
+        result=False,
+    )
+    keep_checkpoints: int = _key(1, "how many phases' checkpoints are kept for each seed; 0 keeps all", result=False)
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+_TYPES = typing.get_type_hints(Config)
+_WORDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list[int]: "a list of whole numbers",
+    types.NoneType: "null",
+}
+
+
+def load_config(
+    file: str | Path, overrides: Sequence[str] = (), choices: Mapping[str, Sequence[str]] | None = None
+) -> Config:
+    """The config of a JSON file with `key=value` overrides on top, checked.
+
+    choices: further allowed values by key (the methods, the backbones), which this package can't know by itself.
+    Values may refer to other keys, as in "outputs/${dataset}".
+    Raises UserError that lists every problem found.
+    """
+    values = read_json(Path(file))
+    problems: list[str] = []
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            problems.append(f"{override!r} is not of the form key=value")
+            continue
+        try:
+            values[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        except Exception as error:  # PyYAML's and OmegaConf's parsers have many of their own
+            problems.append(f"{key}: {text!r} can't be read ({_first_line(error)})")
+    if isinstance(values.get("seed"), int | str) and not isinstance(values["seed"], bool):
+        values["seed"] = [values["seed"]]
+
+    merged: DictConfig = OmegaConf.structured(Config)
+    broken = set()
+    for key, value in values.items():
+        problem = _unknown(key) if key not in _FIELDS else _wrong_type(key, value)
+        if problem is None:
+            merged = OmegaConf.merge(merged, {key: value})
+        else:
+            problems.append(problem)
+            broken.add(key)
+    config = Config()
+    for key in _FIELDS:
+        if key in broken:
+            continue  # said already; its default stands in, so that the other checks still run
+        try:
+            if OmegaConf.is_missing(merged, key):
+                problems.append(f"{key} is not given: {_FIELDS[key].metadata['meaning']}")
+                broken.add(key)
+                continue
+            value = merged[key]
+            setattr(config, key, OmegaConf.to_object(value) if OmegaConf.is_config(value) else value)
+        except OmegaConfBaseException as error:
+            problems.append(f"{key}: {_first_line(error)}")
+            broken.add(key)
+    checks = _checks(config, choices or {})
+    problems += [problem for keys, problem in checks if problem and not broken.intersection(keys)]
+    if problems:
+        count = "" if len(problems) == 1 else f"{len(problems)} problems\n  "
+        raise UserError(f"{file}: {count}" + "\n  ".join(problems))
+    return config
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file's one JSON object.  Raises UserError that says where it is not one."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no config file {file}; exps/config.json is one to start from.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} can't be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f'{file} must hold one JSON object, like {{"dataset": "Food101", ...}}.')
+    return values
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, _FIELDS, n=1, cutoff=0.5)
+    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; README.md lists the keys.")
+
+
+def _wrong_type(key: str, value: Any) -> str | None:
+    """What is wrong with a value's type, or None.  Strict: "128" or true is no number."""
+    if isinstance(value, str) and "${" in value:
+        return None  # resolved, and checked by OmegaConf, when all keys are there
+    expected = _TYPES[key]
+    kinds = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    if any(_fits(kind, value) for kind in kinds):
+        return None
+    return f"{key} must be {' or '.join(_WORDS[kind] for kind in kinds)}, not {_as_json(value)}"
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if kind is Any:
+        return True
+    if kind == list[int]:
+        return isinstance(value, list) and all(_fits(int, entry) for entry in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _checks(config: Config, choices: Mapping[str, Sequence[str]]) -> Iterator[tuple[Sequence[str], str | bool]]:
+    """(the keys that a check is about, what is wrong or False): all that can be told without the data."""
+
+    def at_least(minimum: float, *keys: str):
+        for key in keys:
+            value = getattr(config, key)
+            numbers = value if isinstance(value, list) else [value]
+            wrong = any(isinstance(number, int | float) and number < minimum for number in numbers)
+            yield (key,), wrong and f"{key} must be at least {minimum}, not {value}"
+
+    yield from at_least(1, "init_cls", "increment", "batch_size", "init_epoch", "epochs", "regenerate_batch_size")
+    yield from at_least(1, "milestones", "init_milestones")
+    yield from at_least(0, "real_per_class", "syn_per_class", "augmentations_per_image", "memory_per_class")
+    yield from at_least(0, "memory_size", "num_workers", "keep_checkpoints", "seed", "model_seed")
+    yield from at_least(0, "momentum", "weight_decay", "init_weight_decay")
+    for key in ("init_lr", "lrate", "init_lr_decay", "lrate_decay", "T"):
+        value = getattr(config, key)
+        yield (key,), not value > 0 and f"{key} must be above 0, not {value}"
+
+    allowed = {key: field.metadata["choices"] for key, field in _FIELDS.items() if field.metadata["choices"]}
+    for key, names in {**allowed, **choices}.items():
+        value = getattr(config, key)
+        if value not in names:
+            near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            yield (key,), f"{key} must be one of {', '.join(names)}, not {value!r}{hint}"
+
+    probability = config.augmentation_prob
+    yield ("augmentation_prob",), not 0 <= probability <= 1 and f"augmentation_prob must lie in 0..1, not {probability}"
+    yield ("momentum",), config.momentum >= 1 and f"momentum must be below 1, not {config.momentum}"
+    yield (
+        ("dataset",),
+        Path(str(config.dataset)).name != config.dataset
+        and (f"dataset must be the name of a folder in data_dir, not {config.dataset!r}"),
+    )
+    yield (
+        ("seed",),
+        (not config.seed or len(set(config.seed)) < len(config.seed))
+        and (f"seed must list one or more different numbers, not {config.seed}"),
+    )
+    yield (
+        ("fixed_memory",),
+        not config.fixed_memory
+        and (
+            "fixed_memory must be true: a total of memory_size exemplars is not supported; set memory_per_class instead"
+        ),
+    )
+    real, synthetic, budget = config.real_per_class, config.syn_per_class, config.memory_per_class
+    yield (
+        ("real_per_class", "syn_per_class"),
+        real + synthetic < 1
+        and ("real_per_class + syn_per_class must be at least 1: every method here replays exemplars"),
+    )
+    # A prompt's exact cost needs the images (main.py checks it then); the real exemplars' cost is known already.
+    yield (
+        ("real_per_class", "memory_per_class"),
+        real > budget
+        and (f"real_per_class: {real} real exemplars cost {real} units, more than memory_per_class = {budget:g}"),
+    )
+    needs_copies = synthetic > 0 or probability > 0
+    yield (
+        ("augmentations_per_image",),
+        needs_copies
+        and config.augmentations_per_image < 1
+        and ("augmentations_per_image must be at least 1 where syn_per_class or augmentation_prob is above 0"),
+    )
+    yield (
+        ("regenerate", "augmentation_prob", "augmentation_scope"),
+        (config.regenerate == "on_demand" and probability > 0 and config.augmentation_scope == "all")
+        and (
+            "regenerate: on_demand makes copies of exemplars only; "
+            'set augmentation_scope to "exemplars" or augmentation_prob to 0'
+        ),
+    )
+    device = config.device
+    known = device in ("auto", "cpu", "cuda") or _cuda_devices(device) is not None
+    yield (
+        ("device",),
+        not known
+        and (f'device must be "auto", "cpu", "cuda" or a list of CUDA devices like ["0"], not {_as_json(device)}'),
+    )
+
+
+def _cuda_devices(device: Any) -> list[int] | None:
+    numbers = [str(entry) for entry in (device if isinstance(device, list) else [device])]
+    return [int(number) for number in numbers] if numbers and all(number.isdecimal() for number in numbers) else None
+
+
+def accelerator(device: Any) -> tuple[str, int | list[int]]:
+    """A checked `device` key as Lightning Fabric's (accelerator, devices)."""
+    if device in ("auto", "cpu", "cuda"):
+        return device, 1
+    return "cuda", _cuda_devices(device)
+
+
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The keys that may change a run's numbers and in which two configs (as dicts) differ, with both values."""
+    nothing = "(not there)"
+    return [
+        f"{key}: {json.dumps(theirs.get(key, nothing))} -> {json.dumps(ours.get(key, nothing))}"
+        for key in dict.fromkeys((*ours, *theirs))
+        if ours.get(key, nothing) != theirs.get(key, nothing)
+        and (key not in _FIELDS or _FIELDS[key].metadata["result"])
+    ]
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The config as plain data, fit for JSON."""
+    return dataclasses.asdict(config)
+
+
+def help_text(choices: Mapping[str, Sequence[str]] | None = None) -> str:
+    """All keys with type, default and meaning, one a line."""
+    lines = []
+    for key, field in _FIELDS.items():
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = "(required)" if default == MISSING else json.dumps(default)
+        names = field.metadata["choices"] or (choices or {}).get(key)
+        lines.append(f"{key:24} {default:18} {field.metadata['meaning']}" + (f": {', '.join(names)}" if names else ""))
+    return "\n".join(lines)

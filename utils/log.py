@@ -1,0 +1,56 @@
+"""One logger for screen and file, on good terms with progress bars."""
+
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+PACKAGES = ("main", "models", "utils", "convs", "compress", "ControlNet")
+
+
+class _Screen(logging.Handler):
+    """Writes above a running progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def start(file: Path | None, *, quiet: bool = False) -> None:
+    """Send this project's log lines to the screen (INFO and above) and, with times, to a file (all, appended).
+
+    quiet: neither, for all processes of a run but the first.  Calling it again replaces what an earlier call set up.
+    """
+    handlers: list[logging.Handler] = []
+    if not quiet:
+        screen = _Screen(logging.INFO)
+        screen.setFormatter(logging.Formatter("%(message)s"))
+        handlers.append(screen)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            to_file = logging.FileHandler(file, encoding="utf-8")
+            to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            handlers.append(to_file)
+    for name in PACKAGES:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.DEBUG)
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()
+        for handler in handlers or [logging.NullHandler()]:
+            logger.addHandler(handler)
+
+
+def progress(total: int, description: str, *, quiet: bool = False) -> tqdm:
+    """A bar on stderr with the time left; written to seldom where stderr is no terminal."""
+    often = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=description,
+        disable=quiet,
+        leave=False,
+        mininterval=0.2 if often else 30,
+        maxinterval=10 if often else 60,
+        dynamic_ncols=True,
+        file=sys.stderr,
+    )

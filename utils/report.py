@@ -1,0 +1,234 @@
+"""What a run leaves: results.json, confusion matrices, accuracy.png; and tables that compare runs.
+
+    python -m utils.report FOLDER [NAME=FOLDER ...] [--plot accuracy.png]
+
+results.json (accuracies in percent, seconds, bytes):
+    config     the configuration as used
+    runs       one entry a seed:
+        seed, finished, class_names (in the order in which the classes came)
+        phases     one entry a phase: phase, classes_seen; cnn and nme (null where unused), each with top1, top5, old,
+                   new, per_class {label: accuracy}, per_phase [accuracy on the classes of phase 0, 1, ...];
+                   memory (units, bytes); parameters; training (epochs, loss, accuracy, seconds, reused);
+                   seconds {train, exemplars, evaluate, total}
+        cnn, nme   average_incremental_accuracy, forgetting (null after one phase), top1 (a list, by phase), or null
+        memory     after the last phase
+        seconds    of all phases; seconds_reused: what training the reused network of phase 0 had taken, not in it
+    summary    over the finished seeds: for cnn and nme the mean and the standard deviation (n - 1; 0 for one seed) of
+               average_incremental_accuracy, forgetting and of top1 by phase; classes_seen; units, bytes and seconds
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.images import write_atomically
+from utils.metrics import average_incremental_accuracy, forgetting
+
+_COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#444444")
+
+
+def run_entry(seed: int, class_names: Sequence[str], records: Sequence[Mapping], nb_phases: int) -> dict[str, Any]:
+    """One seed's part of results.json, from the records of its learner."""
+    phases = []
+    for record in records:
+        entry = dict(record)
+        for classifier in ("cnn", "nme"):
+            if (metrics := record[classifier]) is not None:
+                named = dict(zip(class_names, metrics["per_class"], strict=False))
+                entry[classifier] = {**metrics, "per_class": named}
+                del entry[classifier]["confusion"]
+        phases.append(entry)
+    trainings = [record["training"] for record in records]
+    return {
+        "seed": seed,
+        "finished": len(records) == nb_phases,
+        "class_names": list(class_names),
+        "phases": phases,
+        "cnn": _over_phases(records, "cnn"),
+        "nme": _over_phases(records, "nme"),
+        "memory": records[-1]["memory"],
+        "seconds": sum(record["seconds"]["total"] for record in records),
+        "seconds_reused": sum(training["seconds"] for training in trainings if training["reused"]),
+    }
+
+
+def _over_phases(records: Sequence[Mapping], classifier: str) -> dict[str, Any] | None:
+    if any(record[classifier] is None for record in records):
+        return None
+    top1 = [record[classifier]["top1"] for record in records]
+    return {
+        "average_incremental_accuracy": average_incremental_accuracy(top1),
+        "forgetting": forgetting([record[classifier]["per_phase"] for record in records]),
+        "top1": top1,
+    }
+
+
+def results(config: Mapping[str, Any], runs: Sequence[Mapping]) -> dict[str, Any]:
+    """The whole of results.json."""
+    return {"config": dict(config), "runs": list(runs), "summary": summary([run for run in runs if run["finished"]])}
+
+
+def summary(runs: Sequence[Mapping]) -> dict[str, Any] | None:
+    """Mean and spread over seeds, or None where no seed is finished."""
+    if not runs:
+        return None
+    out: dict[str, Any] = {
+        "seeds": [run["seed"] for run in runs],
+        "classes_seen": [phase["classes_seen"] for phase in runs[0]["phases"]],
+    }
+    for classifier in ("cnn", "nme"):
+        entries = [run[classifier] for run in runs]
+        out[classifier] = None
+        if None not in entries:
+            keys = ("average_incremental_accuracy", "forgetting", "top1")
+            out[classifier] = {key: _mean_std([entry[key] for entry in entries]) for key in keys}
+    out["units"] = _mean_std([run["memory"]["units_total"] for run in runs])
+    out["bytes"] = _mean_std([run["memory"]["bytes_total"] for run in runs])
+    out["seconds"] = _mean_std([run["seconds"] + run["seconds_reused"] for run in runs])
+    return out
+
+
+def _mean_std(values: Sequence) -> dict[str, Any] | None:
+    if any(value is None for value in values):
+        return None
+    array = np.asarray(values, dtype=float)
+    std = array.std(axis=0, ddof=1) if len(array) > 1 else np.zeros(array.shape[1:])
+    return {"mean": array.mean(axis=0).tolist(), "std": std.tolist()}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Indented, readable in UTF-8, in one piece or not at all."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_confusion(path: Path, confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> None:
+    """A confusion matrix as CSV: a row a true class, a column a predicted one, counts of test images."""
+    names = list(class_names[: len(confusion)])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true \\ predicted", *names])
+    writer.writerows([name, *row] for name, row in zip(names, confusion, strict=True))
+    write_atomically(path, lambda file: file.write(text.getvalue().encode("utf-8")))
+
+
+def load_results(folder: Path) -> dict[str, Any]:
+    """results.json of an output folder (or the file itself).  Raises UserError where there is none that is finished."""
+    path = folder / "results.json" if folder.is_dir() else folder
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no results in {folder}: {error}") from None
+    if not isinstance(content, dict) or not content.get("summary"):
+        raise UserError(f"{path} has no finished run yet.")
+    return content
+
+
+def curves(runs: Mapping[str, Mapping]) -> dict[str, tuple[Mapping, str]]:
+    """Name -> (summary, classifier) for each line of a table or a plot: NME gets its own beside CNN."""
+    lines = {}
+    for name, content in runs.items():
+        for classifier in ("cnn", "nme"):
+            if content["summary"][classifier] is not None:
+                has_both = content["summary"]["nme"] is not None
+                lines[f"{name} ({classifier.upper()})" if has_both else name] = (content["summary"], classifier)
+    return lines
+
+
+def table(runs: Mapping[str, Mapping]) -> str:
+    """A text table of several runs' results.json, by name.
+
+    For each: top-1 accuracy after each phase and their average in %, forgetting, memory in units and bytes, seconds
+    (with phase 0's training also where a network was reused); mean +- standard deviation where there are several seeds.
+    """
+    lines = curves(runs)
+    nb_phases = max(len(entry["classes_seen"]) for entry, _ in lines.values())
+    phases = [f"phase {phase}" for phase in range(nb_phases)]
+    header = ["", *phases, "average", "forgetting", "units", "bytes", "seconds"]
+    rows = []
+    for name, (entry, classifier) in lines.items():
+        several = len(entry["seeds"]) > 1
+        top1 = entry[classifier]["top1"]
+        cells = [_number(*pair, several) for pair in zip(top1["mean"], top1["std"], strict=True)]
+        cells += [""] * (nb_phases - len(cells))
+        for values, digits in (
+            (entry[classifier]["average_incremental_accuracy"], 1),
+            (entry[classifier]["forgetting"], 1),
+            (entry["units"], 1),
+            (entry["bytes"], 0),
+            (entry["seconds"], 0),
+        ):
+            cells.append("-" if values is None else _number(values["mean"], values["std"], several, digits))
+        rows.append([name, *cells])
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    name_width, *cell_widths = widths
+    printed = [
+        "  ".join(
+            [name.ljust(name_width), *(cell.rjust(width) for cell, width in zip(cells, cell_widths, strict=True))]
+        )
+        for name, *cells in [header, *rows]
+    ]
+    return "\n".join([printed[0], rule, *printed[1:]])
+
+
+def _number(mean: float, std: float, several: bool, digits: int = 1) -> str:
+    text = f"{mean:,.{digits}f}"
+    return f"{text} ± {std:,.{digits}f}" if several and std > 0 else text
+
+
+def plot(runs: Mapping[str, Mapping], path: Path) -> None:
+    """Top-1 accuracy over the number of classes seen, a line a run; a band of one standard deviation over its seeds."""
+    from matplotlib.figure import Figure  # slow to import, and needed here alone
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, (entry, classifier)) in enumerate(curves(runs).items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        seen, metrics = entry["classes_seen"], entry[classifier]
+        mean, std = np.array(metrics["top1"]["mean"]), np.array(metrics["top1"]["std"])
+        average = metrics["average_incremental_accuracy"]["mean"]
+        style = "o-" if classifier == "cnn" else "s--"
+        axes.plot(seen, mean, style, color=colour, markersize=5, label=f"{name}: average {average:.1f} %")
+        if len(entry["seeds"]) > 1:
+            axes.fill_between(seen, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+    configs = [content["config"] for content in runs.values()]
+    titles = dict.fromkeys(", ".join(c[key] for key in ("dataset", "model_name", "convnet_type")) for c in configs)
+    axes.set_title("; ".join(titles), fontsize=10)
+    axes.set_xlabel("classes seen")
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare the results of several output folders.  Exit code 0, or 2 where one has none."""
+    parser = argparse.ArgumentParser(prog="python -m utils.report", description="Compare runs of main.py.")
+    parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help="an output folder of main.py")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the accuracy curves")
+    arguments = parser.parse_args(argv)
+    try:
+        named = [text.partition("=") if "=" in text else (Path(text).name, "=", text) for text in arguments.runs]
+        runs = {name: load_results(Path(folder)) for name, _, folder in named}
+        print(table(runs))
+        if arguments.plot:
+            plot(runs, arguments.plot)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
