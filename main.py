@@ -7,6 +7,7 @@ seed (a class order), let the method learn phase after phase, and write down wha
 """
 
 import argparse
+import itertools
 import logging
 import statistics
 import sys
@@ -14,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from lightning_fabric import Fabric
 
 import torchvision_compat  # noqa: F401  (before torchvision and Lightning: lets a CUDA wheel load beside a CPU torch)
+from compress.on_demand import OnDemand
 from convs.resnet import CONVNETS
 from models import METHODS
 from models.base import Regenerate
@@ -64,7 +67,7 @@ def run(config: Config) -> dict:
     fabric = start_devices(config)
     paths = DatasetPaths(data_dir(config.data_dir), config.dataset)
     orders = {seed: open_data(config, paths, seed) for seed in config.seed}
-    regenerate = check_exemplars(config, next(iter(orders.values())))
+    regenerate = check_exemplars(config, next(iter(orders.values())), fabric.device)
     output = open_output(config)
     cache = Path(config.phase0_cache) if config.phase0_cache else output / "phase0_cache"
     logs.start(output / "log.txt", quiet=not fabric.is_global_zero)
@@ -96,10 +99,8 @@ def run(config: Config) -> dict:
     return results
 
 
-def start_devices(config: Config):
+def start_devices(config: Config) -> Fabric:
     """The launched Lightning Fabric.  Raises UserError for a device that this machine has not."""
-    from lightning_fabric import Fabric
-
     accelerator, devices = configs.accelerator(config.device)
     found = torch.cuda.device_count()
     asked = devices if isinstance(devices, list) else [0]
@@ -116,24 +117,33 @@ def open_data(config: Config, paths: DatasetPaths, seed: int) -> DataManager:
     return DataManager(paths, shuffle=config.shuffle, seed=seed, init_cls=config.init_cls, increment=config.increment)
 
 
-def check_exemplars(config: Config, data: DataManager) -> Regenerate | None:
-    """Make sure, before any work, that the exemplars can be chosen, fit the budget and have their copies.
+def check_exemplars(config: Config, data: DataManager, device: torch.device) -> Regenerate | None:
+    """Make sure, before any work, that the exemplars can be chosen, fit the budget and have, or can get, their copies.
 
-    Returns what makes copies on demand, None where all are made ahead.
+    Returns what makes copies on demand; None where all are made ahead, or none is needed.
     """
-    classes = range(data.nb_classes)
-    sizes = {data.class_names[target]: len(data.train_images(target)) for target in classes}
+    images = [data.train_images(target) for target in range(data.nb_classes)]
+    sizes = {name: len(of_class) for name, of_class in zip(data.class_names, images, strict=True)}
     check_class_sizes(sizes, config.real_per_class, config.syn_per_class)
-    images = [data.train_images(target)[0] for target in classes]
-    cost = statistics.median(prompt_cost(image, data.paths.find_edge_map(image)) for image in images)
-    check_budget(config.real_per_class, config.syn_per_class, config.memory_per_class, cost)
-    if config.syn_per_class == 0 and config.augmentation_prob == 0:
-        return None
-    if config.regenerate == "on_demand":
-        return None
-    every = (image for target in classes for image in data.train_images(target))
-    check_copies(data.paths, every, config.augmentations_per_image)
-    return None
+    needs_copies = config.syn_per_class > 0 or config.augmentation_prob > 0
+    on_demand = None
+    if needs_copies and config.regenerate == "on_demand":
+        on_demand = OnDemand(
+            data.paths,
+            resolution=config.regenerate_resolution or data.defaults.resolution,
+            model=config.regenerate_model,
+            copies=config.augmentations_per_image,
+            device=device,
+            size=config.regenerate_size,
+            steps=config.regenerate_steps,
+            batch_size=config.regenerate_batch_size,
+        )
+    elif needs_copies:
+        check_copies(data.paths, itertools.chain(*images), config.augmentations_per_image)
+    cost = on_demand.prompt_cost if on_demand else lambda image: prompt_cost(image, data.paths.find_edge_map(image))
+    typical = statistics.median(cost(of_class[0]) for of_class in images)
+    check_budget(config.real_per_class, config.syn_per_class, config.memory_per_class, typical)
+    return on_demand
 
 
 def open_output(config: Config) -> Path:

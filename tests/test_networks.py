@@ -88,7 +88,7 @@ def test_fresh_head():
     head = linear_head(64, 10)
     assert head.bias.abs().max() == 0
     assert head.weight.abs().max() <= np.sqrt(3 / 64)  # kaiming uniform, gain 1
-    assert head.weight.std() == pytest.approx(np.sqrt(1 / 64), rel=0.1)
+    assert head.weight.std().item() == pytest.approx(np.sqrt(1 / 64), rel=0.1)
 
 
 def test_a_grown_head_keeps_rows_and_columns():

@@ -10,7 +10,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,15 @@ class Config:
         "copies made beforehand by compress/run.py, or after each phase for the chosen exemplars alone",
         choices=("ahead", "on_demand"),
     )
-    regenerate_resolution: str = _key("high", "on_demand: the settings of compress/run.py", choices=("high", "low"))
-    regenerate_model: str = _key("sd15", "on_demand: the ControlNet, as compress/run.py --model names it")
-    regenerate_batch_size: int = _key(4, "on_demand: copies made at a time", result=False)
+    regenerate_resolution: str | None = _key(
+        None, "on_demand: the settings of compress/run.py; null: what fits the images", choices=("high", "low")
+    )
+    regenerate_model: str = _key("sd15", "on_demand: the ControlNet, as compress/run.py's --model names it")
+    regenerate_size: int | None = _key(
+        None, "on_demand: shorter side of the generated pictures; null: the settings' own"
+    )
+    regenerate_steps: int | None = _key(None, "on_demand: DDIM steps; null: the settings' own")
+    regenerate_batch_size: int | None = _key(None, "on_demand: copies made together; null: what suits the device")
 
     # The schedule (PyCIL keeps these in its method files)
     model_seed: int = _key(1993, "initial weights, order of the batches, augmentation, choice of copies")
@@ -155,8 +161,7 @@ def load_config(
         except OmegaConfBaseException as error:
             problems.append(f"{key}: {_first_line(error)}")
             broken.add(key)
-    checks = _checks(config, choices or {})
-    problems += [problem for keys, problem in checks if problem and not broken.intersection(keys)]
+    problems += _check(config, broken, choices or {})
     if problems:
         count = "" if len(problems) == 1 else f"{len(problems)} problems\n  "
         raise UserError(f"{file}: {count}" + "\n  ".join(problems))
@@ -214,87 +219,70 @@ def _fits(kind: Any, value: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _checks(config: Config, choices: Mapping[str, Sequence[str]]) -> Iterator[tuple[Sequence[str], str | bool]]:
-    """(the keys that a check is about, what is wrong or False): all that can be told without the data."""
+def _check(config: Config, broken: set[str], choices: Mapping[str, Sequence[str]]) -> list[str]:
+    """What is wrong with the values, as far as can be told without the data.
 
-    def at_least(minimum: float, *keys: str):
+    broken: keys whose value has been refused already; a check that reads one of them is left out.
+    """
+    problems: list[str] = []
+
+    def refuse(wrong: bool, message: str, *keys: str) -> None:
+        if wrong and not broken.intersection(keys):
+            problems.append(message)
+
+    def at_least(minimum: float, *keys: str) -> None:
         for key in keys:
             value = getattr(config, key)
-            numbers = value if isinstance(value, list) else [value]
-            wrong = any(isinstance(number, int | float) and number < minimum for number in numbers)
-            yield (key,), wrong and f"{key} must be at least {minimum}, not {value}"
+            numbers = value if isinstance(value, list) else [] if value is None else [value]
+            wrong = key not in broken and any(number < minimum for number in numbers)
+            refuse(wrong, f"{key} must be at least {minimum}, not {value}", key)
 
-    yield from at_least(1, "init_cls", "increment", "batch_size", "init_epoch", "epochs", "regenerate_batch_size")
-    yield from at_least(1, "milestones", "init_milestones")
-    yield from at_least(0, "real_per_class", "syn_per_class", "augmentations_per_image", "memory_per_class")
-    yield from at_least(0, "memory_size", "num_workers", "keep_checkpoints", "seed", "model_seed")
-    yield from at_least(0, "momentum", "weight_decay", "init_weight_decay")
+    at_least(1, "init_cls", "increment", "batch_size", "init_epoch", "epochs", "milestones", "init_milestones")
+    at_least(1, "regenerate_steps", "regenerate_batch_size")
+    at_least(64, "regenerate_size")
+    at_least(0, "real_per_class", "syn_per_class", "augmentations_per_image", "memory_per_class", "memory_size")
+    at_least(0, "seed", "model_seed", "num_workers", "keep_checkpoints", "momentum", "weight_decay")
+    at_least(0, "init_weight_decay")
     for key in ("init_lr", "lrate", "init_lr_decay", "lrate_decay", "T"):
         value = getattr(config, key)
-        yield (key,), not value > 0 and f"{key} must be above 0, not {value}"
+        refuse(value <= 0, f"{key} must be above 0, not {value}", key)
+    refuse(config.momentum >= 1, f"momentum must be below 1, not {config.momentum}", "momentum")
 
     allowed = {key: field.metadata["choices"] for key, field in _FIELDS.items() if field.metadata["choices"]}
     for key, names in {**allowed, **choices}.items():
         value = getattr(config, key)
-        if value not in names:
-            near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            yield (key,), f"{key} must be one of {', '.join(names)}, not {value!r}{hint}"
+        near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        wrong = value is not None and value not in names
+        refuse(wrong, f"{key} must be one of {', '.join(names)}, not {value!r}{hint}", key)
+
+    wrong = Path(config.dataset).name != config.dataset
+    refuse(wrong, f"dataset must be the name of a folder in data_dir, not {config.dataset!r}", "dataset")
+    wrong = len(set(config.seed)) < max(len(config.seed), 1)
+    refuse(wrong, f"seed must list one or more different numbers, not {config.seed}", "seed")
+    wrong = config.device not in ("auto", "cpu", "cuda") and _cuda_devices(config.device) is None
+    device = _as_json(config.device)
+    refuse(wrong, f'device must be "auto", "cpu", "cuda" or CUDA devices like ["0"], not {device}', "device")
+    advice = "a total of memory_size exemplars is not supported; set memory_per_class instead"
+    refuse(not config.fixed_memory, f"fixed_memory must be true: {advice}", "fixed_memory")
+
+    real, synthetic, budget = config.real_per_class, config.syn_per_class, config.memory_per_class
+    message = "real_per_class + syn_per_class must be at least 1: every method here replays exemplars"
+    refuse(real == synthetic == 0, message, "real_per_class", "syn_per_class")
+    # A prompt's cost depends on the images, and main.py checks it with them; that of real exemplars is known already.
+    message = f"real_per_class: {real} real exemplars cost {real} units, more than memory_per_class = {budget:g}"
+    refuse(real > budget, message, "real_per_class", "memory_per_class")
 
     probability = config.augmentation_prob
-    yield ("augmentation_prob",), not 0 <= probability <= 1 and f"augmentation_prob must lie in 0..1, not {probability}"
-    yield ("momentum",), config.momentum >= 1 and f"momentum must be below 1, not {config.momentum}"
-    yield (
-        ("dataset",),
-        Path(str(config.dataset)).name != config.dataset
-        and (f"dataset must be the name of a folder in data_dir, not {config.dataset!r}"),
-    )
-    yield (
-        ("seed",),
-        (not config.seed or len(set(config.seed)) < len(config.seed))
-        and (f"seed must list one or more different numbers, not {config.seed}"),
-    )
-    yield (
-        ("fixed_memory",),
-        not config.fixed_memory
-        and (
-            "fixed_memory must be true: a total of memory_size exemplars is not supported; set memory_per_class instead"
-        ),
-    )
-    real, synthetic, budget = config.real_per_class, config.syn_per_class, config.memory_per_class
-    yield (
-        ("real_per_class", "syn_per_class"),
-        real + synthetic < 1
-        and ("real_per_class + syn_per_class must be at least 1: every method here replays exemplars"),
-    )
-    # A prompt's exact cost needs the images (main.py checks it then); the real exemplars' cost is known already.
-    yield (
-        ("real_per_class", "memory_per_class"),
-        real > budget
-        and (f"real_per_class: {real} real exemplars cost {real} units, more than memory_per_class = {budget:g}"),
-    )
+    refuse(not 0 <= probability <= 1, f"augmentation_prob must lie in 0..1, not {probability}", "augmentation_prob")
+    message = "augmentations_per_image must be at least 1 where syn_per_class or augmentation_prob is above 0"
     needs_copies = synthetic > 0 or probability > 0
-    yield (
-        ("augmentations_per_image",),
-        needs_copies
-        and config.augmentations_per_image < 1
-        and ("augmentations_per_image must be at least 1 where syn_per_class or augmentation_prob is above 0"),
-    )
-    yield (
-        ("regenerate", "augmentation_prob", "augmentation_scope"),
-        (config.regenerate == "on_demand" and probability > 0 and config.augmentation_scope == "all")
-        and (
-            "regenerate: on_demand makes copies of exemplars only; "
-            'set augmentation_scope to "exemplars" or augmentation_prob to 0'
-        ),
-    )
-    device = config.device
-    known = device in ("auto", "cpu", "cuda") or _cuda_devices(device) is not None
-    yield (
-        ("device",),
-        not known
-        and (f'device must be "auto", "cpu", "cuda" or a list of CUDA devices like ["0"], not {_as_json(device)}'),
-    )
+    refuse(needs_copies and config.augmentations_per_image < 1, message, "augmentations_per_image")
+    wrong = config.regenerate == "on_demand" and probability > 0 and config.augmentation_scope == "all"
+    advice = 'set augmentation_scope to "exemplars" or augmentation_prob to 0'
+    message = f"regenerate: on_demand makes copies of exemplars only; {advice}"
+    refuse(wrong, message, "regenerate", "augmentation_prob", "augmentation_scope")
+    return problems
 
 
 def _cuda_devices(device: Any) -> list[int] | None:

@@ -1,0 +1,161 @@
+"""The typed schema: good configs, and one clear line for each way to get one wrong."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from convs.resnet import CONVNETS
+from models import METHODS
+from utils import config as configs
+from utils.config import Config, accelerator, as_dict, differences, load_config
+from utils.errors import UserError
+
+CHOICES = {"model_name": tuple(METHODS), "convnet_type": CONVNETS}
+GOOD = {"dataset": "D", "init_cls": 2, "increment": 2, "model_name": "der", "convnet_type": "resnet8"}
+EXPS = sorted((Path(__file__).parent.parent / "exps").glob("*.json"))
+
+
+def load(tmp_path, values=None, *overrides, drop=()):
+    file = tmp_path / "config.json"
+    values = {key: value for key, value in {**GOOD, **(values or {})}.items() if key not in drop}
+    file.write_text(json.dumps(values), encoding="utf-8")
+    return load_config(file, overrides, CHOICES)
+
+
+def test_defaults_are_the_papers(tmp_path):
+    config = load(tmp_path)
+    assert (config.init_epoch, config.init_lr, config.init_milestones) == (200, 0.1, [60, 120, 170])
+    assert (config.init_lr_decay, config.init_weight_decay) == (0.1, 5e-4)
+    assert (config.epochs, config.lrate, config.milestones) == (170, 0.1, None)
+    assert (config.lrate_decay, config.weight_decay) == (0.1, 2e-4)
+    assert (config.batch_size, config.momentum, config.T, config.seed) == (128, 0.9, 2.0, [1993])
+
+
+def test_the_seeds_experiment():
+    config = load_config(Path(__file__).parent.parent / "exps" / "config.json", (), CHOICES)
+    assert (config.dataset, config.model_name, config.convnet_type) == ("Food101", "der", "resnet18")
+    assert (config.init_cls, config.increment, config.seed) == (51, 5, [1993])
+    assert (config.memory_per_class, config.real_per_class, config.syn_per_class) == (20, 18, 48)
+    assert config.augmentations_per_image == 5
+    assert 0 < config.augmentation_prob < 1
+    assert config.output_dir == "outputs/Food101-der-resnet18-escort-real18-syn48"
+
+
+@pytest.mark.parametrize("file", EXPS, ids=[file.name for file in EXPS])
+def test_every_example_is_valid(file):
+    load_config(file, (), CHOICES)
+
+
+def test_overrides_have_types_and_reach_other_keys(tmp_path):
+    config = load(
+        tmp_path,
+        {"output_dir": "out/${model_name}-${real_per_class}"},
+        "real_per_class=7", "seed=[1,2]", "milestones=[3]", "lrate=1e-3", "shuffle=false", "device=cpu",
+    )  # fmt: skip
+    assert config.output_dir == "out/der-7"
+    assert (config.seed, config.milestones, config.lrate) == ([1, 2], [3], 0.001)
+    assert config.shuffle is False
+    assert config.device == "cpu"
+    assert load(tmp_path, None, "seed=5").seed == [5]
+    assert load(tmp_path, {"milestones": [3]}, "milestones=null").milestones is None
+    assert load(tmp_path, None, "data_dir=/a b/ü=c").data_dir == "/a b/ü=c"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"memory_per_clas": 20}, r"unknown key 'memory_per_clas'; did you mean 'memory_per_class'"),
+        ({"xyzzy": 1}, r"unknown key 'xyzzy'; README"),
+        ({"batch_size": "128"}, r"batch_size must be a whole number, not \"128\""),
+        ({"batch_size": 12.5}, r"batch_size must be a whole number, not 12.5"),
+        ({"batch_size": True}, r"batch_size must be a whole number, not true"),
+        ({"batch_size": None}, r"batch_size must be a whole number, not null"),
+        ({"batch_size": 0}, r"batch_size must be at least 1"),
+        ({"lrate": "fast"}, r"lrate must be a number"),
+        ({"lrate": float("nan")}, r"lrate must be a number"),
+        ({"lrate": 0}, r"lrate must be above 0"),
+        ({"init_lr_decay": -1}, r"init_lr_decay must be above 0"),
+        ({"shuffle": "yes"}, r"shuffle must be true or false"),
+        ({"shuffle": 1}, r"shuffle must be true or false"),
+        ({"milestones": 80}, r"milestones must be a list of whole numbers or null, not 80"),
+        ({"milestones": [80, "x"]}, r"milestones must be a list of whole numbers or null"),
+        ({"milestones": [0]}, r"milestones must be at least 1"),
+        ({"seed": []}, r"seed must list one or more different numbers"),
+        ({"real_per_class": 0, "syn_per_class": 0}, r"\+ syn_per_class must be at least 1"),
+        ({"seed": [1, 1]}, r"seed must list one or more different numbers"),
+        ({"seed": "1993"}, r"seed must be a list of whole numbers"),
+        ({"model_name": "dr"}, r"model_name must be one of icarl, wa, der, memo, not 'dr'; did you mean 'der'"),
+        ({"convnet_type": "resnet81"}, r"convnet_type must be one of .*did you mean 'resnet8"),
+        ({"dataset": "../D"}, r"dataset must be the name of a folder"),
+        ({"augmentation_prob": 1.5}, r"augmentation_prob must lie in 0..1"),
+        ({"augmentation_scope": "none"}, r"augmentation_scope must be one of all, exemplars"),
+        ({"regenerate": "later"}, r"regenerate must be one of ahead, on_demand"),
+        ({"regenerate": "on_demand", "augmentation_prob": 0.1}, r"regenerate: on_demand .*augmentation_scope"),
+        ({"real_per_class": -1}, r"real_per_class must be at least 0"),
+        ({"real_per_class": 0}, r"real_per_class \+ syn_per_class must be at least 1"),
+        ({"real_per_class": 21}, r"21 real exemplars cost 21 units, more than memory_per_class = 20"),
+        ({"syn_per_class": 3, "augmentations_per_image": 0}, r"augmentations_per_image must be at least 1"),
+        ({"fixed_memory": False}, r"fixed_memory must be true.*memory_per_class"),
+        ({"device": "gpu"}, r"device must be \"auto\""),
+        ({"device": ["x"]}, r"device must be \"auto\""),
+        ({"device": []}, r"device must be \"auto\""),
+        ({"precision": "fp8"}, r"precision must be one of"),
+        ({"momentum": 1}, r"momentum must be below 1"),
+        ({"num_workers": -1}, r"num_workers must be at least 0"),
+        ({"output_dir": "${nope}"}, r"output_dir: .*nope"),
+    ],
+)  # fmt: skip
+def test_one_line_for_each_mistake(tmp_path, values, words):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, values)
+    assert re.search(words, str(error.value))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_all_problems_at_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, {"batch_size": "x", "nope_key": 1, "lrate": -1}, "no-equals-sign", drop=["dataset"])
+    lines = str(error.value).splitlines()
+    assert "5 problems" in lines[0]
+    for word in ("batch_size", "nope_key", "lrate", "no-equals-sign", "dataset is not given"):
+        assert sum(word in line for line in lines[1:]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "not valid JSON: line 1"), ("[1]", "one JSON object"), ('{"a": 1,}', "not valid JSON"), ("\xff", "JSON")],
+)
+def test_files_that_are_no_config(tmp_path, text, words):
+    file = tmp_path / "c.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        load_config(file)
+    with pytest.raises(UserError, match=r"exps/config\.json"):
+        load_config(tmp_path / "none.json")
+    with pytest.raises(UserError, match="can't be read"):
+        load_config(tmp_path)
+
+
+def test_devices_as_pycil_writes_them():
+    assert accelerator("cpu") == ("cpu", 1)
+    assert accelerator(["0", "2"]) == ("cuda", [0, 2])
+    assert accelerator([1]) == ("cuda", [1])
+    assert accelerator("3") == ("cuda", [3])
+
+
+def test_differences_leave_out_what_changes_no_number(tmp_path):
+    ours = as_dict(load(tmp_path))
+    assert differences(ours, {**ours, "num_workers": 3, "output_dir": "x", "seed": [1], "device": "cpu"}) == []
+    assert differences(ours, {**ours, "real_per_class": 3}) == ["real_per_class: 3 -> 20"]
+    assert differences(ours, {key: value for key, value in ours.items() if key != "lrate"}) == [
+        'lrate: "(not there)" -> 0.1'
+    ]
+
+
+def test_help_names_every_key():
+    text = configs.help_text(CHOICES)
+    for key, value in vars(Config()).items():
+        assert f"{key} " in text, value
+    assert "icarl, wa, der, memo" in text
