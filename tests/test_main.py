@@ -1,0 +1,325 @@
+"""The trainer from end to end, as a user calls it, on a tiny dataset of coloured shapes."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from shapes import SHAPES, make_shapes
+
+import main
+from compress import on_demand
+from models.base import Learner
+
+PHASES = 3
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_shapes(folder)
+    return folder
+
+
+@pytest.fixture
+def own_data_dir(data_dir, tmp_path):
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(data_dir, tmp_path / "data"))
+
+
+@pytest.fixture
+def train(tmp_path, data_dir):
+    """Calls main.py with a small config; returns its exit code."""
+    config = {
+        "dataset": "Shapes",
+        "data_dir": str(data_dir),
+        "output_dir": str(tmp_path / "out"),
+        "init_cls": 2,
+        "increment": 2,
+        "model_name": "wa",
+        "convnet_type": "resnet8",
+        "device": "cpu",
+        "seed": [1993],
+        "memory_per_class": 3,
+        "real_per_class": 2,
+        "syn_per_class": 4,
+        "augmentations_per_image": 2,
+        "augmentation_prob": 0.4,
+        "init_epoch": 6,
+        "epochs": 6,
+        "init_lr": 0.05,
+        "lrate": 0.05,
+        "batch_size": 16,
+        "num_workers": 0,
+    }
+    file = tmp_path / "config.json"
+
+    def call(*overrides, **values):
+        file.write_text(json.dumps({**config, **values}))
+        return main.main(["--config", str(file), *overrides])
+
+    return call
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def numbers(run):
+    """A run without its times and without what says where phase 0 came from."""
+    phases = []
+    for phase in run["phases"]:
+        training = {key: value for key, value in phase["training"].items() if key not in ("seconds", "reused")}
+        phases.append({**phase, "training": training, "seconds": None})
+    return {**run, "phases": phases, "seconds": None, "seconds_reused": None}
+
+
+@pytest.mark.parametrize("method", ["icarl", "wa", "der", "memo"])
+def test_every_method_learns_and_reports(train, tmp_path, method, capsys):
+    assert train(model_name=method, init_epoch=10, epochs=10) == 0
+    out = tmp_path / "out"
+    written = results(out)
+    (run,) = written["runs"]
+    assert run["finished"]
+    assert run["seed"] == 1993
+    assert sorted(run["class_names"]) == sorted(SHAPES)
+    assert [phase["classes_seen"] for phase in run["phases"]] == [2, 4, 6]
+    for phase in run["phases"]:
+        names = run["class_names"][: phase["classes_seen"]]
+        assert list(phase["cnn"]["per_class"]) == names
+        assert len(phase["cnn"]["per_phase"]) == phase["phase"] + 1
+        assert phase["cnn"]["top5"] >= phase["cnn"]["top1"]
+        assert (phase["nme"] is not None) == (method == "icarl")
+        assert phase["memory"]["units_total"] == pytest.approx(len(names) * (2 + 4 / 24))
+        assert phase["memory"]["nb_real"] == 2 * len(names)
+        assert phase["memory"]["nb_synthetic"] == 4 * len(names)
+        assert phase["seconds"]["total"] > 0
+        with (out / "seed1993" / f"confusion_phase{phase['phase']:02d}.csv").open() as file:
+            rows = list(csv.reader(file))
+        assert rows[0][1:] == names
+        assert sum(int(cell) for row in rows[1:] for cell in row[1:]) == 6 * len(names)
+    classifier = "nme" if method == "icarl" else "cnn"
+    assert run["phases"][-1][classifier]["top1"] > 100 / 6 + 10  # well above chance, old classes included
+    assert run["phases"][-1][classifier]["old"] > 0
+    top1 = [phase["cnn"]["top1"] for phase in run["phases"]]
+    assert run["cnn"]["average_incremental_accuracy"] == pytest.approx(sum(top1) / 3)
+    assert written["summary"]["cnn"]["top1"]["mean"] == pytest.approx(top1)
+    assert json.loads((out / "config.json").read_text())["model_name"] == method
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    log = (out / "log.txt").read_text()
+    assert "phase 2 (3 of 3), 6 classes" in log
+    assert "epoch 10/10" in log
+    assert [path.name for path in (out / "seed1993" / "checkpoints").iterdir()] == ["phase02.pt"]
+    assert "average" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["icarl", "memo"])
+@pytest.mark.parametrize("killed_in", [0, 1])
+def test_a_killed_run_ends_with_the_same_numbers(train, tmp_path, monkeypatch, capsys, method, killed_in):
+    short = {"model_name": method, "init_epoch": 2, "epochs": 2}
+    assert train(**short, output_dir=str(tmp_path / "whole")) == 0
+    choose = Learner.choose_exemplars
+
+    def killed(learner):
+        if learner.phase == killed_in:
+            raise KeyboardInterrupt
+        choose(learner)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "choose_exemplars", killed)
+        assert train(**short) == 130
+    assert "stopped" in capsys.readouterr().err
+    assert train(**short) == 0
+    said = capsys.readouterr().out
+    assert ("going on after 1 of 3 phases" if killed_in else "phase 0 is not trained again") in said
+    whole, resumed = (results(tmp_path / name)["runs"][0] for name in ("whole", "out"))
+    assert numbers(resumed) == numbers(whole)
+    states = [
+        torch.load(tmp_path / name / "seed1993" / "checkpoints" / "phase02.pt", weights_only=True)
+        for name in ("whole", "out")
+    ]
+    assert states[0]["memory"] == states[1]["memory"]
+    assert list(states[0]["network"]) == list(states[1]["network"])
+    for key, tensor in states[0]["network"].items():
+        assert torch.equal(tensor, states[1]["network"][key]), key
+
+
+def test_a_finished_run_is_reused(train, tmp_path, monkeypatch, capsys):
+    assert train("epochs=1", "init_epoch=1") == 0
+    before = results(tmp_path / "out")
+    monkeypatch.setattr(Learner, "fit", None)
+    assert train("epochs=1", "init_epoch=1") == 0
+    assert "all 3 phases are done already" in capsys.readouterr().out
+    assert results(tmp_path / "out") == before
+
+
+def test_several_seeds(train, tmp_path):
+    assert train("seed=[1]", "epochs=1", "init_epoch=1") == 0
+    assert train("seed=[1,2]", "epochs=1", "init_epoch=1") == 0  # the first seed's run is taken as it is
+    written = results(tmp_path / "out")
+    one, two = written["runs"]
+    assert written["summary"]["seeds"] == [1, 2]
+    assert one["class_names"] != two["class_names"]
+    a, b = (run["cnn"]["average_incremental_accuracy"] for run in (one, two))
+    assert written["summary"]["cnn"]["average_incremental_accuracy"]["mean"] == pytest.approx((a + b) / 2)
+    assert written["summary"]["cnn"]["average_incremental_accuracy"]["std"] == pytest.approx(abs(a - b) / 2**0.5)
+
+
+def test_phase_0_is_shared_where_it_may_be(train, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    common = {"phase0_cache": str(cache), "epochs": 1, "init_epoch": 1, "increment": 4}
+    assert train(**common, output_dir=str(tmp_path / "a"), model_name="icarl") == 0
+    first = results(tmp_path / "a")["runs"][0]
+    assert len(list(cache.iterdir())) == 1
+    # Another method, another number of exemplars: the same phase 0.
+    assert train(**common, output_dir=str(tmp_path / "b"), model_name="memo", syn_per_class=0) == 0
+    assert "phase 0 is not trained again" in capsys.readouterr().out
+    second = results(tmp_path / "b")["runs"][0]
+    assert second["phases"][0]["cnn"] == first["phases"][0]["cnn"]
+    assert second["seconds_reused"] == first["phases"][0]["training"]["seconds"]
+    # Another schedule, or other copies among the training images: not.
+    for number, values in enumerate(({"init_lr": 0.01}, {"augmentation_prob": 0.0}, {"model_seed": 5}, {"seed": [3]})):
+        assert train(**{**common, **values}, output_dir=str(tmp_path / f"c{number}")) == 0
+        assert "phase 0 is not trained again" not in capsys.readouterr().out
+        assert len(list(cache.iterdir())) == 2 + number
+
+
+def test_workers_change_nothing(train, tmp_path):
+    for workers in (0, 1):
+        assert train(output_dir=str(tmp_path / str(workers)), num_workers=workers, epochs=1, init_epoch=1) == 0
+    a, b = (results(tmp_path / str(workers))["runs"][0] for workers in (0, 1))
+    assert numbers(a) == numbers(b)
+
+
+def test_all_checkpoints_are_kept_on_request(train, tmp_path):
+    assert train("keep_checkpoints=0", "epochs=1", "init_epoch=1") == 0
+    names = sorted(path.name for path in (tmp_path / "out" / "seed1993" / "checkpoints").iterdir())
+    assert names == ["phase00.pt", "phase01.pt", "phase02.pt"]
+
+
+def test_copies_on_demand(train, tmp_path, own_data_dir, monkeypatch):
+    """Only the chosen exemplars are regenerated, in time for the next phase and not after the last one."""
+    paths = make_shapes(own_data_dir, name="Bare", copies=0)
+    shutil.rmtree(paths.folder("edge_maps"))
+    asked = []
+
+    class Stub:
+        def __init__(self, paths, *, resolution, model, copies, **rest):
+            assert (resolution, model, copies) == ("low", "tiny", 2)
+
+        def prompt_cost(self, image):
+            return 1 / 24
+
+        def __call__(self, images):
+            asked.append(len(images))
+            for image in images:
+                paths.edge_map(image).parent.mkdir(parents=True, exist_ok=True)
+                Image.new("1", (32, 32)).save(paths.edge_map(image))
+                for k in range(2):
+                    paths.copy(image, k).parent.mkdir(parents=True, exist_ok=True)
+                    Image.new("RGB", (32, 32)).save(paths.copy(image, k))
+
+    monkeypatch.setattr(main, "OnDemand", Stub)
+    values = {"data_dir": str(own_data_dir), "dataset": "Bare", "regenerate": "on_demand", "regenerate_model": "tiny"}
+    assert train(**values, augmentation_prob=0, epochs=1, init_epoch=1) == 0
+    assert asked == [8, 8]  # 2 new classes x 4 synthetic exemplars, after phases 0 and 1
+    asked.clear()
+    again = {"augmentation_scope": "exemplars", "output_dir": str(tmp_path / "again"), "model_name": "icarl"}
+    assert train(**values, **again, epochs=1, init_epoch=1) == 0
+    assert asked == [12, 12, 12]  # real exemplars have copies too, and NME reads those of the last phase
+
+
+def test_on_demand_prompt_cost(own_data_dir, monkeypatch):
+    """What an edge map will cost is known before it is made."""
+    monkeypatch.setattr(on_demand, "load_model", lambda spec, device: None)
+    paths = make_shapes(own_data_dir, name="Bare", copies=0)
+    image = paths.images("red disc")[0]
+    options = {"model": "tiny", "copies": 2, "device": torch.device("cpu")}
+    assert on_demand.OnDemand(paths, resolution="high", **options).prompt_cost(image) == pytest.approx(1 / 24)
+    shutil.rmtree(paths.folder("edge_maps"))
+    assert on_demand.OnDemand(paths, resolution="high", **options).prompt_cost(image) == pytest.approx(1 / 24)
+    low = on_demand.OnDemand(paths, resolution="low", **options)
+    assert low.prompt_cost(image) == pytest.approx(256 * 256 / (32 * 32 * 24))
+
+
+# Bad input: one clear message, exit code 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["bach_size=3"], ["bach_size", "batch_size"]),
+        (["batch_size=many"], ["batch_size must be a whole number"]),
+        (["real_per_class=3"], ["over the memory budget", "3 real + 4 synthetic x 1/24 = 3.17 units > 3"]),
+        (["init_cls=7"], ["init_cls is 7", "6 classes"]),
+        (["augmentations_per_image=3"], ["72 of 216 copies are missing", "compress/run.py", "--seeds 3"]),
+        (["real_per_class=9", "memory_per_class=9.5"], ["12 train images, fewer than 9 real + 4 synthetic"]),
+        (["device=[99]"], ["device", "99"]),
+        (["dataset=Nowhere"], ["Nowhere", "is not a folder"]),
+        (["data_dir=/nowhere"], ["/nowhere", "data_dir"]),
+        (["lrate=1e30", "init_lr=1e30"], ["diverged", "init_lr"]),
+        (["regenerate=on_demand", "augmentation_prob=0", "regenerate_model=/no.pth"], ["regenerate_model", "/no.pth"]),
+        (["output_dir=/proc/nowhere"], ["output_dir"]),
+    ],
+)  # fmt: skip
+def test_bad_configs(train, capsys, overrides, words):
+    assert train(*overrides) == 2
+    said = capsys.readouterr().err
+    for word in words:
+        assert word in said
+    assert "Traceback" not in said
+
+
+def test_no_config(capsys, tmp_path):
+    assert main.main([]) == 2
+    assert "--config exps/config.json" in capsys.readouterr().err
+    assert main.main(["--config", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+    assert main.main(["--nonsense"]) == 2
+    assert main.main(["--help-config"]) == 0
+    assert "memory_per_class" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_an_empty_class_folder(train, own_data_dir, capsys, mode):
+    folder = own_data_dir / "Shapes" / mode / "red disc"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    assert train(data_dir=str(own_data_dir)) == 2
+    assert f"{mode}/red disc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("content", [b"this is text, not a picture", "half"])
+def test_a_picture_that_does_not_decode(train, own_data_dir, capsys, content, workers):
+    image = own_data_dir / "Shapes" / "train" / "red disc" / "003.png"
+    image.write_bytes(image.read_bytes()[:200] if content == "half" else content)
+    assert train(data_dir=str(own_data_dir), num_workers=workers, epochs=1, init_epoch=1, augmentation_prob=0) == 2
+    said = capsys.readouterr().err
+    assert str(image) in said
+    assert "Traceback" not in said
+
+
+def test_checkpoints_of_another_experiment(train, tmp_path, capsys):
+    assert train("epochs=1", "init_epoch=1", "init_cls=6") == 0
+    assert train("epochs=2", "init_epoch=1", "init_cls=6", "real_per_class=1") == 2
+    said = capsys.readouterr().err
+    assert "real_per_class: 2 -> 1" in said
+    assert "epochs: 1 -> 2" in said
+    assert "output_dir" in said
+    (tmp_path / "out" / "config.json").unlink()  # the checkpoint itself knows, too
+    assert train("epochs=2", "init_epoch=1", "init_cls=6") == 2
+    assert "epochs: 1 -> 2" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint(train, tmp_path, capsys):
+    assert train("epochs=1", "init_epoch=1", "init_cls=6") == 0
+    path = tmp_path / "out" / "seed1993" / "checkpoints" / "phase00.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert train("epochs=1", "init_epoch=1", "init_cls=6") == 2
+    said = capsys.readouterr().err
+    assert str(path) in said
+    assert "Traceback" not in said
