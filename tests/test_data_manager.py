@@ -525,3 +525,6 @@ def test_the_first_missing_copy_is_the_one_that_is_gone(tmp_path):
     assert command[command.index("--data-dir") + 1] == str(paths.data_dir)
     assert command[command.index("--resolution") + 1] == "high"
     check_copies(paths, images[:4], 2)
+    paths.copies_folder("ü").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"^6 of 12 .*{re.escape(str(paths.copy(images[3], 0)))}"):
+        check_copies(paths, images, 2)

@@ -66,9 +66,14 @@ def test_herding_picks_each_row_once_and_a_shorter_pick_is_the_start_of_a_longer
         assert herding(features, m) == everything[:m]
 
 
-def test_of_equal_rows_the_first_is_picked():
-    row = np.random.default_rng(0).normal(size=513)  # an odd length: rounding then differs from row to row
-    assert herding(np.tile(row, (37, 1)).astype(np.float32), 37) == list(range(37))
+@pytest.mark.parametrize("shape", [(5, 11), (6, 33), (7, 63), (37, 513)])
+def test_of_equal_rows_the_first_is_picked(shape):
+    """Odd shapes: products of equal rows then differ by rounding, from row to row."""
+    row = np.random.default_rng(0).normal(size=shape[1])
+    assert herding(np.tile(row, (shape[0], 1)).astype(np.float32), shape[0]) == list(range(shape[0]))
+
+
+def test_of_equal_pairs_the_first_is_picked():
     pair = np.random.default_rng(1).normal(size=(6, 11))
     assert [i % 6 for i in herding(np.concatenate([pair, pair]), 2)] == [
         i % 6 for i in herding_by_hand([*pair, *pair], 2)

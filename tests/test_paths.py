@@ -24,6 +24,8 @@ def test_layout_is_the_documented_one(tmp_path):
     assert paths.copy(image, 0) == root / "exemplars" / "apple_pie" / "0001_seed00.jpg"
     assert paths.copy(image, 12).name == "0001_seed12.jpg"
     assert paths.copy(image, 123).name == "0001_seed123.jpg"
+    folder = paths.copies_folder("apple_pie")
+    assert [folder / name for name in paths.copy_names(image, 3)] == [paths.copy(image, k) for k in range(3)]
 
 
 @pytest.mark.parametrize("data_folder", ["train", "my train data/train/x", "exemplars", "edge_maps/test"])
@@ -149,7 +151,14 @@ def test_every_picture_is_read_as_rgb(tmp_path, mode, colour, expected):
     assert (np.asarray(image) == expected).all()
 
 
-@pytest.mark.parametrize(("mode", "bits"), [("RGB", 24), ("RGBA", 24), ("L", 8), ("1", 1)])
+def test_sixteen_bits_of_grey_become_eight(tmp_path):
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(levels).save(tmp_path / "x.png")
+    image = np.asarray(read_image(tmp_path / "x.png"))
+    np.testing.assert_array_equal(image, np.repeat((levels // 256)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(("mode", "bits"), [("RGB", 24), ("RGBA", 24), ("L", 8), ("I;16", 16), ("1", 1)])
 def test_image_bits_from_the_header_alone(tmp_path, mode, bits):
     path = save_picture(tmp_path / "x.png", 0, (50, 30), mode)
     path.write_bytes(path.read_bytes()[:60])  # the header is there, most of the picture is not

@@ -313,23 +313,26 @@ def check_copies(paths: DatasetPaths, images: Iterable[Path], augmentations_per_
 
     Lists the folder of each class once, and looks at no file itself.
     """
-    on_disk: dict[Path, frozenset[str]] = {}
-    wanted, missing = 0, []
+    on_disk: dict[str, frozenset[str]] = {}
+    wanted, missing, first = 0, 0, None
     for image in images:
-        for k in range(augmentations_per_image):
-            copy = paths.copy(image, k)
-            folder = copy.parent
-            if folder not in on_disk:
-                on_disk[folder] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
-            wanted += 1
-            if copy.name not in on_disk[folder]:
-                missing.append((copy, image))
-    if not missing:
+        label = image.parent.name
+        if label not in on_disk:
+            folder = paths.copies_folder(label)
+            on_disk[label] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+        wanted += augmentations_per_image
+        gaps = [
+            k for k, name in enumerate(paths.copy_names(image, augmentations_per_image)) if name not in on_disk[label]
+        ]
+        missing += len(gaps)
+        if gaps and first is None:
+            first = (image, gaps[0])
+    if first is None:
         return
-    copy, image = missing[0]
+    image, k = first
     resolution = dataset_defaults(paths.dataset, _typical_size([image])).resolution
     raise UserError(
-        f"{len(missing)} of {wanted} copies are missing, the first is {copy}. Make them with:\n"
+        f"{missing} of {wanted} copies are missing, the first is {paths.copy(image, k)}. Make them with:\n"
         f"python compress/run.py --data-dir {shlex.quote(str(paths.data_dir))} --dataset {shlex.quote(paths.dataset)} "
         f"--resolution {resolution} --seeds {augmentations_per_image}"
     )

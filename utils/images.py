@@ -10,10 +10,14 @@ from PIL import Image
 
 Image.init()
 IMAGE_ENDINGS = frozenset(
-    ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in ("PDF", "MPEG")
+    ending
+    for ending, kind in Image.registered_extensions().items()
+    if kind in Image.OPEN and kind not in ("PDF", "MPEG")
 )
 """Lower-case file endings that Pillow can read, with their dot."""
 
+# What Pillow and its codecs raise for a file that is no picture, or a broken one.
+_UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 _BITS_PER_PIXEL = {"1": 1, "L": 8, "I;16": 16, "I;16L": 16, "I;16B": 16, "I": 32, "F": 32}
 
 
@@ -29,8 +33,10 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255 and leave a white picture
+                return image.convert("I").point(lambda level: level * (1 / 256)).convert("L").convert("RGB")
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise OSError(f"{path}: {error}") from error
 
 
@@ -43,7 +49,7 @@ def image_bits(path: Path) -> tuple[int, int, int]:
     try:
         with Image.open(path) as image:
             return image.width, image.height, _BITS_PER_PIXEL.get(image.mode, 24)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise OSError(f"{path}: {error}") from error
 
 

@@ -91,7 +91,20 @@ class DatasetPaths:
 
     def copy(self, image: Path, k: int) -> Path:
         """Where copy number k (0, 1, ...) of a train image lies."""
-        return self.folder("exemplars") / image.parent.name / f"{self._stem(image)}_seed{k:02d}.jpg"
+        return self.copies_folder(image.parent.name) / self._copy_name(self._stem(image), k)
+
+    def copies_folder(self, label: str) -> Path:
+        """Where the copies of a class's images lie."""
+        return self.folder("exemplars") / label
+
+    def copy_names(self, image: Path, count: int) -> list[str]:
+        """File names of copies 0 ... count-1 of a train image, within its class's `copies_folder`."""
+        stem = self._stem(image)
+        return [self._copy_name(stem, k) for k in range(count)]
+
+    @staticmethod
+    def _copy_name(stem: str, k: int) -> str:
+        return f"{stem}_seed{k:02d}.jpg"
 
     def class_texts(self) -> dict[str, str]:
         """Class label -> the text that prompts call it by: `class_names.json`'s where it has one, else the label."""
