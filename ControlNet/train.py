@@ -1,0 +1,284 @@
+"""Trains a ControlLDM on a folder of pictures: how the tiny bundled model was made.
+
+    python ControlNet/train.py ControlNet/models/cldm_tiny_train.yaml [key=value ...]
+
+Two stages, one loop: first the autoencoder, then, on its frozen latents, the UNet, the control network and (where the
+model's config says cond_stage_trainable) the text encoder together.  Every step's pictures, noise and timesteps are a
+function of (seed, stage, step) alone, so a killed run goes on from its last checkpoint as if nothing had happened.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torchvision_compat  # noqa: F401, I001  before lightning
+
+import cv2
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ControlNet.cldm.cldm import ControlLDM
+from ControlNet.cldm.model import ModelError, create_model
+
+STAGES = ("autoencoder", "diffusion")
+
+
+class Views(Dataset):
+    """Pairs of a picture and an edge map, drawn afresh for every (step, position in the batch).
+
+    An item is (picture, 3 x S x S float in [-1, 1]; edge map, 1 x S x S float, 0 or 1; class number).
+    """
+
+    def __init__(self, config: DictConfig, stage: str):
+        folder = Path(config.data)
+        if not folder.is_dir():
+            raise ModelError(f"no folder {folder} to train on (for the digits: python -m utils.curate digits)")
+        labels = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        self.items = [(file, y) for y, label in enumerate(labels) for file in sorted((folder / label).iterdir())]
+        if not self.items:
+            raise ModelError(f"{folder} holds no pictures; they belong in {folder}/<class-label>/")
+        texts = json.loads(Path(config.class_names).read_text()) if config.class_names else {}
+        self.class_texts = [texts.get(label, label) for label in labels]
+        self.size = config.image_size
+        self.augmentation, self.looseness = config.augmentation, config.looseness
+        self.seed = [config.seed, STAGES.index(stage)]
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        rng = np.random.default_rng([*self.seed, *key])
+        file, label = self.items[rng.integers(len(self.items))]
+        with Image.open(file) as image:
+            source = _moved(np.asarray(image.convert("RGB")), rng, self.augmentation)
+        # The two ways in which prompts are extracted: edges at the picture's own size, or at the generated size.
+        if rng.random() < 0.5:
+            edges = self._resized(cv2.Canny(source, 100, 200), cv2.INTER_NEAREST)
+        else:
+            edges = cv2.Canny(self._resized(source, cv2.INTER_LANCZOS4), 100, 200)
+        gamma = math.exp(rng.uniform(-1, 1) * self.looseness.gamma)
+        target = self._resized(_moved(source, rng, self.looseness), cv2.INTER_LANCZOS4).astype(np.float32) / 255
+        picture = torch.from_numpy(target**gamma * 2 - 1).permute(2, 0, 1)
+        return picture, torch.from_numpy(edges[None] / np.float32(255)), label
+
+    def _resized(self, image: np.ndarray, interpolation: int) -> np.ndarray:
+        return cv2.resize(image, (self.size, self.size), interpolation=interpolation)
+
+
+def _moved(image: np.ndarray, rng: np.random.Generator, amount: DictConfig) -> np.ndarray:
+    """The picture under a random affine map about its centre; amounts are the largest, edges repeat outwards."""
+    height, width = image.shape[:2]
+    angle = math.radians(rng.uniform(-1, 1) * amount.rotate)
+    zoom = math.exp(rng.uniform(-1, 1) * amount.scale)
+    shear = rng.uniform(-1, 1) * amount.shear
+    linear = zoom * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    linear = linear @ np.array([[1, shear], [0, 1]])
+    centre = np.array([(width - 1) / 2, (height - 1) / 2])
+    offset = centre - linear @ centre + rng.uniform(-1, 1, 2) * amount.shift * np.array([width, height])
+    matrix = np.hstack([linear, offset[:, None]])
+    return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+
+
+class StepSampler:
+    """Batches of (step, position) for the steps that are left."""
+
+    def __init__(self, start: int, stop: int, batch_size: int):
+        self.start, self.stop, self.batch_size = start, stop, batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start, self.stop):
+            yield [(step, i) for i in range(self.batch_size)]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class AutoencoderTask(nn.Module):
+    """Reconstruction (L1 and L2) plus a little KL, in the pictures' scale."""
+
+    def __init__(self, model: ControlLDM, config: DictConfig, data: Views):
+        super().__init__()
+        self.autoencoder = model.first_stage_model
+        self.kl_weight = config.autoencoder.kl_weight
+
+    def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        posterior = self.autoencoder.encode(pictures)
+        reconstruction = self.autoencoder.decode(posterior.sample(generator)).float()
+        l1, l2 = F.l1_loss(reconstruction, pictures), F.mse_loss(reconstruction, pictures)
+        kl = posterior.kl().mean()
+        return {"loss": l1 + l2 + self.kl_weight * kl, "l1": l1, "l2": l2, "kl": kl}
+
+
+class DiffusionTask(nn.Module):
+    """The noise-prediction loss of DDPM, equation 14, under the text and the edge map.
+
+    Some texts become a negative one and some controls are left out, so that guidance has an unconditional branch and
+    the UNet works without control.
+    """
+
+    def __init__(self, model: ControlLDM, config: DictConfig, data: Views):
+        super().__init__()
+        self.model = model
+        self.config = config.diffusion
+        model.first_stage_model.requires_grad_(False)
+        model.cond_stage_model.requires_grad_(model.cond_stage_trainable)
+        templates = [template.replace("{label}", text) for text in data.class_texts for template in config.texts]
+        self.texts = [*templates, *config.negative_texts]
+        self.templates, self.negatives = len(config.texts), len(config.negative_texts)
+
+    def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        model, batch = self.model, len(pictures)
+
+        def uniform():
+            return torch.rand(batch, generator=generator)
+
+        text = labels.cpu() * self.templates + (uniform() * self.templates).long()
+        negative = len(self.texts) - self.negatives + (uniform() * self.negatives).long()
+        text = torch.where(uniform() < self.config.text_dropout, negative, text)
+        controlled = (uniform() >= self.config.hint_dropout).float()[:, None, None, None].to(pictures.device)
+        t = (uniform() * model.num_timesteps).long().to(pictures.device)
+        with torch.no_grad():
+            latents = model.encode_first_stage(pictures).float()
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noisy = model.q_sample(latents, t, noise)
+        context = model.get_learned_conditioning(self.texts)[text.to(pictures.device)]
+        control = model.control_model(x=noisy, hint=edges.expand(-1, 3, -1, -1), timesteps=t, context=context)
+        control = [c * controlled for c in control]
+        eps = model.model.diffusion_model(x=noisy, timesteps=t, context=context, control=control)
+        return {"loss": F.mse_loss(eps.float(), noise)}
+
+
+def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> None:
+    """Train one stage to its number of steps, from its last checkpoint if there is one; leaves the weights in model."""
+    settings, output = config[stage], Path(config.output)
+    data = Views(config, stage)
+    task = {"autoencoder": AutoencoderTask, "diffusion": DiffusionTask}[stage](model, config, data)
+    trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=1e-2, fused=True)
+    warmup = min(100, settings.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * min(1, s / settings.steps)))
+    )
+    average = AveragedModel(task, multi_avg_fn=get_ema_multi_avg_fn(settings.get("ema_decay", 0.0)))
+    state = {"task": task, "average": average, "optimizer": optimizer, "schedule": schedule, "step": 0, "log": []}
+    checkpoint = output / f"{stage}.ckpt"
+    if checkpoint.exists():
+        state |= {k: v for k, v in fabric.load(checkpoint, state).items() if k in ("step", "log")}
+        fabric.print(f"{stage}: going on from step {state['step']} of {settings.steps}")
+    wrapped, optimizer = fabric.setup(task, optimizer)
+    loader = DataLoader(
+        data,
+        batch_sampler=StepSampler(state["step"], settings.steps, settings.batch_size),
+        num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
+    )
+    loader = fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+    began, sums = time.time(), {}
+    bar = tqdm(loader, stage, total=settings.steps, initial=state["step"])
+    task.train()
+    for batch in bar:
+        step = state["step"]
+        generator = torch.Generator().manual_seed(hash((config.seed, STAGES.index(stage), step)) % 2**63)
+        losses = wrapped(*batch, generator)
+        fabric.backward(losses["loss"])
+        fabric.clip_gradients(wrapped, optimizer, max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        average.update_parameters(task)
+        state["step"] = step + 1
+        for name, value in losses.items():
+            sums.setdefault(name, []).append(value.detach())
+        if state["step"] % config.checkpoint_every == 0 or state["step"] == settings.steps:
+            means = {name: float(torch.stack(values).mean()) for name, values in sums.items()}
+            seconds = state["log"][-1]["seconds"] if state["log"] else 0.0
+            state["log"].append({"step": state["step"], "seconds": round(seconds + time.time() - began, 1), **means})
+            bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
+            began, sums = time.time(), {}
+            temporary = checkpoint.with_suffix(".tmp")
+            fabric.save(temporary, state)
+            os.replace(temporary, checkpoint)
+            (output / f"{stage}_losses.json").write_text(json.dumps(state["log"], indent=1))
+    if settings.get("ema_decay"):
+        task.load_state_dict(average.module.state_dict())
+
+
+@torch.no_grad()
+def normalise_latents(model: ControlLDM, config: DictConfig, batches: int = 16) -> float:
+    """Rescale the autoencoder so that its latents times scale_factor have unit variance, and return the factor used.
+
+    The scale moves between quant_conv and post_quant_conv, so pictures decode as before.
+    """
+    data, autoencoder = Views(config, "autoencoder"), model.first_stage_model.eval()
+    pictures = [torch.stack([data[step, i][0] for i in range(16)]) for step in range(batches)]
+    std = torch.cat([autoencoder.encode(x.to(model.device)).mode() for x in pictures]).std().item()
+    factor = 1 / (model.scale_factor * std)
+    channels = autoencoder.post_quant_conv.in_channels
+    autoencoder.quant_conv.weight[:channels] *= factor
+    autoencoder.quant_conv.bias[:channels] *= factor
+    autoencoder.quant_conv.bias[channels:] += 2 * math.log(factor)
+    autoencoder.post_quant_conv.weight /= factor
+    return factor
+
+
+def export(model: ControlLDM, path: Path) -> None:
+    """Write the weights as safetensors: float16, and the token embedding, most of a small model, in 8 bits."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("token_embedding.weight"):
+            tensor = tensor.to(torch.float8_e4m3fn)
+        elif tensor.is_floating_point() and "." in name:  # without a dot: the schedule's tables, which stay exact
+            tensor = tensor.half()
+        tensors[name] = tensor.cpu().contiguous()
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary)
+    os.replace(temporary, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        config = OmegaConf.merge(OmegaConf.load(arguments[0]), OmegaConf.from_dotlist(arguments[1:]))
+        train(config)
+    except (ModelError, OSError, OmegaConfBaseException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(config: DictConfig) -> None:
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    fabric = Fabric(accelerator="auto", devices=1, precision=config.precision)
+    torch.manual_seed(config.seed)
+    model = create_model(config.model, initialize=True)
+    model = model.to(fabric.device, memory_format=torch.channels_last)
+    fit(fabric, model, "autoencoder", config)
+    factor = normalise_latents(model, config)
+    fabric.print(f"latents scaled by {factor:.3f}")
+    fit(fabric, model, "diffusion", config)
+    export(model, Path(config.weights))
+    fabric.print(f"{config.weights}: {Path(config.weights).stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
