@@ -1,0 +1,294 @@
+"""Compress a dataset's train images into prompts, and regenerate copies from them.
+
+    python compress/run.py --data-dir D --dataset Food101 --resolution high --seeds 5
+    python compress/run.py --dataset Caltech256 --resolution low --seeds 0,3,7 --batch-size 8 --precision bf16
+
+What is on disk already is skipped, so a run that was stopped goes on when it is started again.
+"""
+
+import argparse
+import difflib
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:  # `python compress/run.py`: Python would look into compress/ alone
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+from tqdm import tqdm
+
+from compress.estimate import estimate
+from compress.presets import PRESETS
+from compress.regenerate import Plan, Regenerator, Result, plan
+from ControlNet.cldm.model import ModelError, load_model
+from utils.errors import UserError
+from utils.paths import DatasetPaths, data_dir
+
+DONE, SOME_FAILED, WRONG_COMMAND, INTERRUPTED = 0, 1, 2, 130
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line.  Returns its exit code; leaves through SystemExit where argparse does."""
+    options = parser().parse_args(arguments)
+    try:
+        return run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_COMMAND
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run(options: argparse.Namespace) -> int:
+    """What the options say.  Returns the exit code; raises UserError for what the user can mend."""
+    paths = DatasetPaths(data_dir(options.data_dir), options.dataset)
+    images, empty = select(paths, options.classes, options.limit, options.shard)
+    preset = PRESETS[options.resolution].changed(
+        size=options.size,
+        steps=options.steps,
+        guidance=options.guidance,
+        prompt_template=options.prompt_template,
+        negative_prompt=options.negative_prompt,
+    )
+    device, precision = choose_device(options.device, options.precision)
+    todo = plan(paths, images, options.seeds, overwrite=options.overwrite)
+    print(
+        f"{options.dataset}, {preset.name} resolution: {len(images):,} images\n"
+        f"edge maps: {todo.edge_maps_missing:,} to make, {todo.edge_maps_present:,} there already\n"
+        f"copies: {todo.copies_missing:,} to make, {todo.copies_present:,} there already",
+        flush=True,
+    )
+    model = load(options.model, device, precision) if todo.copies_missing else None
+    regenerator = Regenerator(paths, preset, model, batch_size=options.batch_size)
+    if model is not None:
+        print(f"model {options.model} on {device} in {precision}, {regenerator.batch_size} at a time", flush=True)
+    if options.dry_run:
+        report_estimate(regenerator, todo)
+        return DONE
+
+    start = time.perf_counter()
+    seldom = 0.1 if sys.stderr.isatty() else 30  # seconds between updates: a log file need not hold every one
+    with tqdm(total=todo.copies_missing, unit="copy", dynamic_ncols=True, mininterval=seldom, smoothing=0.05) as bar:
+        result = regenerator.run(todo, bar.update)
+    report(result, empty, time.perf_counter() - start)
+    return SOME_FAILED if result.failures or empty else DONE
+
+
+def select(
+    paths: DatasetPaths, classes: list[str] | None = None, limit: int | None = None, shard: tuple[int, int] = (1, 1)
+) -> tuple[list[Path], list[Path]]:
+    """The train images to work on, and the class folders that hold none.
+
+    classes: labels, None for all; limit: images per class; shard: (i, n), 1 <= i <= n, takes every n-th image.
+    Raises UserError for a missing folder, an unknown label, or where there is no image at all.
+    """
+    known = paths.classes()
+    labels = chosen_labels(classes, known) if classes else known
+    images, empty = [], []
+    for label in labels:
+        of_class = paths.images(label)
+        images += of_class[:limit]
+        if not of_class:
+            empty.append(paths.folder("train") / label)
+    if not images:
+        raise UserError(f"no images in {paths.folder('train')}: its class folders hold no file that Pillow could read.")
+    i, n = shard
+    return images[i - 1 :: n], empty
+
+
+def chosen_labels(classes: list[str], known: list[str]) -> list[str]:
+    """The labels of --classes: each value is one label, or several with commas between them."""
+    labels = []
+    for value in classes:
+        labels += [value] if value in known else [label.strip() for label in value.split(",") if label.strip()]
+    for label in labels:
+        if label not in known:
+            near = difflib.get_close_matches(label, known, n=1)
+            some = ", ".join(known[:5]) + ", ..." * (len(known) > 5)
+            hint = f"did you mean {near[0]!r}?" if near else f"the dataset has {some}"
+            raise UserError(f"no class {label!r}: {hint}")
+    return sorted(set(labels))
+
+
+def choose_device(device: str, precision: str) -> tuple[str, str]:
+    """(device, precision) with "auto" resolved: a GPU where there is one, bf16 on a GPU that has it.
+
+    Raises UserError for a device that is not there.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device != "cpu":
+        index = re.fullmatch(r"cuda(?::(\d+))?", device)
+        if not index:
+            raise UserError(f"--device is auto, cpu, cuda or cuda:N, not {device!r}.")
+        if int(index[1] or 0) >= gpus:
+            raise UserError(f"no device {device} here: torch sees {gpus} GPUs. Try --device auto.")
+    if precision == "auto":
+        precision = "fp32" if device == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return device, precision
+
+
+def load(spec: str, device: str, precision: str):
+    """The model of --model.  Raises UserError where it can't be loaded."""
+    try:
+        return load_model(spec, device, PRECISIONS[precision])
+    except ModelError as error:
+        raise UserError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the model does not fit on {device}: use --precision bf16, or another --device.") from error
+
+
+def report_estimate(regenerator: Regenerator, todo: Plan) -> None:
+    """Print what --dry-run tells: bytes and time."""
+    if todo.copies_missing:
+        print("measuring one batch ...", flush=True)
+    expected = estimate(regenerator, todo)
+    if math.isnan(expected.edge_map_bytes + expected.copy_bytes + expected.seconds):
+        print("expected: unknown, none of the sampled images could be read")
+        return
+    time_needed = f", about {duration(expected.seconds)} for the copies" if todo.copies_missing else ""
+    print(
+        f"expected: {size(expected.edge_map_bytes)} of edge maps, {size(expected.copy_bytes)} of copies{time_needed}\n"
+        "dry run: nothing was written"
+    )
+
+
+def report(result: Result, empty: list[Path], seconds: float) -> None:
+    """Print what a run did."""
+    speed = f" ({result.copies_made / seconds:.3g} copies/s)" if result.copies_made else ""
+    print(
+        f"edge maps: {result.edge_maps_made:,} made, {result.edge_maps_skipped:,} skipped, "
+        f"{result.edge_maps_failed:,} failed\n"
+        f"copies: {result.copies_made:,} made, {result.copies_skipped:,} skipped, {result.copies_failed:,} failed"
+        f" in {duration(seconds)}{speed}"
+    )
+    if result.image_bytes:
+        print(
+            f"on disk: images {size(result.image_bytes)}, their prompts {size(result.prompt_bytes)} "
+            f"({ratio(result.prompt_bytes, result.image_bytes)})\n"
+            f"raw bits: images {result.image_bits:,}, their edge maps {result.edge_map_bits:,} "
+            f"({ratio(result.edge_map_bits, result.image_bits)})"
+        )
+    problems = [*(f"{folder}: no images" for folder in empty), *dict.fromkeys(map(str, result.failures))]
+    if problems:
+        print("failed:", *problems, sep="\n  ")
+
+
+def size(count: float) -> str:
+    """Bytes for a person: 1,234 -> "1.2 kB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            break
+        count, unit = count / 1000, {"bytes": "kB", "kB": "MB", "MB": "GB", "GB": "TB"}[unit]
+    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+
+
+def ratio(part: float, whole: float) -> str:
+    """How much one is of the other, as DESIGN writes it: "1/24.0", or "2.67 times" where it is more."""
+    return f"1/{whole / part:.1f}" if part <= whole else f"{part / whole:.2f} times"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person: "1:02:03" or "12.3 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,}:{minutes:02d}:{seconds:02d}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(WRONG_COMMAND, f"error: {message} (--help lists the options)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options with their meanings."""
+    parser = _Parser(
+        prog="compress/run.py",
+        description="Compress train images into prompts (edge map + class label) and regenerate copies from them.",
+        epilog="Exit codes: 0 done; 1 some images failed, listed at the end; 2 the command is wrong; 130 interrupted.",
+        allow_abbrev=False,
+    )
+    data = parser.add_argument_group("the data")
+    data.add_argument("--data-dir", metavar="D", help="folder of all datasets [$ESCORT_DATA_DIR, else ./data]")
+    data.add_argument("--dataset", required=True, help="the dataset: its folder's name in the data folder")
+    data.add_argument("--classes", metavar="A,B", action="append", help="only these class labels (may be repeated)")
+    data.add_argument("--limit", metavar="N", type=at_least_one, help="only the first N images of each class")
+    data.add_argument("--shard", metavar="i/n", type=shard, default=(1, 1), help="only part i of n: 1/8 ... 8/8")
+    data.add_argument("--overwrite", action="store_true", help="make again what is there")
+    data.add_argument("--dry-run", action="store_true", help="say how much there is to do, and write nothing")
+    settings = parser.add_argument_group("the settings")
+    settings.add_argument("--resolution", required=True, choices=("high", "low"), help="the preset for the data's kind")
+    settings.add_argument(
+        "--seeds",
+        metavar="K",
+        type=copy_numbers,
+        default=range(5),
+        help="copies of an image: 5 makes numbers 0 to 4; 0,3,7 makes these; '3,' makes number 3 alone [5]",
+    )
+    settings.add_argument("--size", metavar="N", type=at_least_one, help="shorter side of the generated pictures")
+    settings.add_argument("--steps", metavar="N", type=at_least_one, help="DDIM steps")
+    settings.add_argument("--guidance", metavar="X", type=finite, help="scale of classifier-free guidance")
+    settings.add_argument("--prompt-template", metavar="TEXT", help="such as 'a photo of {label}'")
+    settings.add_argument("--negative-prompt", metavar="TEXT", help="text of what copies should not be like")
+    machine = parser.add_argument_group("the model and the machine")
+    machine.add_argument(
+        "--model",
+        default="sd15",
+        help="sd15, tiny, or a checkpoint's path (a .yaml beside it is its config) [sd15]",
+    )
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    machine.add_argument(
+        "--precision", default="auto", choices=("auto", *PRECISIONS), help="[bf16 on a GPU that has it, fp32 on a CPU]"
+    )
+    machine.add_argument("--batch-size", metavar="N", type=at_least_one, help="copies made at a time [by device]")
+    return parser
+
+
+def copy_numbers(text: str) -> list[int]:
+    """ "5" -> 0 to 4; "0,3,7" -> exactly these; "3," -> number 3 alone."""
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*,?\s*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of copies nor a list like 0,3,7")
+    numbers = [int(number) for number in text.split(",") if number.strip()]
+    if "," in text:
+        return list(dict.fromkeys(numbers))
+    if numbers == [0]:
+        raise argparse.ArgumentTypeError("0 copies are none: 1 makes copy number 0")
+    return list(range(numbers[0]))
+
+
+def shard(text: str) -> tuple[int, int]:
+    """ "2/8" -> (2, 8)."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of the parts 1/n ... n/n")
+    return int(match[1]), int(match[2])
+
+
+def at_least_one(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """A number, neither infinite nor NaN."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
