@@ -1,0 +1,52 @@
+"""A ControlLDM that makes a picture in a moment: the real classes at a very small size, with fixed random weights."""
+
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from ControlNet.cldm.cldm import ControlLDM
+from ControlNet.cldm.model import MODELS_FOLDER, create_model
+
+
+def little_config() -> DictConfig:
+    config = OmegaConf.load(MODELS_FOLDER / "cldm_v15.yaml")
+    params = config.model.params
+    for name in ("control_stage_config", "unet_config"):
+        params[name].params.update(
+            {
+                "model_channels": 32,
+                "channel_mult": [1, 1],
+                "attention_resolutions": [2],
+                "num_res_blocks": 1,
+                "num_heads": 2,
+                "context_dim": 32,
+            }
+        )
+    params.first_stage_config.params.ddconfig.update({"ch": 32, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1})
+    params.cond_stage_config.params = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    return config
+
+
+def little_model() -> ControlLDM:
+    """On the CPU, in eval mode.  Its pictures are noise of full contrast, and depend on edge map, text and number."""
+    model = create_model(little_config(), initialize=True)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+        elif name.endswith("bias"):
+            parameter.data.zero_()
+    return model.eval().requires_grad_(False)
+
+
+def save_checkpoint(model: ControlLDM, path: Path) -> Path:
+    """The weights at `path`, and their config beside them, as `load_model` finds them."""
+    torch.save(model.state_dict(), path)
+    OmegaConf.save(little_config(), path.with_suffix(".yaml"))
+    return path

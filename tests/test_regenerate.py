@@ -1,0 +1,389 @@
+"""Prompts -> copies, with the real networks at a very small size and with a recorder in the sampler's place."""
+
+import errno
+import itertools
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from compress import regenerate
+from compress.presets import HIGH, LOW
+from compress.regenerate import Regenerator, batches, initial_noise, plan
+from tests.folders import save_noise
+from tests.little_model import little_model
+from utils.errors import UserError
+from utils.paths import DatasetPaths
+
+SMALL = HIGH.changed(size=64, steps=2)
+
+
+def drawing(path: Path, seed: int, size=(40, 40), mode="RGB", **options) -> Path:
+    """A picture with edges that differ for each seed; `size` is (width, height)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    image = Image.new(mode, size, 20)
+    for _ in range(4):
+        x, y = rng.integers(0, size[0]), rng.integers(0, size[1])
+        colour = tuple(rng.integers(60, 256, len(image.getbands())).tolist())
+        ImageDraw.Draw(image).rectangle((x, y, x + size[0] // 3, y + size[1] // 3), fill=colour)
+    image.save(path, **options)
+    return path
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """Two classes; RGB, greyscale, a wide picture; endings and names as they come."""
+    paths = DatasetPaths(tmp_path / "train", "Toy")  # a data folder that is called like a mode
+    train = paths.folder("train")
+    drawing(train / "apple pie" / "a.JPEG", 0)
+    drawing(train / "apple pie" / "grey.png", 1, mode="L")
+    drawing(train / "apple pie" / "wide ü.jpg", 2, size=(100, 50))
+    drawing(train / "crème" / "a.jpg", 3)
+    drawing(train / "crème" / "a.png", 4, size=(64, 30))
+    return paths
+
+
+def images_of(paths):
+    return [image for label in paths.classes() for image in paths.images(label)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield little_model()
+    torch.set_num_threads(threads)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_everything_is_made_and_nothing_twice(paths, model):
+    done = []
+    regenerator = Regenerator(paths, SMALL, model, batch_size=2)
+    todo = plan(paths, images_of(paths), [0, 2])
+    assert (todo.edge_maps_missing, todo.copies_missing, todo.edge_maps_present, todo.copies_present) == (5, 10, 0, 0)
+    result = regenerator.run(todo, done.append)
+    assert (result.edge_maps_made, result.copies_made, result.failures) == (5, 10, [])
+    assert sum(done) == 10
+    assert len(list(paths.folder("edge_maps").rglob("*"))) == 5 + 2
+    assert {file.name for file in paths.folder("exemplars").rglob("*.jpg")} == {
+        f"{stem}_seed0{k}.jpg" for stem in ("a", "grey", "wide ü", "a.jpg", "a.png") for k in (0, 2)
+    }
+
+    before = {file: file.stat().st_mtime_ns for file in paths.root.rglob("*")}
+    again = Regenerator(paths, SMALL, None)(images_of(paths), [0, 2])  # no model is needed
+    assert (again.edge_maps_made, again.edge_maps_skipped) == (0, 5)
+    assert (again.copies_made, again.copies_skipped) == (0, 10)
+    assert {file: file.stat().st_mtime_ns for file in paths.root.rglob("*")} == before
+    for name in ("image_bytes", "prompt_bytes", "image_bits", "edge_map_bits"):
+        assert getattr(again, name) == getattr(result, name) > 0
+
+
+def test_copies_are_jpegs_that_stand_in_for_their_image(paths, model):
+    images = images_of(paths)
+    Regenerator(paths, SMALL, model, batch_size=4)(images, [0])
+    for image in images:
+        with Image.open(image) as original, Image.open(paths.copy(image, 0)) as copy:
+            assert copy.format == "JPEG"
+            assert copy.size == original.size
+            assert copy.mode == original.mode  # a greyscale image's copy is greyscale
+            assert copy.quantization[0][0] == 2  # quality 95
+            assert np.asarray(copy).std() > 10
+
+
+def test_sizes_are_counted(paths, model):
+    images = images_of(paths)
+    result = Regenerator(paths, SMALL, None)(images, [])
+    assert result.image_bits == (3 * 40 * 40 - 40 * 40 + 100 * 50 + 64 * 30) * 24 + 40 * 40 * 8
+    assert result.edge_map_bits == 3 * 40 * 40 + 100 * 50 + 64 * 30
+    assert result.image_bytes == sum(image.stat().st_size for image in images)
+    texts = sum(len(image.parent.name.encode()) for image in images)
+    assert result.prompt_bytes == texts + sum(paths.edge_map(image).stat().st_size for image in images)
+
+
+def test_copies_do_not_depend_on_their_batch(paths, model):
+    """Batches of 1 and of 3: sums in another order, at most one level of 255 at fewer than 1 pixel in 100."""
+    images = images_of(paths)
+    regenerators = {size: Regenerator(paths, SMALL, model, batch_size=size) for size in (1, 3)}
+    jobs = [
+        job
+        for task in plan(paths, images, range(3)).tasks
+        for job in regenerators[1].jobs_of(task, regenerators[1].prompt(task))
+    ]
+    pictures = {
+        size: {
+            (job.image, job.copy_number): picture
+            for batch in batches(jobs, size)
+            for job, picture in zip(batch, regenerator.generate(batch), strict=True)
+        }
+        for size, regenerator in regenerators.items()
+    }
+    assert len(pictures[1]) == 15
+    for key, one in pictures[1].items():
+        difference = abs(one.astype(int) - pictures[3][key])
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 0.01
+
+
+def test_copies_differ_between_numbers_images_and_texts(paths, model):
+    images = images_of(paths)
+    regenerator = Regenerator(paths, SMALL, model, batch_size=4)
+    regenerator(images, [0, 1])
+    same_size = [image for image in images if pixels(image).shape == (40, 40, 3)]
+    for first, second in itertools.pairwise(same_size):
+        assert abs(pixels(paths.copy(first, 0)) - pixels(paths.copy(second, 0))).mean() > 1
+        assert abs(pixels(paths.copy(first, 0)) - pixels(paths.copy(first, 1))).mean() > 1
+    task = plan(paths, images[:1], [9]).tasks[0]
+    (job,) = regenerator.jobs_of(task, regenerator.prompt(task))
+    one, other = regenerator.generate([job, replace(job, text="another thing")])
+    assert abs(one.astype(int) - other).mean() > 0.1
+
+
+def test_a_missing_copy_comes_back_byte_for_byte(paths, model):
+    regenerator = Regenerator(paths, SMALL, model, batch_size=4)
+    regenerator(images_of(paths), range(3))
+    whole = tree(paths.root)
+    paths.copy(paths.images("crème")[0], 1).unlink()
+    paths.edge_map(paths.images("apple pie")[0]).unlink()
+    result = regenerator(images_of(paths), range(3))
+    assert (result.edge_maps_made, result.copies_made, result.copies_skipped) == (1, 1, 14)
+    assert tree(paths.root) == whole
+
+
+@pytest.mark.parametrize("moment", [1, 4, 9, 20])
+def test_a_run_that_ends_anywhere_goes_on_to_the_same_tree(tmp_path, paths, model, monkeypatch, moment):
+    class Killed(BaseException):
+        pass
+
+    moved = []
+
+    def replace_until_killed(source, target, move=os.replace):
+        if len(moved) == moment:
+            raise Killed
+        moved.append(target)
+        move(source, target)
+
+    regenerator = Regenerator(paths, SMALL, model, batch_size=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_until_killed)
+        with pytest.raises(Killed):
+            regenerator(images_of(paths), range(4))
+    assert len(tree(paths.folder("edge_maps")) | tree(paths.folder("exemplars"))) == moment
+    regenerator(images_of(paths), range(4))
+    undisturbed = DatasetPaths(tmp_path / "undisturbed", "Toy")
+    for file, content in tree(paths.folder("train")).items():
+        (undisturbed.folder("train") / file).parent.mkdir(parents=True, exist_ok=True)
+        (undisturbed.folder("train") / file).write_bytes(content)
+    Regenerator(undisturbed, SMALL, model, batch_size=2)(images_of(undisturbed), range(4))
+    assert tree(paths.root) == tree(undisturbed.root)
+
+
+def test_overwriting(paths, model):
+    images = images_of(paths)
+    regenerator = Regenerator(paths, SMALL, model, batch_size=4)
+    regenerator(images, [0])
+    whole = tree(paths.root)
+    paths.copy(images[0], 0).write_bytes(b"something else")
+    result = regenerator.run(plan(paths, images, [0], overwrite=True))
+    assert (result.edge_maps_made, result.copies_made, result.copies_skipped) == (5, 5, 0)
+    assert tree(paths.root) == whole
+
+
+def test_a_bmp_edge_map_is_used_and_not_made_again(paths, model):
+    image = paths.images("apple pie")[0]
+    bmp = paths.edge_map(image).with_suffix(".bmp")
+    bmp.parent.mkdir(parents=True)
+    Image.new("L", (40, 40), 0).save(bmp)
+    regenerator = Regenerator(paths, SMALL, model, batch_size=1)
+    result = regenerator([image], [0])
+    assert (result.edge_maps_made, result.edge_maps_skipped, result.copies_made) == (0, 1, 1)
+    assert not paths.edge_map(image).exists()
+    without_edges = paths.copy(image, 0).read_bytes()
+    bmp.unlink()
+    regenerator.run(plan(paths, [image], [0], overwrite=True))
+    assert paths.copy(image, 0).read_bytes() != without_edges
+
+
+def test_bad_images_are_listed_and_the_others_made(paths, model):
+    folder = paths.folder("train") / "apple pie"
+    truncated = save_noise(folder / "truncated.jpg", 0, (64, 64))
+    truncated.write_bytes(truncated.read_bytes()[:-400])
+    (folder / "text.jpg").write_text("no picture")
+    (folder / "empty.png").touch()
+    (folder / "folder.jpg").mkdir()
+    (folder / "dangling.jpg").symlink_to(folder / "nothing.jpg")
+    done = []
+    result = Regenerator(paths, SMALL, model, batch_size=4).run(plan(paths, images_of(paths), [0, 1]), done.append)
+    assert {failure.image.name for failure in result.failures} == {
+        "truncated.jpg", "text.jpg", "empty.png", "folder.jpg", "dangling.jpg",
+    }  # fmt: skip
+    assert all(failure.reason and not failure.reason.startswith("/") for failure in result.failures)
+    assert (result.edge_maps_made, result.edge_maps_failed) == (5, 5)
+    assert (result.copies_made, result.copies_failed) == (10, 10)
+    assert sum(done) == 20
+    assert len(tree(paths.folder("exemplars"))) == 10
+
+
+def test_a_broken_edge_map_is_listed(paths, model):
+    image, other = paths.images("apple pie")[:2]
+    paths.edge_map(image).parent.mkdir(parents=True)
+    paths.edge_map(image).write_bytes(b"\x89PNG")
+    result = Regenerator(paths, SMALL, model, batch_size=1)([image, other], [0])
+    assert [failure.image for failure in result.failures] == [image]
+    assert str(paths.edge_map(image)) in result.failures[0].reason
+    assert result.copies_made == 1
+
+
+def test_a_full_disk_stops_the_run_and_a_bad_name_does_not(paths, model, monkeypatch):
+    def refuse(number):
+        def write_atomically(path, write):
+            raise OSError(number, os.strerror(number), str(path))
+
+        return write_atomically
+
+    regenerator = Regenerator(paths, SMALL, model, batch_size=4)
+    monkeypatch.setattr(regenerate, "write_atomically", refuse(errno.ENOSPC))
+    with pytest.raises(UserError, match="No space left"):
+        regenerator(images_of(paths), [0])
+    monkeypatch.setattr(regenerate, "write_atomically", refuse(errno.ENAMETOOLONG))
+    result = regenerator(images_of(paths), [0])
+    assert (result.copies_made, result.copies_failed, len(result.failures)) == (0, 5, 5)
+
+
+def test_half_written_files_of_dead_processes_are_removed(paths):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    folders = [paths.edge_map(images_of(paths)[0]).parent, paths.copy(images_of(paths)[0], 0).parent]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / f".{gone.pid}-abc.tmp").touch()
+        (folder / f".{os.getppid()}-abc.tmp").touch()  # a process that runs may be writing it
+        (folder / "mine.tmp").touch()
+    Regenerator(paths, SMALL, None)(images_of(paths), [])
+    left = {file.name for folder in folders for file in folder.iterdir() if file.suffix == ".tmp"}
+    assert left == {f".{os.getppid()}-abc.tmp", "mine.tmp"}
+
+
+def test_the_initial_noise_depends_on_number_and_size_alone():
+    expected = torch.randn(1, 4, 64, 88, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(99)
+    assert torch.equal(initial_noise(3, 512, 704), expected)
+    assert not torch.equal(initial_noise(4, 512, 704), expected)
+
+
+class Recorder:
+    """Stands in for DDIMSampler: notes what it is asked for, and returns the noise."""
+
+    calls = ()
+
+    def __init__(self, model):
+        self.model = model
+
+    def sample(self, S, batch_size, shape, conditioning, **options):
+        call = {"S": S, "batch_size": batch_size, "shape": shape, "cond": conditioning, **options}
+        Recorder.calls = (*Recorder.calls, {**call, "scales": list(self.model.control_scales)})
+        return options["x_T"], {}
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr(regenerate, "DDIMSampler", Recorder)
+    Recorder.calls = ()
+    return Recorder
+
+
+class Decoder:
+    """A model that only encodes texts, counting them, and decodes to one value."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, value=0.0):
+        self.control_scales = [1.0] * 13
+        self.encoded = []
+        self.value = value
+
+    def get_learned_conditioning(self, texts):
+        self.encoded += texts
+        return torch.full((len(texts), 77, 8), float(len(texts[0])))
+
+    def decode_first_stage(self, latents):
+        return torch.full((latents.shape[0], 3, latents.shape[2] * 8, latents.shape[3] * 8), self.value)
+
+
+def test_what_the_sampler_is_asked_for(paths, recorded):
+    model = Decoder()
+    Regenerator(paths, LOW, model, batch_size=2)(images_of(paths), [0, 1, 4])
+    assert sorted(model.encoded) == sorted(
+        [LOW.negative_prompt, *(f"{label}, clean, clear, bright, neat" for label in ("apple pie", "crème"))]
+    )
+    assert {call["shape"] for call in recorded.calls} == {(4, 32, 32), (4, 32, 64), (4, 32, 72)}
+    for call in recorded.calls:
+        assert (call["S"], call["batch_size"], call["eta"]) == (50, 2, 0.0)
+        assert call["unconditional_guidance_scale"] == 9.0
+        (hint,) = call["cond"]["c_concat"]
+        assert hint.shape == (2, 3, call["shape"][1] * 8, call["shape"][2] * 8)
+        assert set(hint.unique().tolist()) == {0.0, 1.0}
+        assert (hint[:, 0] == hint[:, 2]).all()
+        assert call["cond"]["c_crossattn"][0].shape == (2, 77, 8)
+        assert call["unconditional_conditioning"]["c_concat"][0] is hint
+        assert (call["unconditional_conditioning"]["c_crossattn"][0] == len(LOW.negative_prompt)).all()
+        assert call["scales"] == [1.0] * 13
+    first = recorded.calls[0]
+    assert torch.equal(first["x_T"], torch.cat([initial_noise(k, 256, 256) for k in (0, 1)]))
+
+
+def test_guess_mode(paths, recorded):
+    (paths.root / "class_names.json").write_text('{"crème": ""}', encoding="utf-8")
+    model = Decoder()
+    Regenerator(paths, HIGH, model, batch_size=3)(images_of(paths), [0])
+    guessing = [call for call in recorded.calls if call["unconditional_conditioning"]["c_concat"] is None]
+    assert "best quality, extremely detailed" in model.encoded
+    assert guessing
+    assert len(guessing) < len(recorded.calls)
+    for call in guessing:
+        assert (call["S"], call["unconditional_guidance_scale"]) == (50, 4.5)
+        assert call["cond"]["c_concat"] is not None
+        assert call["scales"] == pytest.approx([0.825 ** (12 - i) for i in range(13)])
+    for call in recorded.calls:
+        if call not in guessing:
+            assert (call["S"], call["scales"]) == (20, [1.0] * 13)
+
+
+@pytest.mark.parametrize(("value", "level"), [(-3.0, 0), (-1.0, 0), (0.0, 127), (0.5, 191), (1.0, 255), (2.0, 255)])
+def test_decoded_values_become_levels(paths, recorded, value, level):
+    image = paths.images("apple pie")[0]
+    regenerator = Regenerator(paths, SMALL, Decoder(value), batch_size=1)
+    task = plan(paths, [image], [0]).tasks[0]
+    (picture,) = regenerator.generate(regenerator.jobs_of(task, regenerator.prompt(task)))
+    assert picture.shape == (40, 40, 3)
+    assert picture.dtype == np.uint8
+    assert (picture == level).all()
+
+
+def test_values_that_are_no_numbers_stop_the_run(paths, recorded):
+    with pytest.raises(UserError, match="--precision fp32"):
+        Regenerator(paths, SMALL, Decoder(float("nan")), batch_size=1)(images_of(paths), [0])
+    assert not tree(paths.folder("exemplars"))
+
+
+def test_memory_that_runs_out_is_said_in_words(paths, monkeypatch):
+    class Sampler(Recorder):
+        def sample(self, *args, **options):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(regenerate, "DDIMSampler", Sampler)
+    with pytest.raises(UserError, match="--batch-size"):
+        Regenerator(paths, SMALL, Decoder(), batch_size=1)(images_of(paths), [0])
