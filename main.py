@@ -18,7 +18,6 @@ import torch
 from lightning_fabric import Fabric
 
 import torchvision_compat  # noqa: F401  (before torchvision and Lightning: lets a CUDA wheel load beside a CPU torch)
-from compress.on_demand import OnDemand
 from convs.resnet import CONVNETS
 from models import METHODS
 from models.base import Regenerate
@@ -128,6 +127,8 @@ def check_exemplars(config: Config, data: DataManager, device: torch.device) -> 
     needs_copies = config.syn_per_class > 0 or config.augmentation_prob > 0
     on_demand = None
     if needs_copies and config.regenerate == "on_demand":
+        from compress.on_demand import OnDemand  # brings ControlNet with it: seconds that other runs need not spend
+
         on_demand = OnDemand(
             data.paths,
             resolution=config.regenerate_resolution or data.defaults.resolution,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from shapes import SHAPES, make_shapes
+from tests.shapes import SHAPES, make_shapes
 
 import main
 from compress import on_demand
@@ -222,7 +222,7 @@ def test_copies_on_demand(train, tmp_path, own_data_dir, monkeypatch):
                     paths.copy(image, k).parent.mkdir(parents=True, exist_ok=True)
                     Image.new("RGB", (32, 32)).save(paths.copy(image, k))
 
-    monkeypatch.setattr(main, "OnDemand", Stub)
+    monkeypatch.setattr(on_demand, "OnDemand", Stub)
     values = {"data_dir": str(own_data_dir), "dataset": "Bare", "regenerate": "on_demand", "regenerate_model": "tiny"}
     assert train(**values, augmentation_prob=0, epochs=1, init_epoch=1) == 0
     assert asked == [8, 8]  # 2 new classes x 4 synthetic exemplars, after phases 0 and 1
