@@ -9,6 +9,7 @@ seed (a class order), let the method learn phase after phase, and write down wha
 import argparse
 import itertools
 import logging
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def run(config: Config) -> dict:
     paths = DatasetPaths(data_dir(config.data_dir), config.dataset)
     orders = {seed: open_data(config, paths, seed) for seed in config.seed}
     regenerate = check_exemplars(config, next(iter(orders.values())), fabric.device)
-    output = open_output(config)
+    output = open_output(config, write=fabric.is_global_zero)
     cache = Path(config.phase0_cache) if config.phase0_cache else output / "phase0_cache"
     logs.start(output / "log.txt", quiet=not fabric.is_global_zero)
 
@@ -106,7 +107,11 @@ def start_devices(config: Config) -> Fabric:
     if accelerator == "cuda" and max(asked) >= found:
         there = f"this machine has CUDA devices 0 to {found - 1}" if found else "this machine has no CUDA device"
         raise UserError(f'device: {config.device!r} is not there; {there}. Choose another, or "cpu".')
-    fabric = Fabric(accelerator=accelerator, devices=devices, precision=config.precision)
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes: it says how many there are
+        devices, nodes = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["GROUP_WORLD_SIZE"])
+    else:
+        nodes = 1
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=config.precision)
     fabric.launch()
     return fabric
 
@@ -147,7 +152,7 @@ def check_exemplars(config: Config, data: DataManager, device: torch.device) -> 
     return on_demand
 
 
-def open_output(config: Config) -> Path:
+def open_output(config: Config, *, write: bool) -> Path:
     """The folder of results, with the config as used.  Raises UserError where another experiment lives there."""
     output = Path(config.output_dir)
     file = output / "config.json"
@@ -162,7 +167,8 @@ def open_output(config: Config) -> Path:
                 f"{output} holds another experiment ({'; '.join(differing)}). Choose another output_dir, or delete it."
             )
     try:
-        report.write_json(file, ours)
+        if write:
+            report.write_json(file, ours)
     except OSError as error:
         raise UserError(f"output_dir: {output} can't be written to ({error.strerror}).") from None
     return output

@@ -206,6 +206,8 @@ class Learner:
                 progress = f"epoch {epoch + 1}/{schedule.epochs}, loss {loss_mean:.3f}, train {accuracy:.1f} %"
                 bar.set_postfix_str(progress, refresh=False)
                 log.debug("%s: %s", self._name(), progress)
+        if fabric.world_size > 1:  # each process has batch norm statistics of its own; evaluation takes one network
+            self.network.load_state_dict(fabric.broadcast(self.network.state_dict()))
         return {"epochs": schedule.epochs, "loss": loss_mean, "accuracy": accuracy}
 
     def choose_exemplars(self) -> None:
@@ -237,13 +239,11 @@ class Learner:
             generator=torch.Generator(),
         )
         self.network.eval()
-        logits = features = None
+        logits = torch.zeros(len(images), self.network.head.out_features)
+        features = torch.zeros(len(images), self.network.head.in_features)
         with torch.no_grad(), fabric.autocast():
             for index, pictures, _ in loader:
                 outputs = self.network(self._to_device(pictures))
-                if logits is None or features is None:
-                    logits = torch.zeros(len(images), outputs.logits.shape[1])
-                    features = torch.zeros(len(images), outputs.features.shape[1])
                 logits[index] = outputs.logits.float().cpu()
                 features[index] = outputs.features.float().cpu()
         return Outputs(self._sum_over_processes(logits), self._sum_over_processes(features))

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tests.shapes import SHAPES, make_shapes
 
 import main
 from compress import on_demand
 from models.base import Learner
-
-PHASES = 3
+from tests.shapes import SHAPES, make_shapes
 
 
 @pytest.fixture(scope="module")
