@@ -1,0 +1,316 @@
+"""The command line `compress/run.py`, as its users call it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from compress import run
+from compress.regenerate import Regenerator
+from tests.folders import make_dataset, save_noise
+from tests.little_model import little_model, save_checkpoint
+from utils.paths import DatasetPaths
+
+REPOSITORY = Path(__file__).parent.parent
+LABELS = ("apple pie", "crème", "sushi")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.pth")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return make_dataset(tmp_path / "my train data", LABELS, train=3, size=(48, 40), ending=".JPG")
+
+
+@pytest.fixture
+def compress(paths, checkpoint, capsys):
+    """Run the command with what the tests have in common: -> (exit code, stdout, stderr)."""
+
+    def call(*options, data=paths):
+        common = ["--data-dir", str(data.data_dir), "--dataset", data.dataset, "--model", str(checkpoint)]
+        small = ["--resolution", "high", "--size", "64", "--steps", "1", "--batch-size", "4", "--device", "cpu"]
+        try:
+            code = run.main([*common, *small, *options])
+        except SystemExit as leave:  # argparse has said what is wrong
+            code = leave.code
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
+
+
+def made(paths: DatasetPaths) -> dict[str, bytes]:
+    files = [*paths.folder("edge_maps").rglob("*"), *paths.folder("exemplars").rglob("*")]
+    return {str(file.relative_to(paths.root)): file.read_bytes() for file in files if file.is_file()}
+
+
+def copies(paths: DatasetPaths) -> set[str]:
+    return {Path(name).parent.name + "/" + Path(name).name for name in made(paths) if name.endswith(".jpg")}
+
+
+def test_a_whole_run_and_its_rerun(paths, compress, monkeypatch):
+    code, out, err = compress("--seeds", "2")
+    assert code == 0, err
+    assert "edge maps: 9 made, 0 skipped, 0 failed" in out
+    assert re.search(r"copies: 18 made, 0 skipped, 0 failed in [\d.]+ s \([\d.e+]+ copies/s\)", out)
+    assert re.search(r"on disk: images [\d.]+ kB, their prompts [\d.]+ kB \(1/[\d.]+\)", out)
+    assert f"raw bits: images {9 * 40 * 48 * 24:,}, their edge maps {9 * 40 * 48:,} (1/24.0)" in out
+    assert "18/18" in err  # the progress bar counts copies
+    assert len(made(paths)) == 27
+    before = made(paths)
+    monkeypatch.setattr(run, "load_model", None)  # nothing is missing: the model is not even loaded
+    code, out, _ = compress("--seeds", "2")
+    assert code == 0
+    assert "edge maps: 0 made, 9 skipped, 0 failed" in out
+    assert "copies: 0 made, 18 skipped, 0 failed" in out
+    assert "(1/24.0)" in out
+    assert made(paths) == before
+
+
+def test_the_low_resolution_preset(paths, compress):
+    code, out, _ = compress("--resolution", "low", "--seeds", "1", "--limit", "1")
+    assert code == 0
+    with (
+        Image.open(paths.edge_map(paths.images("sushi")[0])) as edge_map,
+        Image.open(paths.images("sushi")[0]) as image,
+    ):
+        assert edge_map.size == (64, 64)
+        assert Image.open(paths.copy(paths.images("sushi")[0], 0)).size == image.size
+    assert "(1/11.2)" in out  # of 40 x 48 x 24 bits
+
+
+def test_which_copies(paths, compress):
+    assert compress("--classes", "sushi", "--limit", "1", "--seeds", "0,3,12")[0] == 0
+    assert copies(paths) == {f"sushi/0000_seed{k}.jpg" for k in ("00", "03", "12")}
+    _, out, _ = compress("--classes", "sushi", "--limit", "1", "--seeds", "2")
+    assert "copies: 1 made, 1 skipped" in out
+    assert "sushi/0000_seed01.jpg" in copies(paths)
+
+
+def test_which_images(paths, compress):
+    assert compress("--classes", "sushi,apple pie", "--limit", "2", "--seeds", "1")[0] == 0
+    assert copies(paths) == {f"{label}/000{i}_seed00.jpg" for label in ("sushi", "apple pie") for i in (0, 1)}
+    compress("--classes", "crème", "--classes", "sushi", "--seeds", "1", "--limit", "1")
+    assert "crème/0000_seed00.jpg" in copies(paths)
+
+
+def test_a_comma_in_a_class_label(tmp_path, compress):
+    data = make_dataset(tmp_path, ["salt, pepper", "sushi"], train=1)
+    assert compress("--classes", "salt, pepper", "--seeds", "1", data=data)[0] == 0
+    assert copies(data) == {"salt, pepper/0000_seed00.jpg"}
+
+
+def test_shards_share_the_work(tmp_path, paths, compress):
+    for part in ("1/2", "2/2"):
+        assert compress("--seeds", "2", "--shard", part)[0] == 0
+        assert len(copies(paths)) == {"1/2": 10, "2/2": 18}[part]
+    whole = make_dataset(tmp_path / "whole", LABELS, train=3, size=(48, 40), ending=".JPG")
+    compress("--seeds", "2", data=whole)
+    assert made(whole) == made(paths)
+
+
+def test_overwriting_with_other_settings(paths, compress):
+    compress("--seeds", "1")
+    before = made(paths)
+    code, out, _ = compress("--seeds", "1", "--steps", "2")
+    assert (code, made(paths)) == (0, before)
+    code, out, _ = compress("--seeds", "1", "--steps", "2", "--overwrite")
+    assert "edge maps: 9 made, 0 skipped" in out
+    assert "copies: 9 made, 0 skipped" in out
+    after = made(paths)
+    assert {name for name in after if after[name] != before[name]} == {name for name in after if name.endswith(".jpg")}
+
+
+def test_texts_of_the_command_line(paths, compress, monkeypatch):
+    encoded = []
+
+    def context(regenerator, text, of=Regenerator._context):
+        encoded.append(text)
+        return of(regenerator, text)
+
+    monkeypatch.setattr(Regenerator, "_context", context)
+    compress("--seeds", "1", "--classes", "sushi", "--prompt-template", "a photo of {label}", "--negative-prompt", "no")
+    assert set(encoded) == {"a photo of sushi", "no"}
+    encoded.clear()
+    (paths.root / "class_names.json").write_text('{"sushi": "a plate of sushi"}')
+    compress("--seeds", "1,", "--classes", "sushi")
+    assert "a plate of sushi, best quality, extremely detailed" in encoded
+
+
+def test_a_dry_run_tells_and_writes_nothing(paths, compress):
+    compress("--seeds", "1", "--limit", "1")
+    before = made(paths)
+    save_noise(paths.folder("train") / "sushi" / "x.jpg", 0).write_text("no picture")
+    code, out, _ = compress("--seeds", "2", "--dry-run")
+    assert code == 0
+    assert "10 images" in out
+    assert "edge maps: 7 to make, 3 there already" in out
+    assert "copies: 17 to make, 3 there already" in out
+    assert re.search(r"expected: [\d.]+ kB of edge maps, [\d.]+ kB of copies, about [\d.]+ s for the copies", out)
+    assert made(paths) == before
+
+
+def test_what_a_dry_run_expects_comes_close(paths, compress):
+    _, out, _ = compress("--seeds", "1", "--dry-run")
+    expected = re.search(r"expected: ([\d.]+) kB of edge maps, ([\d.]+) kB of copies", out)
+    compress("--seeds", "1")
+    for kind, kilobytes in zip(("edge_maps", "exemplars"), expected.groups(), strict=True):
+        true = sum(len(content) for name, content in made(paths).items() if name.startswith(kind)) / 1000
+        assert float(kilobytes) == pytest.approx(true, rel=0.5)
+
+
+def test_bad_images_and_empty_classes_are_listed(paths, compress):
+    train = paths.folder("train")
+    (train / "sushi" / "text.jpg").write_text("no picture")
+    cut = save_noise(train / "crème" / "cut.jpg", 1)
+    cut.write_bytes(cut.read_bytes()[:500])
+    (train / "empty").mkdir()
+    code, out, _ = compress("--seeds", "2")
+    assert code == 1
+    assert "edge maps: 9 made, 0 skipped, 2 failed" in out
+    assert "copies: 18 made, 0 skipped, 4 failed" in out
+    listed = out[out.index("failed:\n") :].splitlines()[1:]
+    assert len(listed) == 3
+    assert f"{train / 'empty'}: no images" in listed[0]
+    assert str(cut) in listed[1]
+    assert "cannot identify" in listed[2]
+    assert len(copies(paths)) == 18
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dataset", "None"], ["None", "train", "--data-dir"]),
+        (["--classes", "suschi"], ["suschi", "did you mean 'sushi'"]),
+        (["--device", "cuda:99"], ["cuda:99"]),
+        (["--device", "tpu"], ["--device", "tpu"]),
+        (["--model", "/no/such.pth"], ["/no/such.pth"]),
+        (["--model", __file__], [__file__]),
+        (["--seeds", "0"], ["--seeds", "0 copies"]),
+        (["--seeds", "a"], ["--seeds", "'a'"]),
+        (["--seeds", "-1"], ["--seeds"]),
+        (["--shard", "0/2"], ["--shard", "0/2"]),
+        (["--shard", "3/2"], ["--shard", "3/2"]),
+        (["--batch-size", "0"], ["--batch-size", "at least 1"]),
+        (["--steps", "1001"], ["--steps", "1001"]),
+        (["--size", "10"], ["--size", "64"]),
+        (["--guidance", "nan"], ["--guidance", "nan"]),
+        (["--prompt-template", "{lable}"], ["{label}", "{lable}"]),
+        (["--resolution", "middle"], ["--resolution", "middle"]),
+        (["--frob"], ["--frob"]),
+    ],
+)
+def test_a_wrong_command_gets_one_line_and_exit_code_2(paths, compress, options, words):
+    code, _, err = compress(*options)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") <= 2
+    assert all(word in err for word in words)
+    assert not made(paths)
+
+
+def test_a_dataset_without_any_image_is_a_wrong_command(tmp_path, compress):
+    (tmp_path / "Bare" / "train" / "sushi").mkdir(parents=True)
+    code, _, err = compress(data=DatasetPaths(tmp_path, "Bare"))
+    assert code == 2
+    assert "no images" in err
+
+
+def test_control_c_gets_one_line(paths, compress, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Regenerator, "generate", interrupt)
+    code, _, err = compress()
+    assert code == 130
+    assert err.splitlines()[-1].startswith("interrupted")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("5", [0, 1, 2, 3, 4]), ("1", [0]), ("0,3,7", [0, 3, 7]), ("3,", [3]), ("7, 3,7", [7, 3]), ("0,", [0])],
+)
+def test_copy_numbers(text, numbers):
+    assert run.copy_numbers(text) == numbers
+
+
+def test_figures_for_a_person():
+    assert [run.size(count) for count in (0, 999, 1234, 5.7e9, 2e15)] == [
+        "0 bytes",
+        "999 bytes",
+        "1.2 kB",
+        "5.7 GB",
+        "2000.0 TB",
+    ]
+    assert [run.duration(s) for s in (1.25, 59.94, 60, 3723, 360000)] == [
+        "1.2 s",
+        "59.9 s",
+        "0:01:00",
+        "1:02:03",
+        "100:00:00",
+    ]
+    assert [run.ratio(*pair) for pair in ((1, 24), (1, 1), (8, 3))] == ["1/24.0", "1/1.0", "2.67 times"]
+
+
+def command(paths, checkpoint, *how):
+    return [
+        sys.executable, *how, "--data-dir", str(paths.data_dir), "--dataset", paths.dataset, "--model", str(checkpoint),
+        "--resolution", "high", "--size", "64", "--steps", "1", "--batch-size", "4", "--device", "cpu",
+    ]  # fmt: skip
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+
+
+def test_sigkill_and_rerun_leave_the_tree_of_an_undisturbed_run(tmp_path, paths, checkpoint, compress):
+    """The script by its path, from another folder; killed once there are copies; then run again as a module."""
+    arguments = ["--seeds", "12"]
+    process = subprocess.Popen(
+        [*command(paths, checkpoint, str(REPOSITORY / "compress" / "run.py")), *arguments],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 100
+    while len(copies(paths)) < 10 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 10 <= len(copies(paths)) < 108
+    # A process that is killed while it writes leaves this behind.
+    leftover = paths.folder("exemplars") / "apple pie" / f".{process.pid}-half.tmp"
+    leftover.write_bytes(b"half")
+    finished = subprocess.run(
+        [*command(paths, checkpoint, "-m", "compress.run"), *arguments],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert re.search(r"copies: \d+ made, [1-9]\d* skipped, 0 failed", finished.stdout)
+    whole = make_dataset(tmp_path / "whole", LABELS, train=3, size=(48, 40), ending=".JPG")
+    compress(*arguments, data=whole)
+    assert len(copies(paths)) == 108
+    assert made(paths) == made(whole)
