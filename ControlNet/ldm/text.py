@@ -22,13 +22,11 @@ _PIECES = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 def _tokenizer() -> Tokenizer:
     merges = [tuple(line.split()) for line in gzip.decompress(MERGES_FILE.read_bytes()).decode().splitlines()]
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    # Every byte has a visible stand-in, GPT-2's; the ones that are visible already stand for themselves, and come first.
+    # Every byte has a visible stand-in, GPT-2's; those that are visible already stand for themselves and come first.
     letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
     words = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
     vocabulary = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
-    tokenizer = Tokenizer(
-        BPE(vocabulary, merges, end_of_word_suffix="</w>", fuse_unk=False, unk_token="<|endoftext|>")  # noqa: S106
-    )
+    tokenizer = Tokenizer(BPE(vocabulary, merges, end_of_word_suffix="</w>", fuse_unk=False, unk_token="<|endoftext|>"))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

@@ -1,0 +1,374 @@
+"""ControlNet computes the published function: figures measured from the published implementation, and diffusers'."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from ControlNet.cldm.ddim import DDIMSampler
+from ControlNet.cldm.model import MODELS_FOLDER, ModelError, create_model, load_model, load_state_dict
+from ControlNet.ldm.schedule import ddim_timesteps
+from ControlNet.ldm.text import tokenize
+from tests.small_controlnet import reference_state_dict, small_config, small_model
+
+REFERENCE = Path(__file__).parent / "reference"
+PROMPTS = ["apple pie, best quality, extremely detailed", "golden_retriever, clean, clear, bright, neat"]
+NEGATIVES = ["lowres, bad anatomy, worst quality", "blurry, dark, messy, dotted"]
+GUESS_SCALES = [0.825 ** (12 - i) for i in range(13)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture
+def scales(model):
+    """The model's control scales, put back to 1 after the test."""
+    yield model
+    model.control_scales = [1.0] * 13
+
+
+@pytest.fixture(scope="module")
+def figures():
+    with np.load(REFERENCE / "controlnet_small.npz") as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file}
+    arrays["hint"] = arrays["hint"].float().repeat(1, 3, 1, 1)
+    return arrays
+
+
+def conditions(figures, control=True):
+    hint = [figures["hint"]] if control else None
+    return (
+        {"c_concat": hint, "c_crossattn": [figures["context"]]},
+        {"c_concat": hint, "c_crossattn": [figures["uncond_context"]]},
+    )
+
+
+def assert_close(ours, theirs, tolerance=1e-4):
+    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+# --- the published figures ---------------------------------------------------------------------------------------
+
+
+def test_tokens_are_clips(figures):
+    assert torch.equal(tokenize(PROMPTS), figures["tokens"])
+
+
+def test_text_encodings(model, figures):
+    assert_close(model.get_learned_conditioning(PROMPTS), figures["context"])
+    assert_close(model.get_learned_conditioning(NEGATIVES), figures["uncond_context"])
+
+
+def test_control_tensors(model, figures):
+    control = model.control_model(
+        x=figures["x"], hint=figures["hint"], timesteps=figures["t"], context=figures["context"]
+    )
+    assert len(control) == 13
+    for tensor, mean, std in zip(control, figures["control_mean"], figures["control_std"], strict=True):
+        assert tensor.mean().item() == pytest.approx(mean.item(), abs=1e-4 * std.item())
+        assert tensor.std().item() == pytest.approx(std.item(), rel=1e-4)
+    assert_close(control[-1], figures["control_last"])
+
+
+def test_noise_prediction_with_and_without_control(model, figures):
+    cond, _ = conditions(figures)
+    assert_close(model.apply_model(figures["x"], figures["t"], cond), figures["eps"])
+    cond, _ = conditions(figures, control=False)
+    assert_close(model.apply_model(figures["x"], figures["t"], cond), figures["eps_no_control"])
+
+
+def test_noise_prediction_with_guess_scales(scales, figures):
+    scales.control_scales = GUESS_SCALES
+    cond, _ = conditions(figures)
+    assert_close(scales.apply_model(figures["x"], figures["t"], cond), figures["eps_guess_scales"])
+
+
+def test_ddim_trajectory(model, figures):
+    cond, uncond = conditions(figures)
+    sampler = DDIMSampler(model)
+    latents, _ = sampler.sample(
+        5,
+        2,
+        (4, 16, 8),
+        cond,
+        eta=0.0,
+        unconditional_guidance_scale=9.0,
+        unconditional_conditioning=uncond,
+        x_T=figures["x"],
+    )
+    assert sampler.ddim_timesteps.tolist() == figures["ddim_timesteps"].tolist()
+    assert_close(latents, figures["ddim_latents"])
+
+
+def test_decoded_image(model, figures):
+    assert_close(model.decode_first_stage(figures["decode_input"]), figures["decoded"])
+
+
+# --- the sampler -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "count", "last"), [(20, 20, 951), (50, 50, 981), (7, 8, 995), (1000, 1000, 999)])
+def test_ddim_timesteps(steps, count, last):
+    timesteps = ddim_timesteps(steps)
+    assert (len(timesteps), timesteps[0], timesteps[-1]) == (count, 1, last)
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_impossible_numbers_of_steps_are_refused(steps):
+    with pytest.raises(ValueError, match="steps must be between"):
+        ddim_timesteps(steps)
+
+
+def test_guess_mode_runs_the_branches_apart(scales, figures):
+    """No control in the unconditional branch: one step must equal the two predictions put together by hand."""
+    scales.control_scales = GUESS_SCALES
+    cond, _ = conditions(figures)
+    _, uncond = conditions(figures, control=False)
+    sampler = DDIMSampler(scales)
+    latents, _ = sampler.sample(
+        1, 2, (4, 16, 8), cond, unconditional_guidance_scale=4.5, unconditional_conditioning=uncond, x_T=figures["x"]
+    )
+    t = torch.full((2,), 1)
+    on, off = (scales.apply_model(figures["x"], t, c) for c in (cond, uncond))
+    eps = off + 4.5 * (on - off)
+    a, previous = scales.alphas_cumprod[1], scales.alphas_cumprod[0]
+    x0 = (figures["x"] - (1 - a).sqrt() * eps) / a.sqrt()
+    assert_close(latents, previous.sqrt() * x0 + (1 - previous).sqrt() * eps, 1e-5)
+
+
+def test_eta_adds_noise_that_the_generator_decides(model, figures):
+    cond, _ = conditions(figures)
+
+    def sample(seed, eta=1.0):
+        generator = torch.Generator().manual_seed(seed)
+        return DDIMSampler(model).sample(2, 2, (4, 16, 8), cond, eta=eta, x_T=figures["x"], generator=generator)[0]
+
+    assert torch.equal(sample(1), sample(1))
+    assert not torch.allclose(sample(1), sample(2))
+    assert torch.equal(sample(1, eta=0.0), sample(2, eta=0.0))
+
+
+def test_a_wrongly_shaped_start_is_refused(model, figures):
+    cond, _ = conditions(figures)
+    with pytest.raises(ValueError, match="x_T has shape"):
+        DDIMSampler(model).sample(2, 2, (4, 8, 8), cond, x_T=figures["x"])
+
+
+# --- independent implementations ---------------------------------------------------------------------------------
+
+
+def test_tokenizer_agrees_with_transformers(tmp_path):
+    from tokenizers import Tokenizer
+    from transformers import CLIPTokenizer
+
+    from ControlNet.ldm import text
+
+    ours: Tokenizer = text._tokenizer()
+    vocabulary, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    vocabulary.write_text(json.dumps(ours.get_vocab()))
+    pairs = json.loads(ours.to_str())["model"]["merges"]
+    merges.write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in pairs), encoding="utf-8")
+    try:
+        theirs = CLIPTokenizer(str(vocabulary), str(merges))
+    except (TypeError, ValueError):
+        theirs = CLIPTokenizer(vocab=ours.get_vocab(), merges=[tuple(pair) for pair in pairs])
+    texts = [
+        "",
+        "Crème brûlée, it's 2 o'clock!!",
+        "A   photo\tof\na 猫 and ß",
+        "x" * 500,
+        "001.ak47 {label}",
+        "🍕 pizza",
+    ]
+    expected = theirs(texts, padding="max_length", max_length=77, truncation=True)["input_ids"]
+    assert tokenize(texts).tolist() == expected
+
+
+def test_sampling_agrees_with_diffusers_ddim(model, figures):
+    """Our steps against diffusers' scheduler, both on our noise prediction."""
+    diffusers = pytest.importorskip("diffusers")
+    cond, uncond = conditions(figures)
+    ours, _ = DDIMSampler(model).sample(
+        5, 2, (4, 16, 8), cond, unconditional_guidance_scale=9.0, unconditional_conditioning=uncond, x_T=figures["x"]
+    )
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    scheduler.set_timesteps(5)
+    x = figures["x"]
+    for t in scheduler.timesteps:
+        on, off = (model.apply_model(x, torch.full((2,), int(t)), c) for c in (cond, uncond))
+        x = scheduler.step(off + 9.0 * (on - off), t, x).prev_sample
+    assert_close(ours, x)
+
+
+# --- names, shapes, loading --------------------------------------------------------------------------------------
+
+
+def test_the_full_size_model_has_the_official_names_and_shapes():
+    with torch.device("meta"):  # no memory behind the tensors
+        model = create_model(MODELS_FOLDER / "cldm_v15.yaml")
+    official = json.loads((REFERENCE / "control_sd15_canny.keys.json").read_text())
+    assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == official
+    counts = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in (
+            ("unet", model.model),
+            ("control", model.control_model),
+            ("autoencoder", model.first_stage_model),
+            ("text", model.cond_stage_model),
+        )
+    }
+    assert counts == {"unet": 859520964, "control": 361279120, "autoencoder": 83653863, "text": 123060480}
+
+
+def test_building_for_a_checkpoint_draws_no_random_numbers():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    create_model(small_config())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_fresh_control_network_changes_nothing():
+    """ControlNet section 3.1: zero convolutions, so training starts from the plain UNet."""
+    model = create_model(small_config(), initialize=True)
+    x, hint, context = torch.randn(1, 4, 8, 8), torch.rand(1, 3, 64, 64), torch.randn(1, 77, 64)
+    control = model.control_model(x=x, hint=hint, timesteps=torch.tensor([10]), context=context)
+    assert all(not tensor.any() for tensor in control)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model):
+    return dict(model.state_dict())
+
+
+def rename_like_transformers_5(state):
+    return {
+        name.replace(".transformer.text_model.", ".transformer."): tensor
+        for name, tensor in state.items()
+        if not name.endswith("position_ids")
+    }
+
+
+def write_config(path):
+    OmegaConf.save(small_config(), path.with_suffix(".yaml"))
+    return path
+
+
+@pytest.mark.parametrize(
+    "variant", ["official", "nested under state_dict", "safetensors", "text model's new names", "float16"]
+)
+def test_checkpoint_variants_load(variant, tmp_path, checkpoint, figures):
+    path = write_config(tmp_path / ("small.safetensors" if variant == "safetensors" else "small.pth"))
+    tolerance = 1e-4
+    if variant == "safetensors":
+        save_file({name: tensor.clone() for name, tensor in checkpoint.items()}, path)
+    elif variant == "nested under state_dict":
+        torch.save({"state_dict": checkpoint, "global_step": 3}, path)
+    elif variant == "text model's new names":
+        torch.save(rename_like_transformers_5(checkpoint), path)
+    elif variant == "float16":
+        torch.save({k: v.half() if v.is_floating_point() and "." in k else v for k, v in checkpoint.items()}, path)
+        tolerance = 2e-2
+    else:
+        torch.save(checkpoint, path)
+    model = load_model(path)
+    assert model.dtype == torch.float32
+    cond, _ = conditions(figures)
+    assert_close(model.get_learned_conditioning(PROMPTS), figures["context"], tolerance)
+    assert_close(model.apply_model(figures["x"], figures["t"], cond), figures["eps"], tolerance)
+
+
+def test_the_public_way_of_loading(tmp_path, checkpoint, figures):
+    path = tmp_path / "small.pth"
+    torch.save(checkpoint, path)
+    model = create_model(small_config()).cpu()
+    model.load_state_dict(load_state_dict(path, location="cpu"))
+    cond, _ = conditions(figures)
+    assert_close(model.apply_model(figures["x"], figures["t"], cond), figures["eps"])
+
+
+def test_bfloat16_networks_keep_the_tables_exact(tmp_path, checkpoint, figures):
+    path = write_config(tmp_path / "small.pth")
+    torch.save(checkpoint, path)
+    model = load_model(path, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.alphas_cumprod, checkpoint["alphas_cumprod"])
+    cond, uncond = conditions(figures)
+    cond, uncond = ({k: [x.bfloat16() for x in v] for k, v in c.items()} for c in (cond, uncond))
+    latents, _ = DDIMSampler(model).sample(2, 2, (4, 16, 8), cond, x_T=figures["x"])
+    assert latents.dtype == torch.float32
+
+
+class Payload:
+    def __reduce__(self):
+        return (Path.touch, (Path("payload-ran"),))
+
+
+def break_checkpoint(kind, path, state):
+    if kind == "missing":
+        return
+    if kind == "truncated":
+        torch.save(state, path)
+        path.write_bytes(path.read_bytes()[:100_000])
+    elif kind == "code":
+        with path.open("wb") as file:
+            pickle.dump({"state_dict": Payload()}, file)
+    elif kind == "no control":
+        torch.save({k: v for k, v in state.items() if not k.startswith("control_model.")}, path)
+    elif kind == "misshapen":
+        torch.save(state | {"first_stage_model.quant_conv.bias": torch.zeros(3)}, path)
+    elif kind == "text":
+        path.write_text("404 not found")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "no checkpoint at .*small.pth"),
+        ("truncated", "not a whole checkpoint"),
+        ("code", "holds code, which is never run"),
+        ("no control", r"missing \(control_model"),
+        ("misshapen", r"first_stage_model.quant_conv.bias \(3,\) instead of \(8,\)"),
+        ("text", "small.pth is not"),
+    ],
+)
+def test_unusable_checkpoints_are_refused_in_words(kind, message, tmp_path, checkpoint, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_config(tmp_path / "small.pth")
+    break_checkpoint(kind, path, checkpoint)
+    with pytest.raises(ModelError, match=message):
+        load_model(path)
+    assert not Path("payload-ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "os.system"}, "unknown target 'os.system'"),
+        ({"params": {"linear_begin": 1}}, "has no parameter linear_begin"),
+    ],
+)
+def test_configs_can_name_only_what_is_known(change, message):
+    config = OmegaConf.merge(small_config(), {"model": change})
+    with pytest.raises(ModelError, match=message):
+        create_model(config)
+
+
+def test_reference_weights_cover_every_network(model):
+    """Guards the tests above: weights that were left out would compare equal for the wrong reason."""
+    state = reference_state_dict(model)
+    assert all(tensor.std() > 0 for name, tensor in state.items() if name.endswith(".weight"))
