@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from compress.presets import PRESETS
-from compress.regenerate import Regenerator
+from compress.regenerate import Regenerator, plan
 from ControlNet.cldm.model import ModelError, load_model
 from utils.errors import UserError
 from utils.images import image_bits
+from utils.log import progress
 from utils.paths import DatasetPaths
 
 
@@ -43,8 +44,11 @@ class OnDemand:
 
     def __call__(self, images: Sequence[Path]) -> None:
         """Raises UserError where a copy could not be made."""
-        regenerator = Regenerator(self.paths, self.preset, self._load(self.device), batch_size=self.batch_size)
-        result = regenerator(images, range(self.copies))
+        todo = plan(self.paths, images, range(self.copies))
+        model = self._load(self.device) if todo.copies_missing else None
+        regenerator = Regenerator(self.paths, self.preset, model, batch_size=self.batch_size)
+        with progress(todo.copies_missing, "copies") as bar:
+            result = regenerator.run(todo, bar.update)
         if result.failures:
             more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
             raise UserError(f"copies could not be made: {result.failures[0]}{more}")

@@ -214,7 +214,7 @@ class Learner:
         """Herding over all real images of the new classes; then their prompts become copies, where that is due now."""
         targets = list(self.data.phase_targets(self.phase))
         images = [self.data.train_images(target) for target in targets]
-        features = self.predict([image for of_class in images for image in of_class]).features
+        features = self.predict([image for of_class in images for image in of_class], "choosing exemplars").features
         for target, of_class, rows in zip(targets, images, features.split([len(i) for i in images]), strict=True):
             self.memory.add_class(target, of_class, rows)
         needed_again = self.phase + 1 < self.data.nb_phases or self.uses_nme
@@ -227,8 +227,11 @@ class Learner:
             for target in targets:
                 self.memory.enforce_budget(target)
 
-    def predict(self, images: Sequence[Path]) -> Outputs:
-        """The network's logits and features for pictures, with the test transform, on the CPU in the order given."""
+    def predict(self, images: Sequence[Path], purpose: str) -> Outputs:
+        """The network's logits and features for pictures, with the test transform, on the CPU in the order given.
+
+        purpose: what a progress bar calls it.
+        """
         workers, fabric = self._nb_workers(), self.fabric
         loader = DataLoader(
             ImageSet(images, [0] * len(images), self.data.test_transform),
@@ -241,11 +244,13 @@ class Learner:
         self.network.eval()
         logits = torch.zeros(len(images), self.network.head.out_features)
         features = torch.zeros(len(images), self.network.head.in_features)
-        with torch.no_grad(), fabric.autocast():
+        bar = logs.progress(len(loader), f"{self._name()}, {purpose}", quiet=not fabric.is_global_zero)
+        with bar, torch.no_grad(), fabric.autocast():
             for index, pictures, _ in loader:
                 outputs = self.network(self._to_device(pictures))
                 logits[index] = outputs.logits.float().cpu()
                 features[index] = outputs.features.float().cpu()
+                bar.update()
         return Outputs(self._sum_over_processes(logits), self._sum_over_processes(features))
 
     def evaluate(self) -> dict[str, Any]:
@@ -254,7 +259,7 @@ class Learner:
         images = [self.data.test_images(target) for target in self.data.seen_targets(self.phase)]
         targets = torch.tensor([target for target, of_class in enumerate(images) for _ in of_class])
         ends = [self.data.seen_targets(phase).stop for phase in range(self.phase + 1)]
-        outputs = self.predict([image for of_class in images for image in of_class])
+        outputs = self.predict([image for of_class in images for image in of_class], "evaluating")
         nme = None
         if self.uses_nme:
             nme = phase_metrics(nearest_mean_scores(outputs.features, self.class_means()), targets, ends)
@@ -273,7 +278,8 @@ class Learner:
         A synthetic exemplar counts as much as a real one: its copies share its weight.
         """
         shown = [self.memory.evaluation_images(target) for target in range(self.nb_seen)]
-        features = F.normalize(self.predict([image for of_class in shown for image, _ in of_class]).features)
+        pictures = [image for of_class in shown for image, _ in of_class]
+        features = F.normalize(self.predict(pictures, "evaluating").features)
         means = []
         for of_class, rows in zip(shown, features.split([len(of_class) for of_class in shown]), strict=True):
             weights = torch.tensor([weight for _, weight in of_class])

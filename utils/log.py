@@ -42,15 +42,16 @@ def start(file: Path | None, *, quiet: bool = False) -> None:
 
 
 def progress(total: int, description: str, *, quiet: bool = False) -> tqdm:
-    """A bar on stderr with the time left; written to seldom where stderr is no terminal."""
-    often = sys.stderr.isatty()
+    """A bar on stderr with the time left; where stderr is no terminal, a line every half minute."""
+    seconds = 0.2 if sys.stderr.isatty() else 30
     return tqdm(
         total=total,
         desc=description,
         disable=quiet,
         leave=False,
-        mininterval=0.2 if often else 30,
-        maxinterval=10 if often else 60,
+        delay=seconds,
+        mininterval=seconds,
+        maxinterval=max(seconds, 10),
         dynamic_ncols=True,
         file=sys.stderr,
     )

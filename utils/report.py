@@ -202,8 +202,8 @@ def plot(runs: Mapping[str, Mapping], path: Path) -> None:
         if len(entry["seeds"]) > 1:
             axes.fill_between(seen, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
     configs = [content["config"] for content in runs.values()]
-    titles = dict.fromkeys(", ".join(c[key] for key in ("dataset", "model_name", "convnet_type")) for c in configs)
-    axes.set_title("; ".join(titles), fontsize=10)
+    titles = [dict.fromkeys(c[key] for c in configs) for key in ("dataset", "model_name", "convnet_type")]
+    axes.set_title(", ".join(" / ".join(names) for names in titles), fontsize=10)
     axes.set_xlabel("classes seen")
     axes.set_ylabel("top-1 accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
