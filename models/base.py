@@ -404,7 +404,8 @@ class Learner:
         return loader, sampler
 
     def _nb_workers(self) -> int:
-        return min(self.config.num_workers, len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+        return min(self.config.num_workers, cores)
 
     def _to_device(self, images: Tensor) -> Tensor:
         return self.fabric.to_device(images).contiguous(memory_format=torch.channels_last)
