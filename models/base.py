@@ -404,7 +404,8 @@ class Learner:
         return loader, sampler
 
     def _nb_workers(self) -> int:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+        """At most one a core; macOS does not say which cores are ours."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(self.config.num_workers, cores)
 
     def _to_device(self, images: Tensor) -> Tensor:
