@@ -36,7 +36,7 @@ class Config:
     # The experiment, in PyCIL's words
     prefix: str = _key("", "a name for the run, free to use in other keys as ${prefix}", result=False)
     dataset: str = _key(MISSING, "the dataset's folder in data_dir")
-    memory_size: int = _key(2000, "PyCIL's total of exemplars; used only where fixed_memory is false")
+    memory_size: int | None = _key(None, "PyCIL's total of exemplars; used only where fixed_memory is false")
     memory_per_class: float = _key(20.0, "B: memory budget of a class, in units of one real image")
     fixed_memory: bool = _key(True, "a fixed budget per class; the only mode so far")
     shuffle: bool = _key(True, "shuffle the class order with seed")
