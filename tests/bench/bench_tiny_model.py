@@ -39,8 +39,7 @@ def generate(model, texts: list[str], hints: np.ndarray | None, seed: int) -> np
     """Pictures, B x SIZE x SIZE uint8 grey, from texts and hints (B x SIZE x SIZE bool, or None: the text alone)."""
     hint = None if hints is None else [torch.from_numpy(hints).float()[:, None].repeat(1, 3, 1, 1)]
     cond, uncond = (
-        {"c_concat": hint, "c_crossattn": [model.get_learned_conditioning(t)]}
-        for t in (texts, [NEGATIVE] * len(texts))
+        {"c_concat": hint, "c_crossattn": [model.get_learned_conditioning(t)]} for t in (texts, [NEGATIVE] * len(texts))
     )
     shape = (4, SIZE // 8, SIZE // 8)
     noise = torch.randn((len(texts), *shape), generator=torch.Generator().manual_seed(seed))

