@@ -2,8 +2,9 @@
 
     python ControlNet/train.py ControlNet/models/cldm_tiny_train.yaml [key=value ...]
 
-Three stages, one loop: the autoencoder; the text encoder; then, on their outputs, the UNet and the control network
-together (and the text encoder still, where the model's config says cond_stage_trainable).  Every step's pictures,
+One loop, four stages: the autoencoder; the text encoder; then, on their outputs, the UNet and the control network
+together (and the text encoder still, where the model's config says cond_stage_trainable); and the same again with
+settings of its own, to refine what sampling starts with, the noisiest timesteps.  Every step's pictures,
 noise and timesteps are a function of (seed, stage, step) alone, so a killed run goes on from its last checkpoint as if
 nothing had happened.
 """
@@ -38,7 +39,7 @@ from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.model import ModelError, create_model
 from ControlNet.ldm.text import END, MAX_LENGTH, tokenize
 
-STAGES = ("autoencoder", "text", "diffusion")
+STAGES = ("autoencoder", "text", "diffusion", "refine")
 
 
 class Views(Dataset):
@@ -60,6 +61,7 @@ class Views(Dataset):
             template.replace("{label}", texts.get(label, label)) for label in labels for template in config.texts
         ]
         self.texts = [*templates, *config.negative_texts]
+        self.classes, self.templates, self.negatives = len(labels), len(config.texts), len(config.negative_texts)
         """The texts of class 0, of class 1, ..., one for each template, and then the negative ones."""
         self.size = config.image_size
         self.augmentation, self.looseness = config.augmentation, config.looseness
@@ -115,10 +117,10 @@ class StepSampler:
 class AutoencoderTask(nn.Module):
     """Reconstruction (L1 and L2) plus a little KL, in the pictures' scale."""
 
-    def __init__(self, model: ControlLDM, config: DictConfig, data: Views):
+    def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
         super().__init__()
         self.autoencoder = model.first_stage_model
-        self.kl_weight = config.autoencoder.kl_weight
+        self.kl_weight = settings.kl_weight
 
     def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         posterior = self.autoencoder.encode(pictures)
@@ -135,12 +137,11 @@ class TextTask(nn.Module):
     cross-attention sees, then say what the whole text names.  The probe is thrown away; no picture is looked at.
     """
 
-    def __init__(self, model: ControlLDM, config: DictConfig, data: Views):
+    def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
         super().__init__()
         self.encoder = model.cond_stage_model
         self.texts = data.texts
-        negatives, templates = len(config.negative_texts), len(config.texts)
-        classes = (len(self.texts) - negatives) // templates
+        negatives, templates, classes = data.negatives, data.templates, data.classes
         self.register_buffer("positions", tokenize(self.texts) == END, persistent=False)
         named = [*torch.arange(classes).repeat_interleave(templates), *range(classes, classes + negatives)]
         self.register_buffer("named", torch.tensor(named)[:, None].repeat(1, MAX_LENGTH), persistent=False)
@@ -158,14 +159,13 @@ class DiffusionTask(nn.Module):
     the UNet works without control.
     """
 
-    def __init__(self, model: ControlLDM, config: DictConfig, data: Views):
+    def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
         super().__init__()
         self.model = model
-        self.config = config.diffusion
+        self.settings = settings
         model.first_stage_model.requires_grad_(False)
         model.cond_stage_model.requires_grad_(model.cond_stage_trainable)
-        self.texts = data.texts
-        self.templates, self.negatives = len(config.texts), len(config.negative_texts)
+        self.texts, self.templates, self.negatives = data.texts, data.templates, data.negatives
 
     def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         model, batch = self.model, len(pictures)
@@ -175,11 +175,12 @@ class DiffusionTask(nn.Module):
 
         text = labels.cpu() * self.templates + (uniform() * self.templates).long()
         negative = len(self.texts) - self.negatives + (uniform() * self.negatives).long()
-        text = torch.where(uniform() < self.config.text_dropout, negative, text)
-        controlled = (uniform() >= self.config.hint_dropout).float()[:, None, None, None].to(pictures.device)
-        t = (uniform() * model.num_timesteps).long().to(pictures.device)
+        text = torch.where(uniform() < self.settings.text_dropout, negative, text)
+        controlled = (uniform() >= self.settings.hint_dropout).float()[:, None, None, None].to(pictures.device)
+        noisiness = uniform() ** self.settings.get("timestep_power", 1.0)  # below 1: noisy timesteps come more often
+        t = (noisiness * model.num_timesteps).long().clamp(max=model.num_timesteps - 1).to(pictures.device)
         with torch.no_grad():
-            latents = model.encode_first_stage(pictures).float()
+            latents = model.encode_first_stage(pictures, generator).float()
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy = model.q_sample(latents, t, noise)
         context = model.get_learned_conditioning(self.texts)[text.to(pictures.device)]
@@ -193,10 +194,11 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
     """Train one stage to its number of steps, from its last checkpoint if there is one; leaves the weights in model."""
     settings, output = config[stage], Path(config.output)
     data = Views(config, stage)
-    task = {"autoencoder": AutoencoderTask, "text": TextTask, "diffusion": DiffusionTask}[stage](model, config, data)
+    tasks = {"autoencoder": AutoencoderTask, "text": TextTask, "diffusion": DiffusionTask, "refine": DiffusionTask}
+    task = tasks[stage](model, settings, data)
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=1e-2, fused=True)
-    warmup = min(100, settings.steps // 10)
+    warmup = max(1, min(100, settings.steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * min(1, s / settings.steps)))
     )
@@ -305,6 +307,7 @@ def train(config: DictConfig) -> None:
     fabric.print(f"latents scaled by {factor:.3f}")
     fit(fabric, model, "text", config)
     fit(fabric, model, "diffusion", config)
+    fit(fabric, model, "refine", config)
     export(model, Path(config.weights))
     fabric.print(f"{config.weights}: {Path(config.weights).stat().st_size:,} bytes")
 

@@ -4,6 +4,7 @@ A method is a subclass that says what its paper changes: `build_network`, `loss`
 `before_training` and `after_training`.
 """
 
+import abc
 import copy
 import logging
 import math
@@ -48,7 +49,7 @@ class Schedule(NamedTuple):
     weight_decay: float
 
 
-class Learner:
+class Learner(abc.ABC):
     """One run of a method over all phases.
 
     config: the checked configuration; data: the classes in their order; memory: the exemplars, empty at first;
@@ -93,13 +94,13 @@ class Learner:
 
     # What a method changes
 
+    @abc.abstractmethod
     def build_network(self, backbone: ResNet) -> GrowingNet:
         """The method's network around a fresh backbone, before it knows any class."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """The loss of a batch, a scalar.  images: B x 3 x H x W; targets: B, of 0 ... nb_seen - 1."""
-        raise NotImplementedError
 
     def before_training(self) -> None:
         """Called when the network has grown for a phase, before it is trained."""

@@ -1,5 +1,6 @@
 """Networks that grow from phase to phase.  Each maps B x 3 x H x W to `Outputs`; `grow` readies it for new classes."""
 
+import abc
 import copy
 from collections.abc import Sequence
 from typing import NamedTuple, Self
@@ -19,7 +20,7 @@ class Outputs(NamedTuple):
     aux_logits: Tensor | None = None
 
 
-class GrowingNet(nn.Module):
+class GrowingNet(nn.Module, abc.ABC):
     """What all growing networks have in common: how many classes they know, and extractors that stay frozen."""
 
     def __init__(self):
@@ -27,13 +28,13 @@ class GrowingNet(nn.Module):
         self.nb_classes = 0
         self.head: nn.Linear | None = None
 
+    @abc.abstractmethod
     def grow(self, nb_new: int) -> None:
         """Make room for `nb_new` more classes, before a phase.  Draws fresh weights from torch's random state."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
         """(backbone, head) after phase 0, with the names that the backbone had before it became part of a method."""
-        raise NotImplementedError
 
     @property
     def frozen_modules(self) -> Sequence[nn.Module]:

@@ -90,7 +90,7 @@ def test_curated_digits_share_no_picture(tmp_path, digits):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Pictures of two classes and a training config: three stages of 4 steps of a very small model."""
+    """Pictures of two classes and a training config: a few steps a stage of a very small model."""
     rng = np.random.default_rng(0)
     for label in ("disc", "box"):
         (tmp_path / "pictures" / label).mkdir(parents=True)
@@ -111,6 +111,7 @@ def folder(tmp_path):
         "autoencoder": {"steps": 4, "batch_size": 2},
         "text": {"steps": 4},
         "diffusion": {"steps": 4, "batch_size": 2},
+        "refine": {"steps": 2, "batch_size": 2},
     }
     OmegaConf.save(OmegaConf.merge(config, changes), tmp_path / "train.yaml")
     return tmp_path
@@ -129,7 +130,7 @@ def test_training_goes_on_where_it_stopped(folder, monkeypatch):
     def save_then_stop(self, path, state):
         save(self, path, state)
         saves.append(path)
-        if len(saves) == 5:  # in the middle of the last stage
+        if len(saves) == 5:  # in the middle of the diffusion stage
             raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer.Fabric, "save", save_then_stop)

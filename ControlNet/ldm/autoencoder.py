@@ -163,7 +163,8 @@ class DiagonalGaussian:
         self.logvar = logvar.clamp(-30.0, 20.0)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        device = self.mean.device if generator is None else generator.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean)
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def mode(self) -> Tensor:
