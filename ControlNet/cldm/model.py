@@ -132,9 +132,10 @@ def load_state_dict(path: str | os.PathLike, location: str | torch.device = "cpu
         if path.suffix == ".safetensors":
             return load_file(path, device=str(location))
         content = torch.load(path, map_location=location, weights_only=True, mmap=_can_map(path))
-    except pickle.UnpicklingError as error:
-        why = str(error).splitlines()[0]
-        raise ModelError(f"{path} is not a plain checkpoint, or holds code, which is never run: {why}") from error
+    except pickle.UnpicklingError as error:  # torch's own words advise to switch the protection off
+        raise ModelError(
+            f"{path} is not a plain checkpoint: another kind of file, or one that holds code, which is never run"
+        ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise ModelError(f"{path} is not a whole checkpoint, a broken download?: {why}") from error
