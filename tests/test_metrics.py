@@ -116,3 +116,10 @@ def test_table_plot_and_command(tmp_path, capsys):
 def test_confusion_csv(tmp_path):
     report.write_confusion(tmp_path / "c.csv", [[1, 2], [3, 4]], ["a,b", "c", "later"])
     assert (tmp_path / "c.csv").read_text() == 'true \\ predicted,"a,b",c\n"a,b",1,2\nc,3,4\n'
+
+
+def test_a_first_phase_of_one_class():
+    metrics = phase_metrics(torch.tensor([[0.3], [-2.0]]), torch.tensor([0, 0]), [1])
+    assert metrics["confusion"] == [[2]]
+    assert (metrics["top1"], metrics["top5"], metrics["old"], metrics["new"]) == (100.0, 100.0, None, 100.0)
+    assert metrics["per_class"] == metrics["per_phase"] == [100.0]

@@ -19,14 +19,17 @@ def phase_metrics(scores: Tensor, targets: Tensor, phase_ends: Sequence[int]) ->
     """
     nb_classes = phase_ends[-1]
     predictions = scores.argmax(dim=1)
-    confusion = multiclass_confusion_matrix(predictions, targets, nb_classes).numpy()
+    at_least_two = max(nb_classes, 2)  # torchmetrics refuses a single class, which init_cls = 1 begins with
+    confusion = multiclass_confusion_matrix(predictions, targets, at_least_two).numpy()[:nb_classes, :nb_classes]
     right, total = confusion.diagonal(), confusion.sum(axis=1)
 
     def accuracy(first: int, end: int) -> float:
         return float(100 * right[first:end].sum() / total[first:end].sum())
 
     starts = [0, *phase_ends[:-1]]
-    top5 = multiclass_accuracy(scores, targets, nb_classes, average="micro", top_k=min(5, nb_classes))
+    top5 = torch.tensor(1.0)
+    if nb_classes > 5:
+        top5 = multiclass_accuracy(scores, targets, nb_classes, average="micro", top_k=5)
     return {
         "top1": accuracy(0, nb_classes),
         "top5": 100 * top5.item(),
