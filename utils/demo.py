@@ -54,9 +54,8 @@ def demo(seeds: list[int]) -> None:
     print(report.table(results))
     averages = [r["summary"]["cnn"]["average_incremental_accuracy"]["mean"] for r in results.values()]
     print(f"\nAt the same budget, {config['memory_per_class']} units a class (1 unit = the bits of one real image),")
-    print(
-        f"ESCORT's average incremental accuracy is {averages[1] - averages[0]:+.1f} points above real exemplars only."
-    )
+    gain = averages[1] - averages[0]
+    print(f"ESCORT's average incremental accuracy minus that of real exemplars only: {gain:+.1f} points.")
     print(f"\n{OUTPUT}/: results.json, accuracy.png, exemplars.png (image | edge map | copies)")
 
 
