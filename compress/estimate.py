@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from compress import prompt as prompts
-from compress.regenerate import Job, Plan, Regenerator, save_copy
+from compress.generate import Job
+from compress.plan import Plan
+from compress.regenerate import Regenerator, save_copy
 from ControlNet.ldm.schedule import ddim_timesteps
 from utils.images import image_bits, read_image
 
@@ -57,7 +59,7 @@ def _seconds_per_copy(regenerator: Regenerator, jobs: list[Job]) -> float:
     areas = [job.hint.size for job in jobs]
     typical = jobs[areas.index(sorted(areas)[len(areas) // 2])]
     alike = [job for job in jobs if job.hint.shape == typical.hint.shape and bool(job.text) == bool(typical.text)]
-    batch = alike[: regenerator.batch_size]
+    batch = alike[: regenerator.generate.batch_size]
     regenerator.generate(batch, steps=1)  # the first time loads kernels and encodes texts
 
     def seconds(steps: int) -> float:
@@ -68,7 +70,7 @@ def _seconds_per_copy(regenerator: Regenerator, jobs: list[Job]) -> float:
     once, five = seconds(1), seconds(5)
     steps = len(ddim_timesteps(regenerator.preset.sampling_for(typical.text).steps))
     whole = once + max(five - once, 0) / 4 * (steps - 1)
-    return whole / regenerator.batch_size * _mean(areas) / typical.hint.size
+    return whole / regenerator.generate.batch_size * _mean(areas) / typical.hint.size
 
 
 def _size(write) -> int:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from compress.plan import plan
 from compress.presets import PRESETS
-from compress.regenerate import Regenerator, plan
+from compress.regenerate import Regenerator
 from ControlNet.cldm.model import ModelError, load_model
 from utils.errors import UserError
 from utils.images import image_bits

@@ -1,31 +1,28 @@
-"""Prompts -> pictures: edge maps and copies of train images, written where they are missing.
+"""Prompts -> copies: edge maps and copies of train images, written where they are missing.
 
     todo = plan(paths, images, range(5))                # what is missing on disk
     result = Regenerator(paths, HIGH, model).run(todo)  # makes it
 
 A run is a chain of four stages, each of which knows only its neighbours: tasks into jobs (`jobs`: reads images, writes
-edge maps), jobs into batches (`batches`), batches into pictures (`generate`), pictures into files (`_write_copy`).
+edge maps), jobs into batches (`batches`), batches into pictures (`PictureGenerator`), pictures into files
+(`_write_copy`).
 """
 
 import errno
 import os
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from PIL import Image
 
 from compress import prompt as prompts
+from compress.generate import Job, PictureGenerator, batches
+from compress.plan import Failure, Plan, Result, Task, plan
 from compress.presets import Preset
 from compress.prompt import Prompt
-from ControlNet.annotator.util import resize
-from ControlNet.cldm.ddim import DDIMSampler
 from utils.errors import UserError
 from utils.images import image_bits, read_image, write_atomically
 from utils.paths import DatasetPaths
@@ -33,141 +30,19 @@ from utils.paths import DatasetPaths
 JPEG_QUALITY = 95
 """What cv2.imwrite uses unasked, and so what the published scripts' copies have."""
 
-FULL_SIZE = 300_000_000
-"""A model of more parameters than this keeps a CPU busy with one picture at a time."""
-
-
-# ------------------------------------------------------------------------------------------------ what there is to do
-
-
-@dataclass(frozen=True)
-class Task:
-    """A train image, its edge map on disk (None: to be made), and the numbers of the copies that are missing."""
-
-    image: Path
-    edge_map: Path | None
-    copy_numbers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run has to do: a task for every image asked for, also where nothing is missing."""
-
-    tasks: tuple[Task, ...]
-    copies_per_image: int
-
-    @property
-    def edge_maps_missing(self) -> int:
-        return sum(task.edge_map is None for task in self.tasks)
-
-    @property
-    def edge_maps_present(self) -> int:
-        return len(self.tasks) - self.edge_maps_missing
-
-    @property
-    def copies_missing(self) -> int:
-        return sum(len(task.copy_numbers) for task in self.tasks)
-
-    @property
-    def copies_present(self) -> int:
-        return len(self.tasks) * self.copies_per_image - self.copies_missing
-
-
-def plan(paths: DatasetPaths, images: Iterable[Path], copy_numbers: Sequence[int], *, overwrite: bool = False) -> Plan:
-    """Compare what is asked for with what is on disk.  overwrite: take nothing as being there."""
-
-    @cache
-    def names(folder: Path) -> frozenset[str]:  # one listing a class instead of one question a copy
-        return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
-
-    def is_missing(copy: Path) -> bool:
-        return overwrite or copy.name not in names(copy.parent)
-
-    tasks = tuple(
-        Task(
-            image=image,
-            edge_map=None if overwrite else paths.find_edge_map(image),
-            copy_numbers=tuple(k for k in copy_numbers if is_missing(paths.copy(image, k))),
-        )
-        for image in images
-    )
-    return Plan(tasks, len(copy_numbers))
-
-
-# ----------------------------------------------------------------------------------------------------- what was done
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An image of which something could not be made, and why."""
-
-    image: Path
-    reason: str
-
-    def __str__(self):
-        return f"{self.image}: {self.reason}"
-
-
-@dataclass
-class Result:
-    """What a run made, what was there already, what could not be made; and how large images and prompts are.
-
-    image_bytes, prompt_bytes: on disk, a prompt's being its edge map file and its text in UTF-8; image_bits,
-    edge_map_bits: as raw pixels.  All four are sums over the images asked for that could be read.
-    """
-
-    edge_maps_made: int = 0
-    edge_maps_skipped: int = 0
-    edge_maps_failed: int = 0
-    copies_made: int = 0
-    copies_skipped: int = 0
-    copies_failed: int = 0
-    failures: list[Failure] = field(default_factory=list)
-    image_bytes: int = 0
-    prompt_bytes: int = 0
-    image_bits: int = 0
-    edge_map_bits: int = 0
-
-
-# ------------------------------------------------------------------------------------------------------ how it is done
-
-
-@dataclass(frozen=True)
-class Job:
-    """One copy to make.
-
-    text: what the class is called; hint: the edge map at the generated size, HxW uint8, 0 or 255; original: (height,
-    width) of the image, and so of the copy; greyscale: whether the image is, and so the copy.
-    """
-
-    image: Path
-    copy_number: int
-    text: str
-    hint: np.ndarray
-    original: tuple[int, int]
-    greyscale: bool
-
 
 class Regenerator:
     """Makes the edge maps and copies of a dataset's train images.
 
     paths: the dataset; preset: the settings; model: a ControlLDM as `ControlNet.cldm.model.load_model` returns it, or
     None where no copy is missing; batch_size: copies generated together, None to choose it by device and model.
-
-    A copy depends on its prompt, its number, the settings and the model alone.  It starts from noise of its own
-    (`initial_noise`).  As kernels may round differently at another batch size, a batch that is not full is filled up:
-    which copies are missing, and which share a batch, then does not show in a single byte.  Measured, this holds on a
-    CPU where the number of threads divides the batch size (an odd share changes how the work is split).  Elsewhere,
-    and between batch sizes, a few pixels in ten thousand differ by one level of 255.
     """
 
     def __init__(self, paths: DatasetPaths, preset: Preset, model, *, batch_size: int | None = None):
         self.paths = paths
         self.preset = preset
-        self.model = model
-        self.batch_size = batch_size or default_batch_size(model)
         self.texts = paths.class_texts()
-        self._contexts: dict[str, torch.Tensor] = {}
+        self.generate = PictureGenerator(preset, model, batch_size=batch_size)
 
     def __call__(self, images: Iterable[Path], copy_numbers: Sequence[int]) -> Result:
         """Make what is missing of these images' edge maps and copies."""
@@ -184,7 +59,7 @@ class Regenerator:
         folders |= {self.paths.copy(task.image, 0).parent for task in plan.tasks}
         leftovers = [file for folder in folders for file in temporary_files(folder)]
         try:
-            for batch in batches(self.jobs(plan, result, progress), self.batch_size):
+            for batch in batches(self.jobs(plan, result, progress), self.generate.batch_size):
                 for job, picture in zip(batch, self.generate(batch), strict=True):
                     self._write_copy(job, picture, result)
                 progress(len(batch))
@@ -240,55 +115,6 @@ class Regenerator:
         greyscale = bits_per_pixel != 24
         return [Job(task.image, k, prompt.text, hint, (height, width), greyscale) for k in task.copy_numbers]
 
-    @torch.inference_mode()
-    def generate(self, batch: Sequence[Job], steps: int | None = None) -> list[np.ndarray]:
-        """The pictures of jobs that share their generated size and sampling, each HxWx3 uint8 at the original size.
-
-        steps: DDIM steps, the preset's if None.
-        """
-        model, sampling = self.model, self.preset.sampling_for(batch[0].text)
-        filled = list(batch) + [batch[-1]] * (self.batch_size - len(batch))
-        height, width = batch[0].hint.shape
-        hints = torch.from_numpy(np.stack([job.hint for job in filled])).to(model.device)
-        hints = (hints.to(model.dtype) / 255)[:, None].expand(-1, 3, -1, -1)
-        noise = torch.cat([initial_noise(job.copy_number, height, width) for job in filled])
-        texts = torch.cat([self._context(self.preset.prompt_text(job.text)) for job in filled])
-        negative = self._context(self.preset.negative_prompt).expand(len(filled), -1, -1)
-        model.control_scales = sampling.control_scales(len(model.control_scales))
-        try:
-            latents, _ = DDIMSampler(model).sample(
-                steps or sampling.steps,
-                len(filled),
-                tuple(noise.shape[1:]),
-                {"c_concat": [hints], "c_crossattn": [texts]},
-                eta=sampling.eta,
-                unconditional_guidance_scale=sampling.guidance,
-                unconditional_conditioning={
-                    "c_concat": [hints] if sampling.unconditional_control else None,
-                    "c_crossattn": [negative],
-                },
-                x_T=noise.to(model.device),
-                verbose=False,
-            )
-            decoded = model.decode_first_stage(latents.to(model.dtype))[: len(batch)].float()
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{len(filled)} pictures of {height} x {width} pixels don't fit on {model.device}: "
-                "use a smaller --batch-size, or --precision bf16."
-            ) from error
-        if not decoded.isfinite().all():
-            raise UserError(
-                f"in {model.dtype} the model's pictures hold values that are no numbers: use --precision fp32."
-            )
-        pictures = (decoded * 127.5 + 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [resize(picture, *job.original) for job, picture in zip(batch, pictures, strict=True)]
-
-    def _context(self, text: str) -> torch.Tensor:
-        """1 x 77 x D; each text is encoded once."""
-        if text not in self._contexts:
-            self._contexts[text] = self.model.get_learned_conditioning([text])
-        return self._contexts[text]
-
     def _write_copy(self, job: Job, picture: np.ndarray, result: Result) -> None:
         copy = self.paths.copy(job.image, job.copy_number)
         try:
@@ -299,38 +125,10 @@ class Regenerator:
             result.copies_failed += 1
 
 
-def batches(jobs: Iterable[Job], batch_size: int) -> Iterator[list[Job]]:
-    """Jobs of one generated size, and alike in having a text or none, in groups of batch_size; the rest at the end."""
-    waiting: dict[tuple, list[Job]] = defaultdict(list)
-    for job in jobs:
-        group = waiting[job.hint.shape, bool(job.text)]
-        group.append(job)
-        if len(group) == batch_size:
-            yield list(group)
-            group.clear()
-    yield from (group for group in waiting.values() if group)
-
-
-def initial_noise(copy_number: int, height: int, width: int) -> torch.Tensor:
-    """The noise that copy number k of a picture of this generated size starts from: 1 x 4 x height/8 x width/8.
-
-    Drawn on the CPU by a generator of its own, so that it is the same in every batch, process and device.
-    """
-    generator = torch.Generator().manual_seed(copy_number)
-    return torch.randn((1, 4, height // 8, width // 8), generator=generator)
-
-
 def save_copy(picture: np.ndarray, file: BinaryIO, greyscale: bool) -> None:
     """Write a copy (HxWx3 uint8) as a JPEG.  The copy of a greyscale image is greyscale: it stands in for its image."""
     image = Image.fromarray(picture)
     (image.convert("L") if greyscale else image).save(file, "JPEG", quality=JPEG_QUALITY)
-
-
-def default_batch_size(model) -> int:
-    """Copies to generate together, where nobody said: 8 on a GPU; on a CPU 1 with the full-size model, else 8."""
-    if model is None or model.device.type != "cpu":
-        return 8
-    return 1 if sum(parameter.numel() for parameter in model.parameters()) > FULL_SIZE else 8
 
 
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}

@@ -21,8 +21,9 @@ import torch
 from tqdm import tqdm
 
 from compress.estimate import estimate
+from compress.plan import Plan, Result, plan
 from compress.presets import PRESETS
-from compress.regenerate import Plan, Regenerator, Result, plan
+from compress.regenerate import Regenerator
 from ControlNet.cldm.model import ModelError, load_model
 from utils.errors import UserError
 from utils.paths import DatasetPaths, data_dir
@@ -66,7 +67,9 @@ def run(options: argparse.Namespace) -> int:
     model = load(options.model, device, precision) if todo.copies_missing else None
     regenerator = Regenerator(paths, preset, model, batch_size=options.batch_size)
     if model is not None:
-        print(f"model {options.model} on {device} in {precision}, {regenerator.batch_size} at a time", flush=True)
+        print(
+            f"model {options.model} on {device} in {precision}, {regenerator.generate.batch_size} at a time", flush=True
+        )
     if options.dry_run:
         report_estimate(regenerator, todo)
         return DONE

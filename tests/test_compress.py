@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from compress import run
-from compress.regenerate import Regenerator
+from compress.generate import PictureGenerator
 from tests.folders import make_dataset, save_noise
 from tests.little_model import little_model, save_checkpoint
 from utils.paths import DatasetPaths
@@ -142,11 +142,11 @@ def test_overwriting_with_other_settings(paths, compress):
 def test_texts_of_the_command_line(paths, compress, monkeypatch):
     encoded = []
 
-    def context(regenerator, text, of=Regenerator._context):
+    def context(generator, text, of=PictureGenerator._context):
         encoded.append(text)
-        return of(regenerator, text)
+        return of(generator, text)
 
-    monkeypatch.setattr(Regenerator, "_context", context)
+    monkeypatch.setattr(PictureGenerator, "_context", context)
     compress("--seeds", "1", "--classes", "sushi", "--prompt-template", "a photo of {label}", "--negative-prompt", "no")
     assert set(encoded) == {"a photo of sushi", "no"}
     encoded.clear()
@@ -238,7 +238,7 @@ def test_control_c_gets_one_line(paths, compress, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Regenerator, "generate", interrupt)
+    monkeypatch.setattr(PictureGenerator, "__call__", interrupt)
     code, _, err = compress()
     assert code == 130
     assert err.splitlines()[-1].startswith("interrupted")

@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from compress import regenerate
+from compress import generate, regenerate
+from compress.generate import batches, initial_noise
+from compress.plan import plan
 from compress.presets import HIGH, LOW
-from compress.regenerate import Regenerator, batches, initial_noise, plan
+from compress.regenerate import Regenerator
 from tests.folders import save_noise
 from tests.little_model import little_model
 from utils.errors import UserError
@@ -300,7 +302,7 @@ class Recorder:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    monkeypatch.setattr(regenerate, "DDIMSampler", Recorder)
+    monkeypatch.setattr(generate, "DDIMSampler", Recorder)
     Recorder.calls = ()
     return Recorder
 
@@ -384,6 +386,6 @@ def test_memory_that_runs_out_is_said_in_words(paths, monkeypatch):
         def sample(self, *args, **options):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(regenerate, "DDIMSampler", Sampler)
+    monkeypatch.setattr(generate, "DDIMSampler", Sampler)
     with pytest.raises(UserError, match="--batch-size"):
         Regenerator(paths, SMALL, Decoder(), batch_size=1)(images_of(paths), [0])
