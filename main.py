@@ -9,14 +9,12 @@ seed (a class order), let the method learn phase after phase, and write down wha
 import argparse
 import itertools
 import logging
-import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 
 import torchvision_compat  # noqa: F401  (before torchvision and Lightning: lets a CUDA wheel load beside a CPU torch)
 from convs.resnet import CONVNETS
@@ -27,6 +25,7 @@ from utils import log as logs
 from utils import report
 from utils.config import Config
 from utils.data_manager import DataManager, check_copies
+from utils.devices import launch
 from utils.errors import UserError
 from utils.memory import ExemplarMemory, check_budget, check_class_sizes, prompt_cost
 from utils.paths import DatasetPaths, data_dir
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config) -> dict:
     """The experiment.  Returns what it writes to results.json (`utils.report` describes it)."""
-    fabric = start_devices(config)
+    fabric = launch(*configs.accelerator(config.device), config.precision)
     paths = DatasetPaths(data_dir(config.data_dir), config.dataset)
     orders = {seed: open_data(config, paths, seed) for seed in config.seed}
     regenerate = check_exemplars(config, next(iter(orders.values())), fabric.device)
@@ -87,6 +86,8 @@ def run(config: Config) -> dict:
         learner = METHODS[config.model_name](config, data, memory, fabric, folder / "checkpoints", cache, regenerate)
         records = learner.run()
         runs.append(report.run_entry(seed, data.class_names, records, data.nb_phases))
+        if regenerate is not None:
+            log.info(copies_saved(config, data, records))
         if fabric.is_global_zero:
             for record in records:
                 confusion = folder / f"confusion_phase{record['phase']:02d}.csv"
@@ -97,23 +98,6 @@ def run(config: Config) -> dict:
     results = report.results(configs.as_dict(config), runs)
     log.info("\n%s\n\nresults: %s", report.table({config.model_name: results}), output / "results.json")
     return results
-
-
-def start_devices(config: Config) -> Fabric:
-    """The launched Lightning Fabric.  Raises UserError for a device that this machine has not."""
-    accelerator, devices = configs.accelerator(config.device)
-    found = torch.cuda.device_count()
-    asked = devices if isinstance(devices, list) else [0]
-    if accelerator == "cuda" and max(asked) >= found:
-        there = f"this machine has CUDA devices 0 to {found - 1}" if found else "this machine has no CUDA device"
-        raise UserError(f'device: {config.device!r} is not there; {there}. Choose another, or "cpu".')
-    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes: it says how many there are
-        devices, nodes = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["GROUP_WORLD_SIZE"])
-    else:
-        nodes = 1
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=config.precision)
-    fabric.launch()
-    return fabric
 
 
 def open_data(config: Config, paths: DatasetPaths, seed: int) -> DataManager:
@@ -172,6 +156,15 @@ def open_output(config: Config, *, write: bool) -> Path:
     except OSError as error:
         raise UserError(f"output_dir: {output} can't be written to ({error.strerror}).") from None
     return output
+
+
+def copies_saved(config: Config, data: DataManager, records: Sequence[Mapping]) -> str:
+    """Such as "copies on demand: 320, against 4,000 of all train images made ahead (92.0 % saved)"."""
+    made = sum(record["copies_on_demand"] for record in records)
+    ahead = config.augmentations_per_image * sum(len(data.train_images(target)) for target in range(data.nb_classes))
+    return (
+        f"copies on demand: {made:,}, against {ahead:,} of all train images made ahead ({1 - made / ahead:.1%} saved)"
+    )
 
 
 def phases_in_words(data: DataManager) -> str:

@@ -123,12 +123,19 @@ class Learner(abc.ABC):
             training = self.train()
             self.after_training()
             trained = time.perf_counter()
-            self.choose_exemplars()
+            copies = self.choose_exemplars()
             chosen = time.perf_counter()
             results = self.evaluate()
             now = time.perf_counter()
             seconds = {"train": trained - start, "exemplars": chosen - trained, "evaluate": now - chosen}
-            self.records.append({**results, "training": training, "seconds": {**seconds, "total": now - start}})
+            self.records.append(
+                {
+                    **results,
+                    "training": training,
+                    "copies_on_demand": copies,
+                    "seconds": {**seconds, "total": now - start},
+                }
+            )
             self.save_checkpoint()
             self._say_how_it_went()
         return self.records
@@ -211,22 +218,33 @@ class Learner(abc.ABC):
             self.network.load_state_dict(fabric.broadcast(self.network.state_dict()))
         return {"epochs": schedule.epochs, "loss": loss_mean, "accuracy": accuracy}
 
-    def choose_exemplars(self) -> None:
-        """Herding over all real images of the new classes; then their prompts become copies, where that is due now."""
+    def choose_exemplars(self) -> int | None:
+        """Herding over all real images of the new classes, then their copies.  Returns what `make_copies` does."""
         targets = list(self.data.phase_targets(self.phase))
         images = [self.data.train_images(target) for target in targets]
         features = self.predict([image for of_class in images for image in of_class], "choosing exemplars").features
         for target, of_class, rows in zip(targets, images, features.split([len(i) for i in images]), strict=True):
             self.memory.add_class(target, of_class, rows)
-        needed_again = self.phase + 1 < self.data.nb_phases or self.uses_nme
-        if self.regenerate is not None and needed_again:
-            shown = ("synthetic", "real") if self.config.augmentation_prob > 0 else ("synthetic",)
-            new = [item.image for item in self.memory.items() if item.target in targets and item.role in shown]
-            if self.fabric.is_global_zero:
-                self.regenerate(new)
-            self.fabric.barrier()
-            for target in targets:
-                self.memory.enforce_budget(target)
+        return self.make_copies(self.phase)
+
+    def make_copies(self, phase: int) -> int | None:
+        """Have the prompts of a phase's exemplars made into copies, where that is due now and they are needed again.
+
+        Returns the number of those copies, None where all copies were made ahead.
+        """
+        if self.regenerate is None:
+            return None
+        if phase + 1 == self.data.nb_phases and not self.uses_nme:
+            return 0
+        targets = self.data.phase_targets(phase)
+        roles = ("synthetic", "real") if self.config.augmentation_prob > 0 else ("synthetic",)
+        shown = [item.image for item in self.memory.items() if item.target in targets and item.role in roles]
+        if self.fabric.is_global_zero:
+            self.regenerate(shown)
+        self.fabric.barrier()
+        for target in targets:
+            self.memory.enforce_budget(target)
+        return len(shown) * self.config.augmentations_per_image
 
     def predict(self, images: Sequence[Path], purpose: str) -> Outputs:
         """The network's logits and features for pictures, with the test transform, on the CPU in the order given.
@@ -329,6 +347,9 @@ class Learner(abc.ABC):
         self.memory.load_state_dict(state["memory"])
         self.records = state["records"]
         done = len(self.records)
+        if done < self.data.nb_phases:
+            for phase in range(done):  # copies that were deleted since then come back
+                self.make_copies(phase)
         if done == self.data.nb_phases:
             log.info("all %d phases are done already: their results are taken from %s", done, path)
         else:

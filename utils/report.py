@@ -9,7 +9,7 @@ results.json (accuracies in percent, seconds, bytes):
         phases     one entry a phase: phase, classes_seen; cnn and nme (null where unused), each with top1, top5, old,
                    new, per_class {label: accuracy}, per_phase [accuracy on the classes of phase 0, 1, ...];
                    memory (units, bytes); parameters; training (epochs, loss, accuracy, seconds, reused);
-                   seconds {train, exemplars, evaluate, total}
+                   copies_on_demand (null where they were made ahead); seconds {train, exemplars, evaluate, total}
         cnn, nme   average_incremental_accuracy, forgetting (null after one phase), top1 (a list, by phase), or null
         memory     after the last phase
         seconds    of all phases; seconds_reused: what training the reused network of phase 0 had taken, not in it

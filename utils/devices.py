@@ -1,0 +1,59 @@
+"""Starting devices and processes, with Lightning Fabric: one CPU or GPU, several, torchrun's processes, SLURM's."""
+
+import os
+from datetime import timedelta
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from lightning_fabric.strategies import DDPStrategy
+
+from utils.errors import UserError
+
+
+def launch(
+    accelerator: str, devices: int | list[int], precision: str = "32-true", patience: timedelta | None = None
+) -> Fabric:
+    """The launched Fabric.
+
+    accelerator: "auto", "cpu" or "cuda"; devices: how many, or which ones.  Where torchrun or SLURM has started the
+    processes, it says how many there are, and `devices` gives way.
+    patience: for processes that only meet at the end of long and unequal work, how long one may wait for another; they
+    then talk over the network of the CPUs.  None for processes that train together.
+    Raises UserError for a device that this machine has not, or for more processes than it has GPUs.
+    """
+    per_node, nodes = started_processes()
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if accelerator == "auto":
+        accelerator = "cuda" if found else "cpu"
+    if per_node * nodes > 1:
+        if accelerator == "cuda" and per_node > found:
+            raise UserError(f"{per_node} processes were started on this machine, which shows them {found} GPUs.")
+        devices = per_node
+    elif accelerator == "cuda" and max(devices if isinstance(devices, list) else [devices - 1]) >= found:
+        there = f"this machine has CUDA devices 0 to {found - 1}" if found else "this machine has no CUDA device"
+        raise UserError(f'device: {devices!r} is not there; {there}. Choose another, or "cpu".')
+    strategy = "auto"
+    if patience is not None and per_node * nodes > 1:
+        strategy = DDPStrategy(process_group_backend="gloo", timeout=patience)
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy)
+    fabric.launch()
+    return fabric
+
+
+def started_processes() -> tuple[int, int]:
+    """(processes on each node, nodes), as torchrun or SLURM has started them; (1, 1) where neither has.
+
+    Raises UserError where SLURM does not say how many tasks a node has.
+    """
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["GROUP_WORLD_SIZE"])
+    try:
+        if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
+            SLURMEnvironment()  # looks at its variables
+            return int(os.environ["SLURM_NTASKS_PER_NODE"]), int(os.environ["SLURM_NNODES"])
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"SLURM's variables don't say what was started: {error}. Use srun --ntasks-per-node."
+        ) from error
+    return 1, 1
