@@ -103,9 +103,12 @@ class ControlLDM(nn.Module):
     unet, control, first_stage and cond_stage are the four networks; the other arguments are the official config's.
     cond_stage_trainable says whether training changes the text encoder (the official one stays as it is).
 
-    Attributes: `control_model`, `first_stage_model`, `cond_stage_model`, `model.diffusion_model`, and `control_scales`,
-    a factor for each control tensor, all 1 at first.
+    Attributes: `control_model`, `first_stage_model`, `cond_stage_model`, `model.diffusion_model`, `control_scales`, a
+    factor for each control tensor, all 1 at first, and `fingerprint`, which tells the weights from others ("" unless
+    `load_model` loaded them).
     """
+
+    fingerprint = ""
 
     def __init__(
         self,

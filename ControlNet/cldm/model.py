@@ -2,29 +2,24 @@
 
 import inspect
 import os
-import pickle
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from yaml import YAMLError
 
 from ControlNet.cldm.cldm import ControlLDM, ControlledUnetModel, ControlNet
+from ControlNet.cldm.files import ModelError, load_state_dict
+from ControlNet.cldm.weights import BUNDLED, MODELS_FOLDER, complete, find_weights, fingerprint
 from ControlNet.ldm.autoencoder import AutoencoderKL
 from ControlNet.ldm.text import FrozenCLIPEmbedder
 
-MODELS_FOLDER = Path(__file__).parent.parent / "models"
-BUNDLED = {
-    "sd15": ("cldm_v15.yaml", "control_sd15_canny.pth"),
-    "tiny": ("cldm_tiny.yaml", "cldm_tiny.safetensors"),
-}
-"""Short names of `load_model`: config and weights in ControlNet/models."""
+__all__ = [
+    "BUNDLED", "MODELS_FOLDER", "ModelError", "create_model", "load_model", "load_state_dict", "weights_fingerprint",
+]  # fmt: skip
 
 # What a config's `target:` may be.  Looked up, never imported: a config can't run code.
 _TARGETS = {
@@ -40,10 +35,6 @@ _TRAINER_KEYS = {
     "base_learning_rate", "channels", "cond_stage_key", "conditioning_key", "control_key", "first_stage_key",
     "image_size", "log_every_t", "monitor", "num_timesteps_cond", "use_ema",
 }  # fmt: skip
-
-
-class ModelError(ValueError):
-    """A config or a checkpoint that can't be used.  The message is for the person who named it."""
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -118,60 +109,25 @@ def _build(node: Mapping) -> nn.Module:
         raise ValueError(f"{target}: {error}") from error
 
 
-def load_state_dict(path: str | os.PathLike, location: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, by name: .safetensors, or anything torch.save wrote.
-
-    Nothing in the file is run (weights_only), and on the CPU its tensors are views of the memory-mapped file: they
-    take no memory until they are used.  Tensors nested under "state_dict" are found.
-    Raises ModelError where the file is missing, broken or not a checkpoint.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ModelError(f"no checkpoint at {path}: download it there, or name another file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path, device=str(location))
-        content = torch.load(path, map_location=location, weights_only=True, mmap=_can_map(path))
-    except pickle.UnpicklingError as error:  # torch's own words advise to switch the protection off
-        raise ModelError(
-            f"{path} is not a plain checkpoint: another kind of file, or one that holds code, which is never run"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise ModelError(f"{path} is not a whole checkpoint, a broken download?: {why}") from error
-    content = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ModelError(f"{path} holds no tensors by name")
-    return dict(content)
-
-
-def _can_map(path: Path) -> bool:
-    """torch maps files of its zip format only; older ones are read whole."""
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
-
-
 def load_model(
-    spec: str | os.PathLike = "sd15", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    spec: str | os.PathLike = "sd15",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    base: str | os.PathLike | None = None,
 ) -> ControlLDM:
     """A ControlLDM ready to sample: weights loaded strictly, in eval mode, without gradients.
 
     spec: "sd15" (the official weights, ControlNet/models/control_sd15_canny.pth), "tiny" (bundled), or a checkpoint's
     path; a .yaml of the same stem beside it is its config, else it is read as a Stable Diffusion 1.5 ControlNet.
     dtype: what the networks compute in; the diffusion tables stay float32.
-    Raises ModelError.
+    base: where everything but the control network comes from, named like spec; needed where spec holds a control
+    network alone, as ControlNet 1.1's files do.
+    The model's `fingerprint` is `weights_fingerprint(spec, base)`.  Raises ModelError.
     """
-    if str(spec) in BUNDLED:
-        config, weights = (MODELS_FOLDER / name for name in BUNDLED[str(spec)])
-    else:
-        weights = Path(spec)
-        beside = weights.with_suffix(".yaml")
-        config = beside if beside.is_file() else MODELS_FOLDER / BUNDLED["sd15"][0]
-    state = load_state_dict(weights)
-    model = create_model(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    _check_names(weights, state, expected)
-    model.load_state_dict({name: tensor for name, tensor in state.items()}, assign=True)
+    weights = find_weights(spec, base)
+    model = create_model(weights.config)
+    model.load_state_dict(complete(weights, model.state_dict()), assign=True)
+    model.fingerprint = fingerprint(weights.state)
     tables = dict(model.named_buffers(recurse=False))
     model = model.to(device=device, dtype=dtype)
     for name, table in tables.items():
@@ -179,27 +135,10 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def _check_names(weights: Path, state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
-    """Raise ModelError, with the first names that differ, unless the checkpoint fits the model."""
-    counted = "embeddings.position_ids"  # some releases of transformers leave it out
-    bare = {name.replace(".transformer.text_model.", ".transformer."): name for name in state}
-    wanted = {name.replace(".transformer.text_model.", ".transformer."): name for name in expected}
-    missing = [wanted[name] for name in wanted if name not in bare and not name.endswith(counted)]
-    unexpected = [bare[name] for name in bare if name not in wanted and not name.endswith(counted)]
-    misshapen = [
-        f"{bare[name]} {tuple(state[bare[name]].shape)} instead of {tuple(expected[wanted[name]])}"
-        for name in bare
-        if name in wanted and state[bare[name]].shape != expected[wanted[name]]
-    ]
-    problems = [
-        f"{len(names)} {what} ({_first(names)})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if names
-    ]
-    if problems:
-        raise ModelError(f"{weights} does not fit this model: {'; '.join(problems)}")
+def weights_fingerprint(spec: str | os.PathLike = "sd15", base: str | os.PathLike | None = None) -> str:
+    """16 hex digits that tell the weights of `load_model(spec, base=base)` from others, without building the model.
 
-
-def _first(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    The same for any file or folder of the same weights, in float32 or float16 (see `weights.fingerprint`).
+    Raises ModelError.
+    """
+    return fingerprint(find_weights(spec, base).state)
