@@ -7,11 +7,15 @@ apart (MEMO) and loaded with torchvision's weights: their names are torchvision'
 
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from convs.blocks import LINEAR, attend, branch
+from convs.pretrained import load_pretrained
 
 _LARGE = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -19,9 +23,17 @@ _LARGE = {
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }
 _CIFAR = ("resnet8", "resnet14", "resnet20", "resnet26", "resnet32", "resnet38", "resnet44", "resnet56", "resnet110")
+_VARIANTS = (
+    *("cosine_resnet18", "cosine_resnet32", "cosine_resnet34", "cosine_resnet50"),
+    *("resnet18_cbam", "resnet34_cbam", "resnet50_cbam", "resnet18_rep", "memo_resnet18", "memo_resnet32"),
+)
 
-CONVNETS = (*_LARGE, *_CIFAR)
-"""The backbones that `build_backbone` knows."""
+CONVNETS = (*_LARGE, *_CIFAR, *_VARIANTS)
+"""The backbones that `build_backbone` knows.
+
+cosine_: no ReLU at the end, for heads that compare directions; _cbam: attention in every block; _rep: 1x1 branches
+beside the 3x3 convolutions; memo_: PyCIL's name for a backbone that MEMO cuts, which every backbone here can be.
+"""
 
 
 class PadShortcut(nn.Module):
@@ -41,12 +53,23 @@ class ResNet(nn.Sequential):
 
     block: torchvision's BasicBlock or Bottleneck; depths, widths: how many blocks each stage has, and how wide;
     stem: "7x7" (stride 2, then a pool), "3x3" (stride 1, then a pool) or "small" (3x3, stride 1, no pool);
-    pad_shortcuts: stages are joined by zero padding (CIFAR) rather than by a 1x1 convolution.
+    pad_shortcuts: stages are joined by zero padding (CIFAR) rather than by a 1x1 convolution; last_relu: whether the
+    features are rectified; dress: what is done to each block once it is built.
 
     The children are conv1, bn1, relu, [maxpool,] layer1, ..., layerN, avgpool, flatten.
     """
 
-    def __init__(self, block, depths, widths, stem: str, pad_shortcuts: bool = False):
+    def __init__(
+        self,
+        block,
+        depths,
+        widths,
+        stem: str,
+        *,
+        pad_shortcuts: bool = False,
+        last_relu: bool = True,
+        dress: Callable[[nn.Module], None] | None = None,
+    ):
         size, stride = (7, 2) if stem == "7x7" else (3, 1)
         channels = widths[0]
         layers: OrderedDict[str, nn.Module] = OrderedDict(
@@ -58,12 +81,17 @@ class ResNet(nn.Sequential):
             layers["maxpool"] = nn.MaxPool2d(3, stride=2, padding=1)
         for number, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
             stride = 1 if number == 1 else 2
-            layers[f"layer{number}"] = _stage(block, channels, width, depth, stride, pad_shortcuts)
+            last = block if last_relu or number < len(depths) else LINEAR[block]
+            layers[f"layer{number}"] = _stage(block, last, channels, width, depth, stride, pad_shortcuts)
             channels = width * block.expansion
         layers["avgpool"] = nn.AdaptiveAvgPool2d(1)
         layers["flatten"] = nn.Flatten()
         super().__init__(layers)
         self.feature_dim = channels
+        if dress is not None:
+            for module in list(self.modules()):
+                if isinstance(module, block):
+                    dress(module)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -80,7 +108,7 @@ class ResNet(nn.Sequential):
         return maps
 
 
-def _stage(block, channels: int, width: int, depth: int, stride: int, pad_shortcuts: bool) -> nn.Sequential:
+def _stage(block, last, channels: int, width: int, depth: int, stride: int, pad_shortcuts: bool) -> nn.Sequential:
     outgoing = width * block.expansion
     shortcut = None
     if stride != 1 or channels != outgoing:
@@ -88,26 +116,40 @@ def _stage(block, channels: int, width: int, depth: int, stride: int, pad_shortc
             shortcut = PadShortcut(outgoing - channels)
         else:
             shortcut = nn.Sequential(nn.Conv2d(channels, outgoing, 1, stride, bias=False), nn.BatchNorm2d(outgoing))
-    blocks = [block(channels, width, stride, shortcut)]
-    blocks += [block(outgoing, width) for _ in range(depth - 1)]
-    return nn.Sequential(*blocks)
+    kinds = [block] * (depth - 1) + [last]
+    first = kinds[0](channels, width, stride, shortcut)
+    return nn.Sequential(first, *(kind(outgoing, width) for kind in kinds[1:]))
 
 
-def build_backbone(convnet_type: str, image_kind: str, *, init_cls: int, increment: int) -> ResNet:
-    """The backbone of a run, freshly initialised from torch's random state.
+def build_backbone(
+    convnet_type: str, image_kind: str, *, init_cls: int, increment: int, pretrained: bool = False
+) -> ResNet:
+    """The backbone of a run, freshly initialised from torch's random state, or with torchvision's weights.
 
     convnet_type: one of `CONVNETS`; image_kind: "small" (32x32 pictures) or "large".
     Large pictures enter through 7x7 where all phases are equally large and through 3x3 where phase 0 is larger, as the
-    class-incremental literature does.  Raises ValueError for an unknown name.
+    class-incremental literature does; torchvision's weights are for 7x7, whatever the phases.
+    Raises ValueError for an unknown name or where no such weights fit, FileNotFoundError where they are not there.
     """
-    if convnet_type in _LARGE:
-        block, depths = _LARGE[convnet_type]
-        stem = "small" if image_kind == "small" else "7x7" if init_cls == increment else "3x3"
-        return ResNet(block, depths, (64, 128, 256, 512), stem)
-    if convnet_type in _CIFAR:
-        depth = int(re.sub(r"\D", "", convnet_type))
-        return ResNet(BasicBlock, [(depth - 2) // 6] * 3, (16, 32, 64), "small", pad_shortcuts=True)
-    raise ValueError(f"unknown convnet_type {convnet_type!r}; known: {', '.join(CONVNETS)}")
+    if convnet_type not in CONVNETS:
+        raise ValueError(f"unknown convnet_type {convnet_type!r}; known: {', '.join(CONVNETS)}")
+    name = convnet_type.removeprefix("memo_")
+    last_relu = not name.startswith("cosine_")
+    base, _, variant = name.removeprefix("cosine_").partition("_")
+    dress = {"cbam": attend, "rep": branch, "": None}[variant]
+    if base in _LARGE:
+        block, depths = _LARGE[base]
+        stem = "7x7" if init_cls == increment or pretrained else "3x3"
+        stem = "small" if image_kind == "small" else stem
+        backbone = ResNet(block, depths, (64, 128, 256, 512), stem, last_relu=last_relu, dress=dress)
+    else:
+        depths = [(int(re.sub(r"\D", "", base)) - 2) // 6] * 3
+        backbone = ResNet(BasicBlock, depths, (16, 32, 64), "small", pad_shortcuts=True, last_relu=last_relu)
+    if pretrained:
+        if image_kind == "small":
+            raise ValueError("torchvision's weights are for large images, these are small; set pretrained to false")
+        load_pretrained(backbone, convnet_type)
+    return backbone
 
 
 def split(backbone: ResNet) -> tuple[nn.Sequential, nn.Sequential]:

@@ -1,24 +1,31 @@
 """Backbones against torchvision's, and what growing keeps."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
+from convs.blocks import AttendedBatchNorm, RepConv, folded
 from convs.heads import align_weights, grown, linear_head
 from convs.resnet import CONVNETS, build_backbone, joined, nb_parameters, split
 from models.networks import IncrementalNet, der_net, memo_net
 
 
-def backbone(name="resnet8", kind="small", init_cls=2, increment=2):
-    return build_backbone(name, kind, init_cls=init_cls, increment=increment)
+def backbone(name="resnet8", kind="small", init_cls=2, increment=2, pretrained=False):
+    return build_backbone(name, kind, init_cls=init_cls, increment=increment, pretrained=pretrained)
+
+
+def torchvision_model(name):
+    from torchvision.models import get_model  # only after convs, whose import mends torchvision beside a CPU torch
+
+    return get_model(name, weights=None).eval()
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
 def test_equals_torchvision_on_the_same_weights(name):
-    from torchvision.models import get_model  # only after convs, whose import mends torchvision beside a CPU torch
-
     torch.manual_seed(0)
-    theirs = get_model(name, weights=None).eval()
+    theirs = torchvision_model(name)
     ours = backbone(name, "large").eval()
     ours.load_state_dict({key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")})
     theirs.fc = torch.nn.Identity()
@@ -32,6 +39,123 @@ def test_equals_torchvision_on_the_same_weights(name):
         for ours_map, expected_map in zip(ours.feature_maps(x), expected_maps, strict=True):
             torch.testing.assert_close(ours_map, expected_map)
     assert expected.shape == (2, ours.feature_dim)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet32"])
+def test_cosine_backbones_lack_the_last_relu_alone(name):
+    plain, cosine = backbone(name, "large").eval(), backbone(f"cosine_{name}", "large").eval()
+    cosine.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        *expected, last = plain.feature_maps(x)
+        *maps, signed = cosine.feature_maps(x)
+        torch.testing.assert_close(maps, expected)
+        torch.testing.assert_close(signed.relu(), last)
+        torch.testing.assert_close(cosine(x), signed.mean(dim=(2, 3)))
+    assert signed.min() < 0
+
+
+def test_cbam_against_its_equations():
+    torch.manual_seed(0)
+    norm = AttendedBatchNorm(32).eval()
+    f = torch.randn(2, 32, 5, 6)
+    x = f.double().numpy() / np.sqrt(1 + 1e-5)  # a fresh batch norm in eval mode
+    w0, w1 = (norm.mlp[i].weight.detach().double().numpy()[:, :, 0, 0] for i in (0, 2))
+    assert w0.shape == (2, 32)
+    pooled = [np.maximum(p @ w0.T, 0) @ w1.T for p in (x.mean(axis=(2, 3)), x.max(axis=(2, 3)))]
+    x = x / (1 + np.exp(-sum(pooled)))[:, :, None, None]
+    stacked = np.pad(np.stack([x.mean(axis=1), x.max(axis=1)], axis=1), ((0, 0), (0, 0), (3, 3), (3, 3)))
+    kernel = norm.spatial.weight.detach().double().numpy()[0]
+    attention = np.array(
+        [[[(b[:, i : i + 7, j : j + 7] * kernel).sum() for j in range(6)] for i in range(5)] for b in stacked]
+    )
+    expected = x / (1 + np.exp(-attention))[:, None]
+    np.testing.assert_allclose(norm(f).detach().numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_cbam_sits_at_the_end_of_every_residual_branch(name):
+    plain, cbam = backbone(name), backbone(f"{name}_cbam")
+    missing, surplus = cbam.load_state_dict(plain.state_dict(), strict=False)
+    norms = {key for key, module in cbam.named_modules() if isinstance(module, AttendedBatchNorm)}
+    blocks = {"resnet18": 8, "resnet34": 16, "resnet50": 16}[name]
+    assert not surplus
+    assert len(norms) == blocks
+    last = "bn3" if name == "resnet50" else "bn2"
+    assert all(re.fullmatch(rf"layer[1-4]\.\d+\.{last}", key) for key in norms)
+    assert {re.sub(r"\.(mlp\.[02]|spatial)\.weight$", "", key) for key in missing} == norms
+
+
+def test_rep_branches_fold_into_one_convolution():
+    torch.manual_seed(0)
+    net = backbone("resnet18_rep")
+    assert sum(isinstance(module, RepConv) for module in net.modules()) == 16
+    net.train()
+    for _ in range(3):
+        net(torch.randn(8, 3, 16, 16) * 2 + 1)  # batch norm statistics of its own for each branch
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias)
+    net.eval()
+    once = folded(net)
+    plain = backbone("resnet18")
+    assert not any(isinstance(module, RepConv) for module in once.modules())
+    assert sum(m.weight.numel() for m in once.modules() if isinstance(m, torch.nn.Conv2d)) == sum(
+        m.weight.numel() for m in plain.modules() if isinstance(m, torch.nn.Conv2d)
+    )
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(once(x), net(x), rtol=1e-4, atol=1e-4)
+    assert any(isinstance(module, RepConv) for module in net.modules()), "the network itself is left as it was"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet32"])
+def test_memo_s_names_are_backbones_like_any_other(name):
+    assert list(backbone(f"memo_{name}").state_dict()) == list(backbone(name).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "file"),
+    [
+        ("resnet18", "resnet18", "resnet18-f37072fd.pth"),
+        ("cosine_resnet18", "resnet18", "resnet18-f37072fd.pth"),
+        ("memo_resnet18", "resnet18", "resnet18-5c106cde.pth"),  # the file of torchvision's older releases
+        ("resnet18_cbam", "resnet18", "resnet18-f37072fd.pth"),
+    ],
+)
+def test_pretrained_weights_come_from_torch_s_cache(name, base, file, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.manual_seed(1)
+    theirs = torchvision_model(base)
+    torch.save(theirs.state_dict(), folder / file)
+    ours = backbone(name, "large", init_cls=5, increment=2, pretrained=True).state_dict()
+    assert ours["conv1.weight"].shape == (64, 3, 7, 7), "torchvision's stem, though phase 0 is the largest"
+    expected = {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
+    assert expected.keys() <= ours.keys()
+    assert all(torch.equal(ours[key], value) for key, value in expected.items())
+
+
+def test_pretrained_weights_that_are_not_there_or_are_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"resnet18 in .*checkpoints; save https://.*resnet18-f37072fd\.pth"):
+        backbone("resnet18", "large", pretrained=True)
+    for name in ("resnet32", "cosine_resnet32", "resnet18_rep"):
+        with pytest.raises(ValueError, match=f"no weights for {name}"):
+            backbone(name, "large", pretrained=True)
+    with pytest.raises(ValueError, match="large images"):
+        backbone("resnet18", "small", pretrained=True)
+    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    file.parent.mkdir(parents=True)
+    for content in (torchvision_model("resnet34").state_dict(), {"a": torch.zeros(1)}, [1]):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=r"resnet18-f37072fd\.pth does not hold the weights of resnet18"):
+            backbone("resnet18", "large", pretrained=True)
+    file.write_bytes(b"half a download")
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        backbone("resnet18", "large", pretrained=True)
 
 
 @pytest.mark.parametrize(
