@@ -1,11 +1,11 @@
-# make env | demo | test | lint | bench | tiny-model | clean
+# make env | demo | demo-on-demand | test | lint | bench | tiny-model | clean
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SEEDS  ?= 1993
 
-.PHONY: env demo test lint bench tiny-model clean
+.PHONY: env demo demo-on-demand test lint bench tiny-model clean
 
 env: $(STAMP)
 
@@ -16,6 +16,9 @@ $(STAMP): requirements.txt requirements-dev.txt
 
 demo: env
 	SEEDS="$(SEEDS)" $(BIN)/python -m utils.demo
+
+demo-on-demand: env
+	SEEDS="$(SEEDS)" $(BIN)/python -m utils.demo --on-demand
 
 test: env lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

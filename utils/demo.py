@@ -3,8 +3,12 @@
 Digits become prompts and copies (compress/run.py); main.py then learns 5 phases of 2 classes twice at one memory
 budget, with real exemplars alone and with ESCORT's mix, and the two are compared.  Everything that is there already is
 reused.  SEEDS in the environment chooses the class orders: SEEDS="1993 1994 1995" make demo.
+
+`make demo-on-demand`: the same digits learnt twice with augmentation_prob 0, with copies made ahead and on demand,
+which must not differ in a copy's byte, in the memory or in an accuracy.
 """
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -20,7 +24,8 @@ from utils.paths import DatasetPaths, data_dir
 
 CONFIG = Path("exps/demo.json")
 OUTPUT = Path("outputs/demo")
-COMPRESS = "--resolution high --size 64 --steps 10 --batch-size 50 --model tiny"  # 64: what the tiny model was made for
+SETTINGS = {"model": "tiny", "resolution": "high", "size": 64, "steps": 10, "batch_size": 50}
+"""Of the copies; 64 pixels are what the tiny model was made for."""
 
 
 def run(command: str) -> None:
@@ -33,13 +38,24 @@ def run(command: str) -> None:
     print(f"({time.time() - began:.0f} s)", flush=True)
 
 
+def compress(config: dict) -> None:
+    """The digits and all their copies, where they are not there yet."""
+    run("-m utils.curate digits")
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SETTINGS.items())
+    run(f"compress/run.py --dataset {config['dataset']} --seeds {config['augmentations_per_image']} {options}")
+
+
+def class_orders(seeds: list[int]) -> tuple[str, str]:
+    """The seeds as main.py takes them, and as part of a folder's name."""
+    return f"seed={seeds}".replace(" ", ""), "-".join(map(str, seeds))
+
+
 def demo(seeds: list[int]) -> None:
+    """Real exemplars alone against ESCORT's mix."""
     config = read_json(CONFIG)
     dataset, copies = config["dataset"], config["augmentations_per_image"]
-    run("-m utils.curate digits")
-    run(f"compress/run.py --dataset {dataset} --seeds {copies} {COMPRESS}")
-    orders = f"seed={seeds}".replace(" ", "")
-    tag = "-".join(map(str, seeds))
+    compress(config)
+    orders, tag = class_orders(seeds)
     folders = {"real exemplars only": OUTPUT / f"real-only-{tag}", "ESCORT": OUTPUT / f"escort-{tag}"}
     real_only = f"real_per_class={int(config['memory_per_class'])} syn_per_class=0 augmentation_prob=0"
     run(f"main.py --config {CONFIG} {orders} {real_only} output_dir={folders['real exemplars only']}")
@@ -59,9 +75,50 @@ def demo(seeds: list[int]) -> None:
     print(f"\n{OUTPUT}/: results.json, accuracy.png, exemplars.png (image | edge map | copies)")
 
 
+def demo_on_demand(seeds: list[int]) -> None:
+    """The same run with copies made ahead and on demand.  Raises UserError where they differ."""
+    config = read_json(CONFIG)
+    compress(config)
+    orders, tag = class_orders(seeds)
+    ahead = DatasetPaths(data_dir(), config["dataset"])
+    on_demand = DatasetPaths(OUTPUT / "on-demand-data", config["dataset"])  # the same images, and no copies yet
+    on_demand.root.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "test", "class_names.json"):
+        if not (on_demand.root / name).exists():
+            (on_demand.root / name).symlink_to((ahead.root / name).resolve())
+    options = " ".join(f"regenerate_{name}={value}" for name, value in SETTINGS.items())
+    command = f"main.py --config {CONFIG} {orders} augmentation_prob=0"
+    run(f"{command} output_dir={OUTPUT}/ahead-{tag}")
+    run(f"{command} output_dir={OUTPUT}/on-demand-{tag} data_dir={on_demand.data_dir} regenerate=on_demand {options}")
+
+    made = sorted(on_demand.folder("exemplars").rglob("*.jpg"))
+    differing = [
+        copy for copy in made
+        if copy.read_bytes() != ahead.copies_folder(copy.parent.name).joinpath(copy.name).read_bytes()
+    ]  # fmt: skip
+    if not made or differing:
+        raise UserError(f"of {len(made)} copies made on demand {len(differing)} differ from those made ahead")
+    outcomes = [outcome(report.load_results(OUTPUT / f"{name}-{tag}")) for name in ("ahead", "on-demand")]
+    if outcomes[0] != outcomes[1]:
+        raise UserError("the two runs ended with different accuracies or memories: compare their results.json")
+    of_all = len(list(ahead.folder("exemplars").rglob("*.jpg")))
+    print(
+        f"\nOn demand {len(made):,} copies were made, of the {of_all:,} made ahead: {1 - len(made) / of_all:.1%} saved."
+        f"\nThey are the same byte for byte, and so are both runs' accuracies and memories in every phase."
+    )
+
+
+def outcome(results: dict) -> list:
+    """What two runs must agree on: each seed's accuracies and memory, by phase."""
+    return [[(phase["cnn"], phase["memory"]) for phase in run["phases"]] for run in results["runs"]]
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m utils.demo", description=__doc__.partition("\n")[0])
+    parser.add_argument("--on-demand", action="store_true", help="compare copies made on demand with those made ahead")
+    chosen = demo_on_demand if parser.parse_args().on_demand else demo
     try:
-        demo([int(seed) for seed in os.environ.get("SEEDS", "1993").replace(",", " ").split()])
+        chosen([int(seed) for seed in os.environ.get("SEEDS", "1993").replace(",", " ").split()])
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
