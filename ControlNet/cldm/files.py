@@ -35,6 +35,8 @@ def load_state_dict(path: str | os.PathLike, location: str | torch.device = "cpu
         content = torch.load(path, map_location=location, weights_only=True, mmap=kind == "zip")
     except pickle.UnpicklingError as error:  # torch's own words advise to switch the protection off
         raise ModelError(f"{path} {_why_not_plain(error)}") from error
+    except PermissionError as error:
+        raise ModelError(f"{path} may not be read: {error.strerror}") from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{path} is not a whole checkpoint, {_what_is_missing(path)}: {why}") from error

@@ -77,7 +77,7 @@ def _read_config(config_path) -> dict:
     if isinstance(config_path, str | os.PathLike):
         try:
             config_path = OmegaConf.load(config_path)
-        except (OSError, OmegaConfBaseException, YAMLError) as error:
+        except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
             raise ModelError(f"can't read the model config {config_path}: {error}") from error
     config = OmegaConf.to_container(OmegaConf.create(config_path), resolve=True)
     if not isinstance(config, dict) or "model" not in config:
@@ -117,17 +117,22 @@ def load_model(
 ) -> ControlLDM:
     """A ControlLDM ready to sample: weights loaded strictly, in eval mode, without gradients.
 
-    spec: "sd15" (the official weights, ControlNet/models/control_sd15_canny.pth), "tiny" (bundled), or a checkpoint's
-    path; a .yaml of the same stem beside it is its config, else it is read as a Stable Diffusion 1.5 ControlNet.
-    dtype: what the networks compute in; the diffusion tables stay float32.
+    spec: "sd15" (the official weights, ControlNet/models/control_sd15_canny.pth), "tiny" (bundled), a checkpoint's
+    path, or a folder in diffusers' layout.  The config is a .yaml of the same stem beside the file, or model.yaml in
+    the folder, else Stable Diffusion 1.5's.
     base: where everything but the control network comes from, named like spec; needed where spec holds a control
     network alone, as ControlNet 1.1's files do.
-    The model's `fingerprint` is `weights_fingerprint(spec, base)`.  Raises ModelError.
+    dtype: what the networks compute in; the diffusion tables stay float32.
+
+    On the CPU in the file's own dtype the parameters are views of the memory-mapped file.  Elsewhere they are moved or
+    converted one by one.  The model's `fingerprint` is `weights_fingerprint(spec, base)`.
+    Raises ModelError, with the likely reason, for weights that don't fit.
     """
     weights = find_weights(spec, base)
     model = create_model(weights.config)
     model.load_state_dict(complete(weights, model.state_dict()), assign=True)
     model.fingerprint = fingerprint(weights.state)
+    del weights  # so that a tensor's old memory is free as soon as it is converted
     tables = dict(model.named_buffers(recurse=False))
     model = model.to(device=device, dtype=dtype)
     for name, table in tables.items():

@@ -1,14 +1,15 @@
-"""Weights as people have them -> the official checkpoint's names, and a fingerprint of them."""
+"""Weights as people have them -> the official checkpoint's names, what is wrong with them, and a fingerprint."""
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ControlNet.cldm import diffusers_layout
 from ControlNet.cldm.files import ModelError, load_state_dict
 
 MODELS_FOLDER = Path(__file__).parent.parent / "models"
@@ -18,11 +19,12 @@ BUNDLED = {
 }
 """Short names: config and weights in ControlNet/models."""
 
-CONTROL = "control_model."
+CONTROL = diffusers_layout.NETWORKS["controlnet"]
+UNET = diffusers_layout.NETWORKS["unet"]
 # What base checkpoints carry beside the networks, none of which a picture depends on.
 HARMLESS = (
     "model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema.", "cond_stage_model.logit_scale",
-    "cond_stage_model.transformer.text_projection.", "lvlb_weights",
+    "cond_stage_model.text_projection", "cond_stage_model.transformer.text_projection.", "lvlb_weights",
 )  # fmt: skip
 FINGERPRINT_VALUES = 24  # of each tensor
 
@@ -37,40 +39,58 @@ class Weights:
 
 
 def find_weights(spec: str | os.PathLike, base: str | os.PathLike | None = None) -> Weights:
-    """The weights that `ControlNet.cldm.model.load_model` was asked for.  Raises ModelError."""
+    """The weights that `ControlNet.cldm.model.load_model` is asked for.  Raises ModelError."""
     path, config = _locate(spec)
-    state = _read(path)
-    name = str(path)
+    state, name = _read(path), str(path)
     if base is not None:
         base_path, base_config = _locate(base)
         control = {name: tensor for name, tensor in state.items() if name.startswith(CONTROL)}
-        if not control:
-            raise ModelError(f"{path} holds no ControlNet (no {CONTROL}...): it may be what belongs into --base")
         rest = {name: tensor for name, tensor in _read(base_path).items() if not name.startswith(CONTROL)}
-        state, config, name = control | rest, config or base_config, f"{path} with base {base_path}"
+        if not control:
+            raise ModelError(f"{path} holds no ControlNet ({_first(sorted(state))}): it looks like the base of one")
+        if not any(name.startswith(UNET) for name in rest):
+            raise ModelError(
+                f"the base {base_path} holds no Stable Diffusion ({_first(sorted(rest)) or 'only a ControlNet'})"
+            )
+        state, name = control | rest, f"{path} with base {base_path}"
+        if config is None and base_config is not None and b"control_stage_config" in base_config.read_bytes():
+            config = base_config  # one that describes Stable Diffusion alone says nothing about a ControlNet
     state = {name: tensor for name, tensor in state.items() if not name.startswith(HARMLESS)}
     return Weights(state, config or MODELS_FOLDER / BUNDLED["sd15"][0], name)
 
 
 def _locate(spec: str | os.PathLike) -> tuple[Path, Path | None]:
-    """(weights, config or None) of a short name or a path."""
+    """(file or folder, config or None) of a short name or a path.  Raises ModelError where there is nothing."""
     if str(spec) in BUNDLED:
         config, weights = (MODELS_FOLDER / name for name in BUNDLED[str(spec)])
+        if not weights.exists():
+            raise ModelError(f"no checkpoint at {weights}: --download fetches it (5.7 GB), or put it there")
         return weights, config
-    path = Path(spec)
-    beside = path.with_suffix(".yaml")
-    return path, beside if beside.is_file() else None
+    path = Path(spec).expanduser()
+    if not path.exists():
+        raise ModelError(f"no checkpoint at {path}: name a file, a diffusers folder, or one of {', '.join(BUNDLED)}")
+    config = path / "model.yaml" if path.is_dir() else path.with_suffix(".yaml")
+    return path, config if config.is_file() else None
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    return load_state_dict(path)
+    """Official name -> tensor, of whatever networks are there."""
+    if path.is_dir():
+        return diffusers_layout.read_folder(path)
+    state = load_state_dict(path)
+    if diffusers_layout.is_controlnet(state):
+        return diffusers_layout.to_official("controlnet", state)
+    if "input_hint_block.0.weight" in state:  # a control network whose prefix was taken off
+        return {CONTROL + name: tensor for name, tensor in state.items()}
+    return state
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
     """16 hex digits that tell these weights from others.  state: tensors by official names.
 
     A digest of every tensor's name and shape and of a few dozen evenly spaced values of it, rounded to float16: the
-    same for a float32 and a float16 file of the same weights, in any layout (bfloat16 rounds away more and differs).
+    same for a float32 and a float16 file of the same weights, in any layout (bfloat16 rounds away more and differs),
+    and it leaves most of a memory-mapped file unread.
     The schedule's tables and position_ids, which some files leave out, don't count.
     """
     digest = hashlib.sha256()
@@ -78,10 +98,8 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         if "." not in name or name.endswith("position_ids"):
             continue
         values = tensor.detach().flatten()
-        where = torch.arange(min(FINGERPRINT_VALUES, len(values))) * len(values) // FINGERPRINT_VALUES
-        if len(values) <= FINGERPRINT_VALUES:
-            where = torch.arange(len(values))
-        picked = values[where.to(values.device)].to("cpu", torch.float16)
+        step = max(1, len(values) // FINGERPRINT_VALUES)
+        picked = values[::step].to("cpu", torch.float16)
         digest.update(f"{name} {tuple(tensor.shape)} ".encode() + picked.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -89,14 +107,13 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 def complete(weights: Weights, model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of a model with state `model_state`, taken from weights; raises ModelError unless they fit.
 
-    The schedule's tables may be missing, or of a lower precision than the config gives them: then they are the model's
-    own.
+    The schedule's tables may be missing, or rounded as in float16 files: then they are the model's own.
     """
     state = dict(weights.state)
     for name, tensor in model_state.items():
         if "." not in name and (name not in state or state[name].dtype not in (torch.float32, torch.float64)):
             state[name] = tensor
-    _check_names(weights, state, {name: tensor.shape for name, tensor in model_state.items()})
+    _check(weights, state, {name: tensor.shape for name, tensor in model_state.items()})
     return state
 
 
@@ -105,27 +122,67 @@ def _bare(name: str) -> str:
     return name.replace(".transformer.text_model.", ".transformer.")
 
 
-def _check_names(weights: Weights, state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
-    """Raise ModelError, with the first names that differ, unless the checkpoint fits the model."""
+def _check(weights: Weights, state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """Raise ModelError, with the likely reason and the first names that differ, unless the weights fit the model."""
     counted = "embeddings.position_ids"  # some releases of transformers leave it out
-    bare = {_bare(name): name for name in state}
-    wanted = {_bare(name): name for name in expected}
-    missing = [wanted[name] for name in wanted if name not in bare and not name.endswith(counted)]
-    unexpected = [bare[name] for name in bare if name not in wanted and not name.endswith(counted)]
-    misshapen = [
-        f"{bare[name]} {tuple(state[bare[name]].shape)} instead of {tuple(expected[wanted[name]])}"
-        for name in bare
-        if name in wanted and state[bare[name]].shape != expected[wanted[name]]
+    bare = {_bare(name): name for name in state if not name.endswith(counted)}
+    wanted = {_bare(name): name for name in expected if not name.endswith(counted)}
+    missing = [name for key, name in wanted.items() if key not in bare]
+    unexpected = [name for key, name in bare.items() if key not in wanted]
+    misshapen = [name for key, name in bare.items() if key in wanted and state[name].shape != expected[wanted[key]]]
+    if not (missing or unexpected or misshapen):
+        return
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(expected[wanted[_bare(name)]])}" for name in misshapen
     ]
     problems = [
-        f"{len(names)} {what} ({_first(names)})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        f"{len(names):,} {what} ({_first(names)})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes))
         if names
     ]
-    if problems:
-        raise ModelError(f"{weights.name} does not fit this model: {'; '.join(problems)}")
+    reason = _likely_reason(state, misshapen) or f"its config is {weights.config}"
+    raise ModelError(f"{weights.name} does not fit this model: {reason}\n  {'; '.join(problems)}")
 
 
-def _first(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
+def _likely_reason(state: Mapping[str, Tensor], misshapen: Sequence[str]) -> str | None:
+    """What these weights are instead, in words; None where nothing is known that looks like them."""
+
+    def has(*beginnings: str) -> bool:
+        return any(name.startswith(beginnings) for name in state)
+
+    if any(part in name for name in state for part in ("lora_", ".lora.", "hada_w", "lokr_")):
+        return "it is a LoRA, which changes a model and is none: merge it into a Stable Diffusion 1.5 checkpoint first"
+    if has("conditioner.", CONTROL + "label_emb", UNET + "label_emb") or any(".add_embedding." in n for n in state):
+        return "it is of Stable Diffusion XL, and this is a model of Stable Diffusion 1.5"
+    if has(
+        "model.diffusion_model.joint_blocks", "model.diffusion_model.double_blocks", "double_blocks", "joint_blocks"
+    ):
+        return "it is a transformer (Stable Diffusion 3, Flux, ...), and this is a model of Stable Diffusion 1.5"
+    for part, network in ((UNET, "UNet"), (CONTROL, "ControlNet")):
+        wide = {state[n].shape[-1] for n in misshapen if n.startswith(part) and n.endswith("attn2.to_k.weight")}
+        for width, version in ((1024, "2.x"), (2048, "XL")):
+            if width in wide:
+                return (
+                    f"its {network} is of Stable Diffusion {version} (texts {width} wide), and this is a model of 1.5"
+                )
+        first = part + "input_blocks.0.0.weight"
+        if first in misshapen and state[first].ndim == 4 and state[first].shape[1] in (8, 9):
+            channels = state[first].shape[1]
+            what = {8: "an InstructPix2Pix", 9: "an inpainting"}[channels]
+            return f"it is {what} model ({channels} input channels instead of 4): take the plain Stable Diffusion 1.5"
+    if has("cond_stage_model.model."):
+        return "its text encoder is Stable Diffusion 2.x's, and this is a model of Stable Diffusion 1.5"
+    if has(UNET) and not has(CONTROL):
+        return "it is a base model without control: name a ControlNet as the model, and this as its base (--base)"
+    if has(CONTROL) and not has(UNET):
+        return "it is a ControlNet alone: name a Stable Diffusion 1.5 checkpoint as its base, too (--base)"
+    for network, what in (("vae", "autoencoder"), ("text_encoder", "text encoder")):
+        if has(UNET) and not has(diffusers_layout.NETWORKS[network]):
+            return f"it lacks the {what}: take a whole checkpoint, not a part of one"
+    if not has(*diffusers_layout.NETWORKS.values()):
+        return "it holds nothing of a Stable Diffusion checkpoint"
+    return None
+
+
+def _first(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -1,0 +1,172 @@
+"""Weights in diffusers' layout -> the official checkpoint's names.
+
+diffusers keeps each network in a folder of its own and numbers the blocks level by level (`down_blocks.1.resnets.0`),
+where the official checkpoint counts through (`input_blocks.4.0`).  The tables below say which module is which, for any
+number of levels and blocks; widths don't matter.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ControlNet.cldm.files import ModelError, load_state_dict
+
+NETWORKS = {
+    "controlnet": "control_model.",
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.",
+}
+"""Folder of each network in a pipeline's folder -> what the official names begin with."""
+
+# In the order in which they are looked for: full precision first, and files that can't hold code before those that can.
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_ENDINGS = ("safetensors", "fp16.safetensors", "bin", "fp16.bin")
+
+_UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_VAE_PARTS = {
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_q": "q", "to_k": "k", "to_v": "v",
+    "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out",  # before diffusers 0.12
+}  # fmt: skip
+# Stored as linear layers by some releases, as 1x1 convolutions by the official checkpoint.
+_POINTWISE = re.compile(r"\.(mid\.attn_1\.(q|k|v|proj_out)|[01]\.proj_(in|out))\.weight$")
+
+
+def is_folder_of_networks(path: Path) -> bool:
+    return any((path / network).is_dir() for network in NETWORKS)
+
+
+def read_folder(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pipeline's folder (unet/, vae/, text_encoder/, controlnet/, those that it has) or of a
+    ControlNet's folder, by official names.  Raises ModelError.
+    """
+    if is_folder_of_networks(path):
+        state = {}
+        for network in NETWORKS:
+            if (path / network).is_dir():
+                state |= to_official(network, load_state_dict(_weights_file(path / network)))
+        return state
+    state = load_state_dict(_weights_file(path))
+    if not is_controlnet(state):
+        raise ModelError(
+            f"{path} holds one network, and no ControlNet: name the folder that has unet/, vae/ and text_encoder/"
+        )
+    return to_official("controlnet", state)
+
+
+def _weights_file(folder: Path) -> Path:
+    candidates = [folder / f"{stem}.{ending}" for ending in _ENDINGS for stem in _STEMS]
+    for path in candidates:
+        if path.is_file():
+            return path
+    found = sorted(entry.name for entry in folder.iterdir())
+    raise ModelError(
+        f"{folder} is no folder of diffusers' layout: it has neither unet/, vae/ and text_encoder/ nor "
+        f"{candidates[0].name}, but {', '.join(found[:5]) or 'nothing'}{', ...' * (len(found) > 5)}"
+    )
+
+
+def is_controlnet(state: Iterable[str]) -> bool:
+    """Whether these are diffusers' names of a control network."""
+    return any(name.startswith("controlnet_cond_embedding.") for name in state)
+
+
+def to_official(network: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one network (a key of NETWORKS) by official names; names that are unknown stay as they are."""
+    if network == "text_encoder":
+        modules, parts = {}, {}  # transformers' own names in both
+    elif network == "vae":
+        modules, parts = _vae_modules(levels=_count(state, r"encoder\.down_blocks\.(\d+)"), state=state), _VAE_PARTS
+    else:
+        modules, parts = _unet_modules(_count(state, r"down_blocks\.(\d+)"), state), _UNET_RESNET
+    official = {}
+    for name, tensor in state.items():
+        name = NETWORKS[network] + _rename(name, modules, parts)
+        if tensor.ndim == 2 and _POINTWISE.search(name):
+            tensor = tensor[:, :, None, None]
+        official[name] = tensor
+    return official
+
+
+def _rename(name: str, modules: Mapping[str, str], parts: Mapping[str, str]) -> str:
+    """modules: longest beginning that is known -> its official name; parts: what comes next, inside that module."""
+    words = name.split(".")
+    for end in range(len(words) - 1, 0, -1):
+        module = modules.get(".".join(words[:end]))
+        if module is not None:
+            return ".".join([module, parts.get(words[end], words[end]), *words[end + 1 :]])
+    return name
+
+
+def _count(state: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that the names hold at the pattern's group."""
+    return max((int(match[1]) + 1 for name in state if (match := re.match(pattern, name))), default=0)
+
+
+def _unet_modules(levels: int, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The UNet's modules, and the ControlNet's, which has the first half of them.
+
+    A level is n residual blocks, each perhaps with a transformer, and a down- or upsampling in all levels but the last.
+    """
+    n = _count(state, r"down_blocks\.0\.resnets\.(\d+)")
+    modules = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "controlnet_cond_embedding.conv_in": "input_hint_block.0",
+        "controlnet_cond_embedding.conv_out": "input_hint_block.14",
+        "controlnet_mid_block": "middle_block_out.0",
+    }
+    modules |= {f"controlnet_cond_embedding.blocks.{k}": f"input_hint_block.{2 + 2 * k}" for k in range(6)}
+    modules |= {f"controlnet_down_blocks.{k}": f"zero_convs.{k}.0" for k in range(levels * (n + 1))}
+    for i in range(levels):
+        first = 1 + i * (n + 1)  # input block 0 is conv_in
+        for j in range(n):
+            modules[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{first + j}.0"
+            modules[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{first + j}.1"
+        modules[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{first + n}.0.op"
+
+        first = i * (n + 1)
+        for j in range(n + 1):
+            modules[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{first + j}.0"
+            modules[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{first + j}.1"
+        attends = any(name.startswith(f"up_blocks.{i}.attentions.") for name in state)
+        modules[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{first + n}.{2 if attends else 1}.conv"
+    return modules
+
+
+def _vae_modules(levels: int, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The autoencoder's modules; its decoder counts the levels from the picture's side, diffusers from the latents'."""
+    n = _count(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)")
+    modules = {}
+    for half in ("encoder", "decoder"):
+        modules |= {
+            f"{half}.conv_norm_out": f"{half}.norm_out",
+            f"{half}.mid_block.resnets.0": f"{half}.mid.block_1",
+            f"{half}.mid_block.attentions.0": f"{half}.mid.attn_1",
+            f"{half}.mid_block.attentions.0.to_out.0": f"{half}.mid.attn_1.proj_out",
+            f"{half}.mid_block.resnets.1": f"{half}.mid.block_2",
+        }
+    for i in range(levels):
+        up = levels - 1 - i
+        modules |= {f"encoder.down_blocks.{i}.resnets.{j}": f"encoder.down.{i}.block.{j}" for j in range(n)}
+        modules |= {f"decoder.up_blocks.{i}.resnets.{j}": f"decoder.up.{up}.block.{j}" for j in range(n + 1)}
+        modules[f"encoder.down_blocks.{i}.downsamplers.0"] = f"encoder.down.{i}.downsample"
+        modules[f"decoder.up_blocks.{i}.upsamplers.0"] = f"decoder.up.{up}.upsample"
+    return modules
