@@ -32,8 +32,12 @@ def extract(image: np.ndarray, text: str, preset: Preset) -> Prompt:
     return Prompt(_find_edges(image, preset.low_threshold, preset.high_threshold), text)
 
 
+WEBP_SIDE = 16_383
+"""The longest side, in pixels, that a WebP holds."""
+
+
 def save(prompt: Prompt, path: Path) -> None:
-    """Write the edge map to `path` as a 1-bit PNG, which loses nothing.
+    """Write the edge map to `path`, losing nothing.
 
     The text is the class's: its folder's name, or what class_names.json says.
     """
@@ -41,12 +45,21 @@ def save(prompt: Prompt, path: Path) -> None:
 
 
 def write(prompt: Prompt, file: BinaryIO) -> None:
-    """The edge map as `save` writes it, into an open file."""
-    Image.fromarray(prompt.edge_map > 0).save(file, "PNG", optimize=True)
+    """The edge map as `save` writes it, into an open file.
+
+    A lossless WebP, which packs two colours into one bit a pixel: the smallest form that Pillow writes (figures:
+    tests/bench/bench_edge_maps.py).  Where a side is too long for that, a 1-bit PNG, under the same name: readers go by
+    the content.
+    """
+    edges = Image.fromarray(prompt.edge_map > 0)
+    if max(edges.size) <= WEBP_SIDE:
+        edges.save(file, "WEBP", lossless=True, method=4, quality=100)
+    else:
+        edges.save(file, "PNG", optimize=True)
 
 
 def load(path: Path, text: str) -> Prompt:
-    """The prompt whose edge map lies at `path`: a PNG of `save`'s, or an 8-bit .bmp of the published scripts.
+    """The prompt whose edge map lies at `path`: a file of `save`'s, or an 8-bit .bmp of the published scripts.
 
     Raises OSError, with the path in its message, where the file can't be read.
     """

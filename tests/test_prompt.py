@@ -89,15 +89,40 @@ def test_low_resolution_edges_have_the_generated_size():
         assert (prompt.edge_map == cv2.Canny(resized, 100, 200)).all()
 
 
-@pytest.mark.parametrize(("height", "width"), [(90, 120), (33, 17), (1, 1), (1, 3000)])
-def test_an_edge_map_is_kept_bit_for_bit_in_one_bit_a_pixel(tmp_path, height, width):
-    edges = np.where(np.random.default_rng(0).random((height, width)) > 0.8, 255, 0).astype(np.uint8)
-    path = tmp_path / "a class" / "ü.png"
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize(("height", "width"), [(90, 120), (33, 17), (7, 8), (1, 1), (2, 2), (1, 3000), (16383, 1)])
+def test_an_edge_map_is_kept_bit_for_bit(tmp_path, height, width, density):
+    edges = np.where(np.random.default_rng(0).random((height, width)) < density, 255, 0).astype(np.uint8)
+    path = tmp_path / "a class" / "ü.webp"
     prompts.save(Prompt(edges, "disc"), path)
     with Image.open(path) as stored:
+        assert (stored.format, stored.size) == ("WEBP", (width, height))
+    loaded = prompts.load(path, "disc").edge_map
+    assert loaded.dtype == np.uint8
+    assert np.array_equal(loaded, edges)
+    assert path.stat().st_size <= height * (width // 8 + 2) + 200  # no more than a bit a pixel, whatever it shows
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 16384), (20000, 1)])
+def test_an_edge_map_too_long_for_a_webp_is_kept_bit_for_bit(tmp_path, height, width):
+    edges = np.where(np.random.default_rng(0).random((height, width)) < 0.2, 255, 0).astype(np.uint8)
+    prompts.save(Prompt(edges, "disc"), tmp_path / "x.webp")
+    with Image.open(tmp_path / "x.webp") as stored:
         assert (stored.format, stored.mode, stored.size) == ("PNG", "1", (width, height))
-    assert (prompts.load(path, "disc").edge_map == edges).all()
-    assert path.stat().st_size <= height * (width // 8 + 2) + 100
+    assert np.array_equal(prompts.load(tmp_path / "x.webp", "disc").edge_map, edges)
+
+
+def test_real_edges_take_less_than_a_png_of_them(tmp_path):
+    prompt = prompts.extract(picture(224, 224), "disc", HIGH)
+    prompts.save(prompt, tmp_path / "x.webp")
+    Image.fromarray(prompt.edge_map > 0).save(tmp_path / "x.png", optimize=True)
+    assert (tmp_path / "x.webp").stat().st_size < 0.9 * (tmp_path / "x.png").stat().st_size
+
+
+def test_png_edge_maps_of_earlier_versions_are_read(tmp_path):
+    edges = cv2.Canny(picture(), 100, 200)
+    Image.fromarray(edges > 0).save(tmp_path / "a.png", optimize=True)
+    assert np.array_equal(prompts.load(tmp_path / "a.png", "disc").edge_map, edges)
 
 
 def test_edge_maps_of_the_published_scripts_are_read(tmp_path):
@@ -110,9 +135,9 @@ def test_edge_maps_of_the_published_scripts_are_read(tmp_path):
 
 
 def test_a_broken_edge_map_is_an_oserror_with_its_path(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(OSError, match=r"a\.png"):
-        prompts.load(tmp_path / "a.png", "disc")
+    (tmp_path / "a.webp").write_bytes(b"RIFF\x10\0\0\0WEBPVP8L")
+    with pytest.raises(OSError, match=r"a\.webp"):
+        prompts.load(tmp_path / "a.webp", "disc")
 
 
 def test_the_hint_is_resized_by_nearest_neighbour():

@@ -2,15 +2,17 @@
 
     <data-dir>/<dataset>/train/<class-label>/<stem>.<ext>
     <data-dir>/<dataset>/test/<class-label>/<stem>.<ext>
-    <data-dir>/<dataset>/edge_maps/<class-label>/<stem>.png
+    <data-dir>/<dataset>/edge_maps/<class-label>/<stem>.webp
     <data-dir>/<dataset>/exemplars/<class-label>/<stem>_seed00.jpg
 
+What is kept apart under a name lies beside them, in `edge_maps-<name>` and `exemplars-<name>`.
 Everything works on path parts, so a data folder that itself contains `train` does no harm.  Two images of a class that
 differ only in their ending (`a.jpg`, `a.png`) keep their whole name as the stem of what is derived from them.
 """
 
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,14 +31,18 @@ def data_dir(chosen: str | os.PathLike | None = None) -> Path:
 class DatasetPaths:
     """One dataset's folders.
 
-    data_dir: the folder of all datasets; dataset: the dataset's folder name in it.
+    data_dir: the folder of all datasets; dataset: the dataset's folder name in it; variant: the name of edge maps and
+    copies that are kept apart from others, "" for the ordinary ones.  Raises UserError for a name with odd characters.
     """
 
     data_dir: Path
     dataset: str
+    variant: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "data_dir", Path(self.data_dir))
+        if not re.fullmatch(r"[\w.-]*", self.variant):
+            raise UserError(f"a variant's name has letters, digits, '.', '-' and '_' alone, unlike {self.variant!r}.")
 
     @property
     def root(self) -> Path:
@@ -44,7 +50,8 @@ class DatasetPaths:
 
     def folder(self, mode: str) -> Path:
         """The folder of a mode: "train", "test", "edge_maps" or "exemplars"."""
-        return self.root / mode
+        apart = self.variant and mode in ("edge_maps", "exemplars")
+        return self.root / (f"{mode}-{self.variant}" if apart else mode)
 
     def classes(self, mode: str = "train") -> list[str]:
         """Sorted class labels: the names of the mode's sub-folders.  Raises UserError where there are none."""
@@ -79,13 +86,14 @@ class DatasetPaths:
 
     def edge_map(self, image: Path) -> Path:
         """Where the edge map of a train image is written."""
-        return self.folder("edge_maps") / image.parent.name / f"{self._stem(image)}.png"
+        return self.folder("edge_maps") / image.parent.name / f"{self._stem(image)}.webp"
 
     def find_edge_map(self, image: Path) -> Path | None:
-        """The edge map of a train image that is on disk: the .png, or a .bmp as the published scripts wrote it."""
+        """The edge map of a train image that is on disk: the .webp, the .png of earlier versions, or a .bmp as the
+        published scripts wrote it."""
         path = self.edge_map(image)
-        for candidate in (path, path.with_name(f"{self._stem(image)}.bmp")):
-            if candidate.is_file():
+        for candidate in (path, path.with_suffix(".png"), path.with_suffix(".bmp")):
+            if os.path.isfile(candidate):  # False, not an error, for a name that is too long
                 return candidate
         return None
 
