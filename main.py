@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: Config) -> dict:
     """The experiment.  Returns what it writes to results.json (`utils.report` describes it)."""
     fabric = launch(*configs.accelerator(config.device), config.precision)
-    paths = DatasetPaths(data_dir(config.data_dir), config.dataset)
+    paths = DatasetPaths(data_dir(config.data_dir), config.dataset, config.variant)
     orders = {seed: open_data(config, paths, seed) for seed in config.seed}
     regenerate = check_exemplars(config, next(iter(orders.values())), fabric.device)
     output = open_output(config, write=fabric.is_global_zero)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from compress.presets import Preset
-from ControlNet.annotator.util import resize
 from ControlNet.cldm.ddim import DDIMSampler
 from utils.errors import UserError
 
@@ -54,7 +53,7 @@ class PictureGenerator:
 
     @torch.inference_mode()
     def __call__(self, batch: Sequence[Job], steps: int | None = None) -> list[np.ndarray]:
-        """The pictures of jobs that share their generated size and sampling, each HxWx3 uint8 at the original size.
+        """The pictures of jobs that share their generated size and sampling, each HxWx3 uint8 at the generated size.
 
         steps: DDIM steps, the preset's if None.
         """
@@ -93,7 +92,7 @@ class PictureGenerator:
                 f"in {model.dtype} the model's pictures hold values that are no numbers: use --precision fp32."
             )
         pictures = (decoded * 127.5 + 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [resize(picture, *job.original) for job, picture in zip(batch, pictures, strict=True)]
+        return list(pictures)
 
     def _context(self, text: str) -> torch.Tensor:
         """1 x 77 x D; each text is encoded once."""

@@ -1,12 +1,13 @@
 """Copies made while training goes on, of the chosen exemplars alone (the trainer's `regenerate: on_demand`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from compress.plan import plan
+from compress.plan import Plan, plan
 from compress.presets import PRESETS
+from compress.records import MadeOtherwise, Records, edge_map_size
 from compress.regenerate import Regenerator
 from ControlNet.cldm.model import ModelError, load_model
 from utils.errors import UserError
@@ -20,7 +21,8 @@ class OnDemand:
 
     resolution: "high" or "low"; model: as `load_model` takes it; copies: K; size, steps, batch_size: None for the
     preset's own and for what suits the device.  The model is in memory only during a call: between calls the
-    classifier has the device to itself.  Raises UserError for a model that can't be loaded, at once.
+    classifier has the device to itself.  Raises UserError, at once, for a model that can't be loaded and for copies on
+    disk that were made with other settings.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class OnDemand:
         self.copies = copies
         self.device = device
         self.batch_size = batch_size
-        self._load(torch.device("cpu"))  # a wrong path shows now, not after the first phase
+        # A wrong path and copies made otherwise show now, not after the first phase.
+        self.fingerprint = self._load(torch.device("cpu")).fingerprint
+        self._plan(image for label in paths.classes() for image in paths.images(label)[:1])
 
     def __call__(self, images: Sequence[Path]) -> None:
         """Raises UserError where a copy could not be made."""
-        todo = plan(self.paths, images, range(self.copies))
+        todo = self._plan(images)
         model = self._load(self.device) if todo.copies_missing else None
         regenerator = Regenerator(self.paths, self.preset, model, batch_size=self.batch_size)
         with progress(todo.copies_missing, "copies") as bar:
@@ -54,6 +58,15 @@ class OnDemand:
             more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
             raise UserError(f"copies could not be made: {result.failures[0]}{more}")
 
+    def _plan(self, images: Iterable[Path]) -> Plan:
+        try:
+            return plan(Records(self.paths, self.preset, self.fingerprint), images, range(self.copies))
+        except MadeOtherwise as error:
+            raise UserError(
+                f"{error}\nGive this experiment copies of its own with variant=NAME, "
+                "or make those again with compress/run.py --replace."
+            ) from error
+
     def prompt_cost(self, image: Path) -> float:
         """Units that an image's prompt will cost: bits of its edge map, made or to be made, over bits of the image."""
         try:
@@ -61,10 +74,8 @@ class OnDemand:
             edge_map = self.paths.find_edge_map(image)
             if edge_map is not None:
                 map_width, map_height, _ = image_bits(edge_map)
-            elif self.preset.edges_of_generated_size:
-                map_height, map_width = self.preset.generated_size(height, width)
             else:
-                map_height, map_width = height, width
+                map_height, map_width = edge_map_size(self.preset, height, width)
         except OSError as error:
             raise UserError(f"cannot read image {error}. Replace the file or take it away.") from error
         return map_width * map_height / (width * height * depth)

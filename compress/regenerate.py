@@ -1,17 +1,21 @@
 """Prompts -> copies: edge maps and copies of train images, written where they are missing.
 
-    todo = plan(paths, images, range(5))                # what is missing on disk
-    result = Regenerator(paths, HIGH, model).run(todo)  # makes it
+    regenerator = Regenerator(paths, HIGH, model)
+    todo = regenerator.plan(images, range(5))   # what is missing on disk
+    result = regenerator.run(todo)              # makes it
 
 A run is a chain of four stages, each of which knows only its neighbours: tasks into jobs (`jobs`: reads images, writes
 edge maps), jobs into batches (`batches`), batches into pictures (`PictureGenerator`), pictures into files
-(`_write_copy`).
+(`_write_copy`).  The first and the last work in threads while the model samples.
 """
 
 import errno
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,15 +24,32 @@ from PIL import Image
 
 from compress import prompt as prompts
 from compress.generate import Job, PictureGenerator, batches
+from compress.overlap import Budget, map_ahead
 from compress.plan import Failure, Plan, Result, Task, plan
 from compress.presets import Preset
 from compress.prompt import Prompt
+from compress.records import Records
+from ControlNet.annotator.util import resize
 from utils.errors import UserError
 from utils.images import image_bits, read_image, write_atomically
 from utils.paths import DatasetPaths
 
+THREADS = 4
+"""That read images ahead, and as many that write copies: enough for a fast GPU, at some 10 ms a photograph."""
+
+MOST_PIXELS = 50_000_000
+"""Of images that are held decoded at a time, all threads together (one larger image is held alone)."""
+
 JPEG_QUALITY = 95
 """What cv2.imwrite uses unasked, and so what the published scripts' copies have."""
+
+
+@dataclass
+class _Read:
+    """What came of a task's image: the copies to make, and its part of the result."""
+
+    jobs: list[Job]
+    result: Result
 
 
 class Regenerator:
@@ -43,10 +64,16 @@ class Regenerator:
         self.preset = preset
         self.texts = paths.class_texts()
         self.generate = PictureGenerator(preset, model, batch_size=batch_size)
+        self._fingerprint = None if model is None else getattr(model, "fingerprint", "")
+        self._pixels = Budget(MOST_PIXELS)
 
     def __call__(self, images: Iterable[Path], copy_numbers: Sequence[int]) -> Result:
-        """Make what is missing of these images' edge maps and copies."""
-        return self.run(plan(self.paths, images, copy_numbers))
+        """Make what is missing of these images' edge maps and copies.  Raises MadeOtherwise as `plan` does."""
+        return self.run(self.plan(images, copy_numbers))
+
+    def plan(self, images: Iterable[Path], copy_numbers: Sequence[int], **how) -> Plan:
+        """`compress.plan.plan` with this regenerator's settings and model."""
+        return plan(Records(self.paths, self.preset, self._fingerprint), images, copy_numbers, **how)
 
     def run(self, plan: Plan, progress: Callable[[int], object] = lambda copies: None) -> Result:
         """Make what the plan says is missing.  An image that can't be read goes into the result's failures.
@@ -57,46 +84,86 @@ class Regenerator:
         result = Result(edge_maps_skipped=plan.edge_maps_present, copies_skipped=plan.copies_present)
         folders = {self.paths.edge_map(task.image).parent for task in plan.tasks}
         folders |= {self.paths.copy(task.image, 0).parent for task in plan.tasks}
+        folders |= {folder.parent for folder in folders}
         leftovers = [file for folder in folders for file in temporary_files(folder)]
-        try:
-            for batch in batches(self.jobs(plan, result, progress), self.generate.batch_size):
-                for job, picture in zip(batch, self.generate(batch), strict=True):
-                    self._write_copy(job, picture, result)
+        plan.records.edge_maps.note(task.image.parent.name for task in plan.tasks if task.edge_map is None)
+        plan.records.copies.note(task.image.parent.name for task in plan.tasks if task.copy_numbers)
+        readers, writers = ThreadPoolExecutor(THREADS, "reader"), ThreadPoolExecutor(THREADS, "writer")
+        marks = {label: plan.records.copies.mark(label) for label in self.texts}
+        being_written: deque[list[Future[Result]]] = deque()
+
+        def collect(most: int) -> None:
+            """Wait until at most this many batches are still being written."""
+            while len(being_written) > most:
+                batch = being_written.popleft()
+                for written in batch:
+                    result.add(written.result())
                 progress(len(batch))
+
+        try:
+            for batch in batches(self._jobs(plan, readers, result, progress), self.generate.batch_size):
+                pictures = self.generate(batch)
+                collect(most=1)
+                being_written.append(
+                    [
+                        writers.submit(self._write_copy, job, picture, marks[job.image.parent.name])
+                        for job, picture in zip(batch, pictures, strict=True)
+                    ]
+                )
+            collect(most=0)
         finally:
+            readers.shutdown(cancel_futures=True)
+            writers.shutdown(cancel_futures=True)
             for file in leftovers:  # no write takes as long as a run: what is still there, nobody will move into place
                 file.unlink(missing_ok=True)
         return result
 
-    def jobs(self, plan: Plan, result: Result, progress: Callable[[int], object]) -> Iterator[Job]:
-        """The copies to make, image by image.  Writes the missing edge maps on the way."""
-        for task in plan.tasks:
-            try:
-                jobs = self._jobs(task, result)
-            except OSError as error:
-                result.failures.append(Failure(task.image, _reason(error, task.image)))
-                result.edge_maps_failed += task.edge_map is None
-                result.copies_failed += len(task.copy_numbers)
-                progress(len(task.copy_numbers))
-            else:
-                yield from jobs
+    def _jobs(
+        self, plan: Plan, readers: ThreadPoolExecutor, result: Result, progress: Callable[[int], object]
+    ) -> Iterator[Job]:
+        """The copies to make, image by image.  Writes the missing edge maps on the way, and reads ahead."""
+        window = THREADS + self.generate.batch_size
+        for read in map_ahead(readers, self._read, plan.tasks, window):
+            result.add(read.result)
+            if read.result.copies_failed:
+                progress(read.result.copies_failed)
+            yield from read.jobs
 
-    def _jobs(self, task: Task, result: Result) -> list[Job]:
+    def _read(self, task: Task) -> _Read:
+        """Read a task's image or edge map, and write the edge map where there is none."""
+        try:
+            return self._read_whole(task)
+        except OSError as error:
+            failed = Result(
+                edge_maps_failed=int(task.edge_map is None),
+                copies_failed=len(task.copy_numbers),
+                failures=[Failure(task.image, _reason(error, task.image))],
+            )
+            return _Read([], failed)
+
+    def _read_whole(self, task: Task) -> _Read:
         width, height, bits_per_pixel = image_bits(task.image)
-        prompt = self.prompt(task) if task.edge_map is None or task.copy_numbers else None
         edge_map = task.edge_map or self.paths.edge_map(task.image)
-        if task.edge_map is None:
-            _write(edge_map, lambda: prompts.save(prompt, edge_map))
-            result.edge_maps_made += 1
-        if prompt is not None:
-            result.edge_map_bits += prompt.edge_map.size
-        else:
+        jobs = []
+        if task.is_done:
             edge_width, edge_height, _ = image_bits(edge_map)
-            result.edge_map_bits += edge_width * edge_height
-        result.prompt_bytes += edge_map.stat().st_size + len(self.text(task.image).encode())
-        result.image_bytes += task.image.stat().st_size
-        result.image_bits += width * height * bits_per_pixel
-        return self.jobs_of(task, prompt) if task.copy_numbers else []
+        else:
+            with self._pixels.hold(width * height):
+                prompt = self.prompt(task)
+                if task.edge_map is None:
+                    _write(edge_map, lambda: prompts.save(prompt, edge_map))
+                edge_height, edge_width = prompt.edge_map.shape
+                jobs = self.jobs_of(task, prompt) if task.copy_numbers else []
+        return _Read(
+            jobs,
+            Result(
+                edge_maps_made=int(task.edge_map is None),
+                image_bytes=task.image.stat().st_size,
+                prompt_bytes=edge_map.stat().st_size + len(self.text(task.image).encode()),
+                image_bits=width * height * bits_per_pixel,
+                edge_map_bits=edge_width * edge_height,
+            ),
+        )
 
     def text(self, image: Path) -> str:
         """What an image's class is called."""
@@ -115,20 +182,27 @@ class Regenerator:
         greyscale = bits_per_pixel != 24
         return [Job(task.image, k, prompt.text, hint, (height, width), greyscale) for k in task.copy_numbers]
 
-    def _write_copy(self, job: Job, picture: np.ndarray, result: Result) -> None:
+    def _write_copy(self, job: Job, picture: np.ndarray, mark: str | None) -> Result:
+        """Write a picture of the generated size as a copy of its image's size."""
         copy = self.paths.copy(job.image, job.copy_number)
+        height, width = job.original
         try:
-            _write(copy, lambda: write_atomically(copy, lambda file: save_copy(picture, file, job.greyscale)))
-            result.copies_made += 1
+            with self._pixels.hold(height * width):
+                picture = resize(picture, height, width)
+                _write(copy, lambda: write_atomically(copy, lambda file: save_copy(picture, file, job.greyscale, mark)))
+            return Result(copies_made=1)
         except OSError as error:
-            result.failures.append(Failure(job.image, _reason(error, copy)))
-            result.copies_failed += 1
+            return Result(copies_failed=1, failures=[Failure(job.image, _reason(error, copy))])
 
 
-def save_copy(picture: np.ndarray, file: BinaryIO, greyscale: bool) -> None:
-    """Write a copy (HxWx3 uint8) as a JPEG.  The copy of a greyscale image is greyscale: it stands in for its image."""
+def save_copy(picture: np.ndarray, file: BinaryIO, greyscale: bool, mark: str | None = None) -> None:
+    """Write a copy (HxWx3 uint8) as a JPEG, with its mark (see `compress.records`) as the comment.
+
+    The copy of a greyscale image is greyscale: it stands in for its image.
+    """
     image = Image.fromarray(picture)
-    (image.convert("L") if greyscale else image).save(file, "JPEG", quality=JPEG_QUALITY)
+    image = image.convert("L") if greyscale else image
+    image.save(file, "JPEG", quality=JPEG_QUALITY, **({"comment": mark.encode()} if mark else {}))
 
 
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}

@@ -20,15 +20,17 @@ if __name__ == "__main__" and not __package__:  # `python compress/run.py`: Pyth
 import torch
 from tqdm import tqdm
 
-from compress.estimate import estimate
-from compress.plan import Plan, Result, plan
-from compress.presets import PRESETS
+from compress.plan import Plan, plan
+from compress.presets import PRESETS, Preset
+from compress.records import MadeOtherwise, Records
 from compress.regenerate import Regenerator
-from ControlNet.cldm.model import ModelError, load_model
+from compress.summary import report, report_estimate, report_plan
+from ControlNet.cldm.model import ModelError, load_model, weights_fingerprint
 from utils.errors import UserError
 from utils.paths import DatasetPaths, data_dir
 
 DONE, SOME_FAILED, WRONG_COMMAND, INTERRUPTED = 0, 1, 2, 130
+MIXING = "Make those again with --replace, or put this run's beside them with --keep-apart NAME."
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """What the options say.  Returns the exit code; raises UserError for what the user can mend."""
-    paths = DatasetPaths(data_dir(options.data_dir), options.dataset)
+    paths = DatasetPaths(data_dir(options.data_dir), options.dataset, options.keep_apart)
     images, empty = select(paths, options.classes, options.limit, options.shard)
     preset = PRESETS[options.resolution].changed(
         size=options.size,
@@ -57,14 +59,9 @@ def run(options: argparse.Namespace) -> int:
         negative_prompt=options.negative_prompt,
     )
     device, precision = choose_device(options.device, options.precision)
-    todo = plan(paths, images, options.seeds, overwrite=options.overwrite)
-    print(
-        f"{options.dataset}, {preset.name} resolution: {len(images):,} images\n"
-        f"edge maps: {todo.edge_maps_missing:,} to make, {todo.edge_maps_present:,} there already\n"
-        f"copies: {todo.copies_missing:,} to make, {todo.copies_present:,} there already",
-        flush=True,
-    )
-    model = load(options.model, device, precision) if todo.copies_missing else None
+    todo = find_work(options, paths, preset, images)
+    report_plan(todo, f"{options.dataset}, {preset.name} resolution")
+    model = load(options, device, precision) if todo.copies_missing else None
     regenerator = Regenerator(paths, preset, model, batch_size=options.batch_size)
     if model is not None:
         print(
@@ -75,11 +72,31 @@ def run(options: argparse.Namespace) -> int:
         return DONE
 
     start = time.perf_counter()
-    seldom = 0.1 if sys.stderr.isatty() else 30  # seconds between updates: a log file need not hold every one
-    with tqdm(total=todo.copies_missing, unit="copy", dynamic_ncols=True, mininterval=seldom, smoothing=0.05) as bar:
+    with progress_bar(todo.copies_missing, "copy") as bar:
         result = regenerator.run(todo, bar.update)
     report(result, empty, time.perf_counter() - start)
     return SOME_FAILED if result.failures or empty else DONE
+
+
+def find_work(options: argparse.Namespace, paths: DatasetPaths, preset: Preset, images: list[Path]) -> Plan:
+    """The plan for these images.  The model's weights are looked at only where a copy is to be made.
+
+    Raises UserError where files on disk were made with other settings, and the options don't say what to do with them.
+    """
+    how = {"replaced": options.replace, "overwrite": options.overwrite}
+    try:
+        todo = None if any(how.values()) else plan(Records(paths, preset), images, options.seeds)
+        if todo is None or todo.copies_missing:
+            todo = plan(Records(paths, preset, fingerprint(options)), images, options.seeds, **how)
+    except MadeOtherwise as error:
+        raise UserError(f"{error}.\n{MIXING}") from error
+    return todo
+
+
+def progress_bar(total: int, unit: str) -> tqdm:
+    """With the time left; in a log file, a line every half minute."""
+    seldom = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(total=total, unit=unit, dynamic_ncols=True, mininterval=seldom, smoothing=0.05)
 
 
 def select(
@@ -137,73 +154,22 @@ def choose_device(device: str, precision: str) -> tuple[str, str]:
     return device, precision
 
 
-def load(spec: str, device: str, precision: str):
-    """The model of --model.  Raises UserError where it can't be loaded."""
+def fingerprint(options: argparse.Namespace) -> str:
+    """That of the model's weights, without loading them.  Raises UserError where they can't be used."""
     try:
-        return load_model(spec, device, PRECISIONS[precision])
+        return weights_fingerprint(options.model, options.base)
+    except ModelError as error:
+        raise UserError(str(error)) from error
+
+
+def load(options: argparse.Namespace, device: str, precision: str):
+    """The model.  Raises UserError where it can't be loaded."""
+    try:
+        return load_model(options.model, device, PRECISIONS[precision], options.base)
     except ModelError as error:
         raise UserError(str(error)) from error
     except torch.OutOfMemoryError as error:
         raise UserError(f"the model does not fit on {device}: use --precision bf16, or another --device.") from error
-
-
-def report_estimate(regenerator: Regenerator, todo: Plan) -> None:
-    """Print what --dry-run tells: bytes and time."""
-    if todo.copies_missing:
-        print("measuring one batch ...", flush=True)
-    expected = estimate(regenerator, todo)
-    if math.isnan(expected.edge_map_bytes + expected.copy_bytes + expected.seconds):
-        print("expected: unknown, none of the sampled images could be read")
-        return
-    time_needed = f", about {duration(expected.seconds)} for the copies" if todo.copies_missing else ""
-    print(
-        f"expected: {size(expected.edge_map_bytes)} of edge maps, {size(expected.copy_bytes)} of copies{time_needed}\n"
-        "dry run: nothing was written"
-    )
-
-
-def report(result: Result, empty: list[Path], seconds: float) -> None:
-    """Print what a run did."""
-    speed = f" ({result.copies_made / seconds:.3g} copies/s)" if result.copies_made else ""
-    print(
-        f"edge maps: {result.edge_maps_made:,} made, {result.edge_maps_skipped:,} skipped, "
-        f"{result.edge_maps_failed:,} failed\n"
-        f"copies: {result.copies_made:,} made, {result.copies_skipped:,} skipped, {result.copies_failed:,} failed"
-        f" in {duration(seconds)}{speed}"
-    )
-    if result.image_bytes:
-        print(
-            f"on disk: images {size(result.image_bytes)}, their prompts {size(result.prompt_bytes)} "
-            f"({ratio(result.prompt_bytes, result.image_bytes)})\n"
-            f"raw bits: images {result.image_bits:,}, their edge maps {result.edge_map_bits:,} "
-            f"({ratio(result.edge_map_bits, result.image_bits)})"
-        )
-    problems = [*(f"{folder}: no images" for folder in empty), *dict.fromkeys(map(str, result.failures))]
-    if problems:
-        print("failed:", *problems, sep="\n  ")
-
-
-def size(count: float) -> str:
-    """Bytes for a person: 1,234 -> "1.2 kB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            break
-        count, unit = count / 1000, {"bytes": "kB", "kB": "MB", "MB": "GB", "GB": "TB"}[unit]
-    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-
-
-def ratio(part: float, whole: float) -> str:
-    """How much one is of the other, as DESIGN writes it: "1/24.0", or "2.67 times" where it is more."""
-    return f"1/{whole / part:.1f}" if part <= whole else f"{part / whole:.2f} times"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for a person: "1:02:03" or "12.3 s"."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,}:{minutes:02d}:{seconds:02d}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -225,8 +191,17 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--classes", metavar="A,B", action="append", help="only these class labels (may be repeated)")
     data.add_argument("--limit", metavar="N", type=at_least_one, help="only the first N images of each class")
     data.add_argument("--shard", metavar="i/n", type=shard, default=(1, 1), help="only part i of n: 1/8 ... 8/8")
-    data.add_argument("--overwrite", action="store_true", help="make again what is there")
     data.add_argument("--dry-run", action="store_true", help="say how much there is to do, and write nothing")
+    there = parser.add_argument_group("what is there already (it is kept, if it was made with the same settings)")
+    how = there.add_mutually_exclusive_group()
+    how.add_argument("--replace", action="store_true", help="make again what was made with other settings")
+    how.add_argument("--overwrite", action="store_true", help="make everything again")
+    there.add_argument(
+        "--keep-apart",
+        metavar="NAME",
+        default="",
+        help="read and write edge_maps-NAME and exemplars-NAME; the trainer's key for them is variant=NAME",
+    )
     settings = parser.add_argument_group("the settings")
     settings.add_argument("--resolution", required=True, choices=("high", "low"), help="the preset for the data's kind")
     settings.add_argument(
@@ -246,6 +221,11 @@ def parser() -> argparse.ArgumentParser:
         "--model",
         default="sd15",
         help="sd15, tiny, or a checkpoint's path (a .yaml beside it is its config) [sd15]",
+    )
+    machine.add_argument(
+        "--base",
+        metavar="FILE",
+        help="Stable Diffusion 1.5's weights, for a --model that holds a control network alone",
     )
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     machine.add_argument(

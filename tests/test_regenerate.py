@@ -4,6 +4,7 @@ import errno
 import itertools
 import os
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from PIL import Image, ImageDraw
 
 from compress import generate, regenerate
 from compress.generate import batches, initial_noise
-from compress.plan import plan
 from compress.presets import HIGH, LOW
 from compress.regenerate import Regenerator
 from tests.folders import save_noise
@@ -72,15 +72,19 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
+def files_of_classes(folder: Path) -> list[Path]:
+    return [file for file in folder.glob("*/*") if file.is_file()]
+
+
 def test_everything_is_made_and_nothing_twice(paths, model):
     done = []
     regenerator = Regenerator(paths, SMALL, model, batch_size=2)
-    todo = plan(paths, images_of(paths), [0, 2])
+    todo = regenerator.plan(images_of(paths), [0, 2])
     assert (todo.edge_maps_missing, todo.copies_missing, todo.edge_maps_present, todo.copies_present) == (5, 10, 0, 0)
     result = regenerator.run(todo, done.append)
     assert (result.edge_maps_made, result.copies_made, result.failures) == (5, 10, [])
     assert sum(done) == 10
-    assert len(list(paths.folder("edge_maps").rglob("*"))) == 5 + 2
+    assert len(list(paths.folder("edge_maps").rglob("*.*"))) == 5 + 1  # and their settings
     assert {file.name for file in paths.folder("exemplars").rglob("*.jpg")} == {
         f"{stem}_seed0{k}.jpg" for stem in ("a", "grey", "wide ü", "a.jpg", "a.png") for k in (0, 2)
     }
@@ -122,7 +126,7 @@ def test_copies_do_not_depend_on_their_batch(paths, model):
     regenerators = {size: Regenerator(paths, SMALL, model, batch_size=size) for size in (1, 3)}
     jobs = [
         job
-        for task in plan(paths, images, range(3)).tasks
+        for task in regenerators[1].plan(images, range(3)).tasks
         for job in regenerators[1].jobs_of(task, regenerators[1].prompt(task))
     ]
     pictures = {
@@ -148,7 +152,7 @@ def test_copies_differ_between_numbers_images_and_texts(paths, model):
     for first, second in itertools.pairwise(same_size):
         assert abs(pixels(paths.copy(first, 0)) - pixels(paths.copy(second, 0))).mean() > 1
         assert abs(pixels(paths.copy(first, 0)) - pixels(paths.copy(first, 1))).mean() > 1
-    task = plan(paths, images[:1], [9]).tasks[0]
+    task = regenerator.plan(images[:1], [9]).tasks[0]
     (job,) = regenerator.jobs_of(task, regenerator.prompt(task))
     one, other = regenerator.generate([job, replace(job, text="another thing")])
     assert abs(one.astype(int) - other).mean() > 0.1
@@ -170,20 +174,22 @@ def test_a_run_that_ends_anywhere_goes_on_to_the_same_tree(tmp_path, paths, mode
     class Killed(BaseException):
         pass
 
-    moved = []
+    moved, one_at_a_time = [], threading.Lock()
 
     def replace_until_killed(source, target, move=os.replace):
-        if len(moved) == moment:
-            raise Killed
-        moved.append(target)
-        move(source, target)
+        with one_at_a_time:
+            if len(moved) == moment:
+                raise Killed
+            moved.append(target)
+            move(source, target)
 
     regenerator = Regenerator(paths, SMALL, model, batch_size=2)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace_until_killed)
         with pytest.raises(Killed):
             regenerator(images_of(paths), range(4))
-    assert len(tree(paths.folder("edge_maps")) | tree(paths.folder("exemplars"))) == moment
+    files = [*files_of_classes(paths.folder("edge_maps")), *files_of_classes(paths.folder("exemplars"))]
+    assert len(files) == moment
     regenerator(images_of(paths), range(4))
     undisturbed = DatasetPaths(tmp_path / "undisturbed", "Toy")
     for file, content in tree(paths.folder("train")).items():
@@ -199,7 +205,7 @@ def test_overwriting(paths, model):
     regenerator(images, [0])
     whole = tree(paths.root)
     paths.copy(images[0], 0).write_bytes(b"something else")
-    result = regenerator.run(plan(paths, images, [0], overwrite=True))
+    result = regenerator.run(regenerator.plan(images, [0], overwrite=True))
     assert (result.edge_maps_made, result.copies_made, result.copies_skipped) == (5, 5, 0)
     assert tree(paths.root) == whole
 
@@ -215,7 +221,7 @@ def test_a_bmp_edge_map_is_used_and_not_made_again(paths, model):
     assert not paths.edge_map(image).exists()
     without_edges = paths.copy(image, 0).read_bytes()
     bmp.unlink()
-    regenerator.run(plan(paths, [image], [0], overwrite=True))
+    regenerator.run(regenerator.plan([image], [0], overwrite=True))
     assert paths.copy(image, 0).read_bytes() != without_edges
 
 
@@ -228,7 +234,8 @@ def test_bad_images_are_listed_and_the_others_made(paths, model):
     (folder / "folder.jpg").mkdir()
     (folder / "dangling.jpg").symlink_to(folder / "nothing.jpg")
     done = []
-    result = Regenerator(paths, SMALL, model, batch_size=4).run(plan(paths, images_of(paths), [0, 1]), done.append)
+    regenerator = Regenerator(paths, SMALL, model, batch_size=4)
+    result = regenerator.run(regenerator.plan(images_of(paths), [0, 1]), done.append)
     assert {failure.image.name for failure in result.failures} == {
         "truncated.jpg", "text.jpg", "empty.png", "folder.jpg", "dangling.jpg",
     }  # fmt: skip
@@ -236,7 +243,7 @@ def test_bad_images_are_listed_and_the_others_made(paths, model):
     assert (result.edge_maps_made, result.edge_maps_failed) == (5, 5)
     assert (result.copies_made, result.copies_failed) == (10, 10)
     assert sum(done) == 20
-    assert len(tree(paths.folder("exemplars"))) == 10
+    assert len(files_of_classes(paths.folder("exemplars"))) == 10
 
 
 def test_a_broken_edge_map_is_listed(paths, model):
@@ -368,9 +375,9 @@ def test_guess_mode(paths, recorded):
 def test_decoded_values_become_levels(paths, recorded, value, level):
     image = paths.images("apple pie")[0]
     regenerator = Regenerator(paths, SMALL, Decoder(value), batch_size=1)
-    task = plan(paths, [image], [0]).tasks[0]
+    task = regenerator.plan([image], [0]).tasks[0]
     (picture,) = regenerator.generate(regenerator.jobs_of(task, regenerator.prompt(task)))
-    assert picture.shape == (40, 40, 3)
+    assert picture.shape == (64, 64, 3)
     assert picture.dtype == np.uint8
     assert (picture == level).all()
 
@@ -378,7 +385,7 @@ def test_decoded_values_become_levels(paths, recorded, value, level):
 def test_values_that_are_no_numbers_stop_the_run(paths, recorded):
     with pytest.raises(UserError, match="--precision fp32"):
         Regenerator(paths, SMALL, Decoder(float("nan")), batch_size=1)(images_of(paths), [0])
-    assert not tree(paths.folder("exemplars"))
+    assert not files_of_classes(paths.folder("exemplars"))
 
 
 def test_memory_that_runs_out_is_said_in_words(paths, monkeypatch):

@@ -63,6 +63,7 @@ class Config:
         "copies made beforehand by compress/run.py, or after each phase for the chosen exemplars alone",
         choices=("ahead", "on_demand"),
     )
+    variant: str = _key("", "edge maps and copies that compress/run.py --keep-apart made under this name")
     regenerate_resolution: str | None = _key(
         None, "on_demand: the settings of compress/run.py; null: what fits the images", choices=("high", "low")
     )

@@ -335,4 +335,5 @@ def check_copies(paths: DatasetPaths, images: Iterable[Path], augmentations_per_
         f"{missing} of {wanted} copies are missing, the first is {paths.copy(image, k)}. Make them with:\n"
         f"python compress/run.py --data-dir {shlex.quote(str(paths.data_dir))} --dataset {shlex.quote(paths.dataset)} "
         f"--resolution {resolution} --seeds {augmentations_per_image}"
+        + (f" --keep-apart {paths.variant}" if paths.variant else "")
     )

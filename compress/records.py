@@ -1,0 +1,260 @@
+"""What made the edge maps and copies on disk, so that files made otherwise are never mixed in unseen.
+
+A copy carries a mark in its JPEG comment: a digest of everything that makes it what it is beside its image and its
+number.  File and mark are one atomic write.  What marks stand for is written beside the class folders, before the
+first file: `settings.json`, and where something was made otherwise later on, `settings-2.json`, ...
+
+    exemplars/settings.json            {"settings": {"prompt_template": ..., "sampling": {"steps": 20, ...}, ...},
+                                        "class_texts": {"apple_pie": "apple pie", ...}}
+    exemplars/apple_pie/1_seed00.jpg   comment: "ESCORT 3f2a9c81d0b7"
+
+Each of these files is written once and never changed, under a number that nobody has taken: processes that share the
+work can't overwrite each other's.  For each class the newest one counts.  Edge maps carry no mark, as their bytes are
+the memory's; their settings lie in `edge_maps/settings.json`, and their size or their image tells how they were made.
+
+Device, precision and batch size are no settings: they move a few pixels in ten thousand by one level of 255.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+
+from PIL import Image
+
+from compress.presets import Preset
+from utils.errors import UserError
+from utils.paths import DatasetPaths
+
+MARK = "ESCORT"
+_UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+
+
+class MadeOtherwise(UserError):
+    """What is on disk was made with other settings than those asked for."""
+
+
+class State(Enum):
+    """What a folder's settings files say about a class, against what is asked for."""
+
+    NEW = "no settings are known"
+    SAME = "everything was made so"
+    MIXED = "these settings are the newest, and there were others before: each file must be looked at"
+    OTHER = "the newest settings are others"
+
+
+def copy_settings(preset: Preset, model: str | None) -> dict:
+    """All that makes a copy what it is, beside its image, its number and its class's text.
+
+    model: the weights' fingerprint; None: not looked at, and so not compared.
+    """
+    settings = asdict(preset)
+    del settings["name"]
+    return {**settings, "model": model}
+
+
+def edge_map_settings(preset: Preset) -> dict:
+    """All that makes an edge map what it is, beside its image."""
+    names = ["edges_of_generated_size", "low_threshold", "high_threshold"]
+    names += ["shorter_side", "small_shorter_side"] * preset.edges_of_generated_size
+    return {name: getattr(preset, name) for name in names}
+
+
+def edge_map_size(preset: Preset, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of the edge map of an image of this height and width."""
+    return preset.generated_size(height, width) if preset.edges_of_generated_size else (height, width)
+
+
+class Record:
+    """The settings files of one folder, and the settings that are asked for.
+
+    folder: `edge_maps` or `exemplars`; settings: as JSON has it; texts: class label -> text, None where a class's text
+    makes no difference.  Raises UserError for a settings file that can't be read.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping, texts: Mapping[str, str | None]):
+        self.folder = folder
+        self.settings = settings
+        self.texts = texts
+        self._entries = self._read()
+
+    def state(self, label: str) -> State:
+        kinds = self._kinds(label)
+        if not kinds:
+            return State.NEW
+        wanted = self._wanted(label)
+        if not _alike(kinds[-1], wanted):
+            return State.OTHER
+        return State.SAME if all(_alike(kind, wanted) for kind in kinds) else State.MIXED
+
+    def mark(self, label: str) -> str | None:
+        """What the JPEG comment of a class's copies says.  None where the model is not known, not even by the record"""
+        wanted = self._wanted(label)
+        if wanted.get("model", "") is None:
+            wanted = next((kind for kind in reversed(self._kinds(label)) if _alike(kind, wanted)), None)
+        return wanted and f"{MARK} {_digest(wanted)}"
+
+    def differences(self, label: str) -> list[str]:
+        """From the newest settings on disk to those asked for: such as "steps 20 -> 50".  Empty where none are known"""
+        kinds, wanted = self._kinds(label), self._wanted(label)
+        return [
+            f"{_words(name, label)} {_value(kinds[-1].get(name))} -> {_value(value)}"
+            for name, value in (wanted.items() if kinds else ())
+            if not _alike({name: value}, {name: kinds[-1].get(name)})
+        ]
+
+    def only_by_size(self, label: str) -> bool:
+        """Whether all settings that this class has seen, and those asked for, differ in sizes alone."""
+        kinds = [*self._kinds(label), self._wanted(label)]
+        return all(kind[name] == kinds[0][name] for kind in kinds for name in ("low_threshold", "high_threshold"))
+
+    def note(self, labels: Iterable[str]) -> None:
+        """Write down that these classes' files are made with the settings asked for from now on.
+
+        Classes of which nothing is on disk are noted as well, so that processes which share the work agree.
+        Raises MadeOtherwise where another process has noted other settings since this record was read.
+        """
+        labels = set(labels)
+        while True:
+            before = {label: self._kinds(label)[-1:] for label in labels}
+            self._entries = self._read()
+            missing = set()
+            for label in labels:
+                newest = self._kinds(label)[-1:]
+                if newest == [self._wanted(label)]:
+                    continue
+                if newest != before[label]:
+                    raise MadeOtherwise(
+                        f"another process has begun to make files with other settings in {self.folder} "
+                        f"({'; '.join(self.differences(label))})."
+                    )
+                missing.add(label)
+            if not missing:
+                return
+            missing |= {label for label in self.texts if not self._kinds(label) and not (self.folder / label).exists()}
+            self._add({label: self.texts[label] for label in sorted(missing)})
+
+    def _wanted(self, label: str) -> dict:
+        return _kind(self.settings, self.texts.get(label, label))
+
+    def _kinds(self, label: str) -> list[dict]:
+        """What made a class's files, oldest first."""
+        return [_kind(entry["settings"], entry["texts"][label]) for entry in self._entries if label in entry["texts"]]
+
+    def _read(self) -> list[dict]:
+        entries = []
+        for file in settings_files(self.folder):
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+                texts = content["class_texts"] if "class_texts" in content else dict.fromkeys(content["classes"])
+                entries.append({"settings": dict(content["settings"]), "texts": dict(texts)})
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{file}, which says how the files there were made, can't be read ({type(error).__name__}). "
+                    "Take it away, and they are kept as they are."
+                ) from error
+        return entries
+
+    def _add(self, texts: Mapping[str, str | None]) -> None:
+        """Write the next settings file, unless somebody else does so first."""
+        without = None in texts.values()
+        content = {"settings": self.settings, **({"classes": list(texts)} if without else {"class_texts": texts})}
+        number = max((_number(file.name) for file in settings_files(self.folder)), default=0) + 1
+        target = self.folder / ("settings.json" if number == 1 else f"settings-{number}.json")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{os.getpid()}-", suffix=".tmp")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    json.dump(content, file, indent=1, ensure_ascii=False)
+                os.chmod(temporary, 0o644)
+                _move_to_a_free_name(temporary, target)
+            finally:
+                Path(temporary).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"can't write to {self.folder}: {error.strerror}.") from error
+
+
+class Records:
+    """What is asked for of a dataset's edge maps and copies, and what is known of those on disk.
+
+    preset: the settings; model: the weights' fingerprint (`weights_fingerprint`, or a loaded model's `fingerprint`),
+    None to compare all settings but the model.
+    """
+
+    def __init__(self, paths: DatasetPaths, preset: Preset, model: str | None = None):
+        self.paths = paths
+        self.preset = preset
+        texts = paths.class_texts()
+        self.edge_maps = Record(paths.folder("edge_maps"), edge_map_settings(preset), dict.fromkeys(texts))
+        self.copies = Record(paths.folder("exemplars"), copy_settings(preset, model), texts)
+        self.model_known = model is not None
+
+
+def read_mark(copy: Path) -> str | None:
+    """The mark of a copy, from the file's header alone; None for a file without one, or one that is no picture."""
+    try:
+        with Image.open(copy) as image:
+            comment = image.info.get("comment", b"")
+    except _UNREADABLE:
+        return None
+    text = comment.decode("ascii", "replace") if isinstance(comment, bytes) else str(comment)
+    return text if text.startswith(f"{MARK} ") else None
+
+
+def settings_files(folder: Path) -> list[Path]:
+    """The settings files of `edge_maps` or `exemplars`, oldest first."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return [folder / name for name in sorted(filter(_number, names), key=_number)]
+
+
+def _number(name: str) -> int:
+    """The place of a settings file among the others, 1, 2, ...; 0 for another file."""
+    match = re.fullmatch(r"settings(?:-(\d+))?\.json", name)
+    return int(match[1] or 1) if match else 0
+
+
+def _move_to_a_free_name(source: str, target: Path) -> None:
+    """Move a file, or leave it where it is if another process has taken the name."""
+    try:
+        os.link(source, target)  # unlike a rename, it fails where the target is there
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        if not target.exists():
+            os.replace(source, target)
+
+
+def _kind(settings: Mapping, text: str | None) -> dict:
+    """What made a class's files, flat: of the two samplings only the one that a class of this text gets."""
+    kind = {name: value for name, value in settings.items() if name not in ("sampling", "guess")}
+    if text is not None:
+        kind["class_text"] = text
+    sampling = settings.get("guess") if text == "" else None
+    return {**kind, **(sampling or settings.get("sampling") or {})}
+
+
+def _alike(kind: Mapping, other: Mapping) -> bool:
+    """Equal; a model that is not known equals any."""
+    if kind.get("model", "") is None or other.get("model", "") is None:
+        kind, other = ({name: value for name, value in k.items() if name != "model"} for k in (kind, other))
+    return kind == other
+
+
+def _digest(kind: Mapping) -> str:
+    plain = {name: float(value) if type(value) is int else value for name, value in kind.items()}  # 9 is 9.0
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _words(name: str, label: str) -> str:
+    return f"text of class {label!r}:" if name == "class_text" else name.replace("_", " ")
+
+
+def _value(value) -> str:
+    text = repr(value) if isinstance(value, str) else "none" if value is None else f"{value}"
+    return text if len(text) <= 40 else f"{text[:36]} ...{text[0]}"

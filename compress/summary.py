@@ -1,0 +1,89 @@
+"""What compress/run.py tells a person: what there is to do, what was done, and figures that can be read."""
+
+import math
+from pathlib import Path
+
+from compress.estimate import estimate
+from compress.plan import Plan, Result
+from compress.regenerate import Regenerator
+
+
+def report_plan(todo: Plan, title: str) -> None:
+    """Print what there is to do, and what is kept though nobody knows how it was made."""
+    print(
+        f"{title}: {len(todo.tasks):,} images\n"
+        f"edge maps: {todo.edge_maps_missing:,} to make, {todo.edge_maps_present:,} there already"
+        f"{_otherwise(todo.edge_maps_otherwise)}\n"
+        f"copies: {todo.copies_missing:,} to make, {todo.copies_present:,} there already"
+        f"{_otherwise(todo.copies_otherwise)}"
+    )
+    kept = [
+        f"{count:,} {what}"
+        for count, what in ((todo.edge_maps_without_record, "edge maps"), (todo.copies_without_record, "copies"))
+        if count
+    ]
+    if kept:
+        print(f"{' and '.join(kept)} without a record of how they were made are kept (--replace makes them again)")
+
+
+def _otherwise(count: int) -> str:
+    return f"; {count:,} of those to make are there, made otherwise" if count else ""
+
+
+def report_estimate(regenerator: Regenerator, todo: Plan) -> None:
+    """Print what --dry-run tells: bytes and time."""
+    if todo.copies_missing:
+        print("measuring one batch ...", flush=True)
+    expected = estimate(regenerator, todo)
+    if math.isnan(expected.edge_map_bytes + expected.copy_bytes + expected.seconds):
+        print("expected: unknown, none of the sampled images could be read")
+        return
+    time_needed = f", about {duration(expected.seconds)} for the copies" if todo.copies_missing else ""
+    print(
+        f"expected: {size(expected.edge_map_bytes)} of edge maps, {size(expected.copy_bytes)} of copies{time_needed}\n"
+        "dry run: nothing was written"
+    )
+
+
+def report(result: Result, empty: list[Path], seconds: float) -> None:
+    """Print what a run did."""
+    speed = f" ({result.copies_made / seconds:.3g} copies/s)" if result.copies_made else ""
+    print(
+        f"edge maps: {result.edge_maps_made:,} made, {result.edge_maps_skipped:,} skipped, "
+        f"{result.edge_maps_failed:,} failed\n"
+        f"copies: {result.copies_made:,} made, {result.copies_skipped:,} skipped, {result.copies_failed:,} failed"
+        f" in {duration(seconds)}{speed}"
+    )
+    if result.image_bytes:
+        print(
+            f"on disk: images {size(result.image_bytes)}, their prompts {size(result.prompt_bytes)} "
+            f"({ratio(result.prompt_bytes, result.image_bytes)})\n"
+            f"raw bits: images {result.image_bits:,}, their edge maps {result.edge_map_bits:,} "
+            f"({ratio(result.edge_map_bits, result.image_bits)})"
+        )
+    problems = [*(f"{folder}: no images" for folder in empty), *dict.fromkeys(map(str, result.failures))]
+    if problems:
+        print("failed:", *problems, sep="\n  ")
+
+
+def size(count: float) -> str:
+    """Bytes for a person: 1,234 -> "1.2 kB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            break
+        count, unit = count / 1000, {"bytes": "kB", "kB": "MB", "MB": "GB", "GB": "TB"}[unit]
+    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+
+
+def ratio(part: float, whole: float) -> str:
+    """How much one is of the other, as DESIGN writes it: "1/24.0", or "2.67 times" where it is more."""
+    return f"1/{whole / part:.1f}" if part <= whole else f"{part / whole:.2f} times"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person: "1:02:03" or "12.3 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,}:{minutes:02d}:{seconds:02d}"
