@@ -1,14 +1,12 @@
 """ControlNet computes the published function: figures measured from the published implementation, and diffusers'."""
 
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 
 from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.model import MODELS_FOLDER, ModelError, create_model, load_model, load_state_dict
@@ -255,41 +253,9 @@ def checkpoint(model):
     return dict(model.state_dict())
 
 
-def rename_like_transformers_5(state):
-    return {
-        name.replace(".transformer.text_model.", ".transformer."): tensor
-        for name, tensor in state.items()
-        if not name.endswith("position_ids")
-    }
-
-
 def write_config(path):
     OmegaConf.save(small_config(), path.with_suffix(".yaml"))
     return path
-
-
-@pytest.mark.parametrize(
-    "variant", ["official", "nested under state_dict", "safetensors", "text model's new names", "float16"]
-)
-def test_checkpoint_variants_load(variant, tmp_path, checkpoint, figures):
-    path = write_config(tmp_path / ("small.safetensors" if variant == "safetensors" else "small.pth"))
-    tolerance = 1e-4
-    if variant == "safetensors":
-        save_file({name: tensor.clone() for name, tensor in checkpoint.items()}, path)
-    elif variant == "nested under state_dict":
-        torch.save({"state_dict": checkpoint, "global_step": 3}, path)
-    elif variant == "text model's new names":
-        torch.save(rename_like_transformers_5(checkpoint), path)
-    elif variant == "float16":
-        torch.save({k: v.half() if v.is_floating_point() and "." in k else v for k, v in checkpoint.items()}, path)
-        tolerance = 2e-2
-    else:
-        torch.save(checkpoint, path)
-    model = load_model(path)
-    assert model.dtype == torch.float32
-    cond, _ = conditions(figures)
-    assert_close(model.get_learned_conditioning(PROMPTS), figures["context"], tolerance)
-    assert_close(model.apply_model(figures["x"], figures["t"], cond), figures["eps"], tolerance)
 
 
 def test_the_public_way_of_loading(tmp_path, checkpoint, figures):
@@ -311,48 +277,6 @@ def test_bfloat16_networks_keep_the_tables_exact(tmp_path, checkpoint, figures):
     cond, uncond = ({k: [x.bfloat16() for x in v] for k, v in c.items()} for c in (cond, uncond))
     latents, _ = DDIMSampler(model).sample(2, 2, (4, 16, 8), cond, x_T=figures["x"])
     assert latents.dtype == torch.float32
-
-
-class Payload:
-    def __reduce__(self):
-        return (Path.touch, (Path("payload-ran"),))
-
-
-def break_checkpoint(kind, path, state):
-    if kind == "missing":
-        return
-    if kind == "truncated":
-        torch.save(state, path)
-        path.write_bytes(path.read_bytes()[:100_000])
-    elif kind == "code":
-        with path.open("wb") as file:
-            pickle.dump({"state_dict": Payload()}, file)
-    elif kind == "no control":
-        torch.save({k: v for k, v in state.items() if not k.startswith("control_model.")}, path)
-    elif kind == "misshapen":
-        torch.save(state | {"first_stage_model.quant_conv.bias": torch.zeros(3)}, path)
-    elif kind == "text":
-        path.write_text("404 not found")
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("missing", "no checkpoint at .*small.pth"),
-        ("truncated", "not a whole checkpoint"),
-        ("code", "holds code, which is never run"),
-        ("no control", r"missing \(control_model"),
-        ("misshapen", r"first_stage_model.quant_conv.bias \(3,\) instead of \(8,\)"),
-        ("text", "small.pth is not"),
-    ],
-)
-def test_unusable_checkpoints_are_refused_in_words(kind, message, tmp_path, checkpoint, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = write_config(tmp_path / "small.pth")
-    break_checkpoint(kind, path, checkpoint)
-    with pytest.raises(ModelError, match=message):
-        load_model(path)
-    assert not Path("payload-ran").exists()
 
 
 @pytest.mark.parametrize(

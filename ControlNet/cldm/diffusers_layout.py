@@ -5,6 +5,7 @@ where the official checkpoint counts through (`input_blocks.4.0`).  The tables b
 number of levels and blocks; widths don't matter.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,9 +22,8 @@ NETWORKS = {
 }
 """Folder of each network in a pipeline's folder -> what the official names begin with."""
 
-# In the order in which they are looked for: full precision first, and files that can't hold code before those that can.
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_ENDINGS = ("safetensors", "fp16.safetensors", "bin", "fp16.bin")
+_ENDINGS = ("safetensors", "bin", "fp16.safetensors", "fp16.bin")  # in the order in which they are looked for
 
 _UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -43,15 +43,12 @@ _VAE_PARTS = {
 _POINTWISE = re.compile(r"\.(mid\.attn_1\.(q|k|v|proj_out)|[01]\.proj_(in|out))\.weight$")
 
 
-def is_folder_of_networks(path: Path) -> bool:
-    return any((path / network).is_dir() for network in NETWORKS)
-
-
 def read_folder(path: Path) -> dict[str, Tensor]:
     """The tensors of a pipeline's folder (unet/, vae/, text_encoder/, controlnet/, those that it has) or of a
     ControlNet's folder, by official names.  Raises ModelError.
     """
-    if is_folder_of_networks(path):
+    if any((path / network).is_dir() for network in NETWORKS):
+        _check_schedule(path)
         state = {}
         for network in NETWORKS:
             if (path / network).is_dir():
@@ -63,6 +60,17 @@ def read_folder(path: Path) -> dict[str, Tensor]:
             f"{path} holds one network, and no ControlNet: name the folder that has unet/, vae/ and text_encoder/"
         )
     return to_official("controlnet", state)
+
+
+def _check_schedule(folder: Path) -> None:
+    """Refuse a model whose UNet predicts something else than noise: no shape would show it."""
+    try:
+        settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_bytes())
+    except (OSError, ValueError):
+        return  # the folder may lack it: Stable Diffusion 1.5's schedule, then
+    prediction = settings.get("prediction_type", "epsilon") if isinstance(settings, dict) else "epsilon"
+    if prediction != "epsilon":
+        raise ModelError(f"{folder} was trained for {prediction}, and this is a model that predicts noise (epsilon)")
 
 
 def _weights_file(folder: Path) -> Path:

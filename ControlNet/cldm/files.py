@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,15 +30,19 @@ def load_state_dict(path: str | os.PathLike, location: str | torch.device = "cpu
         kind = _kind(path)
         if kind == "safetensors":
             return load_file(path, device=str(location))
-        # torch maps files of its zip format only; older ones are read whole
-        content = torch.load(path, map_location=location, weights_only=True, mmap=kind == "zip")
+        if kind == "zip" and path.suffix != ".safetensors":  # torch believes that ending
+            content = torch.load(path, map_location=location, weights_only=True, mmap=True)
+        else:  # torch maps files of its zip format only; older ones are read whole
+            with path.open("rb") as file:
+                content = torch.load(file, map_location=location, weights_only=True)
+    except (ModelError, MemoryError, torch.OutOfMemoryError):
+        raise
     except pickle.UnpicklingError as error:  # torch's own words advise to switch the protection off
         raise ModelError(f"{path} {_why_not_plain(error)}") from error
     except PermissionError as error:
         raise ModelError(f"{path} may not be read: {error.strerror}") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{path} is not a whole checkpoint, {_what_is_missing(path)}: {why}") from error
+    except Exception as error:  # a flipped bit makes the readers raise anything
+        raise ModelError(f"{path} {_why_not_whole(path, error)}") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"{path} holds no tensors by name")
@@ -53,7 +56,7 @@ def _kind(path: Path) -> str:
     """
     with path.open("rb") as file:
         head = file.read(512)
-    if head.startswith(b"PK"):
+    if head.startswith(b"PK\3\4"):
         return "zip"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         return "safetensors"
@@ -78,13 +81,12 @@ def _why_not_plain(error: pickle.UnpicklingError) -> str:
     return "is no plain checkpoint: another kind of file, a broken download, or one that holds code, which is never run"
 
 
-def _what_is_missing(path: Path) -> str:
-    """How much of a file that broke off is there, as far as its first bytes tell."""
-    found = path.stat().st_size
-    expected = _expected_size(path)
-    if expected is None or found >= expected:
-        return f"a broken download? It has {found:,} bytes"
-    return f"a download that broke off: {found:,} of {expected:,} bytes"
+def _why_not_whole(path: Path, error: Exception) -> str:
+    found, expected = path.stat().st_size, _expected_size(path)
+    if expected is not None and found < expected:
+        return f"is a download that broke off: {found:,} of {expected:,} bytes. Fetch it again"
+    why = re.split(r"\. |\n", str(error))[0] or type(error).__name__
+    return f"is not a whole checkpoint, a broken download? It has {found:,} bytes ({why})"
 
 
 def _expected_size(path: Path) -> int | None:
@@ -92,7 +94,7 @@ def _expected_size(path: Path) -> int | None:
     with path.open("rb") as file:
         head = file.read(30)
         try:
-            if head.startswith(b"PK"):
+            if head.startswith(b"PK\3\4"):
                 name, extra = struct.unpack("<26x2H", head)
                 file.seek(30 + name + extra)
                 table = _TensorTable(file)
@@ -106,17 +108,31 @@ def _expected_size(path: Path) -> int | None:
             return None
 
 
+class _Blank(dict):
+    """Stands for whatever a pickle names, and does nothing."""
+
+    def __init__(self, *args):
+        super().__init__()
+
+    def __call__(self, *args):
+        return self
+
+    def __setstate__(self, state):
+        pass
+
+
 class _TensorTable(pickle.Unpickler):
-    """Reads torch.save's table of contents for the sizes in it.  Every class and function it names is a blank."""
+    """Reads torch.save's table of contents for the sizes in it.  Every class and function that it names is a blank."""
 
     def __init__(self, file):
         super().__init__(file)
         self.storages: dict[str, int] = {}  # key -> bytes
 
     def find_class(self, module, name):
-        return type(name, (dict,), {"__init__": lambda self, *args: None, "__setstate__": lambda self, state: None})
+        return type(name, (_Blank,), {})
 
     def persistent_load(self, pid):
         _, kind, key, _, count = pid
         width = {"Double": 8, "Long": 8, "Half": 2, "BFloat16": 2, "Byte": 1, "Bool": 1}
         self.storages[key] = count * width.get(kind.__name__.removesuffix("Storage"), 4)
+        return _Blank()
