@@ -1,18 +1,18 @@
 """What all methods share: the phases, the one epoch loop, the one evaluation, the one checkpoint format.
 
-A method is a subclass that says what its paper changes: `build_network`, `loss`, and, where it needs them,
-`before_training` and `after_training`.
+A method is a subclass that says what its paper changes: `build_network`, `loss`, and, where it needs them, `stages`,
+`before_stage`, `backward`, `before_training` and `after_training`.
 """
 
 import abc
-import copy
+import itertools
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +20,16 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import SGD
-from torch.optim.lr_scheduler import MultiStepLR
 from torch.utils.data import DataLoader
 
+from convs.blocks import folded
 from convs.resnet import ResNet, build_backbone, nb_parameters
 from models import checkpoint
 from models.networks import GrowingNet, Outputs
+from models.stages import Schedule, Stage, learning_only
 from utils import log as logs
 from utils.config import Config, as_dict, differences
-from utils.data_manager import DataManager, EpochBatchSampler, ImageSet, Item, TrainingSet
+from utils.data_manager import DataManager, EpochBatchSampler, ImageSet, TrainingSet
 from utils.errors import UserError
 from utils.memory import ExemplarMemory
 from utils.metrics import nearest_mean_scores, phase_metrics
@@ -37,16 +38,6 @@ log = logging.getLogger(__name__)
 
 Regenerate = Callable[[list[Path]], None]
 """Makes the edge maps and the copies of train images, where they are not there yet."""
-
-
-class Schedule(NamedTuple):
-    """SGD's settings for a phase: the learning rate is multiplied by `decay` after each epoch in `milestones`."""
-
-    epochs: int
-    lr: float
-    milestones: Sequence[int]
-    decay: float
-    weight_decay: float
 
 
 class Learner(abc.ABC):
@@ -59,6 +50,10 @@ class Learner(abc.ABC):
 
     milestones: Sequence[int] = ()
     """Epochs of later phases after which the learning rate decays, where the config names none."""
+    scheduler = "steps"
+    """How the learning rate falls where the config does not say: "steps" or "cosine"."""
+    uses_memory = True
+    """Whether exemplars are kept at all."""
     keeps_old_network = False
     """Whether the network as it was before a phase is kept, frozen, as `old_network`."""
     uses_nme = False
@@ -87,10 +82,9 @@ class Learner(abc.ABC):
         self.phase = -1
         self.nb_old = self.nb_new = self.nb_seen = 0
         self.old_network: GrowingNet | None = None
+        self.state: dict[str, Any] = {}  # what a method takes into the next phase beside its network; in checkpoints
         self._seed_torch(0)
-        self.network = self.build_network(
-            build_backbone(config.convnet_type, data.image_kind, init_cls=config.init_cls, increment=config.increment)
-        )
+        self.network = self.build_network(self.backbone())
 
     # What a method changes
 
@@ -102,16 +96,32 @@ class Learner(abc.ABC):
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """The loss of a batch, a scalar.  images: B x 3 x H x W; targets: B, of 0 ... nb_seen - 1."""
 
+    def stages(self) -> list[Stage]:
+        """How the present phase is trained: on the new classes' images and the exemplars, once, unless a method says
+        otherwise."""
+        return [Stage("training", [*self.data.new_items(self.phase), *self.memory.items()], self.schedule())]
+
+    def before_stage(self, stage: Stage) -> None:
+        """Called before each of the stages."""
+
+    def backward(self, loss: Tensor, outputs: Outputs, targets: Tensor) -> None:
+        """Fill in the gradients of a batch; the optimizer's step comes next."""
+        self.fabric.backward(loss)
+
     def before_training(self) -> None:
         """Called when the network has grown for a phase, before it is trained."""
 
     def after_training(self) -> None:
         """Called when a phase's training is over, before exemplars are chosen and the phase is evaluated."""
 
-    def old_logits(self, images: Tensor) -> Tensor:
-        """What the frozen network of before this phase says: B x nb_old."""
+    def old_outputs(self, images: Tensor) -> Outputs:
+        """What the frozen network of before this phase says: logits are B x nb_old."""
         with torch.no_grad(), self.fabric.autocast():
-            return self.old_network(images).logits
+            return self.old_network(images)
+
+    def old_logits(self, images: Tensor) -> Tensor:
+        """B x nb_old."""
+        return self.old_outputs(images).logits
 
     # The phases
 
@@ -146,56 +156,84 @@ class Learner(abc.ABC):
         targets = self.data.phase_targets(phase)
         self.nb_old, self.nb_new, self.nb_seen = targets.start, len(targets), targets.stop
         if self.keeps_old_network and phase > 0:
-            self.old_network = copy.deepcopy(self.network).requires_grad_(False).eval()
+            self.old_network = folded(self.network).requires_grad_(False).eval()
         self._seed_torch(phase + 1)
         self.network.grow(self.nb_new)
         self.network.to(device=self.fabric.device, memory_format=torch.channels_last)
         self.before_training()
 
+    def backbone(self) -> ResNet:
+        """A fresh one.  Raises UserError where pretrained weights are asked for and not there."""
+        c = self.config
+        phases = {"init_cls": c.init_cls, "increment": c.increment}
+        try:
+            return build_backbone(c.convnet_type, self.data.image_kind, **phases, pretrained=c.pretrained)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"pretrained: {error}.") from None
+
+    def init_schedule(self) -> Schedule:
+        """Phase 0's."""
+        c = self.config
+        return Schedule(c.init_epoch, c.init_lr, self._steps(c.init_milestones), c.init_lr_decay, c.init_weight_decay)
+
     def schedule(self) -> Schedule:
         """The present phase's."""
         c = self.config
         if self.phase == 0:
-            return Schedule(c.init_epoch, c.init_lr, c.init_milestones, c.init_lr_decay, c.init_weight_decay)
+            return self.init_schedule()
         milestones = self.milestones if c.milestones is None else c.milestones
-        return Schedule(c.epochs, c.lrate, milestones, c.lrate_decay, c.weight_decay)
+        return Schedule(c.epochs, c.lrate, self._steps(milestones), c.lrate_decay, c.weight_decay)
 
     def train(self) -> dict[str, Any]:
-        """Train on the new classes' images and the exemplars, unless this very training has been done before.
+        """Go through the stages, unless this very training has been done before.
 
-        Returns what `fit` does, with the seconds that it took and whether the outcome was reused.
+        Returns what `fit` does for the first stage, with `stages`, a list of that for each one, the seconds that all
+        took and whether the outcome was reused.
         """
         if self.phase == 0 and (training := self.load_phase_0()) is not None:
             return {**training, "reused": True}
         start = time.perf_counter()
-        training = self.fit([*self.data.new_items(self.phase), *self.memory.items()], self.schedule())
-        training = {**training, "seconds": time.perf_counter() - start}
+        done: list[dict[str, Any]] = []
+        for stage in self.stages():
+            self.before_stage(stage)
+            done.append({"stage": stage.name, **self.fit(stage, sum(earlier["epochs"] for earlier in done))})
+        first = done[0] if done else {"epochs": 0, "loss": None, "accuracy": None}
+        training = {key: first[key] for key in ("epochs", "loss", "accuracy")}
+        training |= {"stages": done, "seconds": time.perf_counter() - start}
         if self.phase == 0:
             self.save_phase_0(training)
         return {**training, "reused": False}
 
-    def fit(self, items: Sequence[Item], schedule: Schedule) -> dict[str, Any]:
-        """The epoch loop.  Returns epochs, loss and accuracy (percent, of the last epoch's training batches)."""
-        config, fabric = self.config, self.fabric
-        loader, sampler = self._training_loader(items)
+    def fit(self, stage: Stage, first_epoch: int = 0) -> dict[str, Any]:
+        """The epoch loop.  Returns epochs, loss and accuracy (percent, of the last epoch's training batches).
+
+        first_epoch: how many epochs of the phase are behind; what is drawn at random goes by the epoch's number.
+        """
+        with learning_only(self.network, stage.parameters):
+            return self._fit(stage, first_epoch)
+
+    def _fit(self, stage: Stage, first_epoch: int) -> dict[str, Any]:
+        config, fabric, schedule = self.config, self.fabric, stage.schedule
+        loader, sampler = self._training_loader(stage)
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         optimizer = SGD(trained, lr=schedule.lr, momentum=config.momentum, weight_decay=schedule.weight_decay)
         network, optimizer = fabric.setup(self.network, optimizer)
-        scheduler = MultiStepLR(optimizer, list(schedule.milestones), schedule.decay)
+        scheduler, loss_of = schedule.scheduler(optimizer), stage.loss or self.loss
         loss_mean = accuracy = 0.0
-        bar = logs.progress(schedule.epochs * len(sampler), self._name(), quiet=not fabric.is_global_zero)
+        name = self._name() if stage.name == "training" else f"{self._name()}, {stage.name}"
+        bar = logs.progress(schedule.epochs * len(sampler), name, quiet=not fabric.is_global_zero)
         with bar:
             for epoch in range(schedule.epochs):
                 network.train()
-                sampler.set_epoch(epoch)
+                sampler.set_epoch(first_epoch + epoch)
                 sums, seen = torch.zeros(2, device=fabric.device), 0  # loss and right answers: read once an epoch
                 for _, images, targets in loader:
                     images, targets = self._to_device(images), fabric.to_device(targets)
                     outputs = network(images)
                     with fabric.autocast():
-                        loss = self.loss(outputs, images, targets)
+                        loss = loss_of(outputs, images, targets)
                     optimizer.zero_grad()
-                    fabric.backward(loss)
+                    self.backward(loss, outputs, targets)
                     optimizer.step()
                     right = (outputs.logits.detach().argmax(dim=1) == targets).sum()
                     sums += torch.stack([loss.detach() * len(targets), right])
@@ -213,13 +251,15 @@ class Learner(abc.ABC):
                     )
                 progress = f"epoch {epoch + 1}/{schedule.epochs}, loss {loss_mean:.3f}, train {accuracy:.1f} %"
                 bar.set_postfix_str(progress, refresh=False)
-                log.debug("%s: %s", self._name(), progress)
+                log.debug("%s: %s", name, progress)
         if fabric.world_size > 1:  # each process has batch norm statistics of its own; evaluation takes one network
             self.network.load_state_dict(fabric.broadcast(self.network.state_dict()))
         return {"epochs": schedule.epochs, "loss": loss_mean, "accuracy": accuracy}
 
     def choose_exemplars(self) -> int | None:
         """Herding over all real images of the new classes, then their copies.  Returns what `make_copies` does."""
+        if not self.uses_memory:
+            return None
         targets = list(self.data.phase_targets(self.phase))
         images = [self.data.train_images(target) for target in targets]
         features = self.predict([image for of_class in images for image in of_class], "choosing exemplars").features
@@ -232,7 +272,7 @@ class Learner(abc.ABC):
 
         Returns the number of those copies, None where all copies were made ahead.
         """
-        if self.regenerate is None:
+        if self.regenerate is None or not self.uses_memory:
             return None
         if phase + 1 == self.data.nb_phases and not self.uses_nme:
             return 0
@@ -261,7 +301,7 @@ class Learner(abc.ABC):
             generator=torch.Generator(),
         )
         self.network.eval()
-        logits = torch.zeros(len(images), self.network.head.out_features)
+        logits = torch.zeros(len(images), self.network.nb_classes)
         features = torch.zeros(len(images), self.network.head.in_features)
         bar = logs.progress(len(loader), f"{self._name()}, {purpose}", quiet=not fabric.is_global_zero)
         with bar, torch.no_grad(), fabric.autocast():
@@ -316,6 +356,7 @@ class Learner(abc.ABC):
                 "phase": self.phase,
                 "network": self.network.state_dict(),
                 "memory": self.memory.state_dict(),
+                "method": self.state,
                 "records": self.records,
             }
             checkpoint.save(checkpoint.phase_path(self.folder, self.phase), state)
@@ -345,6 +386,7 @@ class Learner(abc.ABC):
             self.network.grow(len(self.data.phase_targets(phase)))
         self.network.load_state_dict(state["network"])
         self.memory.load_state_dict(state["memory"])
+        self.state = state["method"]
         self.records = state["records"]
         done = len(self.records)
         if done < self.data.nb_phases:
@@ -384,8 +426,9 @@ class Learner(abc.ABC):
             "classes": [data.class_names[target] for target in data.phase_targets(0)],
             "schedule": list(self.schedule()),
             "processes": self.fabric.world_size,
-            **{key: getattr(config, key) for key in ("dataset", "model_seed", "batch_size", "momentum", "precision")},
         }
+        for key in ("dataset", "model_seed", "batch_size", "momentum", "precision", "pretrained"):
+            settings[key] = getattr(config, key)
         files = [item.image for item in data.new_items(0)]
         if config.augmentation_prob > 0 and config.augmentation_scope == "all":
             settings["copies"] = [config.augmentation_prob, config.augmentations_per_image]
@@ -394,10 +437,15 @@ class Learner(abc.ABC):
 
     # Small matters
 
-    def _training_loader(self, items: Sequence[Item]) -> tuple[DataLoader, EpochBatchSampler]:
+    def _steps(self, milestones: Sequence[int]) -> Sequence[int] | None:
+        """Milestones, or None where the learning rate is to fall along a cosine."""
+        return milestones if (self.config.scheduler or self.scheduler) == "steps" else None
+
+    def _training_loader(self, stage: Stage) -> tuple[DataLoader, EpochBatchSampler]:
         config, fabric = self.config, self.fabric
+        ends = list(itertools.accumulate([len(stage.items), *(len(group) for group in stage.rehearsed)]))
         dataset = TrainingSet(
-            items,
+            [*stage.items, *itertools.chain.from_iterable(stage.rehearsed)],
             self.data.paths,
             self.data.train_transform,
             config.augmentation_prob,
@@ -407,12 +455,14 @@ class Learner(abc.ABC):
             self.phase,
         )
         sampler = EpochBatchSampler(
-            len(items),
+            len(stage.items),
             config.batch_size,
             config.model_seed,
             self.phase,
             rank=fabric.global_rank,
             world_size=fabric.world_size,
+            groups=[range(*bounds) for bounds in itertools.pairwise(ends)],
+            per_group=stage.nb_rehearsed,
         )
         workers = self._nb_workers()
         loader = DataLoader(

@@ -1,7 +1,8 @@
 """The one checkpoint format, and what names a cached phase-0 network.  Plain tensors and values, loaded without pickle.
 
 A checkpoint holds `config`, `class_names` (in target order), `phase` (the last one that is done), `network` (its
-weights), `memory` (which images are exemplars) and `records` (the results of each phase).
+weights), `memory` (which images are exemplars), `method` (what else the method carries on) and `records` (the results
+of each phase).
 """
 
 import hashlib

@@ -2,6 +2,7 @@
 
 import abc
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
@@ -13,15 +14,17 @@ from convs.resnet import ResNet, joined, split
 
 
 class Outputs(NamedTuple):
-    """logits: B x classes seen; features: B x D, what the head reads; aux_logits: B x (new classes + 1), or None."""
+    """logits: B x classes seen; features: B x D, what the head reads; aux_logits: of the newest extractor alone, or
+    None; maps: what each stage of the backbone puts out, B x C x H x W, where a method looks at it."""
 
     logits: Tensor
     features: Tensor
     aux_logits: Tensor | None = None
+    maps: Sequence[Tensor] = ()
 
 
 class GrowingNet(nn.Module, abc.ABC):
-    """What all growing networks have in common: how many classes they know, and extractors that stay frozen."""
+    """What all growing networks have in common: how many classes they know, and parts that may be frozen."""
 
     def __init__(self):
         super().__init__()
@@ -36,16 +39,13 @@ class GrowingNet(nn.Module, abc.ABC):
     def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
         """(backbone, head) after phase 0, with the names that the backbone had before it became part of a method."""
 
-    @property
-    def frozen_modules(self) -> Sequence[nn.Module]:
-        """The parts that are never trained again."""
-        return ()
-
     def train(self, mode: bool = True) -> Self:
-        """As every module's, but frozen parts stay in eval mode: their batch norm statistics belong to them."""
+        """As every module's, but what does not learn stays in eval mode: its batch norm statistics belong to it."""
         super().train(mode)
-        for module in self.frozen_modules:
-            module.eval()
+        for module in itertools.islice(self.modules(), 1, None):  # the first is the network itself
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
         return self
 
 
@@ -91,10 +91,6 @@ class ExpandableNet(GrowingNet):
             self.aux_head = linear_head(self.feature_dim, nb_new + 1)
         self.nb_classes += nb_new
         self.head = grown(self.head, self.feature_dim * len(self.extractors), self.nb_classes)
-
-    @property
-    def frozen_modules(self) -> Sequence[nn.Module]:
-        return self.extractors[:-1]
 
     def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
         return joined(self.shared, self.extractors[0]), self.head

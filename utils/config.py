@@ -44,6 +44,7 @@ class Config:
     increment: int = _key(MISSING, "classes of each further phase; the last one takes what is left")
     model_name: str = _key(MISSING, "the method")
     convnet_type: str = _key(MISSING, "the backbone")
+    pretrained: bool = _key(False, "start from torchvision's ImageNet weights, where torch's cache has them")
     device: Any = _key(
         "auto", '"auto", "cpu", "cuda", or CUDA devices as PyCIL writes them: ["0"], ["0", "1"]', result=False
     )
@@ -87,6 +88,11 @@ class Config:
     lrate: float = _key(0.1, "later phases: learning rate")
     milestones: list[int] | None = _key(
         None, "later phases: epochs after which the rate decays; null takes the method's own"
+    )
+    scheduler: str | None = _key(
+        None,
+        "how the rate falls: at milestones or along half a cosine; null takes the method's own",
+        choices=("steps", "cosine"),
     )
     lrate_decay: float = _key(0.1, "later phases: factor of each decay")
     weight_decay: float = _key(2e-4, "later phases: weight decay")

@@ -26,7 +26,7 @@ from utils.paths import DatasetPaths
 
 Role = Literal["new", "real", "synthetic"]
 
-_ORDER, _ITEM = 0, 1  # one stream of random numbers each, apart for the same seed
+_ORDER, _ITEM, _GROUPS = 0, 1, 2  # one stream of random numbers each, apart for the same seed
 
 
 class UnreadableImage(UserError):
@@ -264,6 +264,9 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     items of all processes together.  Each batch is dealt out to the ranks in turn, so that the ranks' batches together
     are the one process's batch.  The last batch has what is left, or is dropped with `drop_last`.
 
+    groups: ranges of further indices, beyond nb_items; to each batch up to `per_group` of each group are added, drawn
+    anew without repetition, and dealt out with it.
+
     Every rank takes the same number of steps, else distributed training would hang: where the last batch has fewer
     items than there are ranks, the ranks that would get none repeat one of its items.
     """
@@ -278,6 +281,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
+        groups: Sequence[range] = (),
+        per_group: int = 0,
     ):
         if batch_size < world_size:
             raise UserError(f"batch_size {batch_size} is less than one image for each of {world_size} processes.")
@@ -288,6 +293,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.rank = rank
         self.world_size = world_size
         self.drop_last = drop_last
+        self.groups = groups
+        self.per_group = per_group
         self.epoch = 0
         self._seeds = (model_seed, phase)
 
@@ -303,9 +310,16 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         rng = np.random.default_rng(_seed_sequence(*self._seeds, epoch, _ORDER))
         order = rng.permutation(self.nb_items).tolist()
         for step in range(len(self)):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size] + self._from_groups(epoch, step)
             own = batch[self.rank :: self.world_size] or [batch[self.rank % len(batch)]]
             yield [(epoch, index) for index in own]
+
+    def _from_groups(self, epoch: int, step: int) -> list[int]:
+        if not self.groups:
+            return []
+        rng = np.random.default_rng(_seed_sequence(*self._seeds, epoch, _GROUPS, step))
+        drawn = [rng.permutation(len(group))[: self.per_group] + group.start for group in self.groups]
+        return np.concatenate(drawn).tolist()
 
 
 def check_copies(paths: DatasetPaths, images: Iterable[Path], augmentations_per_image: int) -> None:

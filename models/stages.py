@@ -1,0 +1,64 @@
+"""A phase's training as data: the stages that the epoch loop goes through, one after another."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+
+from utils.data_manager import Item
+
+
+class Schedule(NamedTuple):
+    """SGD's settings: the learning rate is multiplied by `decay` after each epoch in `milestones`.
+
+    Where milestones is None it falls along half a cosine instead, from lr to 0 at the last epoch.
+    """
+
+    epochs: int
+    lr: float
+    milestones: Sequence[int] | None
+    decay: float
+    weight_decay: float
+
+    def scheduler(self, optimizer: Optimizer) -> LRScheduler:
+        """Stepped once an epoch."""
+        if self.milestones is None:
+            return CosineAnnealingLR(optimizer, self.epochs)
+        return MultiStepLR(optimizer, list(self.milestones), self.decay)
+
+
+class Stage(NamedTuple):
+    """One pass of the epoch loop.
+
+    name: unique within the phase; items: what is trained on; schedule: for how long and how fast; parameters: what
+    learns, None for all that is not frozen; loss: in place of the method's own, called alike; rehearsed: groups of
+    items of which each batch gets up to `nb_rehearsed` more, drawn anew.
+
+    A phase's stages are a function of the phase, the config, the data and the memory alone, so that they can be told
+    again after a restart: "phase, stage, epoch" is a place in a run.
+    """
+
+    name: str
+    items: Sequence[Item]
+    schedule: Schedule
+    parameters: Sequence[nn.Parameter] | None = None
+    loss: Callable | None = None
+    rehearsed: Sequence[Sequence[Item]] = ()
+    nb_rehearsed: int = 0
+
+
+@contextmanager
+def learning_only(network: nn.Module, parameters: Sequence[nn.Parameter] | None) -> Iterator[None]:
+    """For a while, let nothing but `parameters` require gradients; None changes nothing."""
+    chosen = None if parameters is None else {id(parameter) for parameter in parameters}
+    resting = [p for p in network.parameters() if p.requires_grad and chosen is not None and id(p) not in chosen]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(True)
