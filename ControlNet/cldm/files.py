@@ -82,14 +82,14 @@ def _why_not_plain(error: pickle.UnpicklingError) -> str:
 
 
 def _why_not_whole(path: Path, error: Exception) -> str:
-    found, expected = path.stat().st_size, _expected_size(path)
+    found, expected = path.stat().st_size, expected_size(path)
     if expected is not None and found < expected:
         return f"is a download that broke off: {found:,} of {expected:,} bytes. Fetch it again"
     why = re.split(r"\. |\n", str(error))[0] or type(error).__name__
     return f"is not a whole checkpoint, a broken download? It has {found:,} bytes ({why})"
 
 
-def _expected_size(path: Path) -> int | None:
+def expected_size(path: Path) -> int | None:
     """Bytes that the file should have (of a zip, its tensors alone); None where its head does not tell."""
     with path.open("rb") as file:
         head = file.read(30)
