@@ -30,9 +30,11 @@ def launch(
         if accelerator == "cuda" and per_node > found:
             raise UserError(f"{per_node} processes were started on this machine, which shows them {found} GPUs.")
         devices = per_node
-    elif accelerator == "cuda" and max(devices if isinstance(devices, list) else [devices - 1]) >= found:
-        there = f"this machine has CUDA devices 0 to {found - 1}" if found else "this machine has no CUDA device"
-        raise UserError(f'device: {devices!r} is not there; {there}. Choose another, or "cpu".')
+    elif accelerator == "cuda":
+        asked = max(devices) if isinstance(devices, list) else devices - 1
+        if asked >= found:
+            there = f"this machine has CUDA devices 0 to {found - 1}" if found else "this machine has no CUDA device"
+            raise UserError(f'device cuda:{asked} is not there; {there}. Choose another, or "cpu".')
     strategy = "auto"
     if patience is not None and per_node * nodes > 1:
         strategy = DDPStrategy(process_group_backend="gloo", timeout=patience)
