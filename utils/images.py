@@ -1,56 +1,126 @@
-"""Reading and writing image files: the one place where Pillow meets the disk."""
+"""Reading and writing image files: the one place where Pillow meets the disk.
+
+A picture is what a viewer shows of its file: turned as its EXIF orientation says, over white where it is transparent,
+the first frame where there are several.
+"""
 
 import os
+import stat
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 Image.init()
+# EPS and WMF are programs, which Pillow gives to Ghostscript or Windows to run; the others hold no pictures.
+_LEFT_OUT = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
+_FORMATS = tuple(sorted(Image.OPEN.keys() - _LEFT_OUT, key=lambda kind: (kind not in ("JPEG", "PNG", "WEBP"), kind)))
+"""What files are tried as, the frequent ones first: some of the others have no mark to tell them by and take time."""
+_PICTURES_NOT_READ = {".eps", ".heic", ".heif", ".jxl", ".svg", ".wmf"}
 IMAGE_ENDINGS = frozenset(
-    ending
-    for ending, kind in Image.registered_extensions().items()
-    if kind in Image.OPEN and kind not in ("PDF", "MPEG")
+    {ending for ending, kind in Image.registered_extensions().items() if kind in _FORMATS} | _PICTURES_NOT_READ
 )
-"""Lower-case file endings that Pillow can read, with their dot."""
+"""Lower-case file endings of pictures, with their dot: what Pillow reads, and a few kinds that it doesn't, so that
+these are reported instead of passed over."""
 
-# What Pillow and its codecs raise for a file that is no picture, or a broken one.
-_UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
-_BITS_PER_PIXEL = {"1": 1, "L": 8, "I;16": 16, "I;16L": 16, "I;16B": 16, "I": 32, "F": 32}
+MAX_PIXELS = 90_000_000
+"""Pictures of more pixels are refused as decompression bombs: a quarter of a GiB as RGB."""
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from here on, and raises from twice as many
+warnings.filterwarnings("ignore", module=r"PIL\.")  # its remarks on odd files: what matters is an error
+
+_BITS_PER_PIXEL = {"1": 1, "L": 8, "LA": 8, "I": 32, "F": 32}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a picture of an EXIF orientation upright (Exif 2.32, 4.6.4 A)."""
 
 
 def is_image(path: Path) -> bool:
-    """Whether the file's ending, in any case, is one that Pillow reads.  Hidden files are never images."""
+    """Whether the file's ending, in any case, is that of a picture.  Hidden files are never images."""
     return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
 
 
 def read_image(path: Path) -> Image.Image:
     """The picture as RGB, fully decoded, so that a truncated file fails here and not later.
 
-    Raises OSError, with the path in its message, for whatever is wrong with the file or its content.
+    Raises OSError, with the path in its message, for whatever is wrong with the file or its content, and for a picture
+    of more than MAX_PIXELS or without a known range of levels (32 bits a channel).
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255 and leave a white picture
-                return image.convert("I").point(lambda level: level * (1 / 256)).convert("L").convert("RGB")
-            return image.convert("RGB")
-    except _UNREADABLE as error:
-        raise OSError(f"{path}: {error}") from error
+    with _opened(path) as image:
+        turn = _TURNS.get(_orientation(image))
+        picture = _as_rgb(image)
+        return picture if turn is None else picture.transpose(turn)
 
 
 def image_bits(path: Path) -> tuple[int, int, int]:
-    """(width, height, bits per pixel) of a picture, from its header alone.
+    """(width, height, bits per pixel) of a picture as `read_image` returns it, from its header alone.
 
     8 bits per pixel for greyscale, 24 for anything that becomes RGB, 1 for a bilevel picture.
     Raises OSError as `read_image` does.
     """
+    with _opened(path) as image:
+        width, height = image.size
+        if _orientation(image) >= 5:
+            width, height = height, width
+        return width, height, 16 if _is_sixteen_bit_grey(image) else _BITS_PER_PIXEL.get(image.mode, 24)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture with its header read.  What is wrong with it, then or in the body, is an OSError with the path."""
     try:
-        with Image.open(path) as image:
-            return image.width, image.height, _BITS_PER_PIXEL.get(image.mode, 24)
-    except _UNREADABLE as error:
-        raise OSError(f"{path}: {error}") from error
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device may never end
+            raise OSError("not a file, but a folder, pipe or device")
+        with Image.open(path, formats=_FORMATS) as image:
+            yield image
+    except Exception as error:  # a broken file makes decoders raise whatever they stumble over
+        raise OSError(f"{path}: {_reason(error, path)}") from error
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS:,} pixels"
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture that Pillow reads" if os.path.getsize(path) else "the file is empty"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 ... 8, as far as it stands before the pixels; broken metadata says nothing."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself
+    try:
+        # Of the base class: PngImageFile's own would decode the picture first.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        return orientation if orientation in _TURNS else 1
+    except Exception:
+        return 1
+
+
+def _is_sixteen_bit_grey(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if _is_sixteen_bit_grey(image):  # Pillow would clip it at 255 and leave a white picture
+        return image.convert("I").point(lambda level: level * (1 / 256)).convert("L").convert("RGB")
+    if image.mode in ("I", "F"):
+        raise OSError("32 bits a pixel, whose range nobody knows: save it with 8 or 16")
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return image.convert("RGB")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -1,0 +1,244 @@
+"""Files as train folders hold them: each is processed right or listed with a reason, and none stops the rest."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from compress import prompt as prompts
+from compress.presets import HIGH
+from compress.regenerate import Regenerator
+from ControlNet.annotator import util
+from tests import hostile_images
+from tests.little_model import little_model
+from utils.data_manager import ImageSet, UnreadableImage
+from utils.images import MAX_PIXELS, image_bits, is_image, read_image
+from utils.memory import prompt_cost
+from utils.paths import DatasetPaths
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # as utils.images does, whose filters pytest resets
+REPOSITORY = Path(__file__).parents[1]
+LEVELS = 3
+"""How far a JPEG at quality 95 without colour subsampling is from its picture, in levels of 255."""
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image))
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(read_image(path)).astype(int)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return hostile_images.write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    return hostile_images.write_broken(tmp_path_factory.mktemp("broken"))
+
+
+@pytest.fixture(scope="module")
+def bombs(tmp_path_factory):
+    return hostile_images.write_bombs(tmp_path_factory.mktemp("bombs"))
+
+
+def test_there_are_many_kinds(pictures, broken, bombs):
+    assert len(pictures) > 60
+    assert len(broken) > 25
+    assert len(bombs) > 10
+    assert all(is_image(path) for path in [*pictures, *broken, *bombs])
+
+
+def test_every_picture_is_read_as_it_is_shown(pictures):
+    wrong = {
+        path.name: pixels(path).shape
+        for path, shown in pictures.items()
+        if pixels(path).shape != shown.shape or abs(pixels(path) - shown).max() > LEVELS
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["plain.jpg", "progressive.jpg", "cmyk of adobe.jpg", "ycck.jpg", "turned 6.jpg"])
+def test_opencv_sees_the_same_picture(pictures, name):
+    path = next(path for path in pictures if path.name == name)
+    assert abs(cv2.imread(str(path))[..., ::-1] - pixels(path)).max() <= LEVELS
+
+
+def test_the_header_tells_the_size_and_depth_that_the_picture_is_read_with(pictures):
+    for path, shown in pictures.items():
+        width, height, bits = image_bits(path)
+        assert (height, width) == shown.shape[:2], path.name
+        assert (bits != 24) == ("grey" in path.name or "one bit" in path.name), path.name
+    assert {image_bits(path)[2] for path in pictures} == {1, 8, 16, 24}
+
+
+def test_training_sees_the_same_pixels(pictures):
+    paths = [path for path in pictures if "turned" in path.name or "alpha" in path.name]
+    data = ImageSet(paths, [0] * len(paths), to_tensor)
+    for index, path in enumerate(paths):
+        assert torch.equal(data[index][1], to_tensor(read_image(path)))
+
+
+def test_a_turned_picture_costs_its_edge_map_at_the_shown_size(pictures, tmp_path):
+    turned = next(path for path in pictures if path.name == "turned 8.jpg")
+    prompt = prompts.extract(np.asarray(read_image(turned)), "", HIGH)
+    prompts.save(prompt, tmp_path / "x.webp")
+    assert prompt.edge_map.shape == (hostile_images.HEIGHT, hostile_images.WIDTH)
+    assert prompt_cost(turned, tmp_path / "x.webp") == pytest.approx(1 / 24, rel=1e-12)
+
+
+def test_a_broken_file_is_an_oserror_with_a_reason(broken):
+    for path, reason in broken.items():
+        if reason == "too long":
+            continue  # only what is made of it is
+        with pytest.raises(OSError, match=r"\S") as error:
+            read_image(path)
+        message = str(error.value)
+        assert message.startswith(f"{path}: "), message
+        assert re.search(reason, message.removeprefix(f"{path}: ")), message
+        assert message.count(str(path)) == 1, message
+        with pytest.raises(UnreadableImage):
+            ImageSet([path], [0], to_tensor)[0]
+
+
+def test_a_file_cut_anywhere_shows_its_picture_or_is_refused(tmp_path):
+    refused = 0
+    for name, (content, shown) in hostile_images.pictures().items():
+        for share in (0, 3, 20, 45, 70, 90):
+            (tmp_path / "cut").write_bytes(content[: len(content) * share // 100])
+            try:
+                image = pixels(tmp_path / "cut")
+            except OSError:
+                refused += 1
+            else:
+                assert image.shape == shown.shape, (name, share)
+                assert abs(image - shown).max() <= LEVELS, (name, share)
+    assert refused > 200
+
+
+def test_a_picture_of_the_largest_size_is_read_and_one_more_row_is_not(tmp_path):
+    width = 9_000
+    for name, height in (("largest", MAX_PIXELS // width), ("larger", MAX_PIXELS // width + 1)):
+        Image.new("1", (width, height)).save(tmp_path / f"{name}.png")
+    assert image_bits(tmp_path / "largest.png") == (width, MAX_PIXELS // width, 1)
+    for read in (image_bits, read_image):
+        with pytest.raises(OSError, match=r"larger\.png: more than 90,000,000 pixels"):
+            read(tmp_path / "larger.png")
+
+
+READ_ALL = """
+import resource, sys
+from pathlib import Path
+from utils.images import image_bits, read_image
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # MiB, where the system counts in KiB
+read_image(Path(sys.argv[1]))
+before = peak()
+for name in sys.argv[2:]:
+    for read in (image_bits, read_image):
+        try:
+            read(Path(name))
+        except OSError as error:
+            if read is read_image:
+                print(error)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted in other units here")
+def test_bombs_take_no_memory_and_make_no_noise(bombs, pictures):
+    run = subprocess.run(
+        [sys.executable, "-W", "default", "-c", READ_ALL, str(next(iter(pictures))), *map(str, bombs)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *reasons, grown = run.stdout.splitlines()
+    assert len(reasons) == len(bombs)
+    assert all("more than 90,000,000 pixels" in reason or "too large" in reason for reason in reasons)
+    assert int(grown) < 30  # a single one decoded takes 50 at least
+    assert run.stderr == ""
+
+
+READ_AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from utils.images import read_image
+os.chdir(sys.argv[1])
+if os.geteuid() == 0:
+    try:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    except PermissionError:
+        sys.exit(77)
+read_image(Path("open.png"))
+try:
+    read_image(Path("closed.png"))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_may_not_be_read_is_refused(tmp_path):
+    for name, mode in (("open.png", 0o644), ("closed.png", 0o000)):
+        (tmp_path / name).write_bytes(hostile_images.png())
+        (tmp_path / name).chmod(mode)
+    tmp_path.chmod(0o755)
+    run = subprocess.run(
+        [sys.executable, "-c", READ_AS_NOBODY, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    if run.returncode == 77:
+        pytest.skip("root reads every file, and may not become another user here")
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "closed.png: Permission denied\n"
+
+
+def test_one_run_makes_what_can_be_made_and_lists_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(util, "MAX_PIXELS", 64 * 512)  # 1x3000 pixels make 64x512, not 64x12288, which takes a minute
+    paths = DatasetPaths(tmp_path / "data", "Hostile")
+    folder = paths.folder("train") / "a class"
+    shown = hostile_images.write_pictures(folder)
+    bad = hostile_images.write_broken(folder)
+    bad |= dict.fromkeys(hostile_images.write_bombs(folder), ".")
+    (folder / ".hidden.jpg").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("no picture")
+    images = paths.images("a class")
+    assert set(images) == set(shown) | set(bad)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = Regenerator(paths, HIGH.changed(size=64, steps=1), little_model(), batch_size=4)(images, [0])
+    finally:
+        torch.set_num_threads(threads)
+
+    reasons = {failure.image: failure.reason for failure in result.failures}
+    assert set(reasons) == set(bad)
+    assert all(reasons.values())
+    assert reasons[folder / "loop.jpg"] == "Too many levels of symbolic links"
+    assert reasons[folder / "valid.png"] == "more than 90,000,000 pixels"
+    assert "too long" in reasons[folder / ("x" * 251 + ".jpg")]
+    assert (result.edge_maps_made, result.copies_made) == (len(shown), len(shown))
+    for image, picture in shown.items():
+        edges = prompts.load(paths.edge_map(image), "").edge_map
+        assert edges.shape == picture.shape[:2], image.name
+        assert np.array_equal(edges, cv2.Canny(np.asarray(read_image(image)), 100, 200)), image.name
+        with Image.open(paths.copy(image, 0)) as copy:
+            assert (copy.height, copy.width) == picture.shape[:2], image.name
+            assert (copy.mode == "L") == (image_bits(image)[2] != 24), image.name
+    left = [file for kind in ("edge_maps", "exemplars") for file in os.listdir(paths.folder(kind) / "a class")]
+    assert not [name for name in left if name.endswith(".tmp")]
+    lossless = [image for image in shown if image.name.startswith("turned") and image.suffix == ".png"]
+    maps = {prompts.load(paths.edge_map(image), "").edge_map.tobytes() for image in lossless}
+    assert maps == {cv2.Canny(hostile_images.PICTURE, 100, 200).tobytes()}  # however they are stored
