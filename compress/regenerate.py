@@ -86,7 +86,7 @@ class Regenerator:
         folders |= {self.paths.copy(task.image, 0).parent for task in plan.tasks}
         folders |= {folder.parent for folder in folders}
         leftovers = [file for folder in folders for file in temporary_files(folder)]
-        plan.records.edge_maps.note(task.image.parent.name for task in plan.tasks if task.edge_map is None)
+        plan.records.edge_maps.note(task.image.parent.name for task in plan.tasks if not task.is_done)
         plan.records.copies.note(task.image.parent.name for task in plan.tasks if task.copy_numbers)
         readers, writers = ThreadPoolExecutor(THREADS, "reader"), ThreadPoolExecutor(THREADS, "writer")
         marks = {label: plan.records.copies.mark(label) for label in self.texts}

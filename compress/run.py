@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:  # `python compress/run.py`: Python would look into compress/ alone
@@ -24,7 +25,8 @@ from compress.plan import Plan, plan
 from compress.presets import PRESETS, Preset
 from compress.records import MadeOtherwise, Records
 from compress.regenerate import Regenerator
-from compress.summary import report, report_estimate, report_plan
+from compress.summary import report, report_estimate, report_findings, report_plan
+from compress.verify import Findings, verify
 from ControlNet.cldm.model import ModelError, load_model, weights_fingerprint
 from utils.errors import UserError
 from utils.paths import DatasetPaths, data_dir
@@ -58,6 +60,9 @@ def run(options: argparse.Namespace) -> int:
         prompt_template=options.prompt_template,
         negative_prompt=options.negative_prompt,
     )
+    if options.verify:
+        findings = verified(Records(paths, preset), images, options.seeds)
+        return DONE if findings.is_well and not empty else SOME_FAILED
     device, precision = choose_device(options.device, options.precision)
     todo = find_work(options, paths, preset, images)
     report_plan(todo, f"{options.dataset}, {preset.name} resolution")
@@ -83,14 +88,27 @@ def find_work(options: argparse.Namespace, paths: DatasetPaths, preset: Preset, 
 
     Raises UserError where files on disk were made with other settings, and the options don't say what to do with them.
     """
-    how = {"replaced": options.replace, "overwrite": options.overwrite}
+
+    def planned(model: str | None) -> Plan:
+        records = Records(paths, preset, model)
+        return plan(records, images, options.seeds, replaced=options.replace, overwrite=options.overwrite)
+
     try:
-        todo = None if any(how.values()) else plan(Records(paths, preset), images, options.seeds)
-        if todo is None or todo.copies_missing:
-            todo = plan(Records(paths, preset, fingerprint(options)), images, options.seeds, **how)
+        todo = planned(fingerprint(options) if options.replace or options.overwrite else None)
+        findings = verified(todo.records, images, options.seeds) if options.repair else Findings()
+        if findings.repairs(todo).copies_missing and not todo.records.model_known:
+            todo = planned(fingerprint(options))
     except MadeOtherwise as error:
         raise UserError(f"{error}.\n{MIXING}") from error
-    return todo
+    return findings.repairs(todo)
+
+
+def verified(records: Records, images: list[Path], copy_numbers: Sequence[int]) -> Findings:
+    """What is wrong with the edge maps and copies of these images, told and returned."""
+    with progress_bar(len(images), "image") as bar:
+        findings = verify(records, images, copy_numbers, bar.update)
+    report_findings(findings)
+    return findings
 
 
 def progress_bar(total: int, unit: str) -> tqdm:
@@ -196,6 +214,9 @@ def parser() -> argparse.ArgumentParser:
     how = there.add_mutually_exclusive_group()
     how.add_argument("--replace", action="store_true", help="make again what was made with other settings")
     how.add_argument("--overwrite", action="store_true", help="make everything again")
+    look = there.add_mutually_exclusive_group()
+    look.add_argument("--verify", action="store_true", help="read every file and list what is wrong; needs no model")
+    look.add_argument("--repair", action="store_true", help="the same, then make again what is wrong or missing")
     there.add_argument(
         "--keep-apart",
         metavar="NAME",

@@ -1,11 +1,13 @@
 """What compress/run.py tells a person: what there is to do, what was done, and figures that can be read."""
 
 import math
+from collections import Counter
 from pathlib import Path
 
 from compress.estimate import estimate
 from compress.plan import Plan, Result
 from compress.regenerate import Regenerator
+from compress.verify import Findings
 
 
 def report_plan(todo: Plan, title: str) -> None:
@@ -28,6 +30,40 @@ def report_plan(todo: Plan, title: str) -> None:
 
 def _otherwise(count: int) -> str:
     return f"; {count:,} of those to make are there, made otherwise" if count else ""
+
+
+def report_findings(findings: Findings) -> None:
+    """Print what --verify found."""
+    checked, faults = findings.checked, findings.faults
+    print(f"checked: {checked['edge map']:,} edge maps and {checked['copy']:,} copies of {checked['image']:,} images")
+    kinds = Counter((fault.what, fault.why) for fault in faults)
+    for (what, why), count in kinds.items():
+        print(f"  {_count(count, what)} {why}")
+    if findings.half_written:
+        print(f"  {_count(len(findings.half_written), 'half-written file')} (the next run takes them away)")
+    if findings.unmarked:
+        print(f"  {_count(findings.unmarked, 'copy')} without a record of how they were made (kept)")
+    if findings.is_well:
+        print("nothing is wrong")
+    else:
+        _list("wrong:", [*map(str, faults), *map(str, findings.half_written)])
+    if findings.orphans:
+        _list(f"{_count(len(findings.orphans), 'file')} of no train image (kept):", list(map(str, findings.orphans)))
+
+
+MOST_LISTED = 50
+"""Lines of a list on the screen: a folder with everything wrong need not scroll for hours."""
+
+
+def _list(title: str, lines: list[str]) -> None:
+    more = [f"... and {len(lines) - MOST_LISTED:,} more"] if len(lines) > MOST_LISTED else []
+    print(title, *lines[:MOST_LISTED], *more, sep="\n  ")
+
+
+def _count(count: int, noun: str) -> str:
+    """1 copy, 2,000 copies."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{count:,} {noun if count == 1 else plural}"
 
 
 def report_estimate(regenerator: Regenerator, todo: Plan) -> None:

@@ -1,0 +1,192 @@
+"""Looking at every edge map and copy: `compress/run.py --verify`, and what `--repair` has to make again."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from compress import prompt as prompts
+from compress.overlap import Budget, map_ahead
+from compress.plan import Plan, Task
+from compress.records import Records, State, read_mark
+from compress.regenerate import MOST_PIXELS, temporary_files
+from utils.images import image_bits, read_image
+
+MISSING, UNREADABLE, WRONG_SIZE, OTHERWISE = "missing", "unreadable", "of the wrong size", "made otherwise"
+END_OF_JPEG = b"\xff\xd9"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A file that is not as it should be.  what: "image", "edge map" or "copy"; why: one of the four above."""
+
+    path: Path
+    what: str
+    why: str
+    details: str = ""
+
+    def __str__(self):
+        return f"{self.path}: {self.why}" + (f" ({self.details})" if self.details else "")
+
+
+@dataclass
+class Findings:
+    """What `verify` found, image by image.
+
+    tasks: for each image what there is to make again; unmarked: copies that don't say how they were made, and are
+    kept; half_written: temporary files of processes that are gone; orphans: files that belong to no train image.
+    """
+
+    tasks: list[Task] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    checked: Counter = field(default_factory=Counter)
+    unmarked: int = 0
+    half_written: list[Path] = field(default_factory=list)
+    orphans: list[Path] = field(default_factory=list)
+
+    @property
+    def is_well(self) -> bool:
+        return not self.faults and not self.half_written
+
+    def repairs(self, todo: Plan) -> Plan:
+        """That plan, and what was found to make again beside it."""
+        found = {task.image: task for task in self.tasks}
+        tasks = []
+        for task in todo.tasks:
+            bad = found.get(task.image, task)
+            numbers = tuple(sorted({*task.copy_numbers, *bad.copy_numbers}))
+            tasks.append(Task(task.image, task.edge_map and bad.edge_map, numbers))
+        return replace(todo, tasks=tuple(tasks))
+
+
+def verify(
+    records: Records,
+    images: Iterable[Path],
+    copy_numbers: Sequence[int],
+    progress: Callable[[int], object] = lambda images: None,
+) -> Findings:
+    """Read the edge maps and copies of these images, whole, and compare them with their image and the settings.
+
+    An edge map is computed anew from its image and compared bit for bit; a published script's .bmp, of which the image
+    decoder is not known, by its size alone.  progress: called with the number of images just finished.
+    """
+    findings, images = Findings(), list(images)
+    check = _Check(records, copy_numbers)
+    threads = os.cpu_count() or 4
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for task, faults, unmarked in map_ahead(pool, check, images, window=4 * threads):
+            findings.tasks.append(task)
+            findings.faults += faults
+            findings.unmarked += unmarked
+            findings.checked.update({"image": 1, "edge map": 1, "copy": len(copy_numbers)})
+            progress(1)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for mode in ("edge_maps", "exemplars"):
+        findings.half_written += temporary_files(records.paths.folder(mode))
+        for label in dict.fromkeys(image.parent.name for image in images):
+            findings.half_written += temporary_files(records.paths.folder(mode) / label)
+            findings.orphans += _orphans(records, mode, label)
+        findings.orphans += _orphaned_folders(records, mode)
+    return findings
+
+
+class _Check:
+    """Called with an image -> what to make again, the faults, the number of copies without a mark."""
+
+    def __init__(self, records: Records, copy_numbers: Sequence[int]):
+        self.records = records
+        self.copy_numbers = copy_numbers
+        self.states = {label: records.copies.state(label) for label in records.copies.texts}
+        self.marks = {label: records.copies.mark(label) for label in records.copies.texts}
+        self.pixels = Budget(MOST_PIXELS)
+
+    def __call__(self, image: Path) -> tuple[Task, list[Fault], int]:
+        try:
+            width, height, _ = image_bits(image)
+            with self.pixels.hold(width * height):
+                prompt = prompts.extract(np.asarray(read_image(image)), "", self.records.preset)
+                edge_map, edge_fault = self._edge_map(image, prompt.edge_map)
+                faults, unmarked = self._copies(image, (width, height))
+        except OSError as error:
+            fault = Fault(image, "image", UNREADABLE, _reason(error, image))
+            return Task(image, self.records.paths.edge_map(image), ()), [fault], 0
+        bad = tuple(faults)
+        if edge_fault and edge_fault.why in (WRONG_SIZE, OTHERWISE):
+            bad = tuple(self.copy_numbers)  # they came from this edge map
+        faults = [*([edge_fault] if edge_fault else []), *faults.values()]
+        return Task(image, None if edge_fault else edge_map, bad), faults, unmarked
+
+    def _edge_map(self, image: Path, expected: np.ndarray) -> tuple[Path | None, Fault | None]:
+        path = self.records.paths.find_edge_map(image)
+        if path is None:
+            return None, Fault(self.records.paths.edge_map(image), "edge map", MISSING)
+        try:
+            found = prompts.load(path, "").edge_map
+        except OSError as error:
+            return path, Fault(path, "edge map", UNREADABLE, _reason(error, path))
+        if found.shape != expected.shape:
+            return path, Fault(path, "edge map", WRONG_SIZE, _sizes(found.shape[::-1], expected.shape[::-1]))
+        if path.suffix != ".bmp" and not np.array_equal(found, expected):
+            return path, Fault(path, "edge map", OTHERWISE, "its edges are not those of the image")
+        return path, None
+
+    def _copies(self, image: Path, size: tuple[int, int]) -> tuple[dict[int, Fault], int]:
+        """Number of each bad copy -> what is wrong with it; and how many good ones have no mark."""
+        label = image.parent.name
+        state, wanted, faults, unmarked = self.states[label], self.marks[label], {}, 0
+        for k in self.copy_numbers:
+            path = self.records.paths.copy(image, k)
+            try:
+                with path.open("rb") as file:
+                    file.seek(-len(END_OF_JPEG), os.SEEK_END)
+                    if file.read() != END_OF_JPEG:  # decoders take a tail of zeros for a picture
+                        raise OSError("the file is truncated")
+                found = read_image(path).size
+            except FileNotFoundError:
+                faults[k] = Fault(path, "copy", MISSING)
+                continue
+            except OSError as error:
+                faults[k] = Fault(path, "copy", UNREADABLE, _reason(error, path))
+                continue
+            mark = read_mark(path)
+            nobody_knows = state is State.NEW and wanted is None
+            if found != size:
+                faults[k] = Fault(path, "copy", WRONG_SIZE, _sizes(found, size))
+            elif nobody_knows or (mark is None and state is not State.MIXED):
+                unmarked += 1
+            elif mark != wanted:
+                faults[k] = Fault(path, "copy", OTHERWISE, ", ".join(self.records.copies.differences(label)))
+        return faults, unmarked
+
+
+def _orphans(records: Records, mode: str, label: str) -> list[Path]:
+    """Files of a class that belong to none of its train images."""
+    folder = records.paths.folder(mode) / label
+    if not folder.is_dir():
+        return []
+    stems = {records.paths.edge_map(image).stem for image in records.paths.images(label)}
+    form = r"(.+)_seed\d{2,}\.jpg" if mode == "exemplars" else r"(.+)\.(?:webp|png|bmp)"
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    return [folder / name for name in names if not (match := re.fullmatch(form, name)) or match[1] not in stems]
+
+
+def _orphaned_folders(records: Records, mode: str) -> list[Path]:
+    folder = records.paths.folder(mode)
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    unknown = (folder / name for name in names if not name.startswith(".") and name not in records.copies.texts)
+    return [path for path in unknown if path.is_dir()]
+
+
+def _sizes(found: tuple[int, int], expected: tuple[int, int]) -> str:
+    return f"{found[0]} x {found[1]} instead of {expected[0]} x {expected[1]} pixels"
+
+
+def _reason(error: OSError, path: Path) -> str:
+    return (error.strerror or str(error)).removeprefix(f"{path}: ") or type(error).__name__

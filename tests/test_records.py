@@ -1,0 +1,532 @@
+"""Nothing lost, nothing mixed: what compress/run.py remembers of its files, refuses, replaces, verifies and repairs."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from compress import records, run
+from compress.presets import HIGH, LOW
+from compress.records import MadeOtherwise, Records, State, read_mark
+from compress.regenerate import Regenerator
+from tests.folders import make_dataset, save_noise, save_picture
+from tests.little_model import little_model, save_checkpoint
+from utils.paths import DatasetPaths
+
+LABELS = ("apple pie", "sushi")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.pth")
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint(tmp_path_factory):
+    model = little_model()
+    next(model.parameters()).data.add_(1)
+    return save_checkpoint(model, tmp_path_factory.mktemp("models") / "other.pth")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return make_dataset(tmp_path, LABELS, train=2, size=(48, 40), ending=".jpg")
+
+
+@pytest.fixture
+def compress(paths, checkpoint, capsys):
+    """Run the command with what the tests have in common: -> (exit code, stdout, stderr)."""
+
+    def call(*options, data=paths, resolution="high", size="64", steps="1"):
+        where = ["--data-dir", str(data.data_dir), "--dataset", data.dataset, "--model", str(checkpoint)]
+        small = ["--size", size, "--steps", steps, "--batch-size", "4", "--device", "cpu", "--seeds", "2"]
+        try:
+            code = run.main([*where, "--resolution", resolution, *small, *options])
+        except SystemExit as leave:
+            code = leave.code
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
+
+
+@pytest.fixture
+def no_model_from_now(monkeypatch):
+    """Call it, and from then on loading a model or reading its weights fails the test."""
+
+    def forbid():
+        monkeypatch.setattr(run, "load_model", None)
+        monkeypatch.setattr(run, "weights_fingerprint", None)
+
+    return forbid
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def copies(paths: DatasetPaths, label: str = "*") -> dict[str, bytes]:
+    files = paths.folder("exemplars").glob(f"{label}/*.jpg")
+    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
+
+
+def marks(paths: DatasetPaths, label: str = "*") -> list[str | None]:
+    return [read_mark(file) for file in paths.folder("exemplars").glob(f"{label}/*.jpg")]
+
+
+def without_marks(paths: DatasetPaths) -> None:
+    """Leave the files as earlier versions and the published scripts did: without records and marks."""
+    for file in paths.folder("exemplars").glob("*/*.jpg"):
+        with Image.open(file) as image:
+            image.load()
+        del image.info["comment"]
+        image.save(file, quality="keep")
+    for mode in ("exemplars", "edge_maps"):
+        for file in paths.folder(mode).glob("settings*.json"):
+            file.unlink()
+
+
+def test_a_copy_and_its_folder_say_what_made_it(paths, compress):
+    (paths.root / "class_names.json").write_text('{"sushi": "a plate of sushi"}')
+    compress()
+    (mark,) = set(marks(paths, "sushi"))
+    assert re.fullmatch(r"ESCORT [0-9a-f]{12}", mark)
+    assert len(set(marks(paths))) == 2  # the class's text is part of it
+    record = json.loads((paths.folder("exemplars") / "settings.json").read_text())
+    assert record["class_texts"] == {"apple pie": "apple pie", "sushi": "a plate of sushi"}
+    settings = record["settings"]
+    assert settings["sampling"]["steps"] == 1
+    assert (settings["shorter_side"], settings["prompt_template"]) == (64, HIGH.prompt_template)
+    assert re.fullmatch(r"[0-9a-f]{16}", settings["model"])
+    record = json.loads((paths.folder("edge_maps") / "settings.json").read_text())
+    assert record["settings"] == {"edges_of_generated_size": False, "low_threshold": 100, "high_threshold": 200}
+    assert record["classes"] == list(LABELS)
+
+
+def test_the_same_settings_go_on_without_opening_a_copy(paths, compress, monkeypatch, no_model_from_now):
+    compress()
+    no_model_from_now()
+    before = tree(paths.root)
+    monkeypatch.setattr(records.Image, "open", lambda *_: pytest.fail("a copy was opened"))
+    state = Records(paths, HIGH.changed(size=64, steps=1)).copies.state("sushi")
+    assert state is State.SAME
+    assert compress("--dry-run")[0] == 0
+    assert tree(paths.root) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"steps": "2"}, ["copies there", "steps 1 -> 2"]),
+        ({"size": "128"}, ["shorter side 64 -> 128"]),
+        ({"options": ["--guidance", "7.5"]}, ["guidance 9.0 -> 7.5"]),
+        ({"options": ["--negative-prompt", "no"]}, ["negative prompt 'longbody", "-> 'no'"]),
+        ({"options": ["--prompt-template", "a {label}"]}, ["prompt template", "-> 'a {label}'"]),
+        ({"resolution": "low"}, ["edge maps and copies", "edges of generated size False -> True"]),
+    ],
+)
+def test_other_settings_stop_the_run_and_say_why(paths, compress, no_model_from_now, changed, words):
+    compress()
+    no_model_from_now()
+    before = tree(paths.root)
+    options = changed.pop("options", [])
+    for more in ([], ["--dry-run"], ["--repair"], ["--classes", "sushi"]):
+        code, out, err = compress(*options, *more, **changed)
+        assert code == 2
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 2
+        assert all(word in err for word in [*words, "--replace", "--keep-apart"])
+    assert tree(paths.root) == before
+
+
+def test_another_model_is_another_setting(paths, compress, other_checkpoint):
+    compress()
+    before = tree(paths.root)
+    other = ["--model", str(other_checkpoint)]
+    assert compress(*other)[0] == 0  # nothing is missing: it is not even looked at
+    code, _, err = compress(*other, "--seeds", "3")
+    assert code == 2
+    assert re.search(r"model '[0-9a-f]{16}' -> '[0-9a-f]{16}'", err)
+    assert tree(paths.root) == before
+    assert compress(*other, "--replace")[0] == 0
+    assert all(before[f"exemplars/{name}"] != content for name, content in copies(paths).items())
+
+
+def test_replacing_makes_again_what_was_made_otherwise_alone(tmp_path, paths, compress):
+    compress(steps="2")
+    compress("--classes", "sushi", "--replace")
+    kept = copies(paths, "apple pie")
+    newer = {name: os.stat(paths.folder("exemplars") / name).st_mtime_ns for name in copies(paths, "sushi")}
+    code, _, err = compress()
+    assert code == 2
+    assert "in 1 of 2 classes" in err
+    code, out, _ = compress("--replace", "--dry-run")
+    assert "copies: 4 to make, 4 there already; 4 of those to make are there, made otherwise" in out
+    assert copies(paths, "apple pie") == kept
+    code, out, _ = compress("--replace")
+    assert code == 0
+    assert "edge maps: 0 made, 4 skipped" in out
+    assert "copies: 4 made, 4 skipped" in out
+    assert newer == {name: os.stat(paths.folder("exemplars") / name).st_mtime_ns for name in newer}
+    fresh = make_dataset(tmp_path / "fresh", LABELS, train=2, size=(48, 40), ending=".jpg")
+    compress(data=fresh)
+    assert copies(fresh) == copies(paths)
+    assert compress()[0] == 0
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(moment: int, monkeypatch) -> None:
+    moved = []
+
+    def replace_until_killed(source, target, move=os.replace):
+        if len(moved) >= moment:
+            raise Killed
+        moved.append(target)
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_until_killed)
+
+
+@pytest.mark.parametrize("moment", [0, 1, 5, 8])
+def test_a_replacement_that_was_killed_goes_on(tmp_path, paths, compress, monkeypatch, moment):
+    """To the low resolution: edge maps are replaced, too."""
+    compress()
+    with monkeypatch.context() as patch:
+        kill_at(moment, patch)
+        with pytest.raises(Killed):
+            compress("--replace", resolution="low")
+    assert compress()[0] == 2  # the old settings are not what was decided
+    assert compress("--dry-run", resolution="low")[0] == 0  # decided before: no --replace is needed
+    code, out, _ = compress(resolution="low")
+    assert code == 0
+    assert re.search(r"copies: [1-8] made", out)
+    fresh = make_dataset(tmp_path / "fresh", LABELS, train=2, size=(48, 40), ending=".jpg")
+    compress(data=fresh, resolution="low")
+    assert copies(fresh) == copies(paths)
+    assert (
+        tree(fresh.folder("edge_maps")).items() <= {**tree(paths.folder("edge_maps")), **only_settings(fresh)}.items()
+    )
+    code, out, _ = compress(resolution="low")
+    assert "copies: 0 made, 8 skipped" in out
+
+
+def only_settings(paths):
+    return {name: content for name, content in tree(paths.folder("edge_maps")).items() if name.endswith(".json")}
+
+
+def test_an_overwriting_run_that_was_killed_goes_on(paths, compress, monkeypatch):
+    compress()
+    with monkeypatch.context() as patch:
+        kill_at(6, patch)
+        with pytest.raises(Killed):
+            compress("--overwrite", steps="2")
+    code, out, _ = compress(steps="2")
+    assert code == 0
+    assert "copies: 6 made, 2 skipped" in out
+    assert len(set(marks(paths))) == 2  # one for each class
+
+
+def test_keeping_apart(paths, compress):
+    compress()
+    before = tree(paths.root)
+    assert compress("--keep-apart", "two-steps", steps="2")[0] == 0
+    after = tree(paths.root)
+    assert {name: after[name] for name in before} == before
+    apart = DatasetPaths(paths.data_dir, paths.dataset, "two-steps")
+    assert len(copies(apart)) == 8
+    assert apart.copies_folder("sushi") == paths.root / "exemplars-two-steps" / "sushi"
+    assert apart.find_edge_map(paths.images("sushi")[0]).is_relative_to(paths.root / "edge_maps-two-steps")
+    assert copies(apart) != copies(paths)
+    assert compress("--keep-apart", "two-steps")[0] == 2  # the same rules hold there
+    code, _, err = compress("--keep-apart", "../elsewhere")
+    assert code == 2
+    assert "../elsewhere" in err
+
+
+def test_a_changed_text_counts_for_its_class_alone(paths, compress):
+    compress()
+    before = copies(paths)
+    (paths.root / "class_names.json").write_text('{"sushi": "a plate of sushi"}')
+    assert compress("--classes", "apple pie")[0] == 0
+    code, _, err = compress()
+    assert code == 2
+    assert "text of class 'sushi': 'sushi' -> 'a plate of sushi'" in err
+    assert "1 of 2 classes" in err
+    assert copies(paths) == before
+    code, out, _ = compress("--replace")
+    assert "copies: 4 made, 4 skipped" in out
+    after = copies(paths)
+    assert {name for name in after if after[name] != before[name]} == set(copies(paths, "sushi"))
+    assert compress()[0] == 0
+
+
+def test_a_new_class_and_deleted_copies_are_no_change_of_settings(paths, compress):
+    compress()
+    save_noise(paths.folder("train") / "tarte" / "a.jpg", 9, (48, 40))
+    assert compress()[0] == 0
+    shutil.rmtree(paths.copies_folder("sushi"))
+    code, out, _ = compress("--classes", "sushi", steps="2")  # nothing is left that it could be mixed with
+    assert (code, "copies: 4 made" in out) == (0, True)
+    assert compress("--classes", "sushi")[0] == 2
+
+
+def test_copies_without_a_record_are_adopted(paths, compress):
+    compress()
+    without_marks(paths)
+    before = tree(paths.root)
+    code, out, _ = compress("--verify", steps="7")
+    assert (code, "8 copies without a record of how they were made (kept)" in out) == (0, True)
+    code, out, _ = compress(steps="7")
+    assert code == 0
+    assert "4 edge maps and 8 copies without a record of how they were made are kept" in out
+    assert tree(paths.root) == before
+    code, out, _ = compress("--seeds", "3", steps="7")
+    assert "copies: 4 made, 8 skipped" in out
+    assert before.items() <= tree(paths.root).items()
+    assert sorted(marks(paths), key=str).count(None) == 8
+    code, out, _ = compress("--seeds", "3", steps="7")  # adopted
+    assert (code, "without a record" in out, "0 made, 12 skipped" in out) == (0, False, True)
+    code, out, _ = compress("--replace", "--seeds", "3", steps="7")
+    assert "copies: 8 made, 4 skipped" in out
+    assert None not in marks(paths)
+
+
+def test_marks_without_a_record_still_tell(paths, compress):
+    compress()
+    (paths.folder("exemplars") / "settings.json").unlink()
+    code, _, err = compress("--seeds", "3", steps="2")
+    assert code == 2
+    assert "no record is left" in err
+    assert compress("--seeds", "3")[0] == 0
+
+
+def test_a_broken_record_is_said(paths, compress):
+    compress()
+    (paths.folder("exemplars") / "settings.json").write_text("{")
+    code, _, err = compress()
+    assert code == 2
+    assert str(paths.folder("exemplars") / "settings.json") in err
+
+
+SMALL = HIGH.changed(size=64, steps=1)
+
+
+def images_of(paths):
+    return [image for label in paths.classes() for image in paths.images(label)]
+
+
+def test_shards_that_start_together_share_one_record(tmp_path, paths, checkpoint):
+    """Both plan before either writes."""
+    model = little_model()
+    regenerator = Regenerator(paths, SMALL, model, batch_size=2)
+    plans = [regenerator.plan(images_of(paths)[i::2], [0]) for i in (0, 1)]
+    for plan in plans:
+        regenerator.run(plan)
+    assert [file.name for file in paths.folder("exemplars").glob("*.json")] == ["settings.json"]
+    assert [file.name for file in paths.folder("edge_maps").glob("*.json")] == ["settings.json"]
+    whole = make_dataset(tmp_path / "whole", LABELS, train=2, size=(48, 40), ending=".jpg")
+    Regenerator(whole, SMALL, model, batch_size=2)(images_of(whole), [0])
+    assert tree(whole.root) == tree(paths.root)
+
+
+def test_shards_that_start_together_with_other_settings_do_not_mix(paths):
+    model = little_model()
+    one, other = (Regenerator(paths, SMALL.changed(steps=steps), model, batch_size=2) for steps in (1, 2))
+    mine, theirs = one.plan(images_of(paths)[::2], [0]), other.plan(images_of(paths)[1::2], [0])
+    one.run(mine)
+    before = tree(paths.root)
+    with pytest.raises(MadeOtherwise, match="another process"):
+        other.run(theirs)
+    assert tree(paths.root) == before
+
+
+def test_a_file_system_without_links(paths, monkeypatch):
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    record = Records(paths, SMALL, "0" * 16)
+    record.copies.note(["sushi"])
+    assert Records(paths, SMALL, "0" * 16).copies.state("sushi") is State.SAME
+    assert [file.name for file in paths.folder("exemplars").iterdir()] == ["settings.json"]
+
+
+def test_the_shares_of_a_plan_are_the_whole(paths):
+    regenerator = Regenerator(paths, SMALL, little_model(), batch_size=2)
+    regenerator(paths.images("sushi"), [0])
+    todo = regenerator.plan(images_of(paths), [0, 1])
+    shares = [todo.share(rank, 3) for rank in range(3)]
+    assert sorted(task.image for share in shares for task in share.tasks) == images_of(paths)
+    assert [sum(not task.is_done for task in share.tasks) for share in shares] == [2, 1, 1]
+    results = [regenerator.run(share) for share in shares]
+    for other in results[1:]:
+        results[0].add(other)
+    assert (results[0].copies_made, results[0].copies_skipped, results[0].edge_maps_made) == (6, 2, 2)
+    assert results[0].image_bytes == sum(image.stat().st_size for image in images_of(paths))
+
+
+def test_what_makes_no_difference_is_no_setting(paths):
+    """Guess mode's sampling, for a class that has a text; and an edge map of the image's own size knows no size."""
+    texts = Records(paths, HIGH, "m")
+    texts.copies.note(LABELS)
+    texts.edge_maps.note(LABELS)
+    unguessed = Records(paths, replace(HIGH, guess=None), "m")
+    assert unguessed.copies.state("sushi") is State.SAME
+    (paths.root / "class_names.json").write_text('{"sushi": ""}')
+    assert Records(paths, replace(HIGH, guess=None), "m").copies.state("sushi") is State.OTHER
+    assert Records(paths, HIGH.changed(size=256), "m").edge_maps.state("sushi") is State.SAME
+    assert Records(paths, LOW, "m").edge_maps.state("sushi") is State.OTHER
+
+
+def break_things(paths) -> dict[str, str]:
+    """Every kind of damage: path -> what --verify should say of it."""
+    first, second = paths.images("sushi")
+    other = paths.images("apple pie")[0]
+    broken = {}
+
+    def damage(path, words, content=None):
+        path.unlink() if content is None else path.write_bytes(content)
+        broken[str(path)] = words
+
+    whole = paths.copy(first, 0).read_bytes()
+    damage(paths.copy(first, 0), "unreadable (the file is truncated)", whole[: len(whole) // 2])
+    damage(paths.copy(first, 1), "unreadable", whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    damage(paths.copy(second, 0), "missing")
+    damage(paths.copy(second, 1), "of the wrong size (20 x 10 instead of 48 x 40 pixels)")
+    save_picture(paths.copy(second, 1), size=(20, 10))
+    damage(paths.copy(other, 0), "made otherwise")
+    with Image.open(paths.copy(other, 1)) as image:
+        image.save(paths.copy(other, 0), comment=b"ESCORT 000000000000")
+    damage(paths.find_edge_map(first), "unreadable", b"RIFF")
+    damage(paths.find_edge_map(second), "missing")
+    return broken
+
+
+def test_verify_and_repair_each_kind_of_damage(paths, compress):
+    compress()
+    whole = tree(paths.root)
+    code, out, err = compress("--verify")
+    assert (code, "nothing is wrong" in out) == (0, True)
+    assert "checked: 4 edge maps and 8 copies of 4 images" in out
+    assert "4/4" in err
+    broken = break_things(paths)
+    leftover = paths.copies_folder("sushi") / f".{2**22 + 1}-x.tmp"
+    leftover.touch()
+    damaged = tree(paths.root)
+    code, out, _ = compress("--verify")
+    assert code == 1
+    assert tree(paths.root) == damaged
+    for path, words in broken.items():
+        assert re.search(rf"^  {re.escape(path)}: {re.escape(words)}", out, re.MULTILINE), path
+    assert str(leftover) in out
+    assert len(out[out.index("wrong:") :].splitlines()) == 1 + len(broken) + 1
+    assert compress("--repair", "--dry-run")[0] == 0
+    assert tree(paths.root) == damaged
+    code, out, _ = compress("--repair")
+    assert code == 0
+    assert "edge maps: 2 made, 2 skipped, 0 failed" in out
+    assert "copies: 5 made, 3 skipped, 0 failed" in out
+    assert tree(paths.root) == whole
+    assert compress("--verify")[0] == 0
+
+
+def test_an_edge_map_of_another_image_is_found_and_its_copies_made_again(paths, compress):
+    compress()
+    whole = tree(paths.root)
+    first, second = paths.images("sushi")
+    shutil.copy(paths.find_edge_map(first), paths.find_edge_map(second))
+    paths.copy(second, 0).unlink()
+    assert compress()[0] == 0  # makes the copy from the wrong edge map
+    assert tree(paths.root) != whole
+    code, out, _ = compress("--verify")
+    assert code == 1
+    assert f"{paths.find_edge_map(second)}: made otherwise (its edges are not those of the image)" in out
+    code, out, _ = compress("--repair")
+    assert "copies: 2 made, 6 skipped" in out
+    assert tree(paths.root) == whole
+
+
+def test_an_edge_map_of_the_wrong_size(paths, compress):
+    compress(resolution="low")
+    image = paths.images("sushi")[0]
+    save_picture(paths.find_edge_map(image), size=(48, 40), mode="L")
+    code, out, _ = compress("--verify", resolution="low")
+    assert code == 1
+    assert "1 edge map of the wrong size" in out
+    assert "48 x 40 instead of 64 x 64 pixels" in out
+
+
+def test_verifying_with_other_settings_says_how_they_differ(paths, compress, no_model_from_now):
+    compress()
+    no_model_from_now()
+    code, out, _ = compress("--verify", steps="2")
+    assert code == 1
+    assert "8 copies made otherwise" in out
+    assert "steps 1 -> 2" in out
+
+
+def test_a_bmp_of_the_published_scripts_is_held_to_its_size_alone(paths, compress):
+    image = paths.images("sushi")[0]
+    bmp = paths.edge_map(image).with_suffix(".bmp")
+    save_picture(bmp, size=(48, 40), mode="L")
+    compress()
+    assert compress("--verify")[0] == 0
+    save_picture(bmp, size=(40, 40), mode="L")
+    assert compress("--verify")[0] == 1
+    assert "edge maps: 1 made, 3 skipped" in compress("--repair")[1]
+    assert compress("--verify")[0] == 0
+
+
+def test_orphans_are_reported_and_never_deleted(paths, compress):
+    compress()
+    orphans = [
+        paths.copies_folder("sushi") / "gone_seed00.jpg",
+        paths.copies_folder("sushi") / "notes.txt",
+        paths.edge_map(paths.images("sushi")[0]).parent / "gone.png",
+    ]
+    for orphan in orphans:
+        orphan.write_text("x")
+    shutil.rmtree(paths.folder("train") / "apple pie")
+    for option in ("--verify", "--repair"):
+        code, out, _ = compress(option)
+        assert code == 0
+        assert all(f"\n  {orphan}\n" in out for orphan in orphans)
+        assert str(paths.folder("exemplars") / "apple pie") in out
+    assert all(orphan.exists() for orphan in orphans)
+
+
+def test_a_bad_image_is_told_and_cannot_be_repaired(paths, compress):
+    compress()
+    image = paths.images("sushi")[0]
+    image.write_bytes(image.read_bytes()[:600])
+    for option in ("--verify", "--repair"):
+        code, out, _ = compress(option)
+        assert code == 1
+        assert f"{image}: unreadable" in out
+    assert len(copies(paths)) == 8
+
+
+def test_a_dry_run_writes_nothing_at_all(paths, compress):
+    before = tree(paths.root)
+    for options in ([], ["--replace"], ["--overwrite"], ["--keep-apart", "x"], ["--repair"]):
+        assert compress(*options, "--dry-run")[0] == 0
+        assert tree(paths.root) == before
+        assert not (paths.root / "exemplars").exists()
