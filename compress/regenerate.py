@@ -219,7 +219,7 @@ def _write(path: Path, write: Callable[[], object]) -> None:
 
 
 def _reason(error: OSError, path: Path) -> str:
-    return str(error).removeprefix(f"{path}: ") or type(error).__name__
+    return (error.strerror or str(error)).removeprefix(f"{path}: ") or type(error).__name__
 
 
 def temporary_files(folder: Path) -> list[Path]:

@@ -29,6 +29,7 @@ from compress.summary import report, report_estimate, report_findings, report_pl
 from compress.verify import Findings, verify
 from ControlNet.cldm.model import ModelError, load_model, weights_fingerprint
 from utils.errors import UserError
+from utils.log import tolerate_odd_names
 from utils.paths import DatasetPaths, data_dir
 
 DONE, SOME_FAILED, WRONG_COMMAND, INTERRUPTED = 0, 1, 2, 130
@@ -39,6 +40,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def main(arguments: list[str] | None = None) -> int:
     """The command line.  Returns its exit code; leaves through SystemExit where argparse does."""
     options = parser().parse_args(arguments)
+    tolerate_odd_names()
     try:
         return run(options)
     except UserError as error:

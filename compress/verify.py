@@ -172,7 +172,7 @@ def _orphans(records: Records, mode: str, label: str) -> list[Path]:
     if not folder.is_dir():
         return []
     stems = {records.paths.edge_map(image).stem for image in records.paths.images(label)}
-    form = r"(.+)_seed\d{2,}\.jpg" if mode == "exemplars" else r"(.+)\.(?:webp|png|bmp)"
+    form = r"(?s)(.+)_seed\d{2,}\.jpg" if mode == "exemplars" else r"(?s)(.+)\.(?:webp|png|bmp)"
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     return [folder / name for name in names if not (match := re.fullmatch(form, name)) or match[1] not in stems]
 

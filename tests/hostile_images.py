@@ -239,6 +239,7 @@ def write_broken(folder: Path) -> dict[Path, str]:
     contents = {
         "empty.jpg": (b"", "empty"),
         "zeros.jpg": (bytes(10_000), "not a picture"),
+        os.fsdecode(b"broken \xff.jpg"): (b"", "empty"),
         "text.jpg": (b"these are not the pixels you are looking for", "not a picture"),
         "page.png": (b"<!DOCTYPE html><html><body>404</body></html>", "not a picture"),
         "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "not a pict"),

@@ -14,7 +14,9 @@ from PIL import Image
 
 from compress import prompt as prompts
 from compress.presets import HIGH
+from compress.records import Records
 from compress.regenerate import Regenerator
+from compress.verify import verify
 from ControlNet.annotator import util
 from tests import hostile_images
 from tests.little_model import little_model
@@ -242,3 +244,32 @@ def test_one_run_makes_what_can_be_made_and_lists_the_rest(tmp_path, monkeypatch
     lossless = [image for image in shown if image.name.startswith("turned") and image.suffix == ".png"]
     maps = {prompts.load(paths.edge_map(image), "").edge_map.tobytes() for image in lossless}
     assert maps == {cv2.Canny(hostile_images.PICTURE, 100, 200).tobytes()}  # however they are stored
+
+
+def test_the_command_prints_names_that_are_no_text(tmp_path):
+    folder = tmp_path / "Toy" / "train" / "a"
+    folder.mkdir(parents=True)
+    for name in (b"\xff.jpg", b"two\nlines.jpg", b"100 % \xe2\x82\xac.jpg"):
+        (folder / os.fsdecode(name)).write_bytes(b"")
+    command = ["compress/run.py", "--data-dir", tmp_path, "--dataset", "Toy", "--resolution", "high"]
+    run = subprocess.run(
+        [sys.executable, *map(str, command), "--seeds", "1", "--model", "tiny"],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1, run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.stdout.count("the file is empty") == 3
+    assert r"\udcff.jpg: the file is empty" in run.stdout
+
+
+def test_a_name_in_two_lines_belongs_to_its_image(tmp_path):
+    paths = DatasetPaths(tmp_path, "Toy")
+    image = paths.folder("train") / "a" / "two\nlines.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(hostile_images.png())
+    Regenerator(paths, HIGH.changed(size=64, steps=1), None)([image], [])
+    findings = verify(Records(paths, HIGH.changed(size=64, steps=1)), [image], [])
+    assert not findings.orphans

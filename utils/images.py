@@ -116,7 +116,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if _is_sixteen_bit_grey(image):  # Pillow would clip it at 255 and leave a white picture
         return image.convert("I").point(lambda level: level * (1 / 256)).convert("L").convert("RGB")
     if image.mode in ("I", "F"):
-        raise OSError("32 bits a pixel, whose range nobody knows: save it with 8 or 16")
+        raise OSError("levels of 32 bits, whose range is not known: save it with 8 or 16")
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

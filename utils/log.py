@@ -28,7 +28,7 @@ def start(file: Path | None, *, quiet: bool = False) -> None:
         handlers.append(screen)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            to_file = logging.FileHandler(file, encoding="utf-8")
+            to_file = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
             to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             handlers.append(to_file)
     for name in PACKAGES:
@@ -39,6 +39,13 @@ def start(file: Path | None, *, quiet: bool = False) -> None:
             handler.close()
         for handler in handlers or [logging.NullHandler()]:
             logger.addHandler(handler)
+
+
+def tolerate_odd_names() -> None:
+    """Let a name that the terminal's encoding does not know be printed escaped, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def progress(total: int, description: str, *, quiet: bool = False) -> tqdm:
