@@ -4,16 +4,21 @@ import re
 from dataclasses import dataclass, replace
 
 from ControlNet.annotator.util import generated_size
+from ControlNet.cldm.ddim import DDIMSampler
+from ControlNet.cldm.dpm_solver import DPMSolverSampler
 from utils.errors import UserError
+
+SAMPLERS = {"ddim": DDIMSampler, "dpm++2m": DPMSolverSampler}
+"""What `Sampling.sampler` may be."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How DDIM samples.
+    """How latents are sampled.
 
-    steps: number of DDIM steps, 1 to 1,000; guidance: scale of classifier-free guidance; eta: 0 is deterministic;
+    steps: number of steps, 1 to 1,000; guidance: scale of classifier-free guidance; eta: DDIM's, 0 is deterministic;
     strength: factor of all control tensors; control_decay: factor from each control tensor to the next finer one;
-    unconditional_control: whether the edge map also steers the branch of the negative prompt.
+    unconditional_control: whether the edge map also steers the branch of the negative prompt; sampler: in SAMPLERS.
     """
 
     steps: int
@@ -22,6 +27,7 @@ class Sampling:
     strength: float = 1.0
     control_decay: float = 1.0
     unconditional_control: bool = True
+    sampler: str = "ddim"
 
     def control_scales(self, tensors: int = 13) -> list[float]:
         """A factor for each control tensor, from the finest to the middle block's (13 of them at full size)."""
@@ -73,22 +79,25 @@ class Preset:
         size: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
+        sampler: str | None = None,
         prompt_template: str | None = None,
         negative_prompt: str | None = None,
     ) -> "Preset":
-        """This preset with what is not None put in; steps and guidance hold for guess mode too.
+        """This preset with what is not None put in; steps, guidance and sampler hold for guess mode too.
 
         size: the shorter side of every generated picture, whatever the image's.  Raises UserError for what can't be.
         """
         if size is not None and size < 64:
             raise UserError(f"a generated picture's shorter side is at least 64 pixels; --size {size} is too small.")
         if steps is not None and not 1 <= steps <= 1000:
-            raise UserError(f"the number of DDIM steps lies between 1 and 1000; --steps {steps} does not.")
+            raise UserError(f"the number of steps lies between 1 and 1000; --steps {steps} does not.")
+        if sampler is not None and sampler not in SAMPLERS:
+            raise UserError(f"--sampler is one of {', '.join(SAMPLERS)}, not {sampler!r}.")
         strange = set(re.findall(r"\{\w*\}", prompt_template or "")) - {"{label}"}
         if strange:
             names = ", ".join(sorted(strange))
             raise UserError(f"--prompt-template knows {{label}}, and not {names}: {prompt_template!r}")
-        sampling_changes = _given(steps=steps, guidance=guidance)
+        sampling_changes = _given(steps=steps, guidance=guidance, sampler=sampler)
         return replace(
             self,
             sampling=replace(self.sampling, **sampling_changes),

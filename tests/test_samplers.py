@@ -1,0 +1,129 @@
+"""DPM-Solver++ 2M against diffusers' scheduler, and both samplers against a solution that is known."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from ControlNet.cldm.ddim import DDIMSampler
+from ControlNet.cldm.dpm_solver import DPMSolverSampler
+from tests.little_model import little_model
+
+SHAPE = (4, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return little_model()
+
+
+def prompts(model, text="apple pie, best quality", seed=0):
+    """Two pictures' initial noise, conditioning and unconditional conditioning."""
+    generator = torch.Generator().manual_seed(seed)
+    hint = (torch.rand((2, 3, 64, 64), generator=generator) > 0.95).float()
+    cond, uncond = (
+        {"c_concat": [hint], "c_crossattn": [model.get_learned_conditioning([t] * 2)]} for t in (text, "low quality")
+    )
+    return torch.randn((2, *SHAPE), generator=generator), cond, uncond
+
+
+def sample(sampler, model, steps, guidance=9.0, **options):
+    x, cond, uncond = prompts(model)
+    options = {"x_T": x, "unconditional_conditioning": uncond, "unconditional_guidance_scale": guidance, **options}
+    return sampler(model).sample(steps, 2, SHAPE, cond, **options)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 7, 15, 20])
+def test_dpm_solver_agrees_with_diffusers(steps, model):
+    diffusers = pytest.importorskip("diffusers")
+    ours, _ = sample(DPMSolverSampler, model, steps)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        solver_type="midpoint",
+        lower_order_final=True,
+        final_sigmas_type="zero",
+        timestep_spacing="linspace",
+    )
+    scheduler.set_timesteps(steps)
+    x, cond, uncond = prompts(model)
+    for t in scheduler.timesteps:
+        on, off = (model.apply_model(x, torch.full((2,), int(t)), c) for c in (cond, uncond))
+        x = scheduler.step(off + 9.0 * (on - off), t, x).prev_sample
+    assert ((ours - x).abs().max() / x.abs().max()).item() < 1e-4
+
+
+def test_the_timesteps_are_evenly_spaced_from_the_last():
+    sampler = DPMSolverSampler(little_model())
+    assert sampler.make_schedule(20) == [round(999 * (20 - i) / 20) for i in range(20)]
+    assert len(sampler.alphas) == 21
+    assert (sampler.alphas.square() + sampler.sigmas.square()).numpy() == pytest.approx(np.ones(21))
+    assert (sampler.alphas[-1], sampler.sigmas[-1]) == (1, 0)
+    assert (sampler.lambdas.diff() > 0).all()
+
+
+class Schedule:
+    """What a sampler asks of a model, with timesteps so fine that rounding to them is not seen."""
+
+    num_timesteps = 100_001
+    alphas_cumprod = (-torch.linspace(0.001, 6.0, num_timesteps, dtype=torch.float64)).exp()
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(DDIMSampler, 1), (DPMSolverSampler, 2)])
+def test_the_order_of_convergence(sampler, order):
+    """Half the step size, a half of DDIM's error and a quarter of the second-order solver's.
+
+    Of data that are Gaussian, with mean 0 and variance v, the way is known: eps(x, t) = sigma_t x / s_t^2, where
+    s_t^2 = alpha_t^2 v + sigma_t^2 is the variance at t; and x_t / s_t never changes.
+    """
+
+    def spread(alpha_cumprod):
+        return (alpha_cumprod * 0.5 + 1 - alpha_cumprod) ** 0.5
+
+    def error(steps):
+        solver = sampler(Schedule())
+        along = Schedule.alphas_cumprod[solver.make_schedule(steps)]
+        x = torch.ones((), dtype=torch.float64)
+        half = steps // 2  # the end lies elsewhere at each number of steps
+        for i in range(half):
+            x, _ = solver.step(i, x, (1 - along[i]) ** 0.5 * x / spread(along[i]) ** 2, None)
+        return abs(float(x - spread(along[half]) / spread(along[0])))
+
+    errors = [error(steps) for steps in (50, 100, 200)]
+    for coarse, fine in itertools.pairwise(errors):
+        assert np.log2(coarse / fine) == pytest.approx(order, abs=0.3)
+
+
+def test_both_samplers_have_the_same_interface(model):
+    for sampler in (DDIMSampler, DPMSolverSampler):
+        steps = []
+        latents, way = sample(sampler, model, 5, callback=steps.append, log_every_t=2)
+        assert latents.shape == (2, *SHAPE)
+        assert latents.dtype == torch.float32
+        assert steps == [0, 1, 2, 3, 4]
+        assert len(way["x_inter"]) == len(way["pred_x0"]) == 4  # the noise, and after steps 0, 2 and 4
+        assert torch.equal(way["x_inter"][-1], latents)
+        again, _ = sample(sampler, model, 5)
+        assert torch.equal(again, latents)
+
+
+def test_a_sampler_can_be_used_again(model):
+    """What a multistep solver remembers belongs to one trajectory."""
+    sampler = DPMSolverSampler(model)
+    x, cond, _ = prompts(model)
+    first, _ = sampler.sample(3, 2, SHAPE, cond, x_T=x)
+    again, _ = sampler.sample(3, 2, SHAPE, cond, x_T=x)
+    assert torch.equal(first, again)
+
+
+def test_what_the_solver_cannot_do_is_refused(model):
+    with pytest.raises(ValueError, match="eta must be 0"):
+        sample(DPMSolverSampler, model, 5, eta=0.5)
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match="steps must be between 1 and 1000"):
+            sample(DPMSolverSampler, model, steps)
+    assert len(DPMSolverSampler(model).make_schedule(1000)) == 999  # timestep 0 is as good as the clean picture
