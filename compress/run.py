@@ -2,6 +2,7 @@
 
     python compress/run.py --data-dir D --dataset Food101 --resolution high --seeds 5
     python compress/run.py --dataset Caltech256 --resolution low --seeds 0,3,7 --batch-size 8 --precision bf16
+    torchrun --nproc-per-node 8 compress/run.py ...                # shares the work, as SLURM's srun does
 
 What is on disk already is skipped, so a run that was stopped goes on when it is started again.
 """
@@ -19,15 +20,18 @@ if __name__ == "__main__" and not __package__:  # `python compress/run.py`: Pyth
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+from lightning_fabric import Fabric
 from tqdm import tqdm
 
 from compress.plan import Plan, plan
 from compress.presets import PRESETS, Preset
 from compress.records import MadeOtherwise, Records
 from compress.regenerate import Regenerator
+from compress.share import PATIENCE, by_first, deal, gather
 from compress.summary import report, report_estimate, report_findings, report_plan
 from compress.verify import Findings, verify
 from ControlNet.cldm.model import ModelError, load_model, weights_fingerprint
+from utils.devices import launch
 from utils.errors import UserError
 from utils.log import tolerate_odd_names
 from utils.paths import DatasetPaths, data_dir
@@ -52,37 +56,63 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """What the options say.  Returns the exit code; raises UserError for what the user can mend."""
+    """What the options say.  Returns the exit code; raises UserError for what the user can mend.
+
+    Of several processes the first one looks at the disk and talks; each makes its part; the first one sums up.
+    """
+    fabric = launch(*accelerator(options.device), patience=PATIENCE)
     paths = DatasetPaths(data_dir(options.data_dir), options.dataset, options.keep_apart)
+    if options.verify:
+        return by_first(fabric, lambda: check(options, paths)) or DONE
+    whole, empty = by_first(fabric, lambda: prepare(options, paths)) or (None, [])
+    if options.dry_run and not fabric.is_global_zero:
+        return DONE
+    todo = whole if options.dry_run else deal(fabric, whole)
+    precision = choose_precision(options.precision, fabric.device)
+    model = load(options, fabric.device, precision) if todo.copies_missing else None
+    regenerator = Regenerator(paths, todo.records.preset, model, batch_size=options.batch_size)
+    if model is not None and fabric.is_global_zero:
+        at_a_time = f"{regenerator.generate.batch_size} at a time"
+        where = fabric.device if fabric.world_size == 1 else f"{fabric.world_size} processes ({fabric.device.type})"
+        print(f"model {options.model} on {where} in {precision}, {at_a_time}", flush=True)
+    if options.dry_run:
+        report_estimate(regenerator, todo)
+        return DONE
+
+    start = time.perf_counter()
+    with progress_bar(todo.copies_missing, "copy", fabric) as bar:
+        result = regenerator.run(todo, bar.update)
+    result = gather(fabric, result)
+    if not fabric.is_global_zero:
+        return DONE
+    report(result, empty, time.perf_counter() - start)
+    return SOME_FAILED if result.failures or empty else DONE
+
+
+def prepare(options: argparse.Namespace, paths: DatasetPaths) -> tuple[Plan, list[Path]]:
+    """What there is to do, told and returned, and the class folders without images."""
     images, empty = select(paths, options.classes, options.limit, options.shard)
-    preset = PRESETS[options.resolution].changed(
+    todo = find_work(options, paths, chosen_preset(options), images)
+    report_plan(todo, f"{options.dataset}, {options.resolution} resolution")
+    return todo, empty
+
+
+def check(options: argparse.Namespace, paths: DatasetPaths) -> int:
+    """`--verify`.  Returns the exit code."""
+    images, empty = select(paths, options.classes, options.limit, options.shard)
+    findings = verified(Records(paths, chosen_preset(options)), images, options.seeds)
+    return DONE if findings.is_well and not empty else SOME_FAILED
+
+
+def chosen_preset(options: argparse.Namespace) -> Preset:
+    """The settings: a preset, and what the options change of it."""
+    return PRESETS[options.resolution].changed(
         size=options.size,
         steps=options.steps,
         guidance=options.guidance,
         prompt_template=options.prompt_template,
         negative_prompt=options.negative_prompt,
     )
-    if options.verify:
-        findings = verified(Records(paths, preset), images, options.seeds)
-        return DONE if findings.is_well and not empty else SOME_FAILED
-    device, precision = choose_device(options.device, options.precision)
-    todo = find_work(options, paths, preset, images)
-    report_plan(todo, f"{options.dataset}, {preset.name} resolution")
-    model = load(options, device, precision) if todo.copies_missing else None
-    regenerator = Regenerator(paths, preset, model, batch_size=options.batch_size)
-    if model is not None:
-        print(
-            f"model {options.model} on {device} in {precision}, {regenerator.generate.batch_size} at a time", flush=True
-        )
-    if options.dry_run:
-        report_estimate(regenerator, todo)
-        return DONE
-
-    start = time.perf_counter()
-    with progress_bar(todo.copies_missing, "copy") as bar:
-        result = regenerator.run(todo, bar.update)
-    report(result, empty, time.perf_counter() - start)
-    return SOME_FAILED if result.failures or empty else DONE
 
 
 def find_work(options: argparse.Namespace, paths: DatasetPaths, preset: Preset, images: list[Path]) -> Plan:
@@ -113,10 +143,19 @@ def verified(records: Records, images: list[Path], copy_numbers: Sequence[int]) 
     return findings
 
 
-def progress_bar(total: int, unit: str) -> tqdm:
-    """With the time left; in a log file, a line every half minute."""
+def progress_bar(total: int, unit: str, fabric: Fabric | None = None) -> tqdm:
+    """With the time left; in a log file, a line every half minute; of several processes, the first one's share."""
     seldom = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(total=total, unit=unit, dynamic_ncols=True, mininterval=seldom, smoothing=0.05)
+    many = fabric is not None and fabric.world_size > 1
+    return tqdm(
+        desc=f"process 1 of {fabric.world_size}" if many else None,
+        disable=many and not fabric.is_global_zero,
+        total=total,
+        unit=unit,
+        dynamic_ncols=True,
+        mininterval=seldom,
+        smoothing=0.05,
+    )
 
 
 def select(
@@ -155,23 +194,21 @@ def chosen_labels(classes: list[str], known: list[str]) -> list[str]:
     return sorted(set(labels))
 
 
-def choose_device(device: str, precision: str) -> tuple[str, str]:
-    """(device, precision) with "auto" resolved: a GPU where there is one, bf16 on a GPU that has it.
+def accelerator(device: str) -> tuple[str, int | list[int]]:
+    """--device as Lightning Fabric's (accelerator, devices).  Raises UserError for what is none."""
+    index = re.fullmatch(r"cuda:(\d+)", device)
+    if index:
+        return "cuda", [int(index[1])]
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device is auto, cpu, cuda or cuda:N, not {device!r}.")
+    return device, 1
 
-    Raises UserError for a device that is not there.
-    """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "auto":
-        device = "cuda" if gpus else "cpu"
-    if device != "cpu":
-        index = re.fullmatch(r"cuda(?::(\d+))?", device)
-        if not index:
-            raise UserError(f"--device is auto, cpu, cuda or cuda:N, not {device!r}.")
-        if int(index[1] or 0) >= gpus:
-            raise UserError(f"no device {device} here: torch sees {gpus} GPUs. Try --device auto.")
-    if precision == "auto":
-        precision = "fp32" if device == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return device, precision
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """With "auto" resolved: bf16 on a GPU that has it, fp16 on another, fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    return "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
 def fingerprint(options: argparse.Namespace) -> str:
@@ -182,7 +219,7 @@ def fingerprint(options: argparse.Namespace) -> str:
         raise UserError(str(error)) from error
 
 
-def load(options: argparse.Namespace, device: str, precision: str):
+def load(options: argparse.Namespace, device: torch.device, precision: str):
     """The model.  Raises UserError where it can't be loaded."""
     try:
         return load_model(options.model, device, PRECISIONS[precision], options.base)

@@ -16,21 +16,21 @@ PATIENCE = timedelta(days=30)
 T = TypeVar("T")
 
 
-def by_first(fabric: Fabric, function: Callable[[], T]) -> T:
-    """What process 0's call returns, in every process.
+def by_first(fabric: Fabric, function: Callable[[], T]) -> T | None:
+    """What process 0's call returns; None in the others, which wait for it.
 
     What it raises for the user ends them all, and is told by process 0 alone.
     """
-    outcome = None
+    value = error = None
     if fabric.is_global_zero:
         try:
-            outcome = function()
-        except UserError as error:
-            outcome = error
-    outcome = fabric.broadcast(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome if fabric.is_global_zero else SystemExit(2)
-    return outcome
+            value = function()
+        except UserError as raised:
+            error = raised
+    failed = fabric.broadcast(error is not None)
+    if failed:
+        raise error or SystemExit(2)
+    return value
 
 
 def deal(fabric: Fabric, plan: Plan | None) -> Plan:

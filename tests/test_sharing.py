@@ -1,0 +1,169 @@
+"""compress/run.py in several processes, and killed: by torchrun, by SLURM's variables, by hand, by SIGKILL."""
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.folders import make_dataset
+from tests.little_model import little_model, save_checkpoint
+from utils.paths import DatasetPaths
+
+REPOSITORY = Path(__file__).parent.parent
+LABELS = ("apple pie", "crème", "sushi")
+COPIES = 12
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.pth")
+
+
+def toy(folder: Path) -> DatasetPaths:
+    return make_dataset(folder, LABELS, train=3, size=(48, 40), ending=".JPG")
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return toy(tmp_path / "shared")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, checkpoint):
+    """What one process makes that nobody disturbs."""
+    paths = toy(tmp_path_factory.mktemp("undisturbed"))
+    finished = finish(start(paths, checkpoint))
+    assert "copies: 108 made, 0 skipped, 0 failed" in finished
+    return made(paths)
+
+
+def start(paths, checkpoint, *launcher, copies=COPIES, **variables) -> subprocess.Popen:
+    """The command as a user types it, in processes of its own."""
+    options = [
+        "--data-dir", str(paths.data_dir), "--dataset", paths.dataset, "--seeds", str(copies), "--resolution", "high",
+        "--model", str(checkpoint), "--size", "64", "--steps", "1", "--batch-size", "4", "--device", "cpu",
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *launcher, "compress/run.py", *options],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What the process prints until it ends well."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def made(paths: DatasetPaths) -> dict[str, bytes]:
+    """Every file that is not the user's own, hidden ones too."""
+    return {
+        str(file.relative_to(paths.root)): file.read_bytes()
+        for mode in ("edge_maps", "exemplars")
+        for file in sorted(paths.folder(mode).rglob("*"))
+        if file.is_file()
+    }
+
+
+def wait_for_copies(paths, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(list(paths.folder("exemplars").rglob("*.jpg"))) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{count} copies were not made: {process.communicate()[1] if process.poll() else 'too slow'}")
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in found]
+
+
+def test_torchruns_processes_make_the_tree_of_one(paths, checkpoint, undisturbed):
+    out = finish(start(paths, checkpoint, *TORCHRUN, free_port()))
+    assert out.count("copies: 108 made, 0 skipped, 0 failed") == 1  # one summary, and nothing made twice
+    assert out.count("copies: 108 to make") == 1
+    assert made(paths) == undisturbed
+
+
+def test_slurms_processes_make_the_tree_of_one(paths, checkpoint, undisturbed):
+    """`srun --ntasks-per-node 2`, by the variables that it sets."""
+    job = {
+        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+        "SLURM_JOB_NAME": "compress", "SLURM_JOB_ID": "4321", "SLURM_NODELIST": "127.0.0.1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+    }  # fmt: skip
+    tasks = [start(paths, checkpoint, SLURM_PROCID=rank, SLURM_LOCALID=rank, **job) for rank in ("0", "1")]
+    first, second = (finish(task) for task in tasks)
+    assert "copies: 108 made, 0 skipped, 0 failed" in first
+    assert second == ""
+    assert made(paths) == undisturbed
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find torchrun's children")
+def test_one_of_two_processes_is_killed(paths, checkpoint, undisturbed):
+    process = start(paths, checkpoint, *TORCHRUN, free_port())
+    wait_for_copies(paths, 4, process)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    process.communicate(timeout=300)
+    assert process.returncode != 0  # torchrun has ended the other one
+    assert 4 <= len(list(paths.folder("exemplars").rglob("*.jpg"))) < 108
+    out = finish(start(paths, checkpoint, *TORCHRUN, free_port()))
+    assert re.search(r"copies: \d+ made, [1-9]\d* skipped, 0 failed", out)
+    assert made(paths) == undisturbed
+
+
+def test_failures_of_all_processes_are_listed_once(paths, checkpoint):
+    for label in LABELS:
+        (paths.folder("train") / label / "text.jpg").write_text("no picture")
+    process = start(paths, checkpoint, *TORCHRUN, free_port(), copies=1)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "copies: 9 made, 0 skipped, 3 failed" in out
+    assert out.count("text.jpg") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("ESCORT_SLOW"), reason="25 runs, some minutes: set ESCORT_SLOW=1")
+def test_sigkill_at_25_random_moments(paths, checkpoint, undisturbed):
+    """Each moment lies between the plan and the end; a tree that is finished early is begun again."""
+    moments = random.Random(0)
+    killed = 0
+    while killed < 25:
+        process = start(paths, checkpoint)
+        process.stdout.readline()  # the first line of the plan
+        time.sleep(moments.uniform(0, 6))
+        process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        for file in made(paths):
+            if not Path(file).name.startswith(".") and not file.endswith(".json"):
+                with Image.open(paths.root / file) as image:
+                    image.load()  # raises where the picture is truncated
+        if set(made(paths)) >= set(undisturbed):
+            finish(start(paths, checkpoint))
+            assert made(paths) == undisturbed
+            for file in undisturbed:
+                (paths.root / file).unlink()
+    finish(start(paths, checkpoint))
+    assert made(paths) == undisturbed
