@@ -335,6 +335,13 @@ def test_control_and_base_that_are_swapped_or_neither_are_refused(state, tmp_pat
         load_model(control, base=control)
 
 
+def test_a_control_networks_difference_to_its_base_is_refused(state, tmp_path):
+    """Its shapes are a ControlNet's: nothing but this name tells."""
+    path = write(tmp_path / "difference.safetensors", only(state, CONTROL) | {"difference": torch.ones(())})
+    with pytest.raises(ModelError, match="take the plain file"):
+        load_model(path, base="tiny")
+
+
 def broken(kind, path, state):
     if kind == "missing":
         return

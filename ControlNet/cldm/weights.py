@@ -24,7 +24,8 @@ UNET = diffusers_layout.NETWORKS["unet"]
 # What base checkpoints carry beside the networks, none of which a picture depends on.
 HARMLESS = (
     "model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema.", "cond_stage_model.logit_scale",
-    "cond_stage_model.text_projection", "cond_stage_model.transformer.text_projection.", "lvlb_weights",
+    "cond_stage_model.text_projection", "cond_stage_model.transformer.text_projection.", "embedding_manager.",
+    "lvlb_weights",
 )  # fmt: skip
 FINGERPRINT_VALUES = 24  # of each tensor
 
@@ -78,6 +79,10 @@ def _read(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         return diffusers_layout.read_folder(path)
     state = load_state_dict(path)
+    if "difference" in state:
+        raise ModelError(
+            f"{path} holds what a ControlNet adds to its base model, not the ControlNet: take the plain file"
+        )
     if diffusers_layout.is_controlnet(state):
         return diffusers_layout.to_official("controlnet", state)
     if "input_hint_block.0.weight" in state:  # a control network whose prefix was taken off
@@ -154,9 +159,7 @@ def _likely_reason(state: Mapping[str, Tensor], misshapen: Sequence[str]) -> str
         return "it is a LoRA, which changes a model and is none: merge it into a Stable Diffusion 1.5 checkpoint first"
     if has("conditioner.", CONTROL + "label_emb", UNET + "label_emb") or any(".add_embedding." in n for n in state):
         return "it is of Stable Diffusion XL, and this is a model of Stable Diffusion 1.5"
-    if has(
-        "model.diffusion_model.joint_blocks", "model.diffusion_model.double_blocks", "double_blocks", "joint_blocks"
-    ):
+    if has(*(prefix + blocks for prefix in ("", UNET) for blocks in ("joint_blocks.", "double_blocks."))):
         return "it is a transformer (Stable Diffusion 3, Flux, ...), and this is a model of Stable Diffusion 1.5"
     for part, network in ((UNET, "UNet"), (CONTROL, "ControlNet")):
         wide = {state[n].shape[-1] for n in misshapen if n.startswith(part) and n.endswith("attn2.to_k.weight")}
