@@ -176,7 +176,9 @@ def test_bombs_take_no_memory_and_make_no_noise(bombs, pictures):
 READ_AS_NOBODY = """
 import os, sys
 from pathlib import Path
+from utils.errors import UserError
 from utils.images import read_image
+from utils.paths import DatasetPaths
 os.chdir(sys.argv[1])
 if os.geteuid() == 0:
     try:
@@ -186,25 +188,33 @@ if os.geteuid() == 0:
     except PermissionError:
         sys.exit(77)
 read_image(Path("open.png"))
-try:
-    read_image(Path("closed.png"))
-except OSError as error:
-    print(error)
+for attempt in (
+    lambda: read_image(Path("closed.png")),
+    lambda: DatasetPaths(Path("."), "Toy").images("closed"),
+):
+    try:
+        attempt()
+    except (OSError, UserError) as error:
+        print(error)
 """
 
 
-def test_a_file_that_may_not_be_read_is_refused(tmp_path):
+def test_files_and_folders_that_may_not_be_read_are_refused(tmp_path):
     for name, mode in (("open.png", 0o644), ("closed.png", 0o000)):
         (tmp_path / name).write_bytes(hostile_images.png())
         (tmp_path / name).chmod(mode)
     tmp_path.chmod(0o755)
+    (tmp_path / "Toy" / "train" / "closed").mkdir(parents=True, mode=0o000)
     run = subprocess.run(
         [sys.executable, "-c", READ_AS_NOBODY, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True
     )
     if run.returncode == 77:
         pytest.skip("root reads every file, and may not become another user here")
     assert run.returncode == 0, run.stderr
-    assert run.stdout == "closed.png: Permission denied\n"
+    assert run.stdout.splitlines() == [
+        "closed.png: Permission denied",
+        "cannot list Toy/train/closed: Permission denied.",
+    ]
 
 
 def test_one_run_makes_what_can_be_made_and_lists_the_rest(tmp_path, monkeypatch):

@@ -61,17 +61,20 @@ class DatasetPaths:
                 f"no {mode} images of dataset {self.dataset!r}: {folder} is not a folder. "
                 f"Put images at {folder}/<class-label>/, or name another place with --data-dir or data_dir."
             )
-        labels = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        labels = sorted(entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
         if not labels:
             raise UserError(f"{folder} has no class folders; images belong in {folder}/<class-label>/.")
         return labels
 
     def images(self, label: str, mode: str = "train") -> list[Path]:
-        """Sorted image files of a class (by ending; whether they decode shows when they are read)."""
+        """Sorted image files of a class (by ending; whether they decode shows when they are read).
+
+        Raises UserError for a folder that may not be listed.
+        """
         folder = self.folder(mode) / label
         if not folder.is_dir():
             return []
-        return sorted(path for path in folder.iterdir() if is_image(path))
+        return sorted(path for path in _entries(folder) if is_image(path))
 
     @cached_property
     def _shared_stems(self) -> dict[str, frozenset[str]]:
@@ -126,3 +129,10 @@ class DatasetPaths:
             if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
                 raise UserError(f'{file} must be one object of texts, like {{"n01440764": "tench"}}.')
         return {label: texts.get(label, label) for label in self.classes()}
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot list {folder}: {error.strerror}.") from error
