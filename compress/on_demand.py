@@ -44,7 +44,7 @@ class OnDemand:
         self.device = device
         self.batch_size = batch_size
         # A wrong path and copies made otherwise show now, not after the first phase.
-        self.fingerprint = self._load(torch.device("cpu")).fingerprint
+        self.fingerprint = getattr(self._load(torch.device("cpu")), "fingerprint", "")
         self._plan(image for label in paths.classes() for image in paths.images(label)[:1])
 
     def __call__(self, images: Sequence[Path]) -> None:

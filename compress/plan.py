@@ -113,7 +113,7 @@ def plan(
                     conflicts[what].append(label)
             for image in of_class:
                 edge_map, kind = edge_maps.get(image, (None, Found.MISSING))
-                found = {k: copies.get(records.paths.copy(image, k).name, Found.MISSING) for k in copy_numbers}
+                found = {k: copies.get(records.paths.copy_name(image, k), Found.MISSING) for k in copy_numbers}
                 counts.update([("edge map", kind), *(("copy", kind) for kind in found.values())])
                 tasks[image] = Task(
                     image,
@@ -138,21 +138,25 @@ def _edge_maps(
 ) -> dict[Path, tuple[Path | None, Found]]:
     """Image -> its edge map on disk, and what is known of it.  each: a `map` that may run in threads."""
     state = records.edge_maps.state(label)
+    names = _names(records.paths.folder("edge_maps") / label)
+    at_once = None  # what holds for all of them, without a look at any
+    if state is State.NEW:
+        at_once = Found.OTHERWISE if replaced else Found.UNKNOWN
+    elif not replaced and state is not State.MIXED:
+        at_once = Found.GOOD if state is State.SAME else Found.OTHERWISE
 
     def judge(image: Path) -> tuple[Path | None, Found]:
-        edge_map = records.paths.find_edge_map(image)
+        edge_map = records.paths.find_edge_map(image, names)
         if edge_map is None:
             return None, Found.MISSING
-        if state is State.NEW or (replaced and edge_map.suffix == ".bmp"):
-            return edge_map, Found.OTHERWISE if replaced else Found.UNKNOWN
-        if state is State.OTHER and not replaced:
+        if at_once is not None:
+            return edge_map, at_once
+        if replaced and edge_map.suffix == ".bmp":
             return edge_map, Found.OTHERWISE
-        if state is State.SAME and not replaced:
-            return edge_map, Found.GOOD
         fits = edge_map_fits(records, image, edge_map, recompute=not records.edge_maps.only_by_size(label))
         return edge_map, Found.GOOD if fits else Found.OTHERWISE
 
-    return dict(zip(images, each(judge, images), strict=True))
+    return dict(zip(images, (map if at_once else each)(judge, images), strict=True))
 
 
 def edge_map_fits(records: Records, image: Path, edge_map: Path, *, recompute: bool) -> bool:
@@ -184,8 +188,7 @@ def _copies(
 ) -> dict[str, Found]:
     """File name -> what is known of it, of a class's copies on disk, at least of those asked for."""
     folder = records.paths.copies_folder(label)
-    names = os.listdir(folder) if folder.is_dir() else []  # one listing instead of one question a copy
-    on_disk = dict.fromkeys((name for name in names if name.endswith(".jpg")), Found.GOOD)
+    on_disk = dict.fromkeys((name for name in _names(folder) if name.endswith(".jpg")), Found.GOOD)
     state, mark = records.copies.state(label), records.copies.mark(label)
     if state is State.SAME and not replaced:
         return on_disk
@@ -193,12 +196,17 @@ def _copies(
         return dict.fromkeys(on_disk, Found.OTHERWISE)
     if mark is None:
         return dict.fromkeys(on_disk, Found.UNKNOWN)
-    asked = [name for image in images for k in copy_numbers if (name := records.paths.copy(image, k).name) in on_disk]
+    asked = [name for image in images for k in copy_numbers if (name := records.paths.copy_name(image, k)) in on_disk]
     unmarked = Found.UNKNOWN if state is State.NEW and not replaced else Found.OTHERWISE
     return {
         name: Found.GOOD if found == mark else unmarked if found is None else Found.OTHERWISE
         for name, found in zip(asked, each(read_mark, map(folder.joinpath, asked)), strict=True)
     }
+
+
+def _names(folder: Path) -> frozenset[str]:
+    """What a folder holds: one listing instead of one question a file."""
+    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
 
 
 def _in_words(records: Records, conflicts: Mapping[str, Sequence[str]], classes: int) -> str:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from compress import records, run
+from compress import plan as plans
+from compress import run
 from compress.presets import HIGH, LOW
 from compress.records import MadeOtherwise, Records, State, read_mark
 from compress.regenerate import Regenerator
@@ -121,9 +122,7 @@ def test_the_same_settings_go_on_without_opening_a_copy(paths, compress, monkeyp
     compress()
     no_model_from_now()
     before = tree(paths.root)
-    monkeypatch.setattr(records.Image, "open", lambda *_: pytest.fail("a copy was opened"))
-    state = Records(paths, HIGH.changed(size=64, steps=1)).copies.state("sushi")
-    assert state is State.SAME
+    monkeypatch.setattr(plans, "read_mark", lambda copy: pytest.fail(f"{copy} was opened"))
     assert compress("--dry-run")[0] == 0
     assert tree(paths.root) == before
 
@@ -337,9 +336,9 @@ def test_shards_that_start_together_share_one_record(tmp_path, paths, checkpoint
     """Both plan before either writes."""
     model = little_model()
     regenerator = Regenerator(paths, SMALL, model, batch_size=2)
-    plans = [regenerator.plan(images_of(paths)[i::2], [0]) for i in (0, 1)]
-    for plan in plans:
-        regenerator.run(plan)
+    todo = [regenerator.plan(images_of(paths)[i::2], [0]) for i in (0, 1)]
+    for part in todo:
+        regenerator.run(part)
     assert [file.name for file in paths.folder("exemplars").glob("*.json")] == ["settings.json"]
     assert [file.name for file in paths.folder("edge_maps").glob("*.json")] == ["settings.json"]
     whole = make_dataset(tmp_path / "whole", LABELS, train=2, size=(48, 40), ending=".jpg")

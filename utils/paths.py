@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,18 +92,26 @@ class DatasetPaths:
         """Where the edge map of a train image is written."""
         return self.folder("edge_maps") / image.parent.name / f"{self._stem(image)}.webp"
 
-    def find_edge_map(self, image: Path) -> Path | None:
+    def find_edge_map(self, image: Path, among: Container[str] | None = None) -> Path | None:
         """The edge map of a train image that is on disk: the .webp, the .png of earlier versions, or a .bmp as the
-        published scripts wrote it."""
-        path = self.edge_map(image)
-        for candidate in (path, path.with_suffix(".png"), path.with_suffix(".bmp")):
-            if os.path.isfile(candidate):  # False, not an error, for a name that is too long
-                return candidate
+        published scripts wrote it.
+
+        among: the names in its folder, where somebody has listed it already.
+        """
+        folder, stem = self.folder("edge_maps") / image.parent.name, self._stem(image)
+        for name in (f"{stem}.webp", f"{stem}.png", f"{stem}.bmp"):
+            # isfile: False, not an error, for a name that is too long
+            if name in among if among is not None else os.path.isfile(folder / name):
+                return folder / name
         return None
 
     def copy(self, image: Path, k: int) -> Path:
         """Where copy number k (0, 1, ...) of a train image lies."""
         return self.copies_folder(image.parent.name) / self._copy_name(self._stem(image), k)
+
+    def copy_name(self, image: Path, k: int) -> str:
+        """The file name of copy number k, within its class's `copies_folder`."""
+        return self._copy_name(self._stem(image), k)
 
     def copies_folder(self, label: str) -> Path:
         """Where the copies of a class's images lie."""
