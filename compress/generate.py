@@ -1,19 +1,29 @@
 """Prompts -> pictures: one batch of copies at a time, through the diffusion model.  Nothing here touches the disk."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from compress.presets import Preset
-from ControlNet.cldm.ddim import DDIMSampler
+from compress.presets import SAMPLERS, Preset
+from ControlNet.cldm.inference import make_ready, visiting
 from utils.errors import UserError
 
 FULL_SIZE = 300_000_000
 """A model of more parameters than this keeps a CPU busy with one picture at a time."""
+
+MOST_ON_A_GPU = 16
+"""Pictures of 512 x 512 keep a large GPU busy long before this; more at a time only take memory."""
+
+PICTURE_BYTES = 1_500_000_000
+"""What a picture of 512 x 512 takes of a GPU's memory in 2-byte numbers, most of it in the decoder; a careful guess."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,12 @@ class PictureGenerator:
     """Makes the pictures of copies.
 
     preset: the settings; model: a ControlLDM as `ControlNet.cldm.model.load_model` returns it; batch_size: copies
-    generated together, None to choose it by device and model.
+    generated together, None to choose it by device and model; compile: whether torch.compile is tried (see
+    `ControlNet.cldm.inference.make_ready`).
+    low_memory: for small GPUs.  The model stays where it is, on the CPU; only the part at work is on `device`: the text
+    encoder, then UNet and control network, then the decoder, which makes one picture at a time.
+
+    A batch that does not fit the device's memory is halved until it does, and so are those that follow.
 
     A copy depends on its prompt, its number, the settings and the model alone.  It starts from noise of its own
     (`initial_noise`).  As kernels may round differently at another batch size, a batch that is not full is filled up:
@@ -45,48 +60,95 @@ class PictureGenerator:
     and between batch sizes, a few pixels in ten thousand differ by one level of 255.
     """
 
-    def __init__(self, preset: Preset, model, *, batch_size: int | None = None):
+    def __init__(
+        self,
+        preset: Preset,
+        model,
+        *,
+        batch_size: int | None = None,
+        compile: bool = False,
+        low_memory: bool = False,
+        device: torch.device | str | None = None,
+    ):
         self.preset = preset
         self.model = model
-        self.batch_size = batch_size or default_batch_size(model)
+        self.low_memory = low_memory
         self._contexts: dict[str, torch.Tensor] = {}
+        if model is not None:
+            self.device = torch.device(device or model.device) if low_memory else model.device
+            if low_memory:  # the schedule's tables, which also tell the sampler where the latents are to be
+                for name, table in list(model.named_buffers(recurse=False)):
+                    setattr(model, name, table.to(self.device))
+            make_ready(model, compile=compile, low_memory=low_memory)
+        self.batch_size = batch_size or default_batch_size(model)
 
     @torch.inference_mode()
     def __call__(self, batch: Sequence[Job], steps: int | None = None) -> list[np.ndarray]:
         """The pictures of jobs that share their generated size and sampling, each HxWx3 uint8 at the generated size.
 
-        steps: DDIM steps, the preset's if None.
+        steps: the sampler's, the preset's if None.
+        Raises UserError where a single picture does not fit the device, or comes out as no picture.
         """
+        pictures: list[np.ndarray] = []
+        asked = self.batch_size
+        while len(pictures) < len(batch):
+            part = batch[len(pictures) : len(pictures) + self.batch_size]
+            try:
+                pictures += self._pictures(part, steps)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if self.batch_size == 1:
+                    raise UserError(self._too_large(part[0])) from error
+                self.batch_size //= 2
+            else:
+                continue
+            # Not within `except`: there the error's traceback still holds the tensors that did not fit.
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if self.batch_size < asked:
+            height, width = batch[0].hint.shape
+            log.warning(
+                "%d pictures of %d x %d pixels at a time don't fit on %s: %d at a time from now on (--batch-size)",
+                *(asked, height, width, self.device, self.batch_size),
+            )
+        return pictures
+
+    def _too_large(self, job: Job) -> str:
+        height, width = job.hint.shape
+        mend = "use a smaller --size" if self.low_memory else "use --low-memory, --precision bf16 or a smaller --size"
+        return f"not even one picture of {height} x {width} pixels fits on {self.device}: {mend}."
+
+    def _pictures(self, batch: Sequence[Job], steps: int | None) -> list[np.ndarray]:
+        """Pictures of at most batch_size jobs."""
         model, sampling = self.model, self.preset.sampling_for(batch[0].text)
         filled = list(batch) + [batch[-1]] * (self.batch_size - len(batch))
         height, width = batch[0].hint.shape
-        hints = torch.from_numpy(np.stack([job.hint for job in filled])).to(model.device)
+        hints = torch.from_numpy(np.stack([job.hint for job in filled])).to(self.device)
         hints = (hints.to(model.dtype) / 255)[:, None].expand(-1, 3, -1, -1)
         noise = torch.cat([initial_noise(job.copy_number, height, width) for job in filled])
-        texts = torch.cat([self._context(self.preset.prompt_text(job.text)) for job in filled])
-        negative = self._context(self.preset.negative_prompt).expand(len(filled), -1, -1)
+        texts = [self.preset.prompt_text(job.text) for job in filled]
+        contexts = self._encode([self.preset.negative_prompt, *texts])
         model.control_scales = sampling.control_scales(len(model.control_scales))
-        try:
-            latents, _ = DDIMSampler(model).sample(
+        with self._at_work("model", "control_model"):
+            latents, _ = SAMPLERS[sampling.sampler](model).sample(
                 steps or sampling.steps,
                 len(filled),
                 tuple(noise.shape[1:]),
-                {"c_concat": [hints], "c_crossattn": [texts]},
+                {"c_concat": [hints], "c_crossattn": [torch.cat([contexts[text] for text in texts])]},
                 eta=sampling.eta,
                 unconditional_guidance_scale=sampling.guidance,
                 unconditional_conditioning={
                     "c_concat": [hints] if sampling.unconditional_control else None,
-                    "c_crossattn": [negative],
+                    "c_crossattn": [contexts[self.preset.negative_prompt].expand(len(filled), -1, -1)],
                 },
-                x_T=noise.to(model.device),
+                x_T=noise.to(self.device),
                 verbose=False,
             )
-            decoded = model.decode_first_stage(latents.to(model.dtype))[: len(batch)].float()
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{len(filled)} pictures of {height} x {width} pixels don't fit on {model.device}: "
-                "use a smaller --batch-size, or --precision bf16."
-            ) from error
+        with self._at_work("first_stage_model"):
+            at_a_time = 1 if self.low_memory else len(filled)
+            decoded = [model.decode_first_stage(z) for z in latents.to(model.dtype).split(at_a_time)]
+        decoded = torch.cat(decoded)[: len(batch)].float()
         if not decoded.isfinite().all():
             raise UserError(
                 f"in {model.dtype} the model's pictures hold values that are no numbers: use --precision fp32."
@@ -94,11 +156,24 @@ class PictureGenerator:
         pictures = (decoded * 127.5 + 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return list(pictures)
 
-    def _context(self, text: str) -> torch.Tensor:
-        """1 x 77 x D; each text is encoded once."""
-        if text not in self._contexts:
-            self._contexts[text] = self.model.get_learned_conditioning([text])
-        return self._contexts[text]
+    def _encode(self, texts: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Text -> 1 x 77 x D.  Each is encoded once, and by itself: with others it might be rounded differently."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._contexts]
+        if new:
+            with self._at_work("cond_stage_model"):
+                self._contexts |= {text: self.model.get_learned_conditioning([text]) for text in new}
+        return self._contexts
+
+    def _at_work(self, *parts: str) -> AbstractContextManager:
+        """Inside, these parts of the model are on the device."""
+        if not self.low_memory:
+            return nullcontext()
+        return visiting(self.device, *(getattr(self.model, part) for part in parts))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """A GPU's allocator has an error of its own; the CPU's says so in words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def batches(jobs: Iterable[Job], batch_size: int) -> Iterator[list[Job]]:
@@ -123,7 +198,18 @@ def initial_noise(copy_number: int, height: int, width: int) -> torch.Tensor:
 
 
 def default_batch_size(model) -> int:
-    """Copies to generate together, where nobody said: 8 on a GPU; on a CPU 1 with the full-size model, else 8."""
-    if model is None or model.device.type != "cpu":
+    """Copies to generate together, where nobody said.
+
+    On a CPU 1 with the full-size model, else 8; on a GPU the power of two, 16 at most, that its memory seems to hold
+    beside the weights.  The memory that it has, not what is free: a copy should not depend on what else is running.
+    """
+    if model is None:
         return 8
-    return 1 if sum(parameter.numel() for parameter in model.parameters()) > FULL_SIZE else 8
+    if model.device.type != "cuda":
+        return 1 if sum(parameter.numel() for parameter in model.parameters()) > FULL_SIZE else 8
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    room = 0.9 * torch.cuda.get_device_properties(model.device).total_memory - weights
+    size = MOST_ON_A_GPU
+    while size > 1 and size * PICTURE_BYTES * model.dtype.itemsize / 2 > room:
+        size //= 2
+    return size

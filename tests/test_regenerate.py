@@ -309,17 +309,18 @@ class Recorder:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    monkeypatch.setattr(generate, "DDIMSampler", Recorder)
+    monkeypatch.setitem(generate.SAMPLERS, "ddim", Recorder)
     Recorder.calls = ()
     return Recorder
 
 
-class Decoder:
+class Decoder(torch.nn.Module):
     """A model that only encodes texts, counting them, and decodes to one value."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, value=0.0):
+        super().__init__()
         self.control_scales = [1.0] * 13
         self.encoded = []
         self.value = value
@@ -393,6 +394,6 @@ def test_memory_that_runs_out_is_said_in_words(paths, monkeypatch):
         def sample(self, *args, **options):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(generate, "DDIMSampler", Sampler)
-    with pytest.raises(UserError, match="--batch-size"):
+    monkeypatch.setitem(generate.SAMPLERS, "ddim", Sampler)
+    with pytest.raises(UserError, match="not even one picture of 64 x 64 pixels fits on cpu"):
         Regenerator(paths, SMALL, Decoder(), batch_size=1)(images_of(paths), [0])

@@ -162,7 +162,8 @@ class ControlLDM(nn.Module):
             control = self.control_model(
                 x=x, hint=hint, timesteps=t, context=context, hint_features=cond.get("hint_features")
             )
-            control = [c * scale for c, scale in zip(control, self.control_scales, strict=True)]
+            scaled = zip(control, self.control_scales, strict=True)
+            control = [c if scale == 1 else c * scale for c, scale in scaled]
         return self.model.diffusion_model(
             x=x, timesteps=t, context=context, control=control, only_mid_control=self.only_mid_control
         )

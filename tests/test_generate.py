@@ -1,0 +1,242 @@
+"""Making pictures where memory is short: halved batches, parts of the model in turns; and what is done only once."""
+
+import logging
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from compress import generate
+from compress.generate import Job, PictureGenerator, default_batch_size
+from compress.presets import HIGH, SAMPLERS
+from ControlNet.cldm import inference
+from ControlNet.cldm.ddim import DDIMSampler
+from tests.little_model import little_model
+from utils.errors import UserError
+
+PRESET = HIGH.changed(size=64, steps=2)
+PARTS = ("cond_stage_model", "control_model", "first_stage_model", "model")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def jobs(count, size=64, texts=("apple pie", "crème", "sushi")):
+    rng = np.random.default_rng(0)
+    return [
+        Job(
+            image=Path(f"{i}.jpg"),
+            copy_number=i % 3,
+            text=texts[i % len(texts)],
+            hint=(rng.random((size, size)) > 0.9).astype(np.uint8) * 255,
+            original=(size, size),
+            greyscale=False,
+        )
+        for i in range(count)
+    ]
+
+
+def assert_alike(ours, theirs):
+    """At most one level of 255 apart, at fewer than one pixel in 100."""
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        difference = abs(one.astype(int) - other)
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 0.01
+
+
+# --- memory that runs out ----------------------------------------------------------------------------------------
+
+
+def exhaust_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def exhaust_cpu():
+    torch.empty(1 << 55)  # more than any machine can address
+
+
+def exhaust_numpy():
+    np.empty(1 << 55)
+
+
+def small_device(most, exhaust, tried):
+    """A sampler on a device with memory for `most` pictures; notes the batch sizes that are tried."""
+
+    class SmallDevice(DDIMSampler):
+        def sample(self, steps, batch_size, *args, **options):
+            tried.append(batch_size)
+            if batch_size > most:
+                exhaust()
+            return super().sample(steps, batch_size, *args, **options)
+
+    return SmallDevice
+
+
+@pytest.mark.parametrize("exhaust", [exhaust_gpu, exhaust_cpu, exhaust_numpy])
+def test_a_batch_that_does_not_fit_is_halved(exhaust, monkeypatch, caplog):
+    expected = PictureGenerator(PRESET, little_model(), batch_size=2)(jobs(2))
+    expected += PictureGenerator(PRESET, little_model(), batch_size=2)(jobs(7)[2:4])
+    tried = []
+    monkeypatch.setitem(SAMPLERS, "ddim", small_device(2, exhaust, tried))
+    generator = PictureGenerator(PRESET, little_model(), batch_size=8)
+    with caplog.at_level(logging.WARNING):
+        pictures = generator(jobs(7))
+    assert len(pictures) == 7
+    assert all(np.array_equal(*pair) for pair in zip(pictures[:4], expected, strict=True))  # the right ones, in order
+    assert tried == [8, 4, 2, 2, 2, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        "8 pictures of 64 x 64 pixels at a time don't fit on cpu: 2 at a time from now on (--batch-size)"
+    ]
+    tried.clear()
+    generator(jobs(3))
+    assert tried == [2, 2]  # it remembers
+    assert len(caplog.records) == 1
+
+
+def test_a_picture_that_does_not_fit_is_said_in_words(monkeypatch):
+    tried = []
+    monkeypatch.setitem(SAMPLERS, "ddim", small_device(0, exhaust_gpu, tried))
+    with pytest.raises(UserError, match="not even one picture of 64 x 64 pixels fits on cpu: use --low-memory"):
+        PictureGenerator(PRESET, little_model(), batch_size=4)(jobs(4))
+    assert tried == [4, 2, 1]
+
+
+def test_what_did_not_fit_is_freed_before_the_next_try(monkeypatch):
+    held = []
+
+    class Holding(DDIMSampler):
+        def sample(self, steps, batch_size, *args, **options):
+            assert not any(tensor() is not None for tensor in held)
+            activations = torch.zeros(1000)
+            held.append(weakref.ref(activations))
+            if batch_size > 1:
+                exhaust_gpu()
+            return super().sample(steps, batch_size, *args, **options)
+
+    monkeypatch.setitem(SAMPLERS, "ddim", Holding)
+    assert len(PictureGenerator(PRESET, little_model(), batch_size=4)(jobs(2))) == 2
+    assert len(held) == 4
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
+    class Broken(DDIMSampler):
+        def sample(self, *args, **options):
+            raise RuntimeError("shape mismatch")
+
+    monkeypatch.setitem(SAMPLERS, "ddim", Broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        PictureGenerator(PRESET, little_model(), batch_size=4)(jobs(4))
+
+
+# --- low memory --------------------------------------------------------------------------------------------------
+
+
+def test_low_memory_brings_in_only_the_part_at_work(monkeypatch):
+    """A tensor that is brought to the device is a copy here: whoever computes must be one, and all others must not."""
+    model = little_model()
+    homes = {
+        part: {tensor.data_ptr() for tensor in (*getattr(model, part).parameters(), *getattr(model, part).buffers())}
+        for part in PARTS
+    }
+    at_work = []
+
+    def note(part):
+        def hook(*_):
+            there = [name for name in PARTS if next(getattr(model, name).parameters()).data_ptr() not in homes[name]]
+            at_work.append((part, tuple(there)))
+
+        return hook
+
+    for part in PARTS:
+        for module in getattr(model, part).modules():
+            if not list(module.children()):
+                module.register_forward_pre_hook(note(part))
+    decoded = []
+    decode = model.decode_first_stage
+    monkeypatch.setattr(model, "decode_first_stage", lambda z: decoded.append(len(z)) or decode(z))
+    monkeypatch.setattr(inference, "moved", lambda tensor, device: tensor.clone())
+    pictures = PictureGenerator(PRESET, model, batch_size=2, low_memory=True)(jobs(3))
+    denoising = ("control_model", "model")
+    assert set(at_work) == {
+        ("cond_stage_model", ("cond_stage_model",)),
+        ("control_model", denoising),
+        ("model", denoising),
+        ("first_stage_model", ("first_stage_model",)),
+    }
+    assert decoded == [1] * 4  # two batches of two, one picture at a time
+    for part in PARTS:  # everything is at home again, and no memory was left behind
+        network = getattr(model, part)
+        assert {tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())} == homes[part]
+    monkeypatch.undo()
+    assert_alike(pictures, PictureGenerator(PRESET, little_model(), batch_size=2)(jobs(3)))
+
+
+def test_low_memory_survives_an_exhausted_device(monkeypatch):
+    tried = []
+    monkeypatch.setitem(SAMPLERS, "ddim", small_device(1, exhaust_gpu, tried))
+    generator = PictureGenerator(PRESET, little_model(), batch_size=2, low_memory=True)
+    pictures = generator(jobs(2))
+    assert tried == [2, 1, 1]
+    monkeypatch.undo()
+    assert_alike(pictures, PictureGenerator(PRESET, little_model(), batch_size=2)(jobs(2)))
+
+
+# --- once --------------------------------------------------------------------------------------------------------
+
+
+def test_every_text_is_encoded_once(monkeypatch):
+    model = little_model()
+    encoded = []
+    encode = model.get_learned_conditioning
+    monkeypatch.setattr(model, "get_learned_conditioning", lambda texts: encoded.extend(texts) or encode(texts))
+    generator = PictureGenerator(PRESET, model, batch_size=4)
+    generator(jobs(4))
+    generator(jobs(3, texts=("sushi", "ramen")))
+    labels = ("apple pie", "crème", "sushi", "ramen")
+    assert encoded == [PRESET.negative_prompt, *(PRESET.prompt_text(label) for label in labels)]
+
+
+def test_the_sampler_is_the_presets():
+    model = little_model()
+    ddim, dpm = (PictureGenerator(HIGH.changed(size=64, steps=4, sampler=name), model)(jobs(1)) for name in SAMPLERS)
+    assert (ddim[0] != dpm[0]).mean() > 0.1
+    with pytest.raises(UserError, match=r"--sampler is one of ddim, dpm\+\+2m, not 'euler'"):
+        HIGH.changed(sampler="euler")
+
+
+# --- batch sizes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "dtype", "expected"),
+    [(4, torch.float16, 1), (12, torch.float16, 4), (24, torch.bfloat16, 8), (24, torch.float32, 4),
+     (80, torch.bfloat16, 16), (141, torch.bfloat16, 16)],
+)  # fmt: skip
+def test_the_batch_size_of_a_gpu_depends_on_its_memory(gigabytes, dtype, expected, monkeypatch):
+    class FullSize(torch.nn.Module):
+        device, dtype = torch.device("cuda"), None
+
+        def parameters(self, recurse=True):
+            return iter([torch.empty(1_430_000_000, dtype=self.dtype, device="meta")])
+
+    class Properties:
+        total_memory = gigabytes * 2**30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    FullSize.dtype = dtype
+    assert default_batch_size(FullSize()) == expected
+
+
+def test_the_batch_size_of_a_cpu_depends_on_the_model(monkeypatch):
+    model = little_model()
+    assert default_batch_size(model) == 8
+    monkeypatch.setattr(generate, "FULL_SIZE", 1000)
+    assert default_batch_size(model) == 1

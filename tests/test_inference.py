@@ -1,0 +1,214 @@
+"""Packed weights, compiled steps, and parts that visit a device: the same numbers, and nothing left behind."""
+
+import copy
+import os
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from ControlNet.cldm import inference
+from ControlNet.cldm.inference import make_ready, visiting
+from ControlNet.ldm.packed import PackedConv2d, PackedLinear, pack_weights
+from tests.little_model import little_model
+
+
+def inputs(model, batch=2, size=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((batch, 4, size // 8, size // 8), generator=generator)
+    hint = (torch.rand((batch, 3, size, size), generator=generator) > 0.9).float()
+    context = torch.randn((batch, 77, 32), generator=generator)
+    return x, torch.full((batch,), 500), {"c_concat": [hint], "c_crossattn": [context]}
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def packed_layers(model):
+    return [name for name, module in model.named_modules() if isinstance(module, PackedConv2d | PackedLinear)]
+
+
+# --- packed weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(4, 32, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(32, 48, 3, stride=2, padding=1),
+        nn.Conv2d(48, 16, 1),
+        nn.Flatten(2),
+        nn.Linear(16, 24),
+        nn.Linear(24, 5, bias=False),
+    )
+
+
+def test_packed_layers_compute_the_same_at_every_size(layers):
+    """Weights are packed for the first input's size, and must be right for all others."""
+    pack_weights(layers)
+    plain = copy.deepcopy(layers)
+    for module in plain:
+        module.__class__ = {PackedConv2d: nn.Conv2d, PackedLinear: nn.Linear}.get(type(module), type(module))
+    assert len(packed_layers(layers)) == 5
+    assert not packed_layers(plain)
+    with torch.inference_mode():
+        for batch, height in ((2, 8), (1, 8), (7, 8)):
+            x = torch.randn(batch, 4, height, 8)
+            assert relative_error(layers(x), plain(x)) < 1e-5
+        for height, width in ((6, 40), (64, 64), (2, 2)):
+            x = torch.randn(2, 4, height, width)
+            assert relative_error(layers[:4](x), plain[:4](x)) < 1e-5
+            assert torch.equal(layers[:4](x), layers[:4](x))
+
+
+def test_packing_changes_no_name_and_no_parameter(layers):
+    before = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in layers.state_dict().items()}
+    pack_weights(layers)
+    with torch.no_grad():
+        layers(torch.randn(1, 4, 8, 8))
+    assert {name: (tensor.data_ptr(), tensor.shape) for name, tensor in layers.state_dict().items()} == before
+
+
+def test_a_changed_weight_is_packed_again(layers):
+    pack_weights(layers)
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        before = layers(x)
+        layers[0].weight.mul_(2)
+        layers[0].bias.mul_(2)
+        layers.load_state_dict({**layers.state_dict(), "6.weight": layers[6].weight * 3})
+        changed = layers(x)
+    plain = layers(x)  # with gradients: the plain path
+    assert relative_error(changed, plain) < 1e-5
+    assert relative_error(before, plain) > 0.1
+    layers.double()
+    with torch.no_grad():
+        assert layers(x.double()).dtype == torch.float64
+
+
+def test_packed_layers_still_train_and_copy(layers):
+    pack_weights(layers)
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        expected = layers(x)
+        twin = copy.deepcopy(layers)
+        assert torch.equal(twin(x), expected)
+    layers(x).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in layers.parameters())
+
+
+def test_a_model_made_ready_predicts_the_same():
+    plain, ready = little_model(), little_model()
+    make_ready(ready)
+    names = packed_layers(ready)
+    assert {name.partition(".")[0] for name in names} == {"model", "control_model", "first_stage_model"}
+    with torch.inference_mode():
+        arguments = inputs(plain)
+        assert relative_error(ready.apply_model(*arguments), plain.apply_model(*arguments)) < 1e-5
+        latents = arguments[0]
+        assert relative_error(ready.decode_first_stage(latents), plain.decode_first_stage(latents)) < 1e-5
+
+
+def test_low_memory_packs_nothing():
+    model = little_model()
+    make_ready(model, low_memory=True)
+    assert not packed_layers(model)
+
+
+# --- torch.compile -----------------------------------------------------------------------------------------------
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == inference.__name__]
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Nothing compiled by an earlier run, and nothing left of this one."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("ESCORT_SLOW"), reason="compiles for a minute: set ESCORT_SLOW=1")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_compiled_steps_predict_the_same(own_cache, caplog):
+    plain, compiled = little_model(), little_model()
+    make_ready(compiled, compile=True)
+    with torch.inference_mode():
+        arguments = inputs(plain)
+        assert relative_error(compiled.apply_model(*arguments), plain.apply_model(*arguments)) < 1e-4
+        latents = arguments[0]
+        assert relative_error(compiled.decode_first_stage(latents), plain.decode_first_stage(latents)) < 1e-4
+    assert not said(caplog)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+
+
+def assert_goes_on_without(caplog, reason):
+    plain, compiled = little_model(), little_model()
+    make_ready(compiled, compile=True)
+    with torch.inference_mode():
+        arguments = inputs(plain)
+        for _ in range(2):
+            assert relative_error(compiled.apply_model(*arguments), plain.apply_model(*arguments)) < 1e-5
+    (message,) = said(caplog)  # once
+    assert message.startswith("torch.compile does not work here, going on without it: ")
+    assert reason in message
+    assert "\n" not in message
+
+
+def test_what_cannot_be_compiled_goes_on_in_words(own_cache, monkeypatch, caplog):
+    def compiler(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, backend=compiler))
+    assert_goes_on_without(caplog, "no compiler here")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("ESCORT_SLOW"), reason="half a minute: set ESCORT_SLOW=1")
+def test_a_machine_without_a_compiler_goes_on_in_words(own_cache, monkeypatch, caplog):
+    import torch._inductor.config as settings
+
+    monkeypatch.setattr(settings, "force_disable_caches", True)
+    monkeypatch.setattr(settings.cpp, "cxx", ("/nonexistent/compiler",))
+    assert_goes_on_without(caplog, "No working C++ compiler found")
+
+
+# --- visits ------------------------------------------------------------------------------------------------------
+
+
+def test_a_visit_ends_at_home(monkeypatch):
+    model = little_model()
+    tensors = list(model.model.parameters())
+    homes = [tensor.data_ptr() for tensor in tensors]
+    monkeypatch.setattr(inference, "moved", lambda tensor, device: tensor.clone())
+    with visiting(torch.device("cpu"), model.model):
+        assert not {tensor.data_ptr() for tensor in tensors} & set(homes)
+    assert [tensor.data_ptr() for tensor in tensors] == homes
+    with pytest.raises(ZeroDivisionError), visiting(torch.device("cpu"), model.model):
+        raise ZeroDivisionError
+    assert [tensor.data_ptr() for tensor in tensors] == homes
+
+
+def test_a_visit_that_does_not_fit_ends_at_home(monkeypatch):
+    network = little_model().model
+    homes = [tensor.data_ptr() for tensor in network.parameters()]
+    room = iter(range(3))
+
+    def moved(tensor, device):
+        if next(room, None) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tensor.clone()
+
+    monkeypatch.setattr(inference, "moved", moved)
+    with pytest.raises(torch.OutOfMemoryError), visiting(torch.device("cpu"), network):
+        pytest.fail("it did not fit")
+    assert [tensor.data_ptr() for tensor in network.parameters()] == homes
