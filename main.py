@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
     except SystemExit as leave:  # argparse has said what is wrong
         return int(leave.code or 0)
+    logs.tolerate_odd_names()
     try:
         if arguments.help_config:
             print(configs.help_text(CHOICES))
@@ -110,10 +111,16 @@ def check_exemplars(config: Config, data: DataManager, device: torch.device) -> 
 
     Returns what makes copies on demand; None where all are made ahead, or none is needed.
     """
+    real, synthetic = config.real_per_class, config.syn_per_class
+    if not METHODS[config.model_name].uses_memory:
+        real = synthetic = 0
+    elif real == synthetic == 0:
+        raise UserError(f"{config.model_name} needs exemplars: real_per_class + syn_per_class must be at least 1.")
     images = [data.train_images(target) for target in range(data.nb_classes)]
     sizes = {name: len(of_class) for name, of_class in zip(data.class_names, images, strict=True)}
-    check_class_sizes(sizes, config.real_per_class, config.syn_per_class)
-    needs_copies = config.syn_per_class > 0 or config.augmentation_prob > 0
+    check_class_sizes(sizes, real, synthetic)
+    replaced = config.augmentation_prob > 0 and (real > 0 or config.augmentation_scope == "all")
+    needs_copies = synthetic > 0 or replaced
     on_demand = None
     if needs_copies and config.regenerate == "on_demand":
         from compress.on_demand import OnDemand  # brings ControlNet with it: seconds that other runs need not spend
@@ -132,7 +139,7 @@ def check_exemplars(config: Config, data: DataManager, device: torch.device) -> 
         check_copies(data.paths, itertools.chain(*images), config.augmentations_per_image)
     cost = on_demand.prompt_cost if on_demand else lambda image: prompt_cost(image, data.paths.find_edge_map(image))
     typical = statistics.median(cost(of_class[0]) for of_class in images)
-    check_budget(config.real_per_class, config.syn_per_class, config.memory_per_class, typical)
+    check_budget(real, synthetic, config.memory_per_class, typical)
     return on_demand
 
 

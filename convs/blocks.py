@@ -11,7 +11,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 class LinearBasicBlock(BasicBlock):
     """A BasicBlock without its last ReLU, so that features have both signs and cosines all their range.
 
-    Hou et al., "Learning a Unified Classifier Incrementally via Rebalancing", CVPR 2019, section 3.2.
+    Hou et al., "Learning a Unified Classifier Incrementally via Rebalancing", CVPR 2019.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,8 +33,8 @@ LINEAR = {BasicBlock: LinearBasicBlock, Bottleneck: LinearBottleneck}
 class AttendedBatchNorm(nn.BatchNorm2d):
     """A residual branch's last batch norm, and CBAM's attention over what it puts out, B x C x H x W.
 
-    Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018: F' = M_c(F) F (eq. 2), then F'' = M_s(F') F'
-    (eq. 3).  As a batch norm it keeps the names of torchvision's weights.
+    Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018: F' = M_c(F) F, then F'' = M_s(F') F' (eq. 1),
+    with M_c and M_s of eq. 2 and 3.  As a batch norm it keeps the names of torchvision's weights.
     """
 
     def __init__(self, channels: int, reduction: int = 16):

@@ -1,6 +1,6 @@
 """What all methods share: the phases, the one epoch loop, the one evaluation, the one checkpoint format.
 
-A method is a subclass that says what its paper changes: `build_network`, `loss`, and, where it needs them, `stages`,
+A method is a subclass that says what its paper changes: `loss`, and, where it needs them, `build_network`, `stages`,
 `before_stage`, `backward`, `before_training` and `after_training`.
 """
 
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from convs.blocks import folded
 from convs.resnet import ResNet, build_backbone, nb_parameters
 from models import checkpoint
-from models.networks import GrowingNet, Outputs
+from models.networks import GrowingNet, IncrementalNet, Outputs
 from models.stages import Schedule, Stage, learning_only
 from utils import log as logs
 from utils.config import Config, as_dict, differences
@@ -88,9 +88,9 @@ class Learner(abc.ABC):
 
     # What a method changes
 
-    @abc.abstractmethod
     def build_network(self, backbone: ResNet) -> GrowingNet:
         """The method's network around a fresh backbone, before it knows any class."""
+        return IncrementalNet(backbone)
 
     @abc.abstractmethod
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ class Learner(abc.ABC):
 
     def _fit(self, stage: Stage, first_epoch: int) -> dict[str, Any]:
         config, fabric, schedule = self.config, self.fabric, stage.schedule
-        loader, sampler = self._training_loader(stage)
+        loader, sampler = self.training_loader(stage)
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         optimizer = SGD(trained, lr=schedule.lr, momentum=config.momentum, weight_decay=schedule.weight_decay)
         network, optimizer = fabric.setup(self.network, optimizer)
@@ -228,7 +228,7 @@ class Learner(abc.ABC):
                 sampler.set_epoch(first_epoch + epoch)
                 sums, seen = torch.zeros(2, device=fabric.device), 0  # loss and right answers: read once an epoch
                 for _, images, targets in loader:
-                    images, targets = self._to_device(images), fabric.to_device(targets)
+                    images, targets = self.to_device(images), fabric.to_device(targets)
                     outputs = network(images)
                     with fabric.autocast():
                         loss = loss_of(outputs, images, targets)
@@ -306,7 +306,7 @@ class Learner(abc.ABC):
         bar = logs.progress(len(loader), f"{self._name()}, {purpose}", quiet=not fabric.is_global_zero)
         with bar, torch.no_grad(), fabric.autocast():
             for index, pictures, _ in loader:
-                outputs = self.network(self._to_device(pictures))
+                outputs = self.network(self.to_device(pictures))
                 logits[index] = outputs.logits.float().cpu()
                 features[index] = outputs.features.float().cpu()
                 bar.update()
@@ -321,7 +321,8 @@ class Learner(abc.ABC):
         outputs = self.predict([image for of_class in images for image in of_class], "evaluating")
         nme = None
         if self.uses_nme:
-            nme = phase_metrics(nearest_mean_scores(outputs.features, self.class_means()), targets, ends)
+            means = self.class_means(range(self.nb_seen))
+            nme = phase_metrics(nearest_mean_scores(outputs.features, means), targets, ends)
         return {
             "phase": self.phase,
             "classes_seen": self.nb_seen,
@@ -331,14 +332,14 @@ class Learner(abc.ABC):
             "parameters": nb_parameters(self.network),
         }
 
-    def class_means(self) -> Tensor:
-        """The mean feature of each class's exemplars, of unit length: nb_seen x D.
+    def class_means(self, targets: Sequence[int]) -> Tensor:
+        """The mean feature of each class's exemplars, of unit length: classes x D.
 
         A synthetic exemplar counts as much as a real one: its copies share its weight.
         """
-        shown = [self.memory.evaluation_images(target) for target in range(self.nb_seen)]
+        shown = [self.memory.evaluation_images(target) for target in targets]
         pictures = [image for of_class in shown for image, _ in of_class]
-        features = F.normalize(self.predict(pictures, "evaluating").features)
+        features = F.normalize(self.predict(pictures, "class means").features)
         means = []
         for of_class, rows in zip(shown, features.split([len(of_class) for of_class in shown]), strict=True):
             weights = torch.tensor([weight for _, weight in of_class])
@@ -419,9 +420,11 @@ class Learner(abc.ABC):
     def _phase_0_path(self) -> Path:
         """Named after everything that the trained network of phase 0 depends on."""
         config, data, paths = self.config, self.data, self.data.paths
+        backbone, head = self.network.first_phase_modules()
         settings: dict[str, Any] = {
             "method": "any" if self.plain_phase_0 else config.model_name,
-            "layers": [str(layer) for layer in self.network.first_phase_modules()[0].children()],
+            "layers": [str(layer) for layer in backbone.children()],
+            "head": [list(parameter.shape) for parameter in head.parameters()],
             "transform": str(data.train_transform),
             "classes": [data.class_names[target] for target in data.phase_targets(0)],
             "schedule": list(self.schedule()),
@@ -441,7 +444,7 @@ class Learner(abc.ABC):
         """Milestones, or None where the learning rate is to fall along a cosine."""
         return milestones if (self.config.scheduler or self.scheduler) == "steps" else None
 
-    def _training_loader(self, stage: Stage) -> tuple[DataLoader, EpochBatchSampler]:
+    def training_loader(self, stage: Stage) -> tuple[DataLoader, EpochBatchSampler]:
         config, fabric = self.config, self.fabric
         ends = list(itertools.accumulate([len(stage.items), *(len(group) for group in stage.rehearsed)]))
         dataset = TrainingSet(
@@ -475,12 +478,16 @@ class Learner(abc.ABC):
         )
         return loader, sampler
 
+    def rng(self, purpose: str) -> np.random.Generator:
+        """Random numbers for one purpose: a function of it, of model_seed and of the phase alone."""
+        return np.random.default_rng([self.config.model_seed, self.phase, *purpose.encode()])
+
     def _nb_workers(self) -> int:
         """At most one a core; macOS does not say which cores are ours."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(self.config.num_workers, cores)
 
-    def _to_device(self, images: Tensor) -> Tensor:
+    def to_device(self, images: Tensor) -> Tensor:
         return self.fabric.to_device(images).contiguous(memory_format=torch.channels_last)
 
     def _sum_over_processes(self, rows: Tensor) -> Tensor:

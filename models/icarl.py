@@ -6,19 +6,15 @@ One network; what it knew is distilled into what it learns; classes are told by 
 from torch import Tensor
 from torch.nn import functional as F
 
-from convs.resnet import ResNet
 from models.base import Learner
 from models.losses import distillation
-from models.networks import IncrementalNet, Outputs
+from models.networks import Outputs
 
 
 class ICaRL(Learner):
     milestones = (80, 120)
     keeps_old_network = True
     uses_nme = True
-
-    def build_network(self, backbone: ResNet) -> IncrementalNet:
-        return IncrementalNet(backbone)
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """Algorithm 3, with softmax for the paper's sigmoids as later work does: CE + KD on the old classes."""

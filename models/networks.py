@@ -8,8 +8,9 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from convs.heads import grown, linear_head
+from convs.heads import BiasLayer, ProxyHead, grown, linear_head
 from convs.resnet import ResNet, joined, split
 
 
@@ -23,21 +24,8 @@ class Outputs(NamedTuple):
     maps: Sequence[Tensor] = ()
 
 
-class GrowingNet(nn.Module, abc.ABC):
-    """What all growing networks have in common: how many classes they know, and parts that may be frozen."""
-
-    def __init__(self):
-        super().__init__()
-        self.nb_classes = 0
-        self.head: nn.Linear | None = None
-
-    @abc.abstractmethod
-    def grow(self, nb_new: int) -> None:
-        """Make room for `nb_new` more classes, before a phase.  Draws fresh weights from torch's random state."""
-
-    @abc.abstractmethod
-    def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
-        """(backbone, head) after phase 0, with the names that the backbone had before it became part of a method."""
+class PartlyFrozenNet(nn.Module):
+    """A network of which parts may be frozen, by `requires_grad`."""
 
     def train(self, mode: bool = True) -> Self:
         """As every module's, but what does not learn stays in eval mode: its batch norm statistics belong to it."""
@@ -49,8 +37,25 @@ class GrowingNet(nn.Module, abc.ABC):
         return self
 
 
+class GrowingNet(PartlyFrozenNet, abc.ABC):
+    """What all growing networks have in common: how many classes they know, and a head that reads the features."""
+
+    def __init__(self):
+        super().__init__()
+        self.nb_classes = 0
+        self.head: nn.Linear | ProxyHead | None = None
+
+    @abc.abstractmethod
+    def grow(self, nb_new: int) -> None:
+        """Make room for `nb_new` more classes, before a phase.  Draws fresh weights from torch's random state."""
+
+    @abc.abstractmethod
+    def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
+        """(backbone, head) after phase 0, with the names that the backbone had before it became part of a method."""
+
+
 class IncrementalNet(GrowingNet):
-    """One backbone and one linear head that grows (iCaRL, WA)."""
+    """One backbone and one linear head that grows: what most methods learn."""
 
     def __init__(self, backbone: ResNet):
         super().__init__()
@@ -66,6 +71,97 @@ class IncrementalNet(GrowingNet):
     def forward(self, x: Tensor) -> Outputs:
         features = self.backbone(x)
         return Outputs(self.head(features), features)
+
+
+class BiasedNet(IncrementalNet):
+    """An IncrementalNet whose logits pass through one bias layer for each later phase's classes (BiC)."""
+
+    def __init__(self, backbone: ResNet):
+        super().__init__(backbone)
+        self.bias_layers = nn.ModuleList()
+        self.sizes: list[int] = []
+
+    def grow(self, nb_new: int) -> None:
+        super().grow(nb_new)
+        self.bias_layers.append(BiasLayer() if self.sizes else nn.Identity())
+        self.sizes.append(nb_new)
+
+    def forward(self, x: Tensor) -> Outputs:
+        outputs = super().forward(x)
+        parts = zip(self.bias_layers, outputs.logits.split(self.sizes, dim=1), strict=True)
+        return outputs._replace(logits=torch.cat([layer(part) for layer, part in parts], dim=1))
+
+
+class ProxyNet(GrowingNet):
+    """One backbone, whose stages' outputs are shown, and a head of proxies (PODNet)."""
+
+    def __init__(self, backbone: ResNet, nb_proxies: int):
+        super().__init__()
+        self.backbone = backbone
+        self.head = ProxyHead(backbone.feature_dim, nb_proxies)
+
+    def grow(self, nb_new: int) -> None:
+        self.nb_classes += nb_new
+        self.head.grow(nb_new)
+
+    def first_phase_modules(self) -> tuple[nn.Module, nn.Module]:
+        return self.backbone, self.head
+
+    def forward(self, x: Tensor) -> Outputs:
+        maps = self.backbone.feature_maps(x)
+        features = maps[-1].mean(dim=(2, 3))
+        return Outputs(self.head(features), features, maps=maps)
+
+
+class PrototypeNet(IncrementalNet):
+    """Phase 0's backbone and head to learn with; one prototype a class to tell classes by, in eval mode (SimpleCIL).
+
+    prototypes: classes x D, zero until they are filled in.
+    """
+
+    def __init__(self, backbone: ResNet):
+        super().__init__(backbone)
+        self.register_buffer("prototypes", torch.zeros(0, backbone.feature_dim))
+
+    def grow(self, nb_new: int) -> None:
+        if self.head is None:
+            super().grow(nb_new)
+        else:
+            self.nb_classes += nb_new
+        self.prototypes = F.pad(self.prototypes, (0, 0, 0, nb_new))
+
+    def forward(self, x: Tensor) -> Outputs:
+        if self.training:
+            return super().forward(x)
+        features = self.backbone(x)
+        return Outputs(F.normalize(features) @ F.normalize(self.prototypes).T, features)
+
+
+class BoostedNet(PartlyFrozenNet):
+    """An IncrementalNet as it was, frozen, and beside it a second backbone that learns what it misses (FOSTER).
+
+    net: a network whose head has rows for the new classes already, nb_old: its classes before.  The second backbone
+    starts from the first one's weights; `head` reads both, `aux_head` the second alone, and `old_head` is net's.
+    """
+
+    def __init__(self, net: IncrementalNet, nb_old: int):
+        super().__init__()
+        width = net.head.in_features
+        self.nb_old = nb_old
+        self.old_backbone = copy.deepcopy(net.backbone).requires_grad_(False)
+        self.old_head = copy.deepcopy(net.head).requires_grad_(False)
+        self.backbone = copy.deepcopy(net.backbone)
+        self.head = grown(net.head, 2 * width, net.nb_classes)
+        self.aux_head = linear_head(width, net.nb_classes).to(net.head.weight.device)
+
+    def old_logits(self, features: Tensor) -> Tensor:
+        """What the old network says, from the features of both: B x 2D -> B x nb_old."""
+        return self.old_head(features[:, : self.old_head.in_features])[:, : self.nb_old]
+
+    def forward(self, x: Tensor) -> Outputs:
+        newest = self.backbone(x)
+        features = torch.cat([self.old_backbone(x), newest], dim=1)
+        return Outputs(self.head(features), features, self.aux_head(newest))
 
 
 class ExpandableNet(GrowingNet):

@@ -7,18 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convs.heads import align_weights
-from convs.resnet import ResNet
 from models.base import Learner
 from models.losses import distillation
-from models.networks import IncrementalNet, Outputs
+from models.networks import Outputs
 
 
 class WA(Learner):
     milestones = (60, 100, 140)
     keeps_old_network = True
-
-    def build_network(self, backbone: ResNet) -> IncrementalNet:
-        return IncrementalNet(backbone)
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """(1 - l) CE + l KD, with l = old classes / all classes."""

@@ -83,10 +83,9 @@ def test_overrides_have_types_and_reach_other_keys(tmp_path):
         ({"milestones": [80, "x"]}, r"milestones must be a list of whole numbers or null"),
         ({"milestones": [0]}, r"milestones must be at least 1"),
         ({"seed": []}, r"seed must list one or more different numbers"),
-        ({"real_per_class": 0, "syn_per_class": 0}, r"\+ syn_per_class must be at least 1"),
         ({"seed": [1, 1]}, r"seed must list one or more different numbers"),
         ({"seed": "1993"}, r"seed must be a list of whole numbers"),
-        ({"model_name": "dr"}, r"model_name must be one of icarl, wa, der, memo, not 'dr'; did you mean 'der'"),
+        ({"model_name": "dr"}, r"model_name must be one of .*, not 'dr'; did you mean 'der'"),
         ({"convnet_type": "resnet81"}, r"convnet_type must be one of .*did you mean 'resnet8"),
         ({"dataset": "../D"}, r"dataset must be the name of a folder"),
         ({"augmentation_prob": 1.5}, r"augmentation_prob must lie in 0..1"),
@@ -94,7 +93,6 @@ def test_overrides_have_types_and_reach_other_keys(tmp_path):
         ({"regenerate": "later"}, r"regenerate must be one of ahead, on_demand"),
         ({"regenerate": "on_demand", "augmentation_prob": 0.1}, r"regenerate: on_demand .*augmentation_scope"),
         ({"real_per_class": -1}, r"real_per_class must be at least 0"),
-        ({"real_per_class": 0}, r"real_per_class \+ syn_per_class must be at least 1"),
         ({"real_per_class": 21}, r"21 real exemplars cost 21 units, more than memory_per_class = 20"),
         ({"syn_per_class": 3, "augmentations_per_image": 0}, r"augmentations_per_image must be at least 1"),
         ({"fixed_memory": False}, r"fixed_memory must be true.*memory_per_class"),
@@ -158,4 +156,4 @@ def test_help_names_every_key():
     text = configs.help_text(CHOICES)
     for key, value in vars(Config()).items():
         assert f"{key} " in text, value
-    assert "icarl, wa, der, memo" in text
+    assert ", ".join(METHODS) in text

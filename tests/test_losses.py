@@ -1,13 +1,25 @@
 """Each method's loss against a few lines of plain NumPy."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from convs.heads import BiasLayer, ProxyHead
 from models import METHODS
-from models.losses import distillation, newest_or_old
+from models.losses import (
+    distillation,
+    effective_number_weights,
+    nca,
+    newest_or_old,
+    pod_flat,
+    pod_spatial,
+    projected,
+    quadratic_penalty,
+    sinkhorn,
+)
 from models.networks import Outputs
 
 RNG = np.random.default_rng(0)
@@ -30,21 +42,20 @@ def kd(z, old):
     return -(np.exp(log_softmax(old / T)) * log_softmax(z / T)).sum() / len(z)
 
 
-def loss_of(name, phase):
+def loss_of(name, phase, loss="loss", targets=TARGETS, **more):
     """The method's loss, called on a stand-in for its learner."""
     method = METHODS[name]
     learner = SimpleNamespace(
-        config=SimpleNamespace(T=T),
+        config=SimpleNamespace(T=T, lwf_lambda=3.0, ewc_lambda=7.0),
         phase=phase,
-        nb_old=OLD,
-        nb_new=NEW,
         nb_seen=OLD + NEW,
         old_network=object() if phase and method.keeps_old_network else None,
         old_logits=lambda images: torch.tensor(OLD_LOGITS),
+        **{"nb_old": OLD, "nb_new": NEW, **more},
     )
     aux = torch.tensor(AUX_LOGITS) if phase and name in ("der", "memo") else None
     outputs = Outputs(torch.tensor(LOGITS), torch.zeros(B, 4), aux)
-    return method.loss(learner, outputs, torch.zeros(B, 3, 4, 4), torch.tensor(TARGETS)).item()
+    return getattr(method, loss)(learner, outputs, torch.zeros(B, 3, 4, 4), torch.tensor(targets)).item()
 
 
 def test_distillation():
@@ -56,19 +67,37 @@ def test_auxiliary_targets():
     assert newest_or_old(torch.tensor(TARGETS), OLD).tolist() == [0, 2, 1, 0, 1, 0]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.plain_phase_0])
 def test_phase_0_is_cross_entropy(name):
-    assert loss_of(name, 0) == pytest.approx(cross_entropy(LOGITS, TARGETS))
+    none_old = {"nb_old": 0, "nb_new": OLD + NEW}
+    assert loss_of(name, 0, **none_old) == pytest.approx(cross_entropy(LOGITS, TARGETS))
+
+
+@pytest.mark.parametrize("name", ["replay", "joint", "bic"])
+def test_methods_that_learn_all_classes_by_cross_entropy(name):
+    loss = "bias_loss" if name == "bic" else "loss"
+    assert loss_of(name, 1, loss) == pytest.approx(cross_entropy(LOGITS, TARGETS))
 
 
 def test_icarl():
     assert loss_of("icarl", 1) == pytest.approx(cross_entropy(LOGITS, TARGETS) + kd(LOGITS[:, :OLD], OLD_LOGITS))
 
 
-def test_wa():
+@pytest.mark.parametrize("name", ["wa", "bic"])
+def test_wa_and_bic(name):
     part = OLD / (OLD + NEW)
     expected = (1 - part) * cross_entropy(LOGITS, TARGETS) + part * kd(LOGITS[:, :OLD], OLD_LOGITS)
-    assert loss_of("wa", 1) == pytest.approx(expected)
+    assert loss_of(name, 1) == pytest.approx(expected)
+
+
+NEW_TARGETS = np.array([3, 4, 3, 4, 3, 4])
+
+
+def test_finetune_and_lwf_learn_among_the_new_classes():
+    among_new = cross_entropy(LOGITS[:, OLD:], NEW_TARGETS - OLD)
+    assert loss_of("finetune", 1, targets=NEW_TARGETS) == pytest.approx(among_new)
+    expected = among_new + 3 * kd(LOGITS[:, :OLD], OLD_LOGITS)
+    assert loss_of("lwf", 1, targets=NEW_TARGETS) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["der", "memo"])
@@ -76,6 +105,210 @@ def test_der_and_memo(name):
     auxiliary = np.where(TARGETS < OLD, 0, TARGETS - OLD + 1)
     expected = cross_entropy(LOGITS, TARGETS) + cross_entropy(AUX_LOGITS, auxiliary)
     assert loss_of(name, 1) == pytest.approx(expected)
+
+
+def test_ewc_penalty():
+    now, then, fisher = (RNG.normal(size=(3, 4)) for _ in range(3))
+    grown = np.concatenate([now, RNG.normal(size=(2, 4))])  # a head with rows for new classes: those are free
+    tensors = [torch.tensor(x) for x in (grown, then, fisher)]
+    scalar = [torch.tensor(x) for x in (1.5, 1.0, 4.0)]
+    ours = quadratic_penalty(*([tensor, number] for tensor, number in zip(tensors, scalar, strict=True))).item()
+    assert ours == pytest.approx(0.5 * (fisher * (now - then) ** 2).sum() + 0.5 * 4 * 0.25)
+
+
+def test_ewc():
+    network = torch.nn.Linear(2, 5)
+    state = {
+        "weights": {name: torch.zeros_like(p)[:OLD] for name, p in network.named_parameters()},
+        "fisher": {name: torch.full_like(p[:OLD].detach(), 0.1) for name, p in network.named_parameters()},
+    }
+    ours = loss_of("ewc", 1, targets=NEW_TARGETS, network=network, state=state)
+    held = sum((p.detach().double().numpy()[:OLD] ** 2).sum() for p in network.parameters())
+    expected = cross_entropy(LOGITS[:, OLD:], NEW_TARGETS - OLD) + 7 / 2 * 0.1 * held
+    assert ours == pytest.approx(expected)
+
+
+def test_bias_layer():
+    layer = BiasLayer()
+    logits = torch.tensor(LOGITS)
+    assert torch.equal(layer(logits), logits)
+    layer.alpha.data.fill_(0.5)
+    layer.beta.data.fill_(-1.0)
+    np.testing.assert_allclose(layer(logits).detach().numpy(), 0.5 * LOGITS - 1)
+
+
+def test_proxy_head():
+    head = ProxyHead(4, 3)
+    head.grow(2)
+    head.grow(1)
+    head.eta.data.fill_(2.0)
+    features = RNG.normal(size=(5, 4)).astype(np.float32)
+    proxies = np.concatenate([p.detach().numpy() for p in head.proxies])
+    assert proxies.shape == (9, 4)
+    cosines = features @ proxies.T / np.linalg.norm(features, axis=1)[:, None] / np.linalg.norm(proxies, axis=1)
+    expected = []
+    for row in cosines:
+        of_classes = row.reshape(3, 3)
+        weights = np.exp(of_classes) / np.exp(of_classes).sum(axis=1, keepdims=True)
+        expected.append(2 * (weights * of_classes).sum(axis=1))
+    np.testing.assert_allclose(head(torch.tensor(features)).detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nca():
+    losses = []
+    for z, y in zip(LOGITS, TARGETS, strict=True):
+        others = np.delete(z, y)
+        losses.append(max(0.0, -np.log(np.exp(z[y] - 0.6) / np.exp(others).sum())))
+    assert nca(torch.tensor(LOGITS), torch.tensor(TARGETS), 0.6).item() == pytest.approx(np.mean(losses))
+    sure = torch.eye(5)[:3] * 100
+    assert nca(sure, torch.arange(3), 0.6) == 0
+    assert nca(torch.ones(2, 1, requires_grad=True), torch.zeros(2, dtype=torch.long), 0.6) == 0
+
+
+def test_pod():
+    shapes = [(B, 2, 4, 3), (B, 5, 2, 2)]
+    new, old = ([RNG.normal(size=shape) for shape in shapes] for _ in range(2))
+    distances = []
+    for a, b in zip(new, old, strict=True):
+        for i in range(B):
+            squares = [x[i] ** 2 for x in (a, b)]
+            pooled = [np.concatenate([x.sum(axis=2).ravel(), x.sum(axis=1).ravel()]) for x in squares]
+            unit = [p / np.linalg.norm(p) for p in pooled]
+            distances.append(np.linalg.norm(unit[0] - unit[1]))
+    tensors = ([torch.tensor(x) for x in maps] for maps in (new, old))
+    assert pod_spatial(*tensors).item() == pytest.approx(np.mean(distances))
+    a, b = RNG.normal(size=(2, B, 7))
+    half_squared = [np.sum((x / np.linalg.norm(x) - y / np.linalg.norm(y)) ** 2) / 2 for x, y in zip(a, b, strict=True)]
+    assert pod_flat(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(np.mean(half_squared))
+
+
+def test_podnet():
+    config = SimpleNamespace(lambda_c_base=5.0, lambda_f_base=2.0)
+    features, old_features = RNG.normal(size=(2, B, 4))
+    maps, old_maps = RNG.normal(size=(2, B, 3, 4, 4))
+    as_outputs = [
+        Outputs(torch.tensor(LOGITS), torch.tensor(f), maps=[torch.tensor(m)])
+        for f, m in ((features, maps), (old_features, old_maps))
+    ]
+    learner = SimpleNamespace(
+        config=config, nb_seen=8, nb_new=2, old_network=object(), old_outputs=lambda images: as_outputs[1]
+    )
+    ours = METHODS["podnet"].loss(learner, as_outputs[0], None, torch.tensor(TARGETS)).item()
+    held = 5 * pod_spatial(as_outputs[0].maps, as_outputs[1].maps) + 2 * pod_flat(*(o.features for o in as_outputs))
+    expected = nca(as_outputs[0].logits, torch.tensor(TARGETS), 0.6) + 2 * held  # 2 = sqrt(8 / 2)
+    assert ours == pytest.approx(expected.item())
+
+
+def class_weights(counts, beta):
+    weights = (1 - beta) / (1 - beta ** np.array(counts, dtype=float))
+    return weights / weights.mean()
+
+
+def test_effective_number_weights():
+    counts = [20, 20, 500]
+    ours = effective_number_weights(torch.tensor(counts), 0.96)
+    np.testing.assert_allclose(ours, class_weights(counts, 0.96), rtol=1e-6)
+    assert effective_number_weights(torch.tensor([5, 5]), 0.9).tolist() == [1, 1]
+    assert effective_number_weights(torch.tensor([0, 5]), 0.9).isfinite().all()
+
+
+def test_foster_s_boosting_and_compression():
+    counts = [4, 4, 4, 90, 90]
+    boosting, compression = (torch.tensor(class_weights(counts, beta)) for beta in (0.96, 0.97))
+    method, fe_logits = METHODS["foster"], RNG.normal(size=(B, OLD + NEW))
+    teacher = RNG.normal(size=(B, OLD + NEW))
+    learner = SimpleNamespace(
+        config=SimpleNamespace(T=T, beta1=0.96, beta2=0.97, lambda_okd=0.7),
+        nb_old=OLD,
+        class_weights=lambda beta: {0.96: boosting, 0.97: compression}[beta],
+        network=SimpleNamespace(old_logits=lambda features: torch.tensor(OLD_LOGITS)),
+        old_logits=lambda images: torch.tensor(teacher),
+    )
+    outputs = Outputs(torch.tensor(LOGITS), torch.zeros(B, 4), torch.tensor(fe_logits))
+    ours = method.boosting_loss(learner, outputs, None, torch.tensor(TARGETS)).item()
+    aligned = cross_entropy(LOGITS / boosting.numpy(), TARGETS)
+    assert ours == pytest.approx(aligned + cross_entropy(fe_logits, TARGETS) + 0.7 * kd(LOGITS[:, :OLD], OLD_LOGITS))
+    taught = np.exp(log_softmax(teacher / T)) * compression.numpy()
+    taught /= taught.sum(axis=1, keepdims=True)
+    expected = -(taught * log_softmax(LOGITS / T)).sum() / B
+    assert method.compression_loss(learner, outputs, None, None).item() == pytest.approx(expected)
+
+
+def test_coil():
+    """(1 - l) CE + l KD + r (what the carried old classifiers say of the new classes, and the other way round)."""
+    plan, carried, weight = RNG.random((OLD, NEW)), RNG.normal(size=(NEW, 4)), RNG.normal(size=(OLD + NEW, 4))
+    features = RNG.normal(size=(B, 4))
+    learner = SimpleNamespace(
+        config=SimpleNamespace(T=T, reg_term=0.3),
+        nb_old=OLD,
+        nb_new=NEW,
+        nb_seen=OLD + NEW,
+        old_network=object(),
+        old_logits=lambda images: torch.tensor(OLD_LOGITS),
+        plan=torch.tensor(plan),
+        carried=torch.tensor(carried),
+        network=SimpleNamespace(head=SimpleNamespace(weight=torch.tensor(weight))),
+    )
+    outputs = Outputs(torch.tensor(LOGITS), torch.tensor(features))
+    ours = METHODS["coil"].loss(learner, outputs, None, torch.tensor(TARGETS)).item()
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    part = OLD / (OLD + NEW)
+    prospective = kd(LOGITS[:, OLD:], unit(features) @ unit(carried).T)
+    retrospective = kd(LOGITS[:, :OLD], unit(features) @ unit(plan @ unit(weight[OLD:])).T)
+    expected = (1 - part) * cross_entropy(LOGITS, TARGETS) + part * kd(LOGITS[:, :OLD], OLD_LOGITS)
+    assert ours == pytest.approx(expected + 0.3 * (prospective + retrospective))
+
+
+def test_sinkhorn():
+    cost = RNG.random((3, 4))
+    plan = sinkhorn(torch.tensor(cost), 0.2).numpy()
+    np.testing.assert_allclose(plan.sum(axis=1), np.full(3, 1 / 3), rtol=1e-6)
+    np.testing.assert_allclose(plan.sum(axis=0), np.full(4, 1 / 4), rtol=1e-6)
+    # The one plan of these sums that is diag(u) exp(-cost / reg) diag(v): its logarithm is -cost / reg + a_i + b_j.
+    rest = np.log(plan) + cost / 0.2
+    np.testing.assert_allclose(rest - rest[:1] - rest[:, :1] + rest[0, 0], 0, atol=1e-6)
+    matched = sinkhorn(torch.tensor(cost[:, :3]), 1e-3).numpy()  # nearly unregularised: the cheapest assignment
+    best = min(itertools.permutations(range(3)), key=lambda order: sum(cost[i, j] for i, j in enumerate(order)))
+    assert matched.argmax(axis=1).tolist() == list(best)
+    np.testing.assert_allclose(matched.max(axis=1), 1 / 3, rtol=1e-3)
+
+
+def nearest_allowed(g, G, margin):
+    """GEM's dual by trying every set of active constraints."""
+    best, step = np.inf, None
+    for k in range(len(G) + 1):
+        for free in itertools.combinations(range(len(G)), k):
+            v, free = np.full(len(G), margin), list(free)
+            if free:
+                P, fixed = G @ G.T, [i for i in range(len(G)) if i not in free]
+                v[free] = np.linalg.solve(P[np.ix_(free, free)], -(G @ g)[free] - P[np.ix_(free, fixed)] @ v[fixed])
+            value = 0.5 * v @ G @ G.T @ v + (G @ g) @ v
+            if (v >= margin - 1e-12).all() and value < best:
+                best, step = value, g + G.T @ v
+    return step
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+@pytest.mark.parametrize("seed", range(10))
+def test_gem_s_projection_against_brute_force(seed, margin):
+    rng = np.random.default_rng(seed)
+    G, g = rng.normal(size=(4, 12)), rng.normal(size=12)
+    ours = projected(torch.tensor(g), torch.tensor(G), margin).numpy()
+    if (G @ g >= 0).all():
+        np.testing.assert_array_equal(ours, g)
+    else:
+        np.testing.assert_allclose(ours, nearest_allowed(g, G, margin), rtol=1e-5, atol=1e-7)
+        assert (G @ ours >= -1e-6).all()
+
+
+def test_gem_s_projection_by_hand():
+    g = torch.tensor([1.0, -1.0])
+    assert projected(g, torch.tensor([[0.0, 2.0]])).tolist() == [1, 0], "what hurts the memory is taken out"
+    assert projected(g, torch.tensor([[1.0, 0.0]])).tolist() == [1, -1], "what does not is left"
+    assert projected(g, torch.tensor([[0.0, 0.0], [0.0, 2.0]])).tolist() == [1, 0], "no exemplars, no constraint"
 
 
 @pytest.mark.parametrize(("name", "aligned"), [("icarl", False), ("wa", True), ("der", True), ("memo", True)])
@@ -92,7 +325,18 @@ def test_which_methods_align_the_head_and_when(name, aligned):
 
 
 def test_the_papers_milestones():
-    assert {name: method.milestones for name, method in METHODS.items()} == {
+    stepped = {name: method.milestones for name, method in METHODS.items() if method.scheduler == "steps"}
+    assert set(METHODS) - set(stepped) == {"podnet", "foster"}
+    assert stepped == {
+        "finetune": (40, 70),
+        "replay": (30, 50),
+        "joint": (),
+        "lwf": (60, 120, 180, 220),
+        "ewc": (70, 120, 150),
+        "gem": (30, 50),
+        "bic": (60, 100, 140),
+        "coil": (80, 120),
+        "simplecil": (),
         "icarl": (80, 120),
         "wa": (60, 100, 140),
         "der": (80, 120, 150),

@@ -257,6 +257,8 @@ def test_on_demand_prompt_cost(own_data_dir, monkeypatch):
         (["init_cls=7"], ["init_cls is 7", "6 classes"]),
         (["augmentations_per_image=3"], ["72 of 216 copies are missing", "compress/run.py", "--seeds 3"]),
         (["real_per_class=9", "memory_per_class=9.5"], ["12 train images, fewer than 9 real + 4 synthetic"]),
+        (["real_per_class=0", "syn_per_class=0"], ["wa needs exemplars", "real_per_class + syn_per_class"]),
+        (["pretrained=true"], ["pretrained", "large images"]),
         (["device=[99]"], ["device", "99"]),
         (["dataset=Nowhere"], ["Nowhere", "is not a folder"]),
         (["data_dir=/nowhere"], ["/nowhere", "data_dir"]),

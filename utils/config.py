@@ -96,7 +96,32 @@ class Config:
     )
     lrate_decay: float = _key(0.1, "later phases: factor of each decay")
     weight_decay: float = _key(2e-4, "later phases: weight decay")
-    T: float = _key(2.0, "temperature of knowledge distillation (iCaRL, WA)")
+
+    # The methods' own (PyCIL's names, where it has them)
+    T: float = _key(2.0, "temperature of knowledge distillation")
+    lwf_lambda: float = _key(3.0, "LwF: weight of distillation")
+    ewc_lambda: float = _key(1000.0, "EWC: weight of the penalty")
+    fishermax: float = _key(1e-4, "EWC: greatest importance of a weight")
+    gem_margin: float = _key(0.5, "GEM: least weight of each earlier phase in a step that had to be corrected")
+    gem_memory_batch: int = _key(64, "GEM: exemplars of each earlier phase in a step")
+    split_ratio: float = _key(0.1, "BiC: share of the exemplars that is held out for the bias layers")
+    lambda_c_base: float = _key(5.0, "PODNet: weight of POD-spatial")
+    lambda_f_base: float = _key(1.0, "PODNet: weight of POD-flat")
+    nb_proxy: int = _key(10, "PODNet: proxies of a class")
+    ft_epochs: int = _key(20, "PODNet: epochs of tuning the classifier on balanced classes")
+    ft_lrate: float = _key(0.005, "PODNet: learning rate of that")
+    beta1: float = _key(0.96, "FOSTER: how strongly boosting favours classes of few images, 0 to below 1")
+    beta2: float = _key(0.97, "FOSTER: the same of compression")
+    lambda_okd: float = _key(1.0, "FOSTER: weight of distillation while boosting")
+    oofc: str = _key("ft", "FOSTER: the new classes' weights on old features: tuned, or all zero", choices=("ft", "az"))
+    compression_epochs: int = _key(130, "FOSTER: epochs of compression; boosting has epochs")
+    is_teacher_wa: bool = _key(False, "FOSTER: align the head's weights before compression")
+    is_student_wa: bool = _key(False, "FOSTER: align the head's weights after compression")
+    wa_value: float = _key(1.0, "FOSTER: of those alignments, new norms over old ones for each old class a new one")
+    sinkhorn: float = _key(0.464, "Coil: regularisation of optimal transport")
+    norm_term: float = _key(3.0, "Coil: p of the norm between class means")
+    calibration_term: float = _key(1.5, "Coil: length of new classifiers at their start, over the old ones'")
+    reg_term: float = _key(1e-3, "Coil: weight of both transports")
 
     # The machine
     precision: str = _key("32-true", "arithmetic of training", choices=("32-true", "bf16-mixed", "16-mixed"))
@@ -245,13 +270,23 @@ def _check(config: Config, broken: set[str], choices: Mapping[str, Sequence[str]
             wrong = key not in broken and any(number < minimum for number in numbers)
             refuse(wrong, f"{key} must be at least {minimum}, not {value}", key)
 
-    at_least(1, "init_cls", "increment", "batch_size", "init_epoch", "epochs", "milestones", "init_milestones")
+    at_least(1, "init_cls", "increment", "batch_size", "epochs", "milestones", "init_milestones")
+    at_least(0 if config.pretrained else 1, "init_epoch")
     at_least(1, "regenerate_steps", "regenerate_batch_size")
     at_least(64, "regenerate_size")
     at_least(0, "real_per_class", "syn_per_class", "augmentations_per_image", "memory_per_class", "memory_size")
     at_least(0, "seed", "model_seed", "num_workers", "keep_checkpoints", "momentum", "weight_decay")
     at_least(0, "init_weight_decay")
-    for key in ("init_lr", "lrate", "init_lr_decay", "lrate_decay", "T"):
+    at_least(1, "gem_memory_batch", "nb_proxy", "ft_epochs", "compression_epochs", "norm_term")
+    at_least(0, "lwf_lambda", "ewc_lambda", "fishermax", "gem_margin", "lambda_c_base", "lambda_f_base", "lambda_okd")
+    at_least(0, "beta1", "beta2", "split_ratio", "reg_term")
+    for key in ("beta1", "beta2", "split_ratio"):
+        value = getattr(config, key)
+        refuse(value >= 1, f"{key} must be below 1, not {value}", key)
+    for key in (
+        *("init_lr", "lrate", "init_lr_decay", "lrate_decay", "T"),
+        *("ft_lrate", "wa_value", "sinkhorn", "calibration_term"),
+    ):
         value = getattr(config, key)
         refuse(value <= 0, f"{key} must be above 0, not {value}", key)
     refuse(config.momentum >= 1, f"momentum must be below 1, not {config.momentum}", "momentum")
@@ -275,8 +310,6 @@ def _check(config: Config, broken: set[str], choices: Mapping[str, Sequence[str]
     refuse(not config.fixed_memory, f"fixed_memory must be true: {advice}", "fixed_memory")
 
     real, synthetic, budget = config.real_per_class, config.syn_per_class, config.memory_per_class
-    message = "real_per_class + syn_per_class must be at least 1: every method here replays exemplars"
-    refuse(real == synthetic == 0, message, "real_per_class", "syn_per_class")
     # A prompt's cost depends on the images, and main.py checks it with them; that of real exemplars is known already.
     message = f"real_per_class: {real} real exemplars cost {real} units, more than memory_per_class = {budget:g}"
     refuse(real > budget, message, "real_per_class", "memory_per_class")

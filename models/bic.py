@@ -1,0 +1,73 @@
+"""BiC: Wu et al., "Large Scale Incremental Learning", CVPR 2019.
+
+A phase is learnt with distillation; then two numbers, learnt on held-out images of all classes alike, take the bias
+towards the new classes out of their logits.
+"""
+
+from collections import Counter
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from convs.resnet import ResNet
+from models.base import Learner
+from models.losses import distillation
+from models.networks import BiasedNet, Outputs
+from models.stages import Stage
+from utils.data_manager import Item
+from utils.errors import UserError
+
+
+class BiC(Learner):
+    milestones = (60, 100, 140)
+    keeps_old_network = True
+
+    def build_network(self, backbone: ResNet) -> BiasedNet:
+        return BiasedNet(backbone)
+
+    def stages(self) -> list[Stage]:
+        """Section 3: `training` of all but the bias layers on most items, `bias` of the newest one on the others."""
+        (stage,) = super().stages()
+        if self.phase == 0:
+            return [stage]
+        trained, held_out = self.split(stage.items)
+        parameters = [*self.network.backbone.parameters(), *self.network.head.parameters()]
+        return [
+            stage._replace(items=trained, parameters=parameters),
+            Stage(
+                "bias",
+                held_out,
+                self.schedule(),
+                parameters=list(self.network.bias_layers[-1].parameters()),
+                loss=self.bias_loss,
+            ),
+        ]
+
+    def split(self, items: list[Item]) -> tuple[list[Item], list[Item]]:
+        """(trained on, held out): of every class alike, split_ratio of the exemplars that the poorest one has."""
+        fewest = min(Counter(item.target for item in items).values())
+        if fewest < 2:
+            raise UserError("BiC holds exemplars of each class out: it needs at least 2 a class. Raise the budget.")
+        share = max(1, int(self.config.split_ratio * fewest))
+        held, taken = set(), Counter()
+        for index in self.rng("held out").permutation(len(items)).tolist():
+            if taken[items[index].target] < share:
+                held.add(index)
+                taken[items[index].target] += 1
+        return (
+            [item for index, item in enumerate(items) if index not in held],
+            [item for index, item in enumerate(items) if index in held],
+        )
+
+    def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
+        """Eq. 3: (1 - l) CE + l KD, with l = old classes / all classes, on logits as the bias layers leave them."""
+        classification = F.cross_entropy(outputs.logits, targets)
+        if self.old_network is None:
+            return classification
+        l = self.nb_old / self.nb_seen  # noqa: E741  (the paper's lambda)
+        old = distillation(outputs.logits[:, : self.nb_old], self.old_logits(images), self.config.T)
+        return (1 - l) * classification + l * old
+
+    def bias_loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
+        """Eq. 5: CE of the corrected logits."""
+        return F.cross_entropy(outputs.logits, targets)

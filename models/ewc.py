@@ -1,0 +1,62 @@
+"""EWC: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017.
+
+No exemplars: each weight is held to its old value by a spring as stiff as the old classes need it to be.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.base import Learner
+from models.losses import among_new, quadratic_penalty
+from models.networks import Outputs
+from models.stages import Stage
+
+
+class EWC(Learner):
+    milestones = (70, 120, 150)
+    uses_memory = False
+
+    def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
+        """Eq. 3: CE over the new classes + lambda/2 sum_i F_i (theta_i - theta*_i)^2."""
+        classification = among_new(outputs.logits, targets, self.nb_old)
+        if self.phase == 0:
+            return classification
+        weights = dict(self.network.named_parameters())
+        held = [weights[name] for name in self.state["fisher"]]
+        penalty = quadratic_penalty(held, [*self.state["weights"].values()], [*self.state["fisher"].values()])
+        return classification + self.config.ewc_lambda * penalty
+
+    def before_training(self) -> None:
+        for kind, tensors in self.state.items():
+            self.state[kind] = {name: tensor.to(self.fabric.device) for name, tensor in tensors.items()}
+
+    def after_training(self) -> None:
+        """Online, as PyCIL has it: F = a F_old + (1 - a) F_new with a = old classes / all, one F for all phases."""
+        fisher = self.fisher()
+        for name, old in self.state.get("fisher", {}).items():
+            share, rows = self.nb_old / self.nb_seen, fisher[name][: len(old)] if old.dim() else fisher[name]
+            rows.mul_(1 - share).add_(share * old)
+        weights = {name: tensor.detach().clone() for name, tensor in self.network.named_parameters()}
+        self.state = {"fisher": fisher, "weights": weights}
+
+    def fisher(self) -> dict[str, Tensor]:
+        """The Fisher matrix's diagonal by parameter: the squared gradient of a batch's mean log-likelihood, averaged
+        over the batches of the new classes' images, at most `fishermax`."""
+        schedule = self.schedule()
+        loader, sampler = self.training_loader(Stage("fisher", self.data.new_items(self.phase), schedule))
+        sampler.set_epoch(schedule.epochs)
+        names, weights = zip(*self.network.named_parameters(), strict=True)
+        sums = [torch.zeros_like(weight) for weight in weights]
+        self.network.eval()
+        for _, images, targets in loader:
+            with self.fabric.autocast():
+                logits = self.network(self.to_device(images)).logits
+                loss = F.cross_entropy(logits, self.fabric.to_device(targets))
+            gradients = self.fabric.all_reduce(torch.autograd.grad(loss, weights), reduce_op="mean")
+            for total, gradient in zip(sums, gradients, strict=True):
+                total += gradient.square()
+        return {
+            name: (total / len(sampler)).clamp(max=self.config.fishermax)
+            for name, total in zip(names, sums, strict=True)
+        }

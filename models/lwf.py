@@ -1,0 +1,24 @@
+"""LwF: Li & Hoiem, "Learning without Forgetting", ECCV 2016.
+
+No exemplars: on the new classes' images, the network keeps saying of the old classes what it said before.
+"""
+
+from torch import Tensor
+
+from models.base import Learner
+from models.losses import among_new, distillation
+from models.networks import Outputs
+
+
+class LwF(Learner):
+    milestones = (60, 120, 180, 220)
+    uses_memory = False
+    keeps_old_network = True
+
+    def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
+        """CE over the new classes + lambda KD on the old ones."""
+        classification = among_new(outputs.logits, targets, self.nb_old)
+        if self.old_network is None:
+            return classification
+        old = distillation(outputs.logits[:, : self.nb_old], self.old_logits(images), self.config.T)
+        return classification + self.config.lwf_lambda * old

@@ -1,0 +1,33 @@
+"""SimpleCIL: Zhou et al., "Revisiting Class-Incremental Learning with Pre-Trained Models", IJCV 2024.
+
+The backbone learns in phase 0 alone, or not at all where it is pretrained; a class is the mean of its features.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from convs.resnet import ResNet
+from models.base import Learner
+from models.networks import Outputs, PrototypeNet
+from models.stages import Stage
+
+
+class SimpleCIL(Learner):
+    uses_memory = False
+
+    def build_network(self, backbone: ResNet) -> PrototypeNet:
+        return PrototypeNet(backbone)
+
+    def stages(self) -> list[Stage]:
+        return super().stages() if self.phase == 0 else []
+
+    def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.logits, targets)
+
+    def after_training(self) -> None:
+        """The prototypes of the new classes are the means of all their images' features."""
+        for target in self.data.phase_targets(self.phase):
+            features = self.predict(self.data.train_images(target), "prototypes").features
+            with torch.no_grad():
+                self.network.prototypes[target] = features.mean(dim=0)
