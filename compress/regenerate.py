@@ -56,14 +56,14 @@ class Regenerator:
     """Makes the edge maps and copies of a dataset's train images.
 
     paths: the dataset; preset: the settings; model: a ControlLDM as `ControlNet.cldm.model.load_model` returns it, or
-    None where no copy is missing; batch_size: copies generated together, None to choose it by device and model.
+    None where no copy is missing; batch_size and how: as `PictureGenerator` takes them.
     """
 
-    def __init__(self, paths: DatasetPaths, preset: Preset, model, *, batch_size: int | None = None):
+    def __init__(self, paths: DatasetPaths, preset: Preset, model, *, batch_size: int | None = None, **how):
         self.paths = paths
         self.preset = preset
         self.texts = paths.class_texts()
-        self.generate = PictureGenerator(preset, model, batch_size=batch_size)
+        self.generate = PictureGenerator(preset, model, batch_size=batch_size, **how)
         self._fingerprint = None if model is None else getattr(model, "fingerprint", "")
         self._pixels = Budget(MOST_PIXELS)
 

@@ -116,7 +116,7 @@ class _Check:
                 faults, unmarked = self._copies(image, (width, height))
         except OSError as error:
             fault = Fault(image, "image", UNREADABLE, _reason(error, image))
-            return Task(image, self.records.paths.edge_map(image), ()), [fault], 0
+            return Task(image, None, ()), [fault], 0  # a repair will try it, and list it
         bad = tuple(faults)
         if edge_fault and edge_fault.why in (WRONG_SIZE, OTHERWISE):
             bad = tuple(self.copy_numbers)  # they came from this edge map

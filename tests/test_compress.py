@@ -14,6 +14,9 @@ from PIL import Image
 
 from compress import run, summary
 from compress.generate import PictureGenerator
+from compress.options import copy_numbers
+from ControlNet.cldm.cldm import ControlLDM
+from ControlNet.cldm.model import ModelError
 from tests.folders import make_dataset, save_noise
 from tests.little_model import little_model, save_checkpoint
 from utils.paths import DatasetPaths
@@ -142,11 +145,11 @@ def test_overwriting_with_other_settings(paths, compress):
 def test_texts_of_the_command_line(paths, compress, monkeypatch):
     encoded = []
 
-    def context(generator, text, of=PictureGenerator._context):
-        encoded.append(text)
-        return of(generator, text)
+    def note(model, texts, of=ControlLDM.get_learned_conditioning):
+        encoded.extend(texts)
+        return of(model, texts)
 
-    monkeypatch.setattr(PictureGenerator, "_context", context)
+    monkeypatch.setattr(ControlLDM, "get_learned_conditioning", note)
     compress("--seeds", "1", "--classes", "sushi", "--prompt-template", "a photo of {label}", "--negative-prompt", "no")
     assert set(encoded) == {"a photo of sushi", "no"}
     encoded.clear()
@@ -234,6 +237,37 @@ def test_a_dataset_without_any_image_is_a_wrong_command(tmp_path, compress):
     assert "no images" in err
 
 
+@pytest.mark.parametrize("option", ["--low-memory", "--compile"])
+def test_what_suits_the_machine_changes_no_settings(paths, compress, monkeypatch, option):
+    given = {}
+
+    def note(generator, preset, model, of=PictureGenerator.__init__, **how):
+        given.update(how)
+        of(generator, preset, model, **{**how, "compile": False})
+
+    monkeypatch.setattr(PictureGenerator, "__init__", note)
+    compress("--seeds", "1", "--limit", "1")
+    assert (given["low_memory"], given["compile"]) == (False, False)
+    code, out, err = compress("--seeds", "2", "--limit", "1", option)
+    assert code == 0, err
+    assert given[option.strip("-").replace("-", "_")] is True
+    assert "copies: 3 made, 3 skipped" in out
+
+
+def test_the_download_happens_when_asked_and_only_then(paths, compress, monkeypatch):
+    def download():
+        raise ModelError("no network here")
+
+    monkeypatch.setattr(run, "download_sd15", download)
+    code, _, err = compress("--model", "sd15", "--download")
+    assert (code, err) == (2, "error: no network here\n")
+    code, _, err = compress("--model", "tiny", "--download")
+    assert code == 2
+    assert "sd15, and not of tiny" in err
+    assert compress("--seeds", "1", "--limit", "1")[0] == 0
+    assert compress("--seeds", "1", "--limit", "1", "--verify", "--download")[0] == 0  # needs no model
+
+
 def test_control_c_gets_one_line(paths, compress, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -250,7 +284,7 @@ def test_control_c_gets_one_line(paths, compress, monkeypatch):
     [("5", [0, 1, 2, 3, 4]), ("1", [0]), ("0,3,7", [0, 3, 7]), ("3,", [3]), ("7, 3,7", [7, 3]), ("0,", [0])],
 )
 def test_copy_numbers(text, numbers):
-    assert run.copy_numbers(text) == numbers
+    assert copy_numbers(text) == numbers
 
 
 def test_figures_for_a_person():

@@ -11,15 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
+import main
 from compress import plan as plans
 from compress import run
+from compress.on_demand import OnDemand
 from compress.presets import HIGH, LOW
 from compress.records import MadeOtherwise, Records, State, read_mark
 from compress.regenerate import Regenerator
 from tests.folders import make_dataset, save_noise, save_picture
 from tests.little_model import little_model, save_checkpoint
+from utils.errors import UserError
 from utils.paths import DatasetPaths
 
+REPOSITORY = Path(__file__).parent.parent
 LABELS = ("apple pie", "sushi")
 
 
@@ -133,6 +137,7 @@ def test_the_same_settings_go_on_without_opening_a_copy(paths, compress, monkeyp
         ({"steps": "2"}, ["copies there", "steps 1 -> 2"]),
         ({"size": "128"}, ["shorter side 64 -> 128"]),
         ({"options": ["--guidance", "7.5"]}, ["guidance 9.0 -> 7.5"]),
+        ({"options": ["--sampler", "dpm++2m"]}, ["sampler 'ddim' -> 'dpm++2m'"]),
         ({"options": ["--negative-prompt", "no"]}, ["negative prompt 'longbody", "-> 'no'"]),
         ({"options": ["--prompt-template", "a {label}"]}, ["prompt template", "-> 'a {label}'"]),
         ({"resolution": "low"}, ["edge maps and copies", "edges of generated size False -> True"]),
@@ -161,6 +166,9 @@ def test_another_model_is_another_setting(paths, compress, other_checkpoint):
     code, _, err = compress(*other, "--seeds", "3")
     assert code == 2
     assert re.search(r"model '[0-9a-f]{16}' -> '[0-9a-f]{16}'", err)
+    code, _, err = compress("--base", str(other_checkpoint), "--seeds", "3")
+    assert code == 2
+    assert "model" in err
     assert tree(paths.root) == before
     assert compress(*other, "--replace")[0] == 0
     assert all(before[f"exemplars/{name}"] != content for name, content in copies(paths).items())
@@ -515,12 +523,52 @@ def test_orphans_are_reported_and_never_deleted(paths, compress):
 def test_a_bad_image_is_told_and_cannot_be_repaired(paths, compress):
     compress()
     image = paths.images("sushi")[0]
-    image.write_bytes(image.read_bytes()[:600])
+    image.write_bytes(image.read_bytes()[:-300])
     for option in ("--verify", "--repair"):
         code, out, _ = compress(option)
         assert code == 1
         assert f"{image}: unreadable" in out
     assert len(copies(paths)) == 8
+
+
+def on_demand(paths, checkpoint, steps=1):
+    return OnDemand(
+        paths,
+        resolution="high",
+        model=str(checkpoint),
+        copies=2,
+        device=torch.device("cpu"),
+        size=64,
+        steps=steps,
+        batch_size=4,
+    )
+
+
+def test_the_trainer_keeps_the_same_records(paths, compress, checkpoint):
+    on_demand(paths, checkpoint)(paths.images("sushi"))
+    assert compress()[0] == 0  # goes on with what it made
+    whole = tree(paths.root)
+    on_demand(paths, checkpoint)(images_of(paths))
+    assert tree(paths.root) == whole
+    with pytest.raises(UserError, match=r"steps 1 -> 2(?s:.*)variant=NAME"):  # before the first phase
+        on_demand(paths, checkpoint, steps=2)
+    apart = DatasetPaths(paths.data_dir, paths.dataset, "two")
+    on_demand(apart, checkpoint, steps=2)(paths.images("sushi"))
+    assert len(copies(apart)) == 4
+    assert {name: content for name, content in tree(paths.root).items() if "-two/" not in name} == whole
+
+
+def test_the_trainer_reads_what_is_kept_apart(paths, compress, tmp_path, capsys):
+    compress("--keep-apart", "two")
+    config = json.loads((REPOSITORY / "exps" / "demo.json").read_text())
+    config |= {"dataset": paths.dataset, "data_dir": str(paths.data_dir), "output_dir": str(tmp_path / "out")}
+    config |= {"init_cls": 1, "increment": 1, "real_per_class": 1, "syn_per_class": 1, "augmentations_per_image": 3}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    assert main.main(["--config", str(file), "variant=two"]) == 2
+    said = capsys.readouterr().err
+    assert f"4 of 12 copies are missing, the first is {paths.root / 'exemplars-two'}" in said
+    assert "--keep-apart two" in said
 
 
 def test_a_dry_run_writes_nothing_at_all(paths, compress):
