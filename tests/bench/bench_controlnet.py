@@ -1,0 +1,327 @@
+"""Seconds a copy: the published scripts' way, ours, and diffusers' pipeline; same weights, steps and noise, in one run.
+
+    python tests/bench/bench_controlnet.py                      # the bundled model, 64x64, a minute
+    python tests/bench/bench_controlnet.py --full-size          # Stable Diffusion's size, 256x256, float32
+    python tests/bench/bench_controlnet.py --full-size --device cuda --precision bf16 --size 512 \
+        --batch-sizes 1,2,4,8,16,32 --compile                   # --model sd15 in place of --full-size: real weights
+
+- published: the loop of the published scripts, on our networks with plain layers: one picture at a time, two passes a
+  step for guidance, float32, both texts and (in every pass) the hint encoded each time, attention with all its scores
+  in memory.
+- ours: `compress.generate.PictureGenerator`, as compress/run.py uses it.
+- diffusers: StableDiffusionControlNetPipeline, with text encodings made beforehand.
+
+"s once" is what does not depend on the steps: texts, hint, decoder.  "GPU peak" is on top of the weights.  The last
+lines compare the pictures; those of --precision bf16 with the published loop's, which are float32.
+
+The contenders take turns; of each the fastest round counts, as other work on the machine only ever adds time.
+--full-size fills the networks with random numbers: no checkpoint is needed, and speed depends on none.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.generate import Job, PictureGenerator, initial_noise
+from compress.presets import HIGH, Preset
+from ControlNet.cldm.cldm import ControlLDM
+from ControlNet.cldm.ddim import DDIMSampler
+from ControlNet.cldm.model import MODELS_FOLDER, create_model, load_model
+from ControlNet.cldm.weights import find_weights
+from ControlNet.ldm.schedule import ddim_timesteps
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TEXTS = ("digit four", "digit seven", "apple pie", "golden retriever")
+
+Contender = Callable[[Sequence[Job], int], list[np.ndarray]]  # jobs, steps -> pictures
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def random_state(config: Path) -> dict[str, Tensor]:
+    """Weights that keep activations near unit size: normal numbers over the square root of the fan-in."""
+    model = create_model(config)
+    numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        scale = 0.5 if "embedding" in name else parameter[0].numel() ** -0.5
+        for part in parameter.data.view(-1).split(len(numbers)):
+            torch.mul(numbers[: len(part)], scale, out=part)
+    return model.state_dict()
+
+
+def build(config: Path, state: Mapping[str, Tensor], device: str, dtype: torch.dtype) -> ControlLDM:
+    """A model of these weights, which it shares where device and dtype are theirs; tables stay float32."""
+    model = create_model(config)
+    moved = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() and "." in name else tensor.dtype)
+        for name, tensor in state.items()
+    }
+    model.load_state_dict(moved, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+# --- contenders --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """softmax(Q K^T / sqrt(d)) V, with the scores in memory, in place of torch's fused attention."""
+    fused = F.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *masks, **options) -> Tensor:
+        if masks or options:
+            return fused(q, k, v, *masks, **options)
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = fused
+
+
+def published(model: ControlLDM, preset: Preset) -> Contender:
+    """The published scripts' loop, on their interface."""
+
+    def picture(job: Job, steps: int) -> np.ndarray:
+        height, width = job.hint.shape
+        hint = torch.from_numpy(job.hint).to(model.device).float()[None, None].repeat(1, 3, 1, 1) / 255
+        cond, uncond = (
+            {"c_concat": [hint], "c_crossattn": [model.get_learned_conditioning([text])]}
+            for text in (preset.prompt_text(job.text), preset.negative_prompt)
+        )
+        sampler = DDIMSampler(model)
+        x = initial_noise(job.copy_number, height, width).to(model.device)
+        for i, timestep in enumerate(sampler.make_schedule(steps)):
+            t = torch.full((1,), timestep, device=model.device)
+            eps, eps_uncond = model.apply_model(x, t, cond), model.apply_model(x, t, uncond)
+            x, _ = sampler.step(i, x, eps_uncond + preset.sampling.guidance * (eps - eps_uncond), None)
+        decoded = model.decode_first_stage(x)[0].permute(1, 2, 0)
+        return (decoded * 127.5 + 127.5).clamp(0, 255).byte().cpu().numpy()
+
+    def pictures(jobs: Sequence[Job], steps: int) -> list[np.ndarray]:
+        with torch.no_grad(), plain_attention():
+            return [picture(job, steps) for job in jobs]
+
+    return pictures
+
+
+def diffusers_pipeline(config: Path, model: ControlLDM, preset: Preset) -> Contender:
+    """diffusers' pipeline on the model's weights.  Its progress bar and its checker are off."""
+    from diffusers import StableDiffusionControlNetPipeline
+
+    from tests.diffusers_models import ddim, diffusers_networks
+
+    pipeline = StableDiffusionControlNetPipeline(
+        **diffusers_networks(OmegaConf.load(config), model.state_dict()),
+        tokenizer=None,
+        scheduler=ddim(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    contexts: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        for text in texts:
+            if text not in contexts:
+                contexts[text] = model.get_learned_conditioning([text])
+        return torch.cat([contexts[text] for text in texts])
+
+    def pictures(jobs: Sequence[Job], steps: int) -> list[np.ndarray]:
+        hints = torch.from_numpy(np.stack([job.hint for job in jobs])).to(model.device, model.dtype) / 255
+        noise = torch.cat([initial_noise(job.copy_number, *job.hint.shape) for job in jobs])
+        made = pipeline(
+            prompt_embeds=encode([preset.prompt_text(job.text) for job in jobs]),
+            negative_prompt_embeds=encode([preset.negative_prompt] * len(jobs)),
+            image=hints[:, None].repeat(1, 3, 1, 1),
+            latents=noise.to(model.device, model.dtype),
+            num_inference_steps=steps,
+            guidance_scale=preset.sampling.guidance,
+            output_type="np",
+        ).images
+        return list((made * 255).astype(np.uint8))
+
+    return pictures
+
+
+# --- measuring ---------------------------------------------------------------------------------------------------
+
+
+def make_jobs(count: int, size: int) -> list[Job]:
+    rng = np.random.default_rng(0)
+    hints = (rng.random((count, size, size)) > 0.95).astype(np.uint8) * 255
+    return [
+        Job(Path(f"{i}.jpg"), i, TEXTS[i % len(TEXTS)], hint, (size, size), greyscale=False)
+        for i, hint in enumerate(hints)
+    ]
+
+
+def tflop_per_copy(config: Path, size: int, steps: int) -> float:
+    """Multiplications and additions, in 1e12: guided steps and the decoder, counted without computing them."""
+    with torch.device("meta"):
+        model = create_model(config).requires_grad_(False)
+        x, hint = torch.empty(2, 4, size // 8, size // 8), torch.empty(2, 3, size, size)
+        context = torch.empty(2, 77, model.model.diffusion_model._context_dim)
+        t = torch.empty(2, dtype=torch.int64)
+        features = model.control_model.encode_hint(hint)
+        with FlopCounterMode(display=False) as step:
+            model.apply_model(x, t, {"c_concat": [hint], "c_crossattn": [context], "hint_features": features})
+        with FlopCounterMode(display=False) as decoder:
+            model.decode_first_stage(x[:1])
+    return (steps * step.get_total_flops() + decoder.get_total_flops()) / 1e12
+
+
+def measure(contenders: Mapping[str, Contender], jobs: Mapping[str, Sequence[Job]], steps: list[int], rounds: int):
+    """{contender: {steps: seconds a copy}}, the least of the rounds, and {contender: peak bytes on the GPU}.
+
+    A contender whose batch does not fit the GPU is left out.
+    """
+    cuda = torch.cuda.is_available()
+    seconds = {name: dict.fromkeys(steps, float("inf")) for name in contenders}
+    peaks = dict.fromkeys(contenders, 0)
+    for turn in range(rounds + 1):  # the first one loads kernels, packs, compiles
+        for name in list(seconds):
+            try:
+                for count in steps:
+                    if cuda:
+                        torch.cuda.reset_peak_memory_stats()
+                        before = torch.cuda.memory_allocated()
+                    start = time.perf_counter()
+                    contenders[name](jobs[name], count)
+                    if turn > 0:
+                        took = (time.perf_counter() - start) / len(jobs[name])
+                        seconds[name][count] = min(seconds[name][count], took)
+                    if cuda:
+                        peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() - before)
+            except torch.OutOfMemoryError:
+                del seconds[name]
+    return seconds, peaks
+
+
+def whole_copy(seconds: Mapping[int, float], steps: int) -> tuple[float, float, float]:
+    """(seconds of a copy, of a step, of what is done once); from two numbers of steps, or from the whole copy alone."""
+    if len(seconds) == 1:
+        (whole,) = seconds.values()
+        return whole, whole / len(ddim_timesteps(steps)), float("nan")
+    (few, less), (many, more) = ((len(ddim_timesteps(count)), time) for count, time in sorted(seconds.items()))
+    step = (more - less) / (many - few)
+    once = less - few * step
+    return once + len(ddim_timesteps(steps)) * step, step, once
+
+
+def compare(pictures: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> str:
+    """How far apart two sets of pictures are."""
+    difference = np.abs(np.stack(pictures).astype(float) - np.stack(others))
+    mean_square = np.square(difference).mean()
+    psnr = 10 * np.log10(255**2 / mean_square) if mean_square else float("inf")
+    return f"mean {difference.mean():.3f} and at most {difference.max():.0f} levels of 255, PSNR {psnr:.1f} dB"
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    name = "CPU"
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{os.cpu_count()} cores, {name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="tiny", help="as compress/run.py takes it [tiny]")
+    parser.add_argument("--full-size", action="store_true", help="Stable Diffusion 1.5's networks, random weights")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N [cpu]")
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="ours' and diffusers' [fp32]")
+    parser.add_argument("--size", type=int, help="of the pictures [64 for tiny, else 256]")
+    parser.add_argument("--steps", type=int, help="DDIM steps of a copy [10 for tiny, else 20]")
+    parser.add_argument("--measured-steps", type=int, help="time 1 and this many, and add up [CPU, full size: 4]")
+    parser.add_argument("--batch-sizes", help="ours' and diffusers', such as 1,2,4 [by device]")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile as well")
+    parser.add_argument("--skip", default="", help="contenders to leave out, such as published,diffusers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    tiny = options.model == "tiny" and not options.full_size
+    size, steps = options.size or (64 if tiny else 256), options.steps or (10 if tiny else 20)
+    few = options.measured_steps or (4 if options.device == "cpu" and not tiny and steps > 4 else None)
+    measured = [1, few] if few else [steps]
+    preset = HIGH.changed(size=size, steps=steps)
+    if options.full_size:
+        config = MODELS_FOLDER / "cldm_v15.yaml"
+        state = random_state(config)
+    else:
+        config, state = find_weights(options.model).config, load_model(options.model).state_dict()
+    dtype = PRECISIONS[options.precision]
+    # A model for each contender, as one may be packed and another compiled; on the same tensors, where these agree.
+    exact = build(config, state, options.device, torch.float32)
+    state = build(config, exact.state_dict(), options.device, dtype).state_dict()
+    contenders: dict[str, Contender] = {
+        "published": published(exact, preset),
+        "diffusers": diffusers_pipeline(config, build(config, state, options.device, dtype), preset),
+        "ours": PictureGenerator(preset, build(config, state, options.device, dtype)),
+    }
+    if options.compile:
+        compiled = build(config, state, options.device, dtype)
+        contenders["ours, compiled"] = PictureGenerator(preset, compiled, compile=True)
+    generators = [contenders[name] for name in contenders if name.startswith("ours")]
+    contenders = {name: run for name, run in contenders.items() if name not in options.skip.split(",")}
+    sizes = [int(n) for n in options.batch_sizes.split(",")] if options.batch_sizes else [generators[0].batch_size]
+    tflop = tflop_per_copy(config, size, steps)
+
+    what = "full size, random weights" if options.full_size else f"{options.model} model"
+    print(f"{machine()}\n{what}, {size}x{size}, {steps} DDIM steps, {options.precision}, {tflop:.3g} TFLOP a copy")
+    if few:
+        print(f"a copy is added up: what is done once and {steps} steps, from copies of 1 and of {few} steps")
+    row = "{:>5}  {:15} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8} {:>9}"
+    print(row.format("batch", "", "s/copy", "s/step", "s once", "copies/s", "speed-up", "TFLOP/s", "GPU peak"))
+    baseline = float("nan")
+    for batch_size in sizes:
+        jobs = make_jobs(batch_size, size)
+        work = {name: jobs[:1] if name == "published" else jobs for name in contenders}
+        for generator in generators:
+            generator.batch_size = batch_size
+        # One picture at a time is the same for every batch size: measured once.
+        taking_part = {name: run for name, run in contenders.items() if name != "published" or batch_size == sizes[0]}
+        seconds, peaks = measure(taking_part, work, measured, options.rounds)
+        for name in seconds:
+            whole, step, once = whole_copy(seconds[name], steps)
+            baseline = whole if name == "published" else baseline
+            figures = [f"{whole:.4g}", f"{step:.3g}", f"{once:.3g}", f"{1 / whole:.3g}", f"x{baseline / whole:.2f}"]
+            peak = f"{peaks[name] / 1e9:.2f} GB" if peaks[name] else ""
+            print(row.format(len(work[name]), name, *figures, f"{tflop / whole:.3g}", peak), flush=True)
+    jobs = make_jobs(sizes[0], size)
+    made = {name: run(jobs if name != "published" else jobs[:1], measured[-1]) for name, run in contenders.items()}
+    if "ours" in made:
+        for name in made.keys() - {"ours"}:
+            print(f"ours against {name}: {compare(made['ours'][: len(made[name])], made[name])}")
+
+
+if __name__ == "__main__":
+    main()
