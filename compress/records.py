@@ -21,15 +21,18 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from enum import Enum
 from pathlib import Path
 
-from compress.presets import Preset
+from compress.presets import Preset, Sampling
 from utils.errors import UserError
 from utils.paths import DatasetPaths
 
 MARK = "ESCORT"
+DEFAULTS = {
+    each.name: each.default for kind in (Preset, Sampling) for each in fields(kind) if each.default is not MISSING
+}
 
 
 class MadeOtherwise(UserError):
@@ -92,17 +95,19 @@ class Record:
     def mark(self, label: str) -> str | None:
         """What the JPEG comment of a class's copies says.  None where the model is not known, not even by the record"""
         wanted = self._wanted(label)
-        if wanted.get("model", "") is None:
-            wanted = next((kind for kind in reversed(self._kinds(label)) if _alike(kind, wanted)), None)
-        return wanted and f"{MARK} {_digest(wanted)}"
+        unheard_of = None if wanted.get("model", "") is None else wanted
+        # As it was written down: an earlier version may have known fewer settings, or nobody looked at the model.
+        kind = next((kind for kind in reversed(self._kinds(label)) if _alike(kind, wanted)), unheard_of)
+        return kind and f"{MARK} {_digest(kind)}"
 
     def differences(self, label: str) -> list[str]:
         """From the newest settings on disk to those asked for: such as "steps 20 -> 50".  Empty where none are known"""
         kinds, wanted = self._kinds(label), self._wanted(label)
         return [
-            f"{_words(name, label)} {_value(kinds[-1].get(name))} -> {_value(value)}"
+            f"{_words(name, label)} {_value(old)} -> {_value(value)}"
             for name, value in (wanted.items() if kinds else ())
-            if not _alike({name: value}, {name: kinds[-1].get(name)})
+            for old in [kinds[-1].get(name, DEFAULTS.get(name))]
+            if not _alike({name: value}, {name: old})
         ]
 
     def only_by_size(self, label: str) -> bool:
@@ -123,7 +128,7 @@ class Record:
             missing = set()
             for label in labels:
                 newest = self._kinds(label)[-1:]
-                if newest == [self._wanted(label)]:
+                if newest and _alike(newest[0], self._wanted(label)):
                     continue
                 if newest != before[label]:
                     raise MadeOtherwise(
@@ -237,9 +242,10 @@ def _kind(settings: Mapping, text: str | None) -> dict:
 
 
 def _alike(kind: Mapping, other: Mapping) -> bool:
-    """Equal; a model that is not known equals any."""
+    """Equal; a setting that a version did not know had its default, and a model that is not known equals any."""
+    kind, other = {**DEFAULTS, **kind}, {**DEFAULTS, **other}
     if kind.get("model", "") is None or other.get("model", "") is None:
-        kind, other = ({name: value for name, value in k.items() if name != "model"} for k in (kind, other))
+        kind["model"] = other["model"] = None
     return kind == other
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import main
 from compress import plan as plans
-from compress import run
+from compress import machine, run
 from compress.on_demand import OnDemand
 from compress.presets import HIGH, LOW
 from compress.records import MadeOtherwise, Records, State, read_mark
@@ -74,8 +74,8 @@ def no_model_from_now(monkeypatch):
     """Call it, and from then on loading a model or reading its weights fails the test."""
 
     def forbid():
-        monkeypatch.setattr(run, "load_model", None)
-        monkeypatch.setattr(run, "weights_fingerprint", None)
+        monkeypatch.setattr(machine, "load_model", None)
+        monkeypatch.setattr(machine, "weights_fingerprint", None)
 
     return forbid
 
@@ -325,6 +325,19 @@ def test_marks_without_a_record_still_tell(paths, compress):
     assert compress("--seeds", "3")[0] == 0
 
 
+def test_a_record_of_a_version_that_knew_fewer_settings(paths):
+    record = Records(paths, SMALL, "m").copies
+    del record.settings["sampling"]["sampler"]
+    record.note(LABELS)
+    mark = record.mark("sushi")
+    assert Records(paths, SMALL, "m").copies.state("sushi") is State.SAME
+    assert Records(paths, SMALL, "m").copies.mark("sushi") == mark
+    other = Records(paths, SMALL.changed(sampler="dpm++2m"), "m").copies
+    assert other.state("sushi") is State.OTHER
+    assert other.differences("sushi") == ["sampler 'ddim' -> 'dpm++2m'"]
+    assert other.mark("sushi") != mark
+
+
 def test_a_broken_record_is_said(paths, compress):
     compress()
     (paths.folder("exemplars") / "settings.json").write_text("{")
@@ -532,16 +545,8 @@ def test_a_bad_image_is_told_and_cannot_be_repaired(paths, compress):
 
 
 def on_demand(paths, checkpoint, steps=1):
-    return OnDemand(
-        paths,
-        resolution="high",
-        model=str(checkpoint),
-        copies=2,
-        device=torch.device("cpu"),
-        size=64,
-        steps=steps,
-        batch_size=4,
-    )
+    options = f"--model '{checkpoint}' --size 64 --steps {steps} --batch-size 4"
+    return OnDemand(paths, options, resolution="high", copies=2, device=torch.device("cpu"))
 
 
 def test_the_trainer_keeps_the_same_records(paths, compress, checkpoint):
