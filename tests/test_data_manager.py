@@ -528,3 +528,17 @@ def test_the_first_missing_copy_is_the_one_that_is_gone(tmp_path):
     paths.copies_folder("ü").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=f"^6 of 12 .*{re.escape(str(paths.copy(images[3], 0)))}"):
         check_copies(paths, images, 2)
+
+
+def test_groups_bring_their_items_into_every_batch():
+    groups = [range(10, 14), range(14, 15), range(15, 15), range(15, 40)]
+    whole = EpochBatchSampler(10, 4, 7, 1, groups=groups, per_group=3)
+    batches = [[index for _, index in batch] for batch in whole]
+    assert sorted(index for batch in batches for index in batch if index < 10) == list(range(10))
+    for batch in batches:
+        assert len(set(batch)) == len(batch)
+        assert [sum(index in group for index in batch) for group in groups] == [3, 1, 0, 3]
+    assert batches[0][-3:] != batches[1][-3:], "drawn anew"
+    assert [[index for _, index in batch] for batch in whole] == batches, "a function of the epoch and the step"
+    ranks = [list(EpochBatchSampler(10, 4, 7, 1, rank=r, world_size=2, groups=groups, per_group=3)) for r in (0, 1)]
+    assert [sorted(i for _, i in [*a, *b]) for a, b in zip(*ranks, strict=True)] == [sorted(b) for b in batches]

@@ -9,7 +9,8 @@ import torch
 from convs.blocks import AttendedBatchNorm, RepConv, folded
 from convs.heads import align_weights, grown, linear_head
 from convs.resnet import CONVNETS, build_backbone, joined, nb_parameters, split
-from models.networks import IncrementalNet, der_net, memo_net
+from models.networks import BiasedNet, BoostedNet, IncrementalNet, PrototypeNet, ProxyNet, der_net, memo_net
+from models.stages import Schedule, learning_only
 
 
 def backbone(name="resnet8", kind="small", init_cls=2, increment=2, pretrained=False):
@@ -291,7 +292,95 @@ def test_old_extractors_are_frozen_in_every_respect(build, shared_learns):
     assert any(not torch.equal(value, shared[key]) for key, value in net.shared.state_dict().items()) == shared_learns
 
 
-@pytest.mark.parametrize("build", [IncrementalNet, der_net, memo_net])
+def test_a_biased_net_corrects_the_logits_of_each_later_phase():
+    net, x = BiasedNet(backbone()), torch.randn(3, 3, 32, 32)
+    for nb_new in (2, 3, 1):
+        net.grow(nb_new)
+    net.eval()
+    with torch.no_grad():
+        plain = net.head(net.backbone(x))
+        torch.testing.assert_close(net(x).logits, plain)
+        for layer, (alpha, beta) in zip(list(net.bias_layers)[1:], [(2.0, -1.0), (0.5, 3.0)], strict=True):
+            layer.alpha.fill_(alpha)
+            layer.beta.fill_(beta)
+        expected = torch.cat([plain[:, :2], 2 * plain[:, 2:5] - 1, 0.5 * plain[:, 5:] + 3], dim=1)
+        torch.testing.assert_close(net(x).logits, expected)
+
+
+def test_a_boosted_net_holds_the_old_one_and_learns_beside_it():
+    old, x = IncrementalNet(backbone()), torch.randn(3, 3, 32, 32)
+    old.grow(2)
+    old.grow(3)
+    before = old.eval()(x)
+    net = BoostedNet(old, nb_old=2).train()
+    weights = {key: value.clone() for key, value in net.state_dict().items() if key.startswith("old_")}
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    outputs = net(x)
+    assert (outputs.logits.shape, outputs.features.shape, outputs.aux_logits.shape) == ((3, 5), (3, 128), (3, 5))
+    torch.testing.assert_close(net.old_logits(outputs.features), before.logits[:, :2])
+    (outputs.logits.square().sum() + outputs.aux_logits.square().sum()).backward()
+    optimizer.step()
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in weights.items())
+    torch.testing.assert_close(net.old_logits(net(x).features), before.logits[:, :2])
+    torch.testing.assert_close(old(x).logits, before.logits)
+
+
+def test_a_prototype_net_learns_by_its_head_and_tells_by_its_prototypes():
+    net, x = PrototypeNet(backbone()), torch.randn(4, 3, 32, 32)
+    net.grow(2)
+    assert net.train()(x).logits.shape == (4, 2)
+    net.grow(3)
+    assert net.eval()(x).logits.tolist() == [[0] * 5] * 4
+    features = net(x).features.detach()
+    net.prototypes[3] = 7 * features[1]
+    cosines = features @ features[1] / features.norm(dim=1) / features[1].norm()
+    torch.testing.assert_close(net(x).logits[:, 3].detach(), cosines)
+
+
+def test_a_proxy_net_shows_every_stage():
+    net, x = ProxyNet(backbone(), 3), torch.randn(2, 3, 32, 32)
+    net.grow(2)
+    net.grow(1)
+    outputs = net.eval()(x)
+    assert outputs.logits.shape == (2, 3)
+    assert [m.shape[1:] for m in outputs.maps] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    torch.testing.assert_close(outputs.features, net.backbone(x))
+    assert [tuple(p.shape) for p in net.head.proxies] == [(6, 64), (3, 64)]
+
+
+def test_what_does_not_learn_in_a_stage_is_left_alone():
+    net = BiasedNet(backbone())
+    net.grow(2)
+    net.grow(2)
+    net.bias_layers[0].requires_grad_(False)
+    frozen = net.backbone.conv1.weight.requires_grad_(False)
+    with learning_only(net, list(net.head.parameters())):
+        net.train()
+        assert {key for key, p in net.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+        assert not net.backbone.training
+        assert not any(m.training for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        assert net.training
+    assert [key for key, p in net.named_parameters() if not p.requires_grad] == ["backbone.conv1.weight"]
+    assert not frozen.requires_grad, "frozen before, frozen after"
+    net.train()
+    assert all(m.training for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize(
+    ("milestones", "rates"),
+    [((1, 3), [1, 0.1, 0.1, 0.01]), (None, [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])],
+)
+def test_schedules(milestones, rates):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, seen = Schedule(4, 1.0, milestones, 0.1, 0.0).scheduler(optimizer), []
+    for _ in range(4):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert seen == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("build", [IncrementalNet, BiasedNet, der_net, memo_net])
 def test_phase_0_is_the_same_network_in_all_methods(build):
     torch.manual_seed(0)
     net = build(backbone())
