@@ -127,13 +127,10 @@ def check_exemplars(config: Config, data: DataManager, device: torch.device) -> 
 
         on_demand = OnDemand(
             data.paths,
-            resolution=config.regenerate_resolution or data.defaults.resolution,
-            model=config.regenerate_model,
+            config.regenerate_options,
+            resolution=data.defaults.resolution,
             copies=config.augmentations_per_image,
             device=device,
-            size=config.regenerate_size,
-            steps=config.regenerate_steps,
-            batch_size=config.regenerate_batch_size,
         )
     elif needs_copies:
         check_copies(data.paths, itertools.chain(*images), config.augmentations_per_image)

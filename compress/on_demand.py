@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 
+from compress.machine import download, load, make_regenerator
+from compress.options import chosen_preset, parse_settings
 from compress.plan import Plan, plan
-from compress.presets import PRESETS
 from compress.records import MadeOtherwise, Records, edge_map_size
-from compress.regenerate import Regenerator
-from ControlNet.cldm.model import ModelError, load_model
 from utils.errors import UserError
 from utils.images import image_bits
 from utils.log import progress
@@ -19,39 +18,33 @@ from utils.paths import DatasetPaths
 class OnDemand:
     """Called with train images, makes their edge maps and their copies 0 ... K-1 where these are missing.
 
-    resolution: "high" or "low"; model: as `load_model` takes it; copies: K; size, steps, batch_size: None for the
-    preset's own and for what suits the device.  The model is in memory only during a call: between calls the
-    classifier has the device to itself.  Raises UserError, at once, for a model that can't be loaded and for copies on
-    disk that were made with other settings.
+    options: settings, model and machine as compress/run.py takes them, in one text, "" for its defaults; resolution:
+    the preset where they name none; copies: K; device: where copies are made.  The model is in memory only during a
+    call: between calls the classifier has the device to itself.
+    Raises UserError, at once, for options that are wrong, a model that can't be loaded, and copies on disk that were
+    made with other settings.
     """
 
-    def __init__(
-        self,
-        paths: DatasetPaths,
-        *,
-        resolution: str,
-        model: str,
-        copies: int,
-        device: torch.device,
-        size: int | None = None,
-        steps: int | None = None,
-        batch_size: int | None = None,
-    ):
+    def __init__(self, paths: DatasetPaths, options: str, *, resolution: str, copies: int, device: torch.device):
         self.paths = paths
-        self.preset = PRESETS[resolution].changed(size=size, steps=steps)
-        self.model = model
         self.copies = copies
         self.device = device
-        self.batch_size = batch_size
-        # A wrong path and copies made otherwise show now, not after the first phase.
-        self.fingerprint = getattr(self._load(torch.device("cpu")), "fingerprint", "")
+        try:
+            self.options = parse_settings(options, resolution)
+            self.preset = chosen_preset(self.options)
+            if self.options.download:
+                download(self.options.model)
+            # A wrong path, and below copies made otherwise, show now and not after the first phase.
+            self.fingerprint = load(self.options, torch.device("cpu")).fingerprint
+        except UserError as error:
+            raise UserError(f"regenerate_options: {error}") from error
         self._plan(image for label in paths.classes() for image in paths.images(label)[:1])
 
     def __call__(self, images: Sequence[Path]) -> None:
         """Raises UserError where a copy could not be made."""
         todo = self._plan(images)
-        model = self._load(self.device) if todo.copies_missing else None
-        regenerator = Regenerator(self.paths, self.preset, model, batch_size=self.batch_size)
+        with_model = todo.copies_missing > 0
+        regenerator = make_regenerator(self.options, self.paths, self.preset, self.device, with_model=with_model)
         with progress(todo.copies_missing, "copies") as bar:
             result = regenerator.run(todo, bar.update)
         if result.failures:
@@ -79,9 +72,3 @@ class OnDemand:
         except OSError as error:
             raise UserError(f"cannot read image {error}. Replace the file or take it away.") from error
         return map_width * map_height / (width * height * depth)
-
-    def _load(self, device: torch.device):
-        try:
-            return load_model(self.model, device)
-        except ModelError as error:
-            raise UserError(f"regenerate_model: {error}") from error

@@ -3,8 +3,10 @@
 import argparse
 import math
 import re
+import shlex
 
-from compress.presets import PRESETS, SAMPLERS
+from compress.presets import PRESETS, SAMPLERS, Preset
+from utils.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -12,6 +14,11 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+class _TextParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (compress/run.py --help lists the options)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +34,13 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--dataset", required=True, help="the dataset: its folder's name in the data folder")
     data.add_argument("--classes", metavar="A,B", action="append", help="only these class labels (may be repeated)")
     data.add_argument("--limit", metavar="N", type=at_least_one, help="only the first N images of each class")
+    data.add_argument(
+        "--seeds",
+        metavar="K",
+        type=copy_numbers,
+        default=range(5),
+        help="copies of an image: 5 makes numbers 0 to 4; 0,3,7 makes these; '3,' makes number 3 alone [5]",
+    )
     data.add_argument("--shard", metavar="i/n", type=shard, default=(1, 1), help="only part i of n: 1/8 ... 8/8")
     data.add_argument("--dry-run", action="store_true", help="say how much there is to do, and write nothing")
     there = parser.add_argument_group("what is there already (it is kept, if it was made with the same settings)")
@@ -42,14 +56,21 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="read and write edge_maps-NAME and exemplars-NAME; the trainer's key for them is variant=NAME",
     )
+    add_settings(parser, resolution=None)
+    machine = add_machine(parser)
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, resolution: str | None) -> None:
+    """The options that say what a copy is.  resolution: the preset where none is named; None: one must be."""
     settings = parser.add_argument_group("the settings")
-    settings.add_argument("--resolution", required=True, choices=tuple(PRESETS), help="the preset for the data's kind")
     settings.add_argument(
-        "--seeds",
-        metavar="K",
-        type=copy_numbers,
-        default=range(5),
-        help="copies of an image: 5 makes numbers 0 to 4; 0,3,7 makes these; '3,' makes number 3 alone [5]",
+        "--resolution",
+        required=resolution is None,
+        default=resolution,
+        choices=tuple(PRESETS),
+        help="the preset for the data's kind",
     )
     settings.add_argument("--size", metavar="N", type=at_least_one, help="shorter side of the generated pictures")
     settings.add_argument("--sampler", choices=tuple(SAMPLERS), help="how latents are sampled [ddim]")
@@ -57,6 +78,10 @@ def parser() -> argparse.ArgumentParser:
     settings.add_argument("--guidance", metavar="X", type=finite, help="scale of classifier-free guidance")
     settings.add_argument("--prompt-template", metavar="TEXT", help="such as 'a photo of {label}'")
     settings.add_argument("--negative-prompt", metavar="TEXT", help="text of what copies should not be like")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options that say which model makes the copies, and how."""
     machine = parser.add_argument_group("the model and the machine")
     machine.add_argument(
         "--model",
@@ -69,14 +94,39 @@ def parser() -> argparse.ArgumentParser:
         help="Stable Diffusion 1.5's weights, for a --model that holds a control network alone",
     )
     machine.add_argument("--download", action="store_true", help="fetch sd15's weights (5.7 GB) if they are not there")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     machine.add_argument(
         "--precision", default="auto", choices=("auto", *PRECISIONS), help="[bf16 on a GPU that has it, fp32 on a CPU]"
     )
     machine.add_argument("--batch-size", metavar="N", type=at_least_one, help="copies made at a time [by device]")
     machine.add_argument("--low-memory", action="store_true", help="keep on the GPU only the network that is at work")
     machine.add_argument("--compile", action="store_true", help="torch.compile: minutes first, then faster")
-    return parser
+    return machine
+
+
+def parse_settings(text: str, resolution: str) -> argparse.Namespace:
+    """The options about copies and model alone, from one text, as a config holds them.
+
+    resolution: the preset where none is named.  Raises UserError for an option that is wrong or not one of these.
+    """
+    parser = _TextParser(prog="", add_help=False, allow_abbrev=False)
+    add_settings(parser, resolution)
+    add_machine(parser)
+    try:
+        return parser.parse_args(shlex.split(text))
+    except ValueError as error:  # a quotation mark without its partner
+        raise UserError(f"{text!r}: {error}") from error
+
+
+def chosen_preset(options: argparse.Namespace) -> Preset:
+    """The settings: a preset, and what the options change of it.  Raises UserError for what can't be."""
+    return PRESETS[options.resolution].changed(
+        size=options.size,
+        steps=options.steps,
+        guidance=options.guidance,
+        sampler=options.sampler,
+        prompt_template=options.prompt_template,
+        negative_prompt=options.negative_prompt,
+    )
 
 
 def copy_numbers(text: str) -> list[int]:

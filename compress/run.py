@@ -9,7 +9,6 @@ What is on disk already is skipped, so a run that was stopped goes on when it is
 
 import argparse
 import difflib
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,20 +17,17 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # `python compress/run.py`: Python would look into compress/ alone
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
 from lightning_fabric import Fabric
 from tqdm import tqdm
 
-from compress.options import parser
+from compress.machine import accelerator, choose_precision, download, fingerprint, make_regenerator
+from compress.options import chosen_preset, parser
 from compress.plan import Plan, plan
-from compress.presets import PRESETS, Preset
+from compress.presets import Preset
 from compress.records import MadeOtherwise, Records
-from compress.regenerate import Regenerator
 from compress.share import PATIENCE, by_first, deal, gather
 from compress.summary import report, report_estimate, report_findings, report_plan
 from compress.verify import Findings, verify
-from ControlNet.cldm.download import download_sd15
-from ControlNet.cldm.model import ModelError, load_model, weights_fingerprint
 from utils.devices import launch
 from utils.errors import UserError
 from utils.log import tolerate_odd_names
@@ -39,7 +35,6 @@ from utils.paths import DatasetPaths, data_dir
 
 DONE, SOME_FAILED, WRONG_COMMAND, INTERRUPTED = 0, 1, 2, 130
 MIXING = "Make those again with --replace, or put this run's beside them with --keep-apart NAME."
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,19 +64,10 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run and not fabric.is_global_zero:
         return DONE
     todo = whole if options.dry_run else deal(fabric, whole)
-    precision = choose_precision(options.precision, fabric.device)
-    home = torch.device("cpu") if options.low_memory else fabric.device
-    model = load(options, home, precision) if todo.copies_missing else None
-    regenerator = Regenerator(
-        paths,
-        todo.records.preset,
-        model,
-        batch_size=options.batch_size,
-        compile=options.compile,
-        low_memory=options.low_memory,
-        device=fabric.device,
-    )
-    if model is not None and fabric.is_global_zero:
+    preset, with_model = todo.records.preset, todo.copies_missing > 0
+    regenerator = make_regenerator(options, paths, preset, fabric.device, with_model=with_model)
+    if with_model and fabric.is_global_zero:
+        precision = choose_precision(options.precision, fabric.device)
         at_a_time = f"{regenerator.generate.batch_size} at a time"
         where = fabric.device if fabric.world_size == 1 else f"{fabric.world_size} processes ({fabric.device.type})"
         print(f"model {options.model} on {where} in {precision}, {at_a_time}", flush=True)
@@ -114,18 +100,6 @@ def check(options: argparse.Namespace, paths: DatasetPaths) -> int:
     images, empty = select(paths, options.classes, options.limit, options.shard)
     findings = verified(Records(paths, chosen_preset(options)), images, options.seeds)
     return DONE if findings.is_well and not empty else SOME_FAILED
-
-
-def chosen_preset(options: argparse.Namespace) -> Preset:
-    """The settings: a preset, and what the options change of it."""
-    return PRESETS[options.resolution].changed(
-        size=options.size,
-        steps=options.steps,
-        guidance=options.guidance,
-        sampler=options.sampler,
-        prompt_template=options.prompt_template,
-        negative_prompt=options.negative_prompt,
-    )
 
 
 def find_work(options: argparse.Namespace, paths: DatasetPaths, preset: Preset, images: list[Path]) -> Plan:
@@ -205,51 +179,6 @@ def chosen_labels(classes: list[str], known: list[str]) -> list[str]:
             hint = f"did you mean {near[0]!r}?" if near else f"the dataset has {some}"
             raise UserError(f"no class {label!r}: {hint}")
     return sorted(set(labels))
-
-
-def accelerator(device: str) -> tuple[str, int | list[int]]:
-    """--device as Lightning Fabric's (accelerator, devices).  Raises UserError for what is none."""
-    index = re.fullmatch(r"cuda:(\d+)", device)
-    if index:
-        return "cuda", [int(index[1])]
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device is auto, cpu, cuda or cuda:N, not {device!r}.")
-    return device, 1
-
-
-def choose_precision(precision: str, device: torch.device) -> str:
-    """With "auto" resolved: bf16 on a GPU that has it, fp16 on another, fp32 on a CPU."""
-    if precision != "auto":
-        return precision
-    return "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-
-
-def download(spec: str) -> None:
-    """Fetch the official weights, unless they are there.  Raises UserError."""
-    if spec != "sd15":
-        raise UserError(f"--download fetches the weights of --model sd15, and not of {spec}.")
-    try:
-        download_sd15()
-    except ModelError as error:
-        raise UserError(str(error)) from error
-
-
-def fingerprint(options: argparse.Namespace) -> str:
-    """That of the model's weights, without loading them.  Raises UserError where they can't be used."""
-    try:
-        return weights_fingerprint(options.model, options.base)
-    except ModelError as error:
-        raise UserError(str(error)) from error
-
-
-def load(options: argparse.Namespace, device: torch.device, precision: str):
-    """The model.  Raises UserError where it can't be loaded."""
-    try:
-        return load_model(options.model, device, PRECISIONS[precision], options.base)
-    except ModelError as error:
-        raise UserError(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the model does not fit on {device}: use --low-memory or --precision bf16.") from error
 
 
 if __name__ == "__main__":

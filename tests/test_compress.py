@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from compress import run, summary
+from compress import machine, run, summary
 from compress.generate import PictureGenerator
 from compress.options import copy_numbers
 from ControlNet.cldm.cldm import ControlLDM
@@ -79,7 +79,7 @@ def test_a_whole_run_and_its_rerun(paths, compress, monkeypatch):
     assert "18/18" in err  # the progress bar counts copies
     assert len(made(paths)) == 9 + 18 + 2  # and the settings of both
     before = made(paths)
-    monkeypatch.setattr(run, "load_model", None)  # nothing is missing: the model is not even loaded
+    monkeypatch.setattr(machine, "load_model", None)  # nothing is missing: the model is not even loaded
     code, out, _ = compress("--seeds", "2")
     assert code == 0
     assert "edge maps: 0 made, 9 skipped, 0 failed" in out
@@ -258,7 +258,7 @@ def test_the_download_happens_when_asked_and_only_then(paths, compress, monkeypa
     def download():
         raise ModelError("no network here")
 
-    monkeypatch.setattr(run, "download_sd15", download)
+    monkeypatch.setattr(machine, "download_sd15", download)
     code, _, err = compress("--model", "sd15", "--download")
     assert (code, err) == (2, "error: no network here\n")
     code, _, err = compress("--model", "tiny", "--download")

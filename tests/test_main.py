@@ -278,7 +278,7 @@ ON_DEMAND = ["regenerate=on_demand", "augmentation_prob=0"]
         ([*ON_DEMAND, "regenerate_options=--model /no.pth"], ["regenerate_options", "/no.pth"]),
         ([*ON_DEMAND, "regenerate_options=--step 3"], ["regenerate_options", "--step 3", "--help"]),
         ([*ON_DEMAND, "regenerate_options=--steps 0"], ["regenerate_options", "--steps", "at least 1"]),
-        ([*ON_DEMAND, "regenerate_options='"], ["regenerate_options", "quotation"]),
+        ([*ON_DEMAND, "regenerate_options=--model 'x"], ["regenerate_options", "quotation"]),
         (["output_dir=/proc/nowhere"], ["output_dir"]),
     ],
 )  # fmt: skip

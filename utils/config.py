@@ -65,15 +65,9 @@ class Config:
         choices=("ahead", "on_demand"),
     )
     variant: str = _key("", "edge maps and copies that compress/run.py --keep-apart made under this name")
-    regenerate_resolution: str | None = _key(
-        None, "on_demand: the settings of compress/run.py; null: what fits the images", choices=("high", "low")
+    regenerate_options: str = _key(
+        "", 'on_demand: settings, model and machine, as options of compress/run.py: "--model tiny --steps 10"'
     )
-    regenerate_model: str = _key("sd15", "on_demand: the ControlNet, as compress/run.py's --model names it")
-    regenerate_size: int | None = _key(
-        None, "on_demand: shorter side of the generated pictures; null: the settings' own"
-    )
-    regenerate_steps: int | None = _key(None, "on_demand: DDIM steps; null: the settings' own")
-    regenerate_batch_size: int | None = _key(None, "on_demand: copies made together; null: what suits the device")
 
     # The schedule (PyCIL keeps these in its method files)
     model_seed: int = _key(1993, "initial weights, order of the batches, augmentation, choice of copies")
@@ -272,8 +266,6 @@ def _check(config: Config, broken: set[str], choices: Mapping[str, Sequence[str]
 
     at_least(1, "init_cls", "increment", "batch_size", "epochs", "milestones", "init_milestones")
     at_least(0 if config.pretrained else 1, "init_epoch")
-    at_least(1, "regenerate_steps", "regenerate_batch_size")
-    at_least(64, "regenerate_size")
     at_least(0, "real_per_class", "syn_per_class", "augmentations_per_image", "memory_per_class", "memory_size")
     at_least(0, "seed", "model_seed", "num_workers", "keep_checkpoints", "momentum", "weight_decay")
     at_least(0, "init_weight_decay")

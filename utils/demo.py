@@ -24,7 +24,7 @@ from utils.paths import DatasetPaths, data_dir
 
 CONFIG = Path("exps/demo.json")
 OUTPUT = Path("outputs/demo")
-SETTINGS = {"model": "tiny", "resolution": "high", "size": 64, "steps": 10, "batch_size": 50}
+SETTINGS = "--model tiny --resolution high --size 64 --steps 10 --batch-size 50"
 """Of the copies; 64 pixels are what the tiny model was made for."""
 
 
@@ -41,8 +41,7 @@ def run(command: str) -> None:
 def compress(config: dict) -> None:
     """The digits and all their copies, where they are not there yet."""
     run("-m utils.curate digits")
-    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SETTINGS.items())
-    run(f"compress/run.py --dataset {config['dataset']} --seeds {config['augmentations_per_image']} {options}")
+    run(f"compress/run.py --dataset {config['dataset']} --seeds {config['augmentations_per_image']} {SETTINGS}")
 
 
 def class_orders(seeds: list[int]) -> tuple[str, str]:
@@ -86,10 +85,10 @@ def demo_on_demand(seeds: list[int]) -> None:
     for name in ("train", "test", "class_names.json"):
         if not (on_demand.root / name).exists():
             (on_demand.root / name).symlink_to((ahead.root / name).resolve())
-    options = " ".join(f"regenerate_{name}={value}" for name, value in SETTINGS.items())
+    options = f"regenerate=on_demand regenerate_options={shlex.quote(SETTINGS)}"
     command = f"main.py --config {CONFIG} {orders} augmentation_prob=0"
     run(f"{command} output_dir={OUTPUT}/ahead-{tag}")
-    run(f"{command} output_dir={OUTPUT}/on-demand-{tag} data_dir={on_demand.data_dir} regenerate=on_demand {options}")
+    run(f"{command} output_dir={OUTPUT}/on-demand-{tag} data_dir={on_demand.data_dir} {options}")
 
     made = sorted(on_demand.folder("exemplars").rglob("*.jpg"))
     differing = [

@@ -1,0 +1,78 @@
+"""The model and the machine that the options ask for."""
+
+import argparse
+import re
+
+import torch
+
+from compress.presets import Preset
+from compress.regenerate import Regenerator
+from ControlNet.cldm.cldm import ControlLDM
+from ControlNet.cldm.download import download_sd15
+from ControlNet.cldm.model import ModelError, load_model, weights_fingerprint
+from utils.errors import UserError
+from utils.paths import DatasetPaths
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def accelerator(device: str) -> tuple[str, int | list[int]]:
+    """--device as Lightning Fabric's (accelerator, devices).  Raises UserError for what is none."""
+    index = re.fullmatch(r"cuda:(\d+)", device)
+    if index:
+        return "cuda", [int(index[1])]
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device is auto, cpu, cuda or cuda:N, not {device!r}.")
+    return device, 1
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """With "auto" resolved: bf16 on a GPU that has it, fp16 on another, fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    return "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def download(spec: str) -> None:
+    """Fetch the official weights, unless they are there.  Raises UserError."""
+    if spec != "sd15":
+        raise UserError(f"--download fetches the weights of --model sd15, and not of {spec}.")
+    try:
+        download_sd15()
+    except ModelError as error:
+        raise UserError(str(error)) from error
+
+
+def fingerprint(options: argparse.Namespace) -> str:
+    """That of the model's weights, without loading them.  Raises UserError where they can't be used."""
+    try:
+        return weights_fingerprint(options.model, options.base)
+    except ModelError as error:
+        raise UserError(str(error)) from error
+
+
+def load(options: argparse.Namespace, device: torch.device) -> ControlLDM:
+    """The model, in the precision asked for.  Raises UserError where it can't be loaded."""
+    dtype = PRECISIONS[choose_precision(options.precision, device)]
+    home = torch.device("cpu") if options.low_memory else device  # from where the part at work visits the device
+    try:
+        return load_model(options.model, home, dtype, options.base)
+    except ModelError as error:
+        raise UserError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the model does not fit on {device}: use --low-memory or --precision bf16.") from error
+
+
+def make_regenerator(
+    options: argparse.Namespace, paths: DatasetPaths, preset: Preset, device: torch.device, *, with_model: bool
+) -> Regenerator:
+    """The regenerator that the options ask for; with_model: whether copies are to be made, and not only edge maps."""
+    return Regenerator(
+        paths,
+        preset,
+        load(options, device) if with_model else None,
+        batch_size=options.batch_size,
+        compile=options.compile,
+        low_memory=options.low_memory,
+        device=device,
+    )
