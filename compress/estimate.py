@@ -59,8 +59,9 @@ def _seconds_per_copy(regenerator: Regenerator, jobs: list[Job]) -> float:
     areas = [job.hint.size for job in jobs]
     typical = jobs[areas.index(sorted(areas)[len(areas) // 2])]
     alike = [job for job in jobs if job.hint.shape == typical.hint.shape and bool(job.text) == bool(typical.text)]
+    # The first time loads kernels, encodes texts, and finds out how many fit the device.
+    regenerator.generate(alike[: regenerator.generate.batch_size], steps=1)
     batch = alike[: regenerator.generate.batch_size]
-    regenerator.generate(batch, steps=1)  # the first time loads kernels and encodes texts
 
     def seconds(steps: int) -> float:
         start = time.perf_counter()
