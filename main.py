@@ -27,7 +27,7 @@ from utils.config import Config
 from utils.data_manager import DataManager, check_copies
 from utils.devices import launch
 from utils.errors import UserError
-from utils.memory import ExemplarMemory, check_budget, check_class_sizes, prompt_cost
+from utils.memory import ExemplarMemory, check_budget, check_class_sizes, check_total, prompt_cost
 from utils.paths import DatasetPaths, data_dir
 
 log = logging.getLogger("main")
@@ -82,6 +82,10 @@ def run(config: Config) -> dict:
             config.syn_per_class,
             config.memory_per_class,
             config.augmentations_per_image,
+            total=None if config.fixed_memory else config.memory_size,
+            selection=config.exemplar_selection,
+            seed=config.model_seed,
+            cost=getattr(regenerate, "prompt_cost", None),
         )
         folder = output / f"seed{seed}"
         learner = METHODS[config.model_name](config, data, memory, fabric, folder / "checkpoints", cache, regenerate)
@@ -118,7 +122,8 @@ def check_exemplars(config: Config, data: DataManager, device: torch.device) -> 
         raise UserError(f"{config.model_name} needs exemplars: real_per_class + syn_per_class must be at least 1.")
     images = [data.train_images(target) for target in range(data.nb_classes)]
     sizes = {name: len(of_class) for name, of_class in zip(data.class_names, images, strict=True)}
-    check_class_sizes(sizes, real, synthetic)
+    if config.fixed_memory:
+        check_class_sizes(sizes, real, synthetic)
     replaced = config.augmentation_prob > 0 and (real > 0 or config.augmentation_scope == "all")
     needs_copies = synthetic > 0 or replaced
     on_demand = None
@@ -136,7 +141,10 @@ def check_exemplars(config: Config, data: DataManager, device: torch.device) -> 
         check_copies(data.paths, itertools.chain(*images), config.augmentations_per_image)
     cost = on_demand.prompt_cost if on_demand else lambda image: prompt_cost(image, data.paths.find_edge_map(image))
     typical = statistics.median(cost(of_class[0]) for of_class in images)
-    check_budget(real, synthetic, config.memory_per_class, typical)
+    if config.fixed_memory:
+        check_budget(real, synthetic, config.memory_per_class, typical)
+    elif real or synthetic:
+        check_total(config.memory_size, data.nb_classes, real, synthetic, typical)
     return on_demand
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -257,34 +257,39 @@ class Learner(abc.ABC):
         return {"epochs": schedule.epochs, "loss": loss_mean, "accuracy": accuracy}
 
     def choose_exemplars(self) -> int | None:
-        """Herding over all real images of the new classes, then their copies.  Returns what `make_copies` does."""
+        """Choose among all real images of the new classes, then make copies.  Returns what `make_copies` does."""
         if not self.uses_memory:
             return None
+        there = frozenset(self.shown())
+        self.memory.make_room(self.nb_seen)
         targets = list(self.data.phase_targets(self.phase))
         images = [self.data.train_images(target) for target in targets]
         features = self.predict([image for of_class in images for image in of_class], "choosing exemplars").features
         for target, of_class, rows in zip(targets, images, features.split([len(i) for i in images]), strict=True):
             self.memory.add_class(target, of_class, rows)
-        return self.make_copies(self.phase)
+        return self.make_copies(self.phase, there)
 
-    def make_copies(self, phase: int) -> int | None:
-        """Have the prompts of a phase's exemplars made into copies, where that is due now and they are needed again.
+    def shown(self) -> list[Path]:
+        """The exemplars of which copies are looked at."""
+        roles = ("synthetic", "real") if self.config.augmentation_prob > 0 else ("synthetic",)
+        return [item.image for item in self.memory.items() if item.role in roles]
 
-        Returns the number of those copies, None where all copies were made ahead.
+    def make_copies(self, phase: int, there: Collection[Path] = ()) -> int | None:
+        """Have prompts made into copies after a phase, where that is due now and they are needed again.
+
+        there: exemplars that have theirs.  Returns the number of copies made, None where all were made ahead.
         """
         if self.regenerate is None or not self.uses_memory:
             return None
         if phase + 1 == self.data.nb_phases and not self.uses_nme:
             return 0
-        targets = self.data.phase_targets(phase)
-        roles = ("synthetic", "real") if self.config.augmentation_prob > 0 else ("synthetic",)
-        shown = [item.image for item in self.memory.items() if item.target in targets and item.role in roles]
+        new = [image for image in self.shown() if image not in there]
         if self.fabric.is_global_zero:
-            self.regenerate(shown)
+            self.regenerate(new)
         self.fabric.barrier()
-        for target in targets:
+        for target in self.memory.targets:
             self.memory.enforce_budget(target)
-        return len(shown) * self.config.augmentations_per_image
+        return len(new) * self.config.augmentations_per_image
 
     def predict(self, images: Sequence[Path], purpose: str) -> Outputs:
         """The network's logits and features for pictures, with the test transform, on the CPU in the order given.
@@ -391,8 +396,7 @@ class Learner(abc.ABC):
         self.records = state["records"]
         done = len(self.records)
         if done < self.data.nb_phases:
-            for phase in range(done):  # copies that were deleted since then come back
-                self.make_copies(phase)
+            self.make_copies(done - 1)  # copies that were deleted since then come back
         if done == self.data.nb_phases:
             log.info("all %d phases are done already: their results are taken from %s", done, path)
         else:

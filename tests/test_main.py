@@ -255,6 +255,19 @@ def test_on_demand_prompt_cost(own_data_dir):
     assert cost("low") == pytest.approx(256 * 256 / (32 * 32 * 24))
 
 
+def test_a_memory_of_fixed_size(train, tmp_path):
+    """12 units for all classes: 3, 1.5, then 2 units each, of which a third goes to prompts at 1/24."""
+    values = {"fixed_memory": False, "memory_size": 12, "real_per_class": 4, "syn_per_class": 8, "model_name": "replay"}
+    for selection in ("herding", "random", "closest"):
+        out = tmp_path / selection
+        assert train(**values, exemplar_selection=selection, output_dir=str(out), epochs=1, init_epoch=1) == 0
+        memories = [phase["memory"] for phase in results(out)["runs"][0]["phases"]]
+        assert [memory["units_budget"] for memory in memories] == [6, 3, 2]
+        # 6, 3 and 2 units over 4 + 8/24: factors 1.38, 0.69 and 0.46
+        assert [(m["nb_real"], m["nb_synthetic"]) for m in memories] == [(2 * 5, 2 * 7), (4 * 2, 4 * 5), (6 * 1, 6 * 3)]
+        assert all(memory["units_total"] <= memory["units_budget_total"] == 12 for memory in memories)
+
+
 # Bad input: one clear message, exit code 2
 
 ON_DEMAND = ["regenerate=on_demand", "augmentation_prob=0"]
@@ -271,6 +284,7 @@ ON_DEMAND = ["regenerate=on_demand", "augmentation_prob=0"]
         (["real_per_class=9", "memory_per_class=9.5"], ["12 train images, fewer than 9 real + 4 synthetic"]),
         (["real_per_class=0", "syn_per_class=0"], ["wa needs exemplars", "real_per_class + syn_per_class"]),
         (["pretrained=true"], ["pretrained", "large images"]),
+        (["fixed_memory=false", "memory_size=1"], ["memory_size = 1", "each of 6 classes"]),
         (["device=[99]"], ["device", "99"]),
         (["dataset=Nowhere"], ["Nowhere", "is not a folder"]),
         (["data_dir=/nowhere"], ["/nowhere", "data_dir"]),

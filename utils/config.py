@@ -36,9 +36,13 @@ class Config:
     # The experiment, in PyCIL's words
     prefix: str = _key("", "a name for the run, free to use in other keys as ${prefix}", result=False)
     dataset: str = _key(MISSING, "the dataset's folder in data_dir")
-    memory_size: int | None = _key(None, "PyCIL's total of exemplars; used only where fixed_memory is false")
+    memory_size: int | None = _key(None, "units of all classes together, where fixed_memory is false")
     memory_per_class: float = _key(20.0, "B: memory budget of a class, in units of one real image")
-    fixed_memory: bool = _key(True, "a fixed budget per class; the only mode so far")
+    fixed_memory: bool = _key(
+        True,
+        "whether each class has its own budget; false: all seen share memory_size, real : syn_per_class is a ratio",
+    )
+    exemplar_selection: str = _key("herding", "how exemplars are chosen", choices=("herding", "random", "closest"))
     shuffle: bool = _key(True, "shuffle the class order with seed")
     init_cls: int = _key(MISSING, "classes of phase 0")
     increment: int = _key(MISSING, "classes of each further phase; the last one takes what is left")
@@ -298,13 +302,13 @@ def _check(config: Config, broken: set[str], choices: Mapping[str, Sequence[str]
     wrong = config.device not in ("auto", "cpu", "cuda") and _cuda_devices(config.device) is None
     device = _as_json(config.device)
     refuse(wrong, f'device must be "auto", "cpu", "cuda" or CUDA devices like ["0"], not {device}', "device")
-    advice = "a total of memory_size exemplars is not supported; set memory_per_class instead"
-    refuse(not config.fixed_memory, f"fixed_memory must be true: {advice}", "fixed_memory")
+    message = "memory_size must be given where fixed_memory is false: the units that all classes share"
+    refuse(not config.fixed_memory and not config.memory_size, message, "fixed_memory", "memory_size")
 
     real, synthetic, budget = config.real_per_class, config.syn_per_class, config.memory_per_class
     # A prompt's cost depends on the images, and main.py checks it with them; that of real exemplars is known already.
     message = f"real_per_class: {real} real exemplars cost {real} units, more than memory_per_class = {budget:g}"
-    refuse(real > budget, message, "real_per_class", "memory_per_class")
+    refuse(config.fixed_memory and real > budget, message, "real_per_class", "memory_per_class", "fixed_memory")
 
     probability = config.augmentation_prob
     refuse(not 0 <= probability <= 1, f"augmentation_prob must lie in 0..1, not {probability}", "augmentation_prob")

@@ -5,7 +5,7 @@ costs the edge map's bits over its image's bits: 1/24 for an RGB image of the sa
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from utils.paths import DatasetPaths
 
 log = logging.getLogger(__name__)
 
+SELECTIONS = ("herding", "random", "closest")
+"""How a class's exemplars are chosen, in order: `herding`, at random, or by the distance to the class mean."""
+
 _TIE = 1e-10  # scores closer than this are the same: rounding differs between equal rows, and between machines
 _ROUNDING = 1e-9  # of a sum of costs, in units
 
@@ -31,20 +34,14 @@ def herding(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
 
     Raises ValueError for m outside 0 ... n, and UserError for features that aren't finite.
     """
-    if isinstance(features, torch.Tensor):
-        features = features.detach().to("cpu", torch.float64).numpy()
-    x = np.asarray(features, dtype=np.float64)
-    n = len(x)
+    n = len(features)
     if not 0 <= m <= n:
         raise ValueError(f"can't pick {m} of {n}")
-    if not np.isfinite(x).all():
-        raise UserError("features are not finite numbers: training has diverged. Lower the learning rate.")
-    norms = np.linalg.norm(x, axis=1, keepdims=True)
-    x = x / np.where(norms > 0, norms, 1)
+    x, norms = _unit_rows(features)
     # |mean - (picked + x_i)/k| is least where 2 x_i.(k mean - picked) - |x_i|^2 is greatest: one product per pick,
     # and nothing larger than the features is ever held.
     twice_along_mean = 2 * (x @ x.mean(axis=0))
-    score = -(norms[:, 0] > 0).astype(np.float64)
+    score = -(norms > 0).astype(np.float64)
     chosen = []
     for _ in range(m):
         score += twice_along_mean
@@ -53,6 +50,40 @@ def herding(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
         score -= 2 * (x @ x[best])
         score[best] = -np.inf
     return chosen
+
+
+def closest_to_mean(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
+    """Indices of the m rows nearest to the mean of all, the nearest first; of equals, the first.
+
+    features and errors as for `herding`.
+    """
+    if not 0 <= m <= len(features):
+        raise ValueError(f"can't pick {m} of {len(features)}")
+    x, _ = _unit_rows(features)
+    distances = np.linalg.norm(x - x.mean(axis=0), axis=1)
+    return np.argsort((distances / _TIE).round(), kind="stable")[:m].tolist()
+
+
+def _unit_rows(features: np.ndarray | torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(rows of unit length, their lengths before) in float64; a row of zeros stays one."""
+    if isinstance(features, torch.Tensor):
+        features = features.detach().to("cpu", torch.float64).numpy()
+    x = np.asarray(features, dtype=np.float64)
+    if not np.isfinite(x).all():
+        raise UserError("features are not finite numbers: training has diverged. Lower the learning rate.")
+    norms = np.linalg.norm(x, axis=1)
+    return x / np.where(norms > 0, norms, 1)[:, None], norms
+
+
+def share(units: float, real: int, synthetic: int, cost: float) -> tuple[int, int]:
+    """How many (real, synthetic) exemplars `units` hold, in the ratio R : S and no more than whole ones.
+
+    real: R; synthetic: S; cost: units of one synthetic exemplar.  With f = units / (R + S x cost) these are
+    floor(R f) and floor(S f): 2,000 units over 100 classes are 20 each, for R = 18, S = 48 and 1/24 exactly 18 and 48;
+    over 40 classes they are 50 each, 45 and 120.
+    """
+    factor = units / (real + synthetic * cost) if real or synthetic else 0.0
+    return int(real * factor + _ROUNDING), int(synthetic * factor + _ROUNDING)
 
 
 def prompt_cost(image: Path, edge_map: Path | None = None) -> float:
@@ -90,6 +121,15 @@ def check_budget(real: int, synthetic: int, budget: float | None, cost: float = 
     )
 
 
+def check_total(total: float, nb_classes: int, real: int, synthetic: int, cost: float = 1 / 24) -> None:
+    """Raises UserError where `total` units, shared by `nb_classes` classes, leave a class without any exemplar."""
+    if share(total / nb_classes, real, synthetic, cost) == (0, 0):
+        raise UserError(
+            f"memory_size = {total:g} units are {total / nb_classes:.3g} for each of {nb_classes} classes: not one "
+            f"exemplar in the ratio of {real} real to {synthetic} synthetic. Raise memory_size."
+        )
+
+
 def check_class_sizes(sizes: Mapping[str, int], real: int, synthetic: int) -> None:
     """Raises UserError where a class has fewer than R + S train images, so that this shows before any training.
 
@@ -109,7 +149,13 @@ class ExemplarMemory:
     """The exemplars of all classes seen, by target.
 
     paths: the dataset's folders; real_per_class: R; syn_per_class: S; budget: B in units per class, None for no limit;
-    augmentations_per_image: K, the copies of each synthetic exemplar.
+    augmentations_per_image: K, the copies of each synthetic exemplar; total: units of all classes together, None where
+    each has its own budget; selection: one of `SELECTIONS`; seed: of the random one; cost: tells the units of an
+    image's prompt before its edge map is made.
+
+    With a total, n classes have total / n units each and R : S is but a ratio (`share`).  As classes come, each keeps
+    the first of its exemplars in the order of choice: real ones that no longer fit become the first of the prompts, and
+    the last prompts are forgotten, so that a class holds what it would had it been given its present share at once.
     """
 
     def __init__(
@@ -119,36 +165,66 @@ class ExemplarMemory:
         syn_per_class: int,
         budget: float | None,
         augmentations_per_image: int,
+        *,
+        total: float | None = None,
+        selection: str = "herding",
+        seed: int = 0,
+        cost: Callable[[Path], float] | None = None,
     ):
-        check_budget(real_per_class, syn_per_class, budget, cost=0)  # what a prompt costs shows class by class
+        if selection not in SELECTIONS:
+            raise ValueError(f"selection {selection!r} is none of {', '.join(SELECTIONS)}")
+        if total is None:
+            check_budget(real_per_class, syn_per_class, budget, cost=0)  # what a prompt costs shows class by class
         self.paths = paths
         self.real_per_class = real_per_class
         self.syn_per_class = syn_per_class
-        self.budget = budget
+        self.total = total
+        self.selection = selection
+        self.seed = seed
+        self._class_budget = budget
+        self._nb_classes = 1  # that share the total
+        self._cost_to_come = cost
         self.augmentations_per_image = augmentations_per_image
         self._real: dict[int, list[Path]] = {}
         self._synthetic: dict[int, list[Path]] = {}
         self._costs: dict[Path, float] = {}  # of prompts whose edge map is on disk
 
     def add_class(self, target: int, images: Sequence[Path], features: np.ndarray | torch.Tensor) -> None:
-        """Choose a class's exemplars by herding: the first R stay real, the next S are kept as prompts.
+        """Choose a class's exemplars: the first R stay real, the next S are kept as prompts.
 
-        images: the class's real train images, n of them; features: n x d, in the same order.
-        Raises UserError where n < R + S.
+        images: the class's real train images, n of them; features: n x d, in the same order.  With a total, call
+        `make_room` first; R and S are the class's share, of which a small class has as much as there are images.
+        Raises UserError where n < R + S without a total.
         """
         if target in self._real:
             raise ValueError(f"class {target} is in memory already")
         if len(images) != len(features):
             raise ValueError(f"{len(images)} images, {len(features)} features")
         label = images[0].parent.name if images else str(target)
-        check_class_sizes({label: len(images)}, self.real_per_class, self.syn_per_class)
-        chosen = [images[i] for i in herding(features, self.real_per_class + self.syn_per_class)]
-        self._real[target] = chosen[: self.real_per_class]
-        self._synthetic[target] = chosen[self.real_per_class :]
-        self.enforce_budget(target)
+        real, synthetic = self._share(images)
+        if self.total is None:
+            check_class_sizes({label: len(images)}, real, synthetic)
+        chosen = self._select(target, features, min(real + synthetic, len(images)))
+        self._keep(target, [images[i] for i in chosen], real)
+
+    def make_room(self, nb_classes: int) -> None:
+        """With a total, share it among `nb_classes` from now on; the classes in memory give up what is too much."""
+        self._nb_classes = max(nb_classes, 1)
+        if self.total is None:
+            return
+        for target in self.targets:
+            chosen = [*self._real[target], *self._synthetic[target]]
+            if chosen:
+                real, synthetic = self._share(chosen)
+                self._keep(target, chosen[: real + synthetic], min(real, len(self._real[target])))
+
+    @property
+    def budget(self) -> float | None:
+        """Units that a class may take at present; None for no limit."""
+        return self._class_budget if self.total is None else self.total / self._nb_classes
 
     def enforce_budget(self, target: int) -> None:
-        """Drop the last prompts of a class, with a warning, until its true cost is within the budget.
+        """Drop the last prompts of a class until its true cost is within the budget; a warning where it is its own.
 
         `add_class` does so; call it again where edge maps were made only after the exemplars were chosen.
         """
@@ -156,7 +232,7 @@ class ExemplarMemory:
         before, label = len(kept), kept[0].parent.name if kept else ""
         while self.budget is not None and kept and self.units(target) > self.budget + _ROUNDING:
             kept.pop()
-        if len(kept) < before:
+        if len(kept) < before and self.total is None:
             log.warning(
                 "class %r: the last %d of %d prompts are dropped, with them it takes more than its %g units",
                 label,
@@ -200,10 +276,11 @@ class ExemplarMemory:
     def report(self) -> dict[str, int | float | None]:
         """What the memory takes, in units and in bytes on disk.
 
-        units_per_class_mean, units_per_class_max, units_total, units_budget (per class, None for no limit); nb_real,
-        nb_synthetic; bytes_real: the real exemplars' files; bytes_prompts: edge map files and the label text (UTF-8) of
-        every prompt; bytes_total: both; bytes_if_all_real: the files of all exemplars, were they all kept as images;
-        edge_maps_missing: prompts without an edge map on disk, whose edge maps therefore add no bytes.
+        units_per_class_mean, units_per_class_max, units_total, units_budget (per class at present, None for no limit),
+        units_budget_total (of all classes in memory); nb_real, nb_synthetic; bytes_real: the real exemplars' files;
+        bytes_prompts: edge map files and the label text (UTF-8) of every prompt; bytes_total: both; bytes_if_all_real:
+        the files of all exemplars, were they all kept as images; edge_maps_missing: prompts without an edge map on
+        disk, whose edge maps therefore add no bytes.
         """
         units = [self.units(target) for target in self.targets]
         real = [image for images in self._real.values() for image in images]
@@ -218,6 +295,7 @@ class ExemplarMemory:
             "units_per_class_max": max(units, default=0.0),
             "units_total": float(sum(units)),
             "units_budget": self.budget,
+            "units_budget_total": self.budget * len(units) if self.total is None and self.budget else self.total,
             "nb_real": len(real),
             "nb_synthetic": len(prompts),
             "bytes_real": bytes_real,
@@ -246,12 +324,29 @@ class ExemplarMemory:
             {int(target): [train / image for image in images] for target, images in state[kind].items()}
             for kind in ("real", "synthetic")
         )
+        self._nb_classes = max(len(self._real), 1)
+
+    def _share(self, images: Sequence[Path]) -> tuple[int, int]:
+        """(R, S) of a class at present; images: of the class, the first of which tells what a prompt costs."""
+        if self.total is None or not images:
+            return self.real_per_class, self.syn_per_class
+        return share(self.budget, self.real_per_class, self.syn_per_class, self._cost(images[0]))
+
+    def _select(self, target: int, features: np.ndarray | torch.Tensor, m: int) -> list[int]:
+        """m indices in the order of choice; the first m - 1 are the choice of m - 1."""
+        if self.selection == "random":
+            return np.random.default_rng([self.seed, target]).permutation(len(features))[:m].tolist()
+        return (herding if self.selection == "herding" else closest_to_mean)(features, m)
+
+    def _keep(self, target: int, chosen: Sequence[Path], real: int) -> None:
+        self._real[target], self._synthetic[target] = list(chosen[:real]), list(chosen[real:])
+        self.enforce_budget(target)
 
     def _cost(self, image: Path) -> float:
         if image not in self._costs:
             edge_map = self.paths.find_edge_map(image)
             cost = prompt_cost(image, edge_map)
             if edge_map is None:
-                return cost
+                return self._cost_to_come(image) if self._cost_to_come else cost
             self._costs[image] = cost
         return self._costs[image]
