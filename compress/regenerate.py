@@ -151,7 +151,7 @@ class Regenerator:
             with self._pixels.hold(width * height):
                 prompt = self.prompt(task)
                 if task.edge_map is None:
-                    _write(edge_map, lambda: prompts.save(prompt, edge_map))
+                    self._save_edge_map(task, prompt)
                 edge_height, edge_width = prompt.edge_map.shape
                 jobs = self.jobs_of(task, prompt) if task.copy_numbers else []
         return _Read(
@@ -164,6 +164,19 @@ class Regenerator:
                 edge_map_bits=edge_width * edge_height,
             ),
         )
+
+    def _save_edge_map(self, task: Task, prompt: Prompt) -> None:
+        """Write an edge map in the place of what may be there.
+
+        Copies that are to be made again go first: were this run killed, they would look like the new edge map's.
+        """
+        edge_map, older = self.paths.edge_map(task.image), self.paths.find_edge_map(task.image)
+        if older is not None:
+            for k in task.copy_numbers:
+                self.paths.copy(task.image, k).unlink(missing_ok=True)
+        _write(edge_map, lambda: prompts.save(prompt, edge_map))
+        if older not in (None, edge_map):  # in another form, which would come back if the new file went away
+            older.unlink()
 
     def text(self, image: Path) -> str:
         """What an image's class is called."""

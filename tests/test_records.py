@@ -469,7 +469,9 @@ def test_verify_and_repair_each_kind_of_damage(paths, compress):
     assert compress("--verify")[0] == 0
 
 
-def test_an_edge_map_of_another_image_is_found_and_its_copies_made_again(paths, compress):
+@pytest.mark.parametrize("moment", [1, 2, None])
+def test_an_edge_map_of_another_image_is_found_and_its_copies_made_again(paths, compress, monkeypatch, moment):
+    """Also where the repair itself is killed, once the edge map is right again."""
     compress()
     whole = tree(paths.root)
     first, second = paths.images("sushi")
@@ -480,8 +482,13 @@ def test_an_edge_map_of_another_image_is_found_and_its_copies_made_again(paths, 
     code, out, _ = compress("--verify")
     assert code == 1
     assert f"{paths.find_edge_map(second)}: made otherwise (its edges are not those of the image)" in out
+    if moment is not None:
+        with monkeypatch.context() as patch:
+            kill_at(moment, patch)
+            with pytest.raises(Killed):
+                compress("--repair")
     code, out, _ = compress("--repair")
-    assert "copies: 2 made, 6 skipped" in out
+    assert f"copies: {2 - (moment or 1) + 1} made" in out
     assert tree(paths.root) == whole
 
 
