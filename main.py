@@ -76,6 +76,8 @@ def run(config: Config) -> dict:
     for seed, data in orders.items():
         what = f"{config.dataset}, {config.model_name}, {config.convnet_type}, seed {seed}"
         log.info("%s: %s", what, phases_in_words(data))
+        if not METHODS[config.model_name].uses_memory and config.syn_per_class:
+            log.info("%s keeps no exemplars: the memory's keys change nothing", config.model_name)
         memory = ExemplarMemory(
             paths,
             config.real_per_class,

@@ -48,6 +48,24 @@ def test_every_example_is_valid(file):
     load_config(file, (), CHOICES)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_an_example_with_its_defaults(method):
+    """A method's own hyper-parameters are written out there, and are what a config without them gets."""
+    file = EXPS[0].parent / f"{method}.json"
+    config, written, defaults = load_config(file, (), CHOICES), json.loads(file.read_text()), Config()
+    assert config.model_name == method
+    keys = list(vars(defaults))
+    own = keys[keys.index("T") : keys.index("precision")]
+    assert {key: written[key] for key in own if key in written} == {
+        key: getattr(defaults, key) for key in own if key in written
+    }
+    if METHODS[method].scheduler == "steps" and METHODS[method].milestones:
+        assert tuple(written["milestones"]) == METHODS[method].milestones
+        assert max(written["milestones"]) < written["epochs"]
+    elif METHODS[method].scheduler == "cosine":
+        assert written["scheduler"] == "cosine"
+
+
 def test_overrides_have_types_and_reach_other_keys(tmp_path):
     config = load(
         tmp_path,
@@ -100,6 +118,7 @@ def test_overrides_have_types_and_reach_other_keys(tmp_path):
         ({"exemplar_selection": "best"}, r"exemplar_selection must be one of herding, random, closest"),
         ({"scheduler": "linear"}, r"scheduler must be one of steps, cosine"),
         ({"beta1": 1}, r"beta1 must be below 1"),
+        ({"model_name": "gem", "precision": "16-mixed"}, r"precision: 16-mixed .*bf16-mixed"),
         ({"split_ratio": -0.1}, r"split_ratio must be at least 0"),
         ({"nb_proxy": 0}, r"nb_proxy must be at least 1"),
         ({"sinkhorn": 0}, r"sinkhorn must be above 0"),

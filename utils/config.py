@@ -310,6 +310,10 @@ def _check(config: Config, broken: set[str], choices: Mapping[str, Sequence[str]
     message = f"real_per_class: {real} real exemplars cost {real} units, more than memory_per_class = {budget:g}"
     refuse(config.fixed_memory and real > budget, message, "real_per_class", "memory_per_class", "fixed_memory")
 
+    wrong = config.model_name == "gem" and config.precision == "16-mixed"
+    message = "precision: 16-mixed scales gradients, which gem compares with others; take bf16-mixed or 32-true"
+    refuse(wrong, message, "model_name", "precision")
+
     probability = config.augmentation_prob
     refuse(not 0 <= probability <= 1, f"augmentation_prob must lie in 0..1, not {probability}", "augmentation_prob")
     message = "augmentations_per_image must be at least 1 where syn_per_class or augmentation_prob is above 0"
