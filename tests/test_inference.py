@@ -150,13 +150,22 @@ def test_compiled_steps_predict_the_same(own_cache, caplog):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
 
 
+class Model(nn.Module):
+    """As much of a ControlLDM as is compiled: torch takes its time with a whole one."""
+
+    device = torch.device("cpu")
+
+    def apply_model(self, x):
+        return x.sin() + 1
+
+    decode_first_stage = apply_model
+
+
 def assert_goes_on_without(caplog, reason):
-    plain, compiled = little_model(), little_model()
-    make_ready(compiled, compile=True)
-    with torch.inference_mode():
-        arguments = inputs(plain)
-        for _ in range(2):
-            assert relative_error(compiled.apply_model(*arguments), plain.apply_model(*arguments)) < 1e-5
+    model = Model()
+    make_ready(model, compile=True)
+    for x in torch.randn(2, 5):
+        assert torch.equal(model.apply_model(x), x.sin() + 1)
     (message,) = said(caplog)  # once
     assert message.startswith("torch.compile does not work here, going on without it: ")
     assert reason in message

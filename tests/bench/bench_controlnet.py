@@ -313,9 +313,10 @@ def main() -> None:
         for name in seconds:
             whole, step, once = whole_copy(seconds[name], steps)
             baseline = whole if name == "published" else baseline
-            figures = [f"{whole:.4g}", f"{step:.3g}", f"{once:.3g}", f"{1 / whole:.3g}", f"x{baseline / whole:.2f}"]
+            figures = [f"{whole:.4g}", f"{step:.3g}", f"{once:.3g}" if few else "", f"{1 / whole:.3g}"]
+            figures.append(f"x{baseline / whole:.2f}" if baseline > 0 else "")
             peak = f"{peaks[name] / 1e9:.2f} GB" if peaks[name] else ""
-            print(row.format(len(work[name]), name, *figures, f"{tflop / whole:.3g}", peak), flush=True)
+            print(row.format(len(work[name]), name, *figures, f"{tflop / whole:.3g}", peak).rstrip(), flush=True)
     jobs = make_jobs(sizes[0], size)
     made = {name: run(jobs if name != "published" else jobs[:1], measured[-1]) for name, run in contenders.items()}
     if "ours" in made:
