@@ -1,4 +1,4 @@
-"""Nothing lost, nothing mixed: what compress/run.py remembers of its files, refuses, replaces, verifies and repairs."""
+"""Nothing mixed: what compress/run.py remembers of its files, and refuses, replaces, keeps apart or adopts."""
 
 import json
 import os
@@ -13,19 +13,19 @@ import torch
 from PIL import Image
 
 import main
-from compress import machine, run
+from compress import machine
 from compress import plan as plans
 from compress.on_demand import OnDemand
 from compress.presets import HIGH, LOW
 from compress.records import MadeOtherwise, Records, State, read_mark
 from compress.regenerate import Regenerator
-from tests.folders import make_dataset, save_noise, save_picture
+from tests.folders import save_noise
 from tests.little_model import little_model, save_checkpoint
+from tests.little_run import LABELS, Killed, command, copies, kill_at, little_dataset, tree
 from utils.errors import UserError
 from utils.paths import DatasetPaths
 
 REPOSITORY = Path(__file__).parent.parent
-LABELS = ("apple pie", "sushi")
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +50,12 @@ def one_thread():
 
 @pytest.fixture
 def paths(tmp_path):
-    return make_dataset(tmp_path, LABELS, train=2, size=(48, 40), ending=".jpg")
+    return little_dataset(tmp_path)
 
 
 @pytest.fixture
 def compress(paths, checkpoint, capsys):
-    """Run the command with what the tests have in common: -> (exit code, stdout, stderr)."""
-
-    def call(*options, data=paths, resolution="high", size="64", steps="1"):
-        where = ["--data-dir", str(data.data_dir), "--dataset", data.dataset, "--model", str(checkpoint)]
-        small = ["--size", size, "--steps", steps, "--batch-size", "4", "--device", "cpu", "--seeds", "2"]
-        try:
-            code = run.main([*where, "--resolution", resolution, *small, *options])
-        except SystemExit as leave:
-            code = leave.code
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return call
+    return command(paths, checkpoint, capsys)
 
 
 @pytest.fixture
@@ -79,15 +67,6 @@ def no_model_from_now(monkeypatch):
         monkeypatch.setattr(machine, "weights_fingerprint", None)
 
     return forbid
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def copies(paths: DatasetPaths, label: str = "*") -> dict[str, bytes]:
-    files = paths.folder("exemplars").glob(f"{label}/*.jpg")
-    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
 
 
 def marks(paths: DatasetPaths, label: str = "*") -> list[str | None]:
@@ -191,26 +170,10 @@ def test_replacing_makes_again_what_was_made_otherwise_alone(tmp_path, paths, co
     assert "edge maps: 0 made, 4 skipped" in out
     assert "copies: 4 made, 4 skipped" in out
     assert newer == {name: os.stat(paths.folder("exemplars") / name).st_mtime_ns for name in newer}
-    fresh = make_dataset(tmp_path / "fresh", LABELS, train=2, size=(48, 40), ending=".jpg")
+    fresh = little_dataset(tmp_path / "fresh")
     compress(data=fresh)
     assert copies(fresh) == copies(paths)
     assert compress()[0] == 0
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill_at(moment: int, monkeypatch) -> None:
-    moved = []
-
-    def replace_until_killed(source, target, move=os.replace):
-        if len(moved) >= moment:
-            raise Killed
-        moved.append(target)
-        move(source, target)
-
-    monkeypatch.setattr(os, "replace", replace_until_killed)
 
 
 @pytest.mark.parametrize("moment", [0, 1, 5, 8])
@@ -226,7 +189,7 @@ def test_a_replacement_that_was_killed_goes_on(tmp_path, paths, compress, monkey
     code, out, _ = compress(resolution="low")
     assert code == 0
     assert re.search(r"copies: [1-8] made", out)
-    fresh = make_dataset(tmp_path / "fresh", LABELS, train=2, size=(48, 40), ending=".jpg")
+    fresh = little_dataset(tmp_path / "fresh")
     compress(data=fresh, resolution="low")
     assert copies(fresh) == copies(paths)
     assert (
@@ -363,7 +326,7 @@ def test_shards_that_start_together_share_one_record(tmp_path, paths, checkpoint
         regenerator.run(part)
     assert [file.name for file in paths.folder("exemplars").glob("*.json")] == ["settings.json"]
     assert [file.name for file in paths.folder("edge_maps").glob("*.json")] == ["settings.json"]
-    whole = make_dataset(tmp_path / "whole", LABELS, train=2, size=(48, 40), ending=".jpg")
+    whole = little_dataset(tmp_path / "whole")
     Regenerator(whole, SMALL, model, batch_size=2)(images_of(whole), [0])
     assert tree(whole.root) == tree(paths.root)
 
@@ -415,142 +378,6 @@ def test_what_makes_no_difference_is_no_setting(paths):
     assert Records(paths, replace(HIGH, guess=None), "m").copies.state("sushi") is State.OTHER
     assert Records(paths, HIGH.changed(size=256), "m").edge_maps.state("sushi") is State.SAME
     assert Records(paths, LOW, "m").edge_maps.state("sushi") is State.OTHER
-
-
-def break_things(paths) -> dict[str, str]:
-    """Every kind of damage: path -> what --verify should say of it."""
-    first, second = paths.images("sushi")
-    other = paths.images("apple pie")[0]
-    broken = {}
-
-    def damage(path, words, content=None):
-        path.unlink() if content is None else path.write_bytes(content)
-        broken[str(path)] = words
-
-    whole = paths.copy(first, 0).read_bytes()
-    damage(paths.copy(first, 0), "unreadable (the file is truncated)", whole[: len(whole) // 2])
-    damage(paths.copy(first, 1), "unreadable", whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
-    damage(paths.copy(second, 0), "missing")
-    damage(paths.copy(second, 1), "of the wrong size (20 x 10 instead of 48 x 40 pixels)")
-    save_picture(paths.copy(second, 1), size=(20, 10))
-    damage(paths.copy(other, 0), "made otherwise")
-    with Image.open(paths.copy(other, 1)) as image:
-        image.save(paths.copy(other, 0), comment=b"ESCORT 000000000000")
-    damage(paths.find_edge_map(first), "unreadable", b"RIFF")
-    damage(paths.find_edge_map(second), "missing")
-    return broken
-
-
-def test_verify_and_repair_each_kind_of_damage(paths, compress):
-    compress()
-    whole = tree(paths.root)
-    code, out, err = compress("--verify")
-    assert (code, "nothing is wrong" in out) == (0, True)
-    assert "checked: 4 edge maps and 8 copies of 4 images" in out
-    assert "4/4" in err
-    broken = break_things(paths)
-    leftover = paths.copies_folder("sushi") / f".{2**22 + 1}-x.tmp"
-    leftover.touch()
-    damaged = tree(paths.root)
-    code, out, _ = compress("--verify")
-    assert code == 1
-    assert tree(paths.root) == damaged
-    for path, words in broken.items():
-        assert re.search(rf"^  {re.escape(path)}: {re.escape(words)}", out, re.MULTILINE), path
-    assert str(leftover) in out
-    assert len(out[out.index("wrong:") :].splitlines()) == 1 + len(broken) + 1
-    assert compress("--repair", "--dry-run")[0] == 0
-    assert tree(paths.root) == damaged
-    code, out, _ = compress("--repair")
-    assert code == 0
-    assert "edge maps: 2 made, 2 skipped, 0 failed" in out
-    assert "copies: 5 made, 3 skipped, 0 failed" in out
-    assert tree(paths.root) == whole
-    assert compress("--verify")[0] == 0
-
-
-@pytest.mark.parametrize("moment", [1, 2, None])
-def test_an_edge_map_of_another_image_is_found_and_its_copies_made_again(paths, compress, monkeypatch, moment):
-    """Also where the repair itself is killed, once the edge map is right again."""
-    compress()
-    whole = tree(paths.root)
-    first, second = paths.images("sushi")
-    shutil.copy(paths.find_edge_map(first), paths.find_edge_map(second))
-    paths.copy(second, 0).unlink()
-    assert compress()[0] == 0  # makes the copy from the wrong edge map
-    assert tree(paths.root) != whole
-    code, out, _ = compress("--verify")
-    assert code == 1
-    assert f"{paths.find_edge_map(second)}: made otherwise (its edges are not those of the image)" in out
-    if moment is not None:
-        with monkeypatch.context() as patch:
-            kill_at(moment, patch)
-            with pytest.raises(Killed):
-                compress("--repair")
-    code, out, _ = compress("--repair")
-    assert f"copies: {2 - (moment or 1) + 1} made" in out
-    assert tree(paths.root) == whole
-
-
-def test_an_edge_map_of_the_wrong_size(paths, compress):
-    compress(resolution="low")
-    image = paths.images("sushi")[0]
-    save_picture(paths.find_edge_map(image), size=(48, 40), mode="L")
-    code, out, _ = compress("--verify", resolution="low")
-    assert code == 1
-    assert "1 edge map of the wrong size" in out
-    assert "48 x 40 instead of 64 x 64 pixels" in out
-
-
-def test_verifying_with_other_settings_says_how_they_differ(paths, compress, no_model_from_now):
-    compress()
-    no_model_from_now()
-    code, out, _ = compress("--verify", steps="2")
-    assert code == 1
-    assert "8 copies made otherwise" in out
-    assert "steps 1 -> 2" in out
-
-
-def test_a_bmp_of_the_published_scripts_is_held_to_its_size_alone(paths, compress):
-    image = paths.images("sushi")[0]
-    bmp = paths.edge_map(image).with_suffix(".bmp")
-    save_picture(bmp, size=(48, 40), mode="L")
-    compress()
-    assert compress("--verify")[0] == 0
-    save_picture(bmp, size=(40, 40), mode="L")
-    assert compress("--verify")[0] == 1
-    assert "edge maps: 1 made, 3 skipped" in compress("--repair")[1]
-    assert not bmp.exists()  # or it would come back if the new one went away
-    assert compress("--verify")[0] == 0
-
-
-def test_orphans_are_reported_and_never_deleted(paths, compress):
-    compress()
-    orphans = [
-        paths.copies_folder("sushi") / "gone_seed00.jpg",
-        paths.copies_folder("sushi") / "notes.txt",
-        paths.edge_map(paths.images("sushi")[0]).parent / "gone.png",
-    ]
-    for orphan in orphans:
-        orphan.write_text("x")
-    shutil.rmtree(paths.folder("train") / "apple pie")
-    for option in ("--verify", "--repair"):
-        code, out, _ = compress(option)
-        assert code == 0
-        assert all(f"\n  {orphan}\n" in out for orphan in orphans)
-        assert str(paths.folder("exemplars") / "apple pie") in out
-    assert all(orphan.exists() for orphan in orphans)
-
-
-def test_a_bad_image_is_told_and_cannot_be_repaired(paths, compress):
-    compress()
-    image = paths.images("sushi")[0]
-    image.write_bytes(image.read_bytes()[:-300])
-    for option in ("--verify", "--repair"):
-        code, out, _ = compress(option)
-        assert code == 1
-        assert f"{image}: unreadable" in out
-    assert len(copies(paths)) == 8
 
 
 def on_demand(paths, checkpoint, steps=1):

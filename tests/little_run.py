@@ -1,0 +1,56 @@
+"""compress/run.py called in process on a small dataset, and what came of it on disk."""
+
+import os
+from pathlib import Path
+
+from compress import run
+from tests.folders import make_dataset
+from utils.paths import DatasetPaths
+
+LABELS = ("apple pie", "sushi")
+
+
+def little_dataset(folder: Path) -> DatasetPaths:
+    """Two classes of two images, 48 x 40 pixels."""
+    return make_dataset(folder, LABELS, train=2, size=(48, 40), ending=".jpg")
+
+
+def command(paths: DatasetPaths, checkpoint: Path, capsys):
+    """A function that runs the command with what the tests have in common: -> (exit code, stdout, stderr)."""
+
+    def call(*options, data=paths, resolution="high", size="64", steps="1"):
+        where = ["--data-dir", str(data.data_dir), "--dataset", data.dataset, "--model", str(checkpoint)]
+        small = ["--size", size, "--steps", steps, "--batch-size", "4", "--device", "cpu", "--seeds", "2"]
+        try:
+            code = run.main([*where, "--resolution", resolution, *small, *options])
+        except SystemExit as leave:
+            code = leave.code
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return call
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def copies(paths: DatasetPaths, label: str = "*") -> dict[str, bytes]:
+    files = paths.folder("exemplars").glob(f"{label}/*.jpg")
+    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(moment: int, monkeypatch) -> None:
+    moved = []
+
+    def replace_until_killed(source, target, move=os.replace):
+        if len(moved) >= moment:
+            raise Killed
+        moved.append(target)
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_until_killed)

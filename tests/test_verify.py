@@ -1,0 +1,173 @@
+"""Looking for what is wrong with edge maps and copies, and making that again: --verify and --repair."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from compress import machine
+from tests.folders import save_picture
+from tests.little_model import little_model, save_checkpoint
+from tests.little_run import Killed, command, copies, kill_at, little_dataset, tree
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.pth")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return little_dataset(tmp_path)
+
+
+@pytest.fixture
+def compress(paths, checkpoint, capsys):
+    return command(paths, checkpoint, capsys)
+
+
+def break_things(paths) -> dict[str, str]:
+    """Every kind of damage: path -> what --verify should say of it."""
+    first, second = paths.images("sushi")
+    other = paths.images("apple pie")[0]
+    broken = {}
+
+    def damage(path, words, content=None):
+        path.unlink() if content is None else path.write_bytes(content)
+        broken[str(path)] = words
+
+    whole = paths.copy(first, 0).read_bytes()
+    damage(paths.copy(first, 0), "unreadable (the file is truncated)", whole[: len(whole) // 2])
+    damage(paths.copy(first, 1), "unreadable", whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    damage(paths.copy(second, 0), "missing")
+    damage(paths.copy(second, 1), "of the wrong size (20 x 10 instead of 48 x 40 pixels)")
+    save_picture(paths.copy(second, 1), size=(20, 10))
+    damage(paths.copy(other, 0), "made otherwise")
+    with Image.open(paths.copy(other, 1)) as image:
+        image.save(paths.copy(other, 0), comment=b"ESCORT 000000000000")
+    damage(paths.find_edge_map(first), "unreadable", b"RIFF")
+    damage(paths.find_edge_map(second), "missing")
+    return broken
+
+
+def test_verify_and_repair_each_kind_of_damage(paths, compress):
+    compress()
+    whole = tree(paths.root)
+    code, out, err = compress("--verify")
+    assert (code, "nothing is wrong" in out) == (0, True)
+    assert "checked: 4 edge maps and 8 copies of 4 images" in out
+    assert "4/4" in err
+    broken = break_things(paths)
+    leftover = paths.copies_folder("sushi") / f".{2**22 + 1}-x.tmp"
+    leftover.touch()
+    damaged = tree(paths.root)
+    code, out, _ = compress("--verify")
+    assert code == 1
+    assert tree(paths.root) == damaged
+    for path, words in broken.items():
+        assert re.search(rf"^  {re.escape(path)}: {re.escape(words)}", out, re.MULTILINE), path
+    assert str(leftover) in out
+    assert len(out[out.index("wrong:") :].splitlines()) == 1 + len(broken) + 1
+    assert compress("--repair", "--dry-run")[0] == 0
+    assert tree(paths.root) == damaged
+    code, out, _ = compress("--repair")
+    assert code == 0
+    assert "edge maps: 2 made, 2 skipped, 0 failed" in out
+    assert "copies: 5 made, 3 skipped, 0 failed" in out
+    assert tree(paths.root) == whole
+    assert compress("--verify")[0] == 0
+
+
+@pytest.mark.parametrize("moment", [1, 2, None])
+def test_an_edge_map_of_another_image_is_found_and_its_copies_made_again(paths, compress, monkeypatch, moment):
+    """Also where the repair itself is killed, once the edge map is right again."""
+    compress()
+    whole = tree(paths.root)
+    first, second = paths.images("sushi")
+    shutil.copy(paths.find_edge_map(first), paths.find_edge_map(second))
+    paths.copy(second, 0).unlink()
+    assert compress()[0] == 0  # makes the copy from the wrong edge map
+    assert tree(paths.root) != whole
+    code, out, _ = compress("--verify")
+    assert code == 1
+    assert f"{paths.find_edge_map(second)}: made otherwise (its edges are not those of the image)" in out
+    if moment is not None:
+        with monkeypatch.context() as patch:
+            kill_at(moment, patch)
+            with pytest.raises(Killed):
+                compress("--repair")
+    code, out, _ = compress("--repair")
+    assert f"copies: {2 - (moment or 1) + 1} made" in out
+    assert tree(paths.root) == whole
+
+
+def test_an_edge_map_of_the_wrong_size(paths, compress):
+    compress(resolution="low")
+    image = paths.images("sushi")[0]
+    save_picture(paths.find_edge_map(image), size=(48, 40), mode="L")
+    code, out, _ = compress("--verify", resolution="low")
+    assert code == 1
+    assert "1 edge map of the wrong size" in out
+    assert "48 x 40 instead of 64 x 64 pixels" in out
+
+
+def test_verifying_with_other_settings_says_how_they_differ(paths, compress, monkeypatch):
+    compress()
+    monkeypatch.setattr(machine, "load_model", None)  # neither is needed
+    monkeypatch.setattr(machine, "weights_fingerprint", None)
+    code, out, _ = compress("--verify", steps="2")
+    assert code == 1
+    assert "8 copies made otherwise" in out
+    assert "steps 1 -> 2" in out
+
+
+def test_a_bmp_of_the_published_scripts_is_held_to_its_size_alone(paths, compress):
+    image = paths.images("sushi")[0]
+    bmp = paths.edge_map(image).with_suffix(".bmp")
+    save_picture(bmp, size=(48, 40), mode="L")
+    compress()
+    assert compress("--verify")[0] == 0
+    save_picture(bmp, size=(40, 40), mode="L")
+    assert compress("--verify")[0] == 1
+    assert "edge maps: 1 made, 3 skipped" in compress("--repair")[1]
+    assert not bmp.exists()  # or it would come back if the new one went away
+    assert compress("--verify")[0] == 0
+
+
+def test_orphans_are_reported_and_never_deleted(paths, compress):
+    compress()
+    orphans = [
+        paths.copies_folder("sushi") / "gone_seed00.jpg",
+        paths.copies_folder("sushi") / "notes.txt",
+        paths.edge_map(paths.images("sushi")[0]).parent / "gone.png",
+    ]
+    for orphan in orphans:
+        orphan.write_text("x")
+    shutil.rmtree(paths.folder("train") / "apple pie")
+    for option in ("--verify", "--repair"):
+        code, out, _ = compress(option)
+        assert code == 0
+        assert all(f"\n  {orphan}\n" in out for orphan in orphans)
+        assert str(paths.folder("exemplars") / "apple pie") in out
+    assert all(orphan.exists() for orphan in orphans)
+
+
+def test_a_bad_image_is_told_and_cannot_be_repaired(paths, compress):
+    compress()
+    image = paths.images("sushi")[0]
+    image.write_bytes(image.read_bytes()[:-300])
+    for option in ("--verify", "--repair"):
+        code, out, _ = compress(option)
+        assert code == 1
+        assert f"{image}: unreadable" in out
+    assert len(copies(paths)) == 8
