@@ -7,6 +7,7 @@ seed (a class order), let the method learn phase after phase, and write down wha
 """
 
 import argparse
+import functools
 import itertools
 import logging
 import statistics
@@ -27,6 +28,7 @@ from utils.config import Config
 from utils.data_manager import DataManager, check_copies
 from utils.devices import launch
 from utils.errors import UserError
+from utils.history import History
 from utils.memory import ExemplarMemory, check_budget, check_class_sizes, check_total, prompt_cost
 from utils.paths import DatasetPaths, data_dir
 
@@ -90,19 +92,19 @@ def run(config: Config) -> dict:
             cost=getattr(regenerate, "prompt_cost", None),
         )
         folder = output / f"seed{seed}"
-        learner = METHODS[config.model_name](config, data, memory, fabric, folder / "checkpoints", cache, regenerate)
-        records = learner.run()
-        runs.append(report.run_entry(seed, data.class_names, records, data.nb_phases))
+        history = History(folder, tensorboard=config.tensorboard) if fabric.is_global_zero else None
+        learn = METHODS[config.model_name]
+        learner = learn(config, data, memory, fabric, folder / "checkpoints", cache, regenerate, history)
+        write = functools.partial(write_down, config, output, runs, seed, data) if fabric.is_global_zero else None
+        records = learner.run(after_phase=write)
         if regenerate is not None:
             log.info(copies_saved(config, data, records))
-        if fabric.is_global_zero:
-            for record in records:
-                confusion = folder / f"confusion_phase{record['phase']:02d}.csv"
-                report.write_confusion(confusion, record["cnn"]["confusion"], data.class_names)
-            results = report.results(configs.as_dict(config), runs)
-            report.write_json(output / "results.json", results)
+        if write:
+            write(records)
+        runs.append(report.run_entry(seed, data.class_names, records, data.nb_phases))
+        results = report.results(configs.as_dict(config), runs)
+        if write:
             report.plot({config.model_name: results}, output / "accuracy.png")
-    results = report.results(configs.as_dict(config), runs)
     log.info("\n%s\n\nresults: %s", report.table({config.model_name: results}), output / "results.json")
     return results
 
@@ -170,6 +172,18 @@ def open_output(config: Config, *, write: bool) -> Path:
     except OSError as error:
         raise UserError(f"output_dir: {output} can't be written to ({error.strerror}).") from None
     return output
+
+
+def write_down(
+    config: Config, output: Path, runs: Sequence[Mapping], seed: int, data: DataManager, records: Sequence[Mapping]
+) -> None:
+    """Results so far, over what was there: of the seeds that are done, `runs`, and of the phases of one more."""
+    runs = [*runs, report.run_entry(seed, data.class_names, records, data.nb_phases)]
+    for record in records:
+        confusion = output / f"seed{seed}" / f"confusion_phase{record['phase']:02d}.csv"
+        report.write_confusion(confusion, record["cnn"]["confusion"], data.class_names)
+    report.write_json(output / "results.json", report.results(configs.as_dict(config), runs))
+    report.write_phases(output / "phases.csv", runs)
 
 
 def copies_saved(config: Config, data: DataManager, records: Sequence[Mapping]) -> str:

@@ -31,6 +31,7 @@ from utils import log as logs
 from utils.config import Config, as_dict, differences
 from utils.data_manager import DataManager, EpochBatchSampler, ImageSet, TrainingSet
 from utils.errors import UserError
+from utils.history import History
 from utils.memory import ExemplarMemory
 from utils.metrics import nearest_mean_scores, phase_metrics
 
@@ -45,7 +46,8 @@ class Learner(abc.ABC):
 
     config: the checked configuration; data: the classes in their order; memory: the exemplars, empty at first;
     fabric: devices and precision, launched; folder: where this run's checkpoints go; cache: where trained phase-0
-    networks are shared; regenerate: called with the exemplars chosen after a phase, None where their copies exist.
+    networks are shared; regenerate: called with the exemplars chosen after a phase, None where their copies exist;
+    history: told of every epoch and phase, None in all processes but the first.
     """
 
     milestones: Sequence[int] = ()
@@ -70,6 +72,7 @@ class Learner(abc.ABC):
         folder: Path,
         cache: Path,
         regenerate: Regenerate | None = None,
+        history: History | None = None,
     ):
         self.config = config
         self.data = data
@@ -78,6 +81,7 @@ class Learner(abc.ABC):
         self.folder = folder
         self.cache = cache
         self.regenerate = regenerate
+        self.history = history
         self.records: list[dict[str, Any]] = []
         self.phase = -1
         self.nb_old = self.nb_new = self.nb_seen = 0
@@ -125,8 +129,11 @@ class Learner(abc.ABC):
 
     # The phases
 
-    def run(self) -> list[dict[str, Any]]:
-        """Every phase that is not done yet.  Returns the records of all, in order (`evaluate` describes one)."""
+    def run(self, after_phase: Callable[[list[dict[str, Any]]], None] | None = None) -> list[dict[str, Any]]:
+        """Every phase that is not done yet.  Returns the records of all, in order (`evaluate` describes one).
+
+        after_phase: called with the records so far when a phase is done and safe on disk.
+        """
         for phase in range(self.resume(), self.data.nb_phases):
             start = time.perf_counter()
             self.start_phase(phase)
@@ -146,8 +153,12 @@ class Learner(abc.ABC):
                     "seconds": {**seconds, "total": now - start},
                 }
             )
+            if self.history:  # before the checkpoint: whoever goes on from that finds the phase's history whole
+                self.history.phase(self.records[-1])
             self.save_checkpoint()
             self._say_how_it_went()
+            if after_phase:
+                after_phase(self.records)
         return self.records
 
     def start_phase(self, phase: int) -> None:
@@ -224,6 +235,7 @@ class Learner(abc.ABC):
         bar = logs.progress(schedule.epochs * len(sampler), name, quiet=not fabric.is_global_zero)
         with bar:
             for epoch in range(schedule.epochs):
+                start = time.perf_counter()
                 network.train()
                 sampler.set_epoch(first_epoch + epoch)
                 sums, seen = torch.zeros(2, device=fabric.device), 0  # loss and right answers: read once an epoch
@@ -239,6 +251,7 @@ class Learner(abc.ABC):
                     sums += torch.stack([loss.detach() * len(targets), right])
                     seen += len(targets)
                     bar.update()
+                rate = optimizer.param_groups[0]["lr"]
                 scheduler.step()
                 loss_sum, nb_right = fabric.all_reduce(sums, reduce_op="sum").tolist()
                 seen = int(fabric.all_reduce(torch.tensor(seen, device=fabric.device), reduce_op="sum"))
@@ -252,6 +265,12 @@ class Learner(abc.ABC):
                 progress = f"epoch {epoch + 1}/{schedule.epochs}, loss {loss_mean:.3f}, train {accuracy:.1f} %"
                 bar.set_postfix_str(progress, refresh=False)
                 log.debug("%s: %s", name, progress)
+                if self.history:
+                    of_phase = first_epoch + epoch + 1
+                    step = self._epochs_before() + of_phase
+                    seconds = time.perf_counter() - start
+                    curves = {"learning_rate": rate, "loss": loss_mean, "accuracy": accuracy, "seconds": seconds}
+                    self.history.epoch(self.phase, stage.name, of_phase, step=step, **curves)
         if fabric.world_size > 1:  # each process has batch norm statistics of its own; evaluation takes one network
             self.network.load_state_dict(fabric.broadcast(self.network.state_dict()))
         return {"epochs": schedule.epochs, "loss": loss_mean, "accuracy": accuracy}
@@ -485,6 +504,11 @@ class Learner(abc.ABC):
     def rng(self, purpose: str) -> np.random.Generator:
         """Random numbers for one purpose: a function of it, of model_seed and of the phase alone."""
         return np.random.default_rng([self.config.model_seed, self.phase, *purpose.encode()])
+
+    def _epochs_before(self) -> int:
+        """Epochs of all earlier phases together."""
+        trainings = [record["training"] for record in self.records]
+        return sum(stage["epochs"] for training in trainings for stage in training.get("stages", [training]))
 
     def _nb_workers(self) -> int:
         """At most one a core; macOS does not say which cores are ours."""

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from utils import report
-from utils.metrics import average_incremental_accuracy, forgetting, nearest_mean_scores, phase_metrics
+from utils.metrics import (
+    average_incremental_accuracy,
+    backward_transfer,
+    forgetting,
+    nearest_mean_scores,
+    phase_metrics,
+)
 
 # Three classes, the last one new; images of class 0: 2, class 1: 1, class 2: 3.
 TARGETS = torch.tensor([0, 0, 1, 2, 2, 2])
@@ -42,6 +48,9 @@ def test_over_phases_by_hand():
     assert forgetting([[90], [95, 80], [70, 60, 50]]) == pytest.approx(22.5)
     assert forgetting([[90]]) is None
     assert forgetting([[50], [80, 60]]) == pytest.approx(-30)  # learnt on: negative
+    # Phase 0's classes: 90, then 70 in the end; phase 1's: 80, then 60.  The 95 in between does not count.
+    assert backward_transfer([[90], [95, 80], [70, 60, 50]]) == pytest.approx(-20)
+    assert backward_transfer([[90]]) is None
 
 
 def test_nearest_mean():
@@ -89,6 +98,7 @@ def test_results_over_seeds():
     assert summary["cnn"]["average_incremental_accuracy"]["std"] == pytest.approx(8 / 2**0.5)
     assert summary["cnn"]["top1"]["mean"] == pytest.approx([85, 63])
     assert summary["cnn"]["forgetting"]["mean"] == pytest.approx((30 + 34) / 2)
+    assert summary["cnn"]["backward_transfer"] == pytest.approx({"mean": -32, "std": 4 / 2**0.5})
     assert summary["seconds"]["mean"] == pytest.approx(13)  # 10 of its own, 3 that the reused phase 0 had taken
     run = results["runs"][0]
     assert run["phases"][1]["cnn"]["per_class"] == {"a": 60.0, "b": 60.0, "c": 60.0}

@@ -131,6 +131,7 @@ class Config:
         "trained phase-0 networks, shared by runs that agree on them; null: phase0_cache in output_dir",
         result=False,
     )
+    tensorboard: bool = _key(True, "write TensorBoard's event files beside epochs.csv", result=False)
     keep_checkpoints: int = _key(1, "how many phases' checkpoints are kept for each seed; 0 keeps all", result=False)
 
 

@@ -58,6 +58,18 @@ def forgetting(per_phase: Sequence[Sequence[float]]) -> float | None:
     return float(np.mean([max(row[j] for row in per_phase[j:last]) - per_phase[last][j] for j in range(last)]))
 
 
+def backward_transfer(per_phase: Sequence[Sequence[float]]) -> float | None:
+    """Mean over earlier phases of (accuracy on their classes after the last phase) - (just after they were learnt).
+
+    Negative where classes are forgotten.  Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning",
+    NIPS 2017, section 2.  per_phase: as for `forgetting`.  None where there is but one phase.
+    """
+    last = len(per_phase) - 1
+    if last < 1:
+        return None
+    return float(np.mean([per_phase[last][j] - per_phase[j][j] for j in range(last)]))
+
+
 def nearest_mean_scores(features: Tensor, means: Tensor) -> Tensor:
     """Scores of the nearest-mean-of-exemplars classifier (iCaRL, Algorithm 1): minus the squared distance to each mean.
 

@@ -1,4 +1,4 @@
-"""What a run leaves: results.json, confusion matrices, accuracy.png; and tables that compare runs.
+"""What a run leaves: results.json, phases.csv, confusion matrices, accuracy.png; and tables that compare runs.
 
     python -m utils.report FOLDER [NAME=FOLDER ...] [--plot accuracy.png]
 
@@ -10,16 +10,21 @@ results.json (accuracies in percent, seconds, bytes):
                    new, per_class {label: accuracy}, per_phase [accuracy on the classes of phase 0, 1, ...];
                    memory (units, bytes); parameters; training (epochs, loss, accuracy, seconds, reused);
                    copies_on_demand (null where they were made ahead); seconds {train, exemplars, evaluate, total}
-        cnn, nme   average_incremental_accuracy, forgetting (null after one phase), top1 (a list, by phase), or null
+        cnn, nme   average_incremental_accuracy; forgetting and backward_transfer (null after one phase); top1 (a list,
+                   by phase); per_class {label: [accuracy by phase, null before the class was learnt]}; or null
         memory     after the last phase
         seconds    of all phases; seconds_reused: what training the reused network of phase 0 had taken, not in it
     summary    over the finished seeds: for cnn and nme the mean and the standard deviation (n - 1; 0 for one seed) of
-               average_incremental_accuracy, forgetting and of top1 by phase; classes_seen; units, bytes and seconds
+               average_incremental_accuracy, forgetting, backward_transfer and of top1 by phase; classes_seen; units,
+               bytes and seconds
+Seeds and phases that are not done yet are not in it.  All of it is written anew after each phase.
+
+phases.csv has the same figures for a spreadsheet, a row a phase: PHASE_COLUMNS below; empty where there is none.
+epochs.csv and TensorBoard's event files are of `utils.history`.
 """
 
 import argparse
-import csv
-import io
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,8 +34,17 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
+from utils.history import write_csv
 from utils.images import write_atomically
-from utils.metrics import average_incremental_accuracy, forgetting
+from utils.metrics import average_incremental_accuracy, backward_transfer, forgetting
+
+PHASE_COLUMNS = (
+    *("seed", "phase", "classes_seen"),
+    *(f"{classifier}_{key}" for classifier in ("cnn", "nme") for key in ("top1", "top5", "old", "new")),
+    *("units", "bytes", "parameters", "loss", "train_accuracy", "train_seconds", "seconds"),
+)
+"""Accuracies in percent; units and bytes of the exemplar memory; loss and train_accuracy of the last training epoch;
+seconds of training and of the whole phase."""
 
 _COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#444444")
 
@@ -52,22 +66,27 @@ def run_entry(seed: int, class_names: Sequence[str], records: Sequence[Mapping],
         "finished": len(records) == nb_phases,
         "class_names": list(class_names),
         "phases": phases,
-        "cnn": _over_phases(records, "cnn"),
-        "nme": _over_phases(records, "nme"),
+        "cnn": _over_phases(records, "cnn", class_names),
+        "nme": _over_phases(records, "nme", class_names),
         "memory": records[-1]["memory"],
         "seconds": sum(record["seconds"]["total"] for record in records),
         "seconds_reused": sum(training["seconds"] for training in trainings if training["reused"]),
     }
 
 
-def _over_phases(records: Sequence[Mapping], classifier: str) -> dict[str, Any] | None:
+def _over_phases(records: Sequence[Mapping], classifier: str, class_names: Sequence[str]) -> dict[str, Any] | None:
     if any(record[classifier] is None for record in records):
         return None
-    top1 = [record[classifier]["top1"] for record in records]
+    metrics = [record[classifier] for record in records]
+    top1 = [of_phase["top1"] for of_phase in metrics]
+    per_phase = [of_phase["per_phase"] for of_phase in metrics]
+    curves = itertools.zip_longest(*(of_phase["per_class"] for of_phase in metrics))
     return {
         "average_incremental_accuracy": average_incremental_accuracy(top1),
-        "forgetting": forgetting([record[classifier]["per_phase"] for record in records]),
+        "forgetting": forgetting(per_phase),
+        "backward_transfer": backward_transfer(per_phase),
         "top1": top1,
+        "per_class": {name: list(curve) for name, curve in zip(class_names, curves, strict=False)},
     }
 
 
@@ -88,7 +107,7 @@ def summary(runs: Sequence[Mapping]) -> dict[str, Any] | None:
         entries = [run[classifier] for run in runs]
         out[classifier] = None
         if None not in entries:
-            keys = ("average_incremental_accuracy", "forgetting", "top1")
+            keys = ("average_incremental_accuracy", "forgetting", "backward_transfer", "top1")
             out[classifier] = {key: _mean_std([entry[key] for entry in entries]) for key in keys}
     out["units"] = _mean_std([run["memory"]["units_total"] for run in runs])
     out["bytes"] = _mean_std([run["memory"]["bytes_total"] for run in runs])
@@ -113,11 +132,24 @@ def write_json(path: Path, content: Any) -> None:
 def write_confusion(path: Path, confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> None:
     """A confusion matrix as CSV: a row a true class, a column a predicted one, counts of test images."""
     names = list(class_names[: len(confusion)])
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["true \\ predicted", *names])
-    writer.writerows([name, *row] for name, row in zip(names, confusion, strict=True))
-    write_atomically(path, lambda file: file.write(text.getvalue().encode("utf-8")))
+    write_csv(path, ["true \\ predicted", *names], [[name, *row] for name, row in zip(names, confusion, strict=True)])
+
+
+def write_phases(path: Path, runs: Sequence[Mapping]) -> None:
+    """phases.csv, from the runs of results.json."""
+    rows = []
+    for run in runs:
+        for phase in run["phases"]:
+            row = {key: phase[key] for key in ("phase", "classes_seen", "parameters")}
+            for classifier in ("cnn", "nme"):
+                for key in ("top1", "top5", "old", "new"):
+                    row[f"{classifier}_{key}"] = (phase[classifier] or {}).get(key)
+            row |= {"seed": run["seed"], "units": phase["memory"]["units_total"]}
+            row |= {"bytes": phase["memory"]["bytes_total"], "seconds": phase["seconds"]["total"]}
+            row |= {"loss": phase["training"]["loss"], "train_accuracy": phase["training"]["accuracy"]}
+            row["train_seconds"] = phase["seconds"]["train"]
+            rows.append([row[column] for column in PHASE_COLUMNS])
+    write_csv(path, PHASE_COLUMNS, rows)
 
 
 def load_results(folder: Path) -> dict[str, Any]:
@@ -146,13 +178,14 @@ def curves(runs: Mapping[str, Mapping]) -> dict[str, tuple[Mapping, str]]:
 def table(runs: Mapping[str, Mapping]) -> str:
     """A text table of several runs' results.json, by name.
 
-    For each: top-1 accuracy after each phase and their average in %, forgetting, memory in units and bytes, seconds
-    (with phase 0's training also where a network was reused); mean +- standard deviation where there are several seeds.
+    For each: top-1 accuracy after each phase and their average in %, forgetting and backward transfer, memory in units
+    and bytes, seconds (with phase 0's training also where a network was reused); mean +- standard deviation where there
+    are several seeds.
     """
     lines = curves(runs)
     nb_phases = max(len(entry["classes_seen"]) for entry, _ in lines.values())
     phases = [f"phase {phase}" for phase in range(nb_phases)]
-    header = ["", *phases, "average", "forgetting", "units", "bytes", "seconds"]
+    header = ["", *phases, "average", "forgetting", "transfer", "units", "bytes", "seconds"]
     rows = []
     for name, (entry, classifier) in lines.items():
         several = len(entry["seeds"]) > 1
@@ -162,6 +195,7 @@ def table(runs: Mapping[str, Mapping]) -> str:
         for values, digits in (
             (entry[classifier]["average_incremental_accuracy"], 1),
             (entry[classifier]["forgetting"], 1),
+            (entry[classifier].get("backward_transfer"), 1),  # not in results of earlier versions
             (entry["units"], 1),
             (entry["bytes"], 0),
             (entry["seconds"], 0),

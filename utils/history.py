@@ -1,0 +1,141 @@
+"""A run's history, written while it is made: epochs.csv and TensorBoard's event files, in the folder of one seed.
+
+    epochs.csv                               one row an epoch: phase, stage, epoch (counted from 1 through all stages of
+                                             the phase), learning_rate, loss, train_accuracy (percent), seconds
+    events.out.tfevents.<...>.phase<NN>      the same as curves over all epochs of the run (train/...), and what the
+                                             phase came to as curves over phases (cnn/..., nme/..., memory/...)
+
+Look at the curves with `tensorboard --logdir <output_dir>`.  A phase whose network of phase 0 was reused has no epochs.
+A run that goes on after it was killed repeats epochs; their rows and events are replaced, so that each is there once.
+"""
+
+import csv
+import io
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.images import write_atomically
+
+COLUMNS = ("phase", "stage", "epoch", "learning_rate", "loss", "train_accuracy", "seconds")
+_CURVES = ("learning_rate", "loss", "train_accuracy", "seconds")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A CSV file in UTF-8, in one piece or not at all.  None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode("utf-8")))
+
+
+class History:
+    """What one seed's run writes down after each epoch and each phase.  For one process of a run alone.
+
+    folder: of this seed's results, where an earlier part of the run may have left its history; tensorboard: whether
+    there are event files too.  Raises UserError for an epochs.csv that is not of this kind.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool = True):
+        self.folder = folder
+        self.tensorboard = tensorboard
+        self.path = folder / "epochs.csv"
+        self.rows = self._read()
+        self._phase: int | None = None  # whose event file is open
+        self._events = None
+
+    def epoch(
+        self,
+        phase: int,
+        stage: str,
+        epoch: int,
+        *,
+        step: int,
+        learning_rate: float,
+        loss: float,
+        accuracy: float,
+        seconds: float,
+    ) -> None:
+        """Add an epoch, in place of itself and of all later ones that an interrupted run has left.
+
+        epoch: from 1, counted through the stages of the phase; step: from 1, counted through all phases.
+        """
+        self.rows = [row for row in self.rows if (int(row["phase"]), int(row["epoch"])) < (phase, epoch)]
+        values = (phase, stage, epoch, f"{learning_rate:.6g}", f"{loss:.6g}", f"{accuracy:.6g}", f"{seconds:.3f}")
+        row = dict(zip(COLUMNS, map(str, values), strict=True))
+        if self.tensorboard:
+            self._open(phase, first_step=step - epoch)
+            self._add(step, {f"train/{key}": float(row[key]) for key in _CURVES})
+        self.rows.append(row)
+        self._write()
+
+    def phase(self, record: Mapping[str, Any]) -> None:
+        """Add what a finished phase came to: the record that `models.base.Learner.evaluate` describes."""
+        phase = record["phase"]
+        if any(int(row["phase"]) > phase for row in self.rows):
+            self.rows = [row for row in self.rows if int(row["phase"]) <= phase]
+            self._write()
+        if not self.tensorboard:
+            return
+        self._open(phase)
+        values = {
+            f"{classifier}/{key}": record[classifier][key]
+            for classifier in ("cnn", "nme")
+            if record[classifier] is not None
+            for key in ("top1", "top5", "old", "new")
+        }
+        values["memory/units"] = record["memory"]["units_total"]
+        values["memory/bytes"] = record["memory"]["bytes_total"]
+        values["network/parameters"] = record["parameters"]
+        values |= {f"seconds/{key}": seconds for key, seconds in record["seconds"].items()}
+        self._add(phase, {tag: value for tag, value in values.items() if value is not None})
+        self.close()
+
+    def close(self) -> None:
+        """Close the event file that is being written, if there is one."""
+        if self._events is not None:
+            self._events.close()
+        self._events = self._phase = None
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.is_file():
+            return []
+        with self.path.open(encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file)
+            known = tuple(rows.fieldnames or ()) == COLUMNS
+            content = list(rows)
+        places = [row.get(key) or "" for row in content for key in ("phase", "epoch")]
+        if not known or not all(place.isdecimal() for place in places):
+            raise UserError(f"{self.path} is not as this program writes it. Move it elsewhere, or delete it.")
+        return content
+
+    def _write(self) -> None:
+        write_csv(self.path, COLUMNS, [list(row.values()) for row in self.rows])
+
+    def _open(self, phase: int, first_step: int = 0) -> None:
+        """Begin a phase's event file, unless it is open, with those of its epochs that are behind already."""
+        if self._phase == phase:
+            return
+        # Synchronous, unlike SummaryWriter: no thread and no queue that the data loader's processes would inherit.
+        from tensorboardX.event_file_writer import EventsWriter
+
+        self.close()
+        for file in self.folder.glob("events.out.tfevents.*.phase*"):
+            if int(file.name.rpartition(".phase")[2]) >= phase:
+                file.unlink()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._events, self._phase = EventsWriter(str(self.folder / "events"), f".phase{phase:02d}"), phase
+        for row in self.rows:
+            if int(row["phase"]) == phase:
+                self._add(first_step + int(row["epoch"]), {f"train/{key}": float(row[key]) for key in _CURVES})
+
+    def _add(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        for tag, value in values.items():
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
+        self._events.flush()
