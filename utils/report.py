@@ -8,16 +8,17 @@ results.json (accuracies in percent, seconds, bytes):
         seed, finished, class_names (in the order in which the classes came)
         phases     one entry a phase: phase, classes_seen; cnn and nme (null where unused), each with top1, top5, old,
                    new, per_class {label: accuracy}, per_phase [accuracy on the classes of phase 0, 1, ...];
-                   memory (units, bytes); parameters; training (epochs, loss, accuracy, seconds, reused);
+                   memory (`utils.memory.ExemplarMemory.report`); parameters (all of the network); training (epochs,
+                   loss, accuracy of the first stage, seconds of all, reused, stages: stage, epochs, loss, accuracy);
                    copies_on_demand (null where they were made ahead); seconds {train, exemplars, evaluate, total}
         cnn, nme   average_incremental_accuracy; forgetting and backward_transfer (null after one phase); top1 (a list,
                    by phase); per_class {label: [accuracy by phase, null before the class was learnt]}; or null
-        memory     after the last phase
+        memory     of the last phase
         seconds    of all phases; seconds_reused: what training the reused network of phase 0 had taken, not in it
-    summary    over the finished seeds: for cnn and nme the mean and the standard deviation (n - 1; 0 for one seed) of
-               average_incremental_accuracy, forgetting, backward_transfer and of top1 by phase; classes_seen; units,
-               bytes and seconds
-Seeds and phases that are not done yet are not in it.  All of it is written anew after each phase.
+    summary    over the finished seeds, null where there is none: seeds, classes_seen; cnn and nme (null where unused)
+               with average_incremental_accuracy, forgetting, backward_transfer and top1 by phase; units, bytes,
+               seconds.  Each figure is a mean and a std (standard deviation, n - 1; 0 for one seed).
+It is written anew after each phase; phases that are not done yet are not in it.
 
 phases.csv has the same figures for a spreadsheet, a row a phase: PHASE_COLUMNS below; empty where there is none.
 epochs.csv and TensorBoard's event files are of `utils.history`.

@@ -1,0 +1,233 @@
+"""Where `utils.curate` takes pictures from: datasets of torchvision, and folders of class folders.
+
+A source is a list of pictures, each with its place in the project's layout, and a text for each class label.
+"""
+
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.images import is_image
+
+CALTECH_CLUTTER = "257.clutter"
+"""Caltech-256's class of pictures that belong to none of its 256; left out unless a class list names it."""
+_TEST_FOLDERS = ("test", "val", "valid", "validation")
+
+
+class Picture(NamedTuple):
+    """One picture of a dataset, to become <mode>/<label>/<name>.
+
+    content: a file, to be copied byte by byte, or pixels (uint8, H x W or H x W x 3), to be kept as PNG.
+    """
+
+    mode: str
+    label: str
+    name: str
+    content: Path | np.ndarray
+
+
+class Split(NamedTuple):
+    """How pictures without an official split are divided: in each class, a share for testing.
+
+    share: 0 ... 1, exclusive; seed: another one chooses other pictures.
+    """
+
+    share: float = 0.2
+    seed: int = 0
+
+
+def divide(files: Mapping[str, Mapping[str, Path]], split: Split) -> list[Picture]:
+    """Label -> name -> file as train and test pictures: of a class's n, round(share x n) for testing, one at least.
+
+    Which ones goes by a hash of the seed, the label and the name: the same on every machine.  Raises UserError for a
+    class of one picture.
+    """
+    pictures = []
+    for label, of_class in files.items():
+        if len(of_class) < 2:
+            raise UserError(f"class {label!r} has {len(of_class)} pictures: too few to divide into train and test.")
+        digests = {
+            name: hashlib.sha256(f"{split.seed}/{label}/{name}".encode("utf-8", "surrogateescape")).digest()
+            for name in of_class
+        }
+        count = min(max(round(split.share * len(of_class)), 1), len(of_class) - 1)
+        for_test = set(sorted(of_class, key=digests.__getitem__)[:count])
+        for name, file in of_class.items():
+            pictures.append(Picture("test" if name in for_test else "train", label, name, file))
+    return pictures
+
+
+# torchvision's datasets
+
+
+def _torchvision(name: str, root: Path, **arguments):
+    """A dataset of torchvision, downloaded into `root` unless it is there.  Raises UserError where neither works."""
+    from torchvision import datasets
+
+    try:
+        return getattr(datasets, name)(str(root), download=True, **arguments)
+    except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{name} is not in {root} and can't be downloaded ({reason}). "
+            f"Bring it there, packed or unpacked as torchvision keeps it, or name the place with --source."
+        ) from None
+
+
+def cifar(name: str, root: Path) -> list[Picture]:
+    """CIFAR10 or CIFAR100, named by their place in the batches.  As PNG: JPEG would blur what few pixels there are."""
+    pictures = []
+    for mode in ("train", "test"):
+        dataset = _torchvision(name, root, train=mode == "train")
+        pictures += [
+            Picture(mode, dataset.classes[target], f"{i:05d}.png", pixels)
+            for i, (pixels, target) in enumerate(zip(dataset.data, dataset.targets, strict=True))
+        ]
+    return pictures
+
+
+def food101(root: Path) -> list[Picture]:
+    """Food101 by its own lists: 750 train and 250 test pictures a class."""
+    _torchvision("Food101", root)
+    folder = root / "food-101"
+    pictures = []
+    for mode in ("train", "test"):
+        file = folder / "meta" / f"{mode}.json"
+        try:
+            listed = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} can't be read ({error}). Delete {folder} and unpack it again.") from None
+        for label, names in listed.items():
+            files = [folder / "images" / f"{name}.jpg" for name in names]
+            pictures += [Picture(mode, label, path.name, path) for path in files]
+    return pictures
+
+
+def caltech256(root: Path, split: Split, labels: Iterable[str] | None = None) -> list[Picture]:
+    """Caltech256, which has no official split, without its clutter class.
+
+    labels: the classes to take, all but the clutter where None.
+    """
+    _torchvision("Caltech256", root)
+    folder = root / "caltech256" / "256_ObjectCategories"
+    found = class_folders(folder)
+    taken = choose(labels, found, folder) if labels else [label for label in found if label != CALTECH_CLUTTER]
+    # .jpg alone: the archive has a stray folder and a stray script among its pictures
+    return divide(
+        {label: {file.name: file for file in sorted((folder / label).glob("*.jpg"))} for label in taken}, split
+    )
+
+
+# Folders of class folders
+
+
+def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None) -> list[Picture]:
+    """Pictures at <folder>/train/<label>/... and <folder>/{test,val,valid,validation}/<label>/..., or else at
+    <folder>/[train/]<label>/..., which are divided.
+
+    labels: the classes to take, all where None.  Pictures in folders within a class's folder get names of both parts.
+    Raises UserError where the folder, a class or pictures of a class are missing.
+    """
+    has_train = bool(class_folders(folder / "train"))
+    train = folder / "train" if has_train else folder
+    taken = choose(labels, class_folders(train), train)
+    if not taken:
+        raise UserError(f"{train} has no class folders; pictures belong in {train}/<class-label>/.")
+    for name in _TEST_FOLDERS if has_train else ():
+        if set(taken) & set(class_folders(folder / name)):
+            modes = {"train": train, "test": folder / name}
+            break
+    else:
+        return divide({label: _images(train / label) for label in taken}, split)
+    pictures = []
+    for mode, place in modes.items():
+        for label in taken:
+            files = _images(place / label)
+            if not files:
+                raise UserError(f"class {label!r} has no pictures in {place}. Add some, or leave it out (--classes).")
+            pictures += [Picture(mode, label, name, file) for name, file in files.items()]
+    return pictures
+
+
+def choose(labels: Iterable[str] | None, found: Sequence[str], place: Path | str) -> list[str]:
+    """The labels of a class list, all that were found where there is none.  Raises UserError for one not found."""
+    if not labels:
+        return list(found)
+    labels = list(dict.fromkeys(labels))
+    if missing := sorted(set(labels) - set(found)):
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(f"{len(missing)} of {len(labels)} classes of the list are not in {place}: {shown}.")
+    return labels
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Sorted names of the folders in a folder, hidden ones apart; none where it is none."""
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images(folder: Path) -> dict[str, Path]:
+    """Name -> file of all pictures in a class's folder and the folders in it."""
+    files = sorted(path for path in folder.rglob("*") if is_image(path) and path.is_file())
+    named = {"_".join(file.relative_to(folder).parts): file for file in files}
+    if len(named) < len(files):
+        raise UserError(f"{folder}: two pictures in folders of it would get the same name. Rename one.")
+    return named
+
+
+# Texts for the classes
+
+
+def read_class_list(file: Path) -> dict[str, str | None]:
+    """Class labels and their texts, None where the list has none, from a file in one of these forms:
+
+        n01440764                        a label a line,
+        n01440764 tench, Tinca tinca     a text after a tab, after a WordNet number also after a space (ImageNet's
+                                         LOC_synset_mapping.txt): its first name counts,
+        {"n01440764": "tench"}           JSON,
+        {"0": ["n01440764", "tench"]}    JSON as imagenet_class_index.json has it,
+        ["n01440764", ...]               a JSON list of labels.
+
+    Raises UserError for another content.
+    """
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+        if file.suffix.lower() != ".json":
+            lines = [line.strip() for line in content.splitlines() if line.strip()]
+            parts = [re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1) for line in lines]
+            entries = {label: text[0] if text else None for label, *text in parts}
+        else:
+            listed = json.loads(content)
+            pairs = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
+            entries = dict(value if isinstance(value, list) else (key, value) for key, value in pairs)
+        if not entries or not all(isinstance(t, str | None) and isinstance(label, str) for label, t in entries.items()):
+            raise ValueError("no labels in it, or something else than texts")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is no list of classes ({error}). A label a line will do.") from None
+    return {label: text and text.partition(",")[0].strip() for label, text in entries.items()}
+
+
+def readable(label: str) -> str:
+    """A class label as a prompt may say it: "apple_pie" -> "apple pie", "001.Black_footed_Albatross" -> "Black footed
+    Albatross"."""
+    without_number = re.sub(r"^(\d+\.|0\d+[_-]|\d{3,}[_-])", "", label)
+    return " ".join(without_number.replace("_", " ").split()) or label
+
+
+def readable_caltech(label: str) -> str:
+    """A label of Caltech-256: "001.ak47" -> "ak47", "253.faces-easy-101" -> "faces easy"; "t-shirt" stays."""
+    words = re.sub(r"-101$", "", readable(label))
+    return re.sub(r"(?<=\w\w)-(?=\w\w)", " ", words)
+
+
+def is_wordnet_number(label: str) -> bool:
+    """Whether a label is one of ImageNet's, such as n01440764, which tells a text encoder nothing."""
+    return re.fullmatch(r"n\d{8}", label) is not None
