@@ -37,8 +37,8 @@ class History:
     """What one seed's run writes down after each epoch and each phase.  For one process of a run alone.
 
     folder: of this seed's results, where an earlier part of the run may have left its history; tensorboard: whether
-    there are event files too.  Raises UserError for an epochs.csv that is not of this kind, and
-    where tensorboardX is not installed.
+    there are event files too.  Raises UserError for an epochs.csv that is not of this kind, and where tensorboardX is
+    not installed.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool = True):
