@@ -16,7 +16,7 @@ from utils.paths import DatasetPaths
 
 
 class OnDemand:
-    """Called with train images, makes their edge maps and their copies 0 ... K-1 where these are missing.
+    """Called with train images, makes their edge maps and, if asked, their copies 0 ... K-1 where these are missing.
 
     options: settings, model and machine as compress/run.py takes them, in one text, "" for its defaults; resolution:
     the preset where they name none; copies: K; device: where copies are made.  The model is in memory only during a
@@ -38,22 +38,22 @@ class OnDemand:
             self.fingerprint = load(self.options, torch.device("cpu")).fingerprint
         except UserError as error:
             raise UserError(f"regenerate_options: {error}") from error
-        self._plan(image for label in paths.classes() for image in paths.images(label)[:1])
+        self._plan((image for label in paths.classes() for image in paths.images(label)[:1]), copies)
 
-    def __call__(self, images: Sequence[Path]) -> None:
-        """Raises UserError where a copy could not be made."""
-        todo = self._plan(images)
+    def __call__(self, images: Sequence[Path], with_copies: bool = True) -> None:
+        """Raises UserError where an edge map or a copy could not be made."""
+        todo = self._plan(images, self.copies if with_copies else 0)
         with_model = todo.copies_missing > 0
         regenerator = make_regenerator(self.options, self.paths, self.preset, self.device, with_model=with_model)
         with progress(todo.copies_missing, "copies") as bar:
             result = regenerator.run(todo, bar.update)
         if result.failures:
             more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
-            raise UserError(f"copies could not be made: {result.failures[0]}{more}")
+            raise UserError(f"a prompt or a copy could not be made: {result.failures[0]}{more}")
 
-    def _plan(self, images: Iterable[Path]) -> Plan:
+    def _plan(self, images: Iterable[Path], copies: int) -> Plan:
         try:
-            return plan(Records(self.paths, self.preset, self.fingerprint), images, range(self.copies))
+            return plan(Records(self.paths, self.preset, self.fingerprint), images, range(copies))
         except MadeOtherwise as error:
             raise UserError(
                 f"{error}\nGive this experiment copies of its own with variant=NAME, "

@@ -37,8 +37,8 @@ from utils.metrics import nearest_mean_scores, phase_metrics
 
 log = logging.getLogger(__name__)
 
-Regenerate = Callable[[list[Path]], None]
-"""Makes the edge maps and the copies of train images, where they are not there yet."""
+Regenerate = Callable[[list[Path], bool], None]
+"""Makes the edge maps of train images, and, where the second argument says so, their copies: what is not there yet."""
 
 
 class Learner(abc.ABC):
@@ -294,21 +294,20 @@ class Learner(abc.ABC):
         return [item.image for item in self.memory.items() if item.role in roles]
 
     def make_copies(self, phase: int, there: Collection[Path] = ()) -> int | None:
-        """Have prompts made into copies after a phase, where that is due now and they are needed again.
+        """Have prompts made of a phase's exemplars, and copies where they are due now and needed again.
 
         there: exemplars that have theirs.  Returns the number of copies made, None where all were made ahead.
         """
         if self.regenerate is None or not self.uses_memory:
             return None
-        if phase + 1 == self.data.nb_phases and not self.uses_nme:
-            return 0
+        needed = phase + 1 < self.data.nb_phases or self.uses_nme
         new = [image for image in self.shown() if image not in there]
         if self.fabric.is_global_zero:
-            self.regenerate(new)
+            self.regenerate(new, needed)
         self.fabric.barrier()
         for target in self.memory.targets:
             self.memory.enforce_budget(target)
-        return len(new) * self.config.augmentations_per_image
+        return len(new) * self.config.augmentations_per_image if needed else 0
 
     def predict(self, images: Sequence[Path], purpose: str) -> Outputs:
         """The network's logits and features for pictures, with the test transform, on the CPU in the order given.
