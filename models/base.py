@@ -1,7 +1,8 @@
-"""What all methods share: the phases, the one epoch loop, the one evaluation, the one checkpoint format.
+"""What all methods share: the phases, the one epoch loop, the one evaluation.
 
 A method is a subclass that says what its paper changes: `loss`, and, where it needs them, `build_network`, `stages`,
-`before_stage`, `backward`, `before_training` and `after_training`.
+`before_stage`, `changing`, `backward`, `before_training` and `after_training`.  Everything but the steps of training is
+done again when a run goes on in the middle of a phase, so it must depend on nothing else than the phase before.
 """
 
 import abc
@@ -17,18 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from convs.blocks import folded
 from convs.resnet import ResNet, build_backbone, nb_parameters
-from models import checkpoint
+from models import phase0
 from models.networks import GrowingNet, IncrementalNet, Outputs
+from models.resume import Checkpoints, Place
 from models.stages import Schedule, Stage, learning_only
 from utils import log as logs
-from utils.config import Config, as_dict, differences
+from utils.config import Config
 from utils.data_manager import DataManager, EpochBatchSampler, ImageSet, TrainingSet
 from utils.errors import UserError
 from utils.history import History
@@ -86,9 +88,11 @@ class Learner(abc.ABC):
         self.phase = -1
         self.nb_old = self.nb_new = self.nb_seen = 0
         self.old_network: GrowingNet | None = None
-        self.state: dict[str, Any] = {}  # what a method takes into the next phase beside its network; in checkpoints
+        self.state: dict[str, Any] = {}  # what a method takes into the next phase; changed in `after_training` alone
         self._seed_torch(0)
         self.network = self.build_network(self.backbone())
+        self.checkpoints = Checkpoints(self, folder)
+        self.seconds_before = 0.0  # what processes that were killed spent in the present phase's training
 
     # What a method changes
 
@@ -107,6 +111,11 @@ class Learner(abc.ABC):
 
     def before_stage(self, stage: Stage) -> None:
         """Called before each of the stages."""
+
+    def changing(self) -> dict[str, nn.Module]:
+        """The networks that training has changed since the phase began, by name: `network`, and what others there
+        are; what else the phase needs, `stages` and `before_stage` make again."""
+        return {"network": self.network}
 
     def backward(self, loss: Tensor, outputs: Outputs, targets: Tensor) -> None:
         """Fill in the gradients of a batch; the optimizer's step comes next."""
@@ -134,7 +143,7 @@ class Learner(abc.ABC):
 
         after_phase: called with the records so far when a phase is done and safe on disk.
         """
-        for phase in range(self.resume(), self.data.nb_phases):
+        for phase in range(self.checkpoints.take_up(), self.data.nb_phases):
             start = time.perf_counter()
             self.start_phase(phase)
             training = self.train()
@@ -144,6 +153,7 @@ class Learner(abc.ABC):
             chosen = time.perf_counter()
             results = self.evaluate()
             now = time.perf_counter()
+            start -= self.seconds_before
             seconds = {"train": trained - start, "exemplars": chosen - trained, "evaluate": now - chosen}
             self.records.append(
                 {
@@ -155,7 +165,7 @@ class Learner(abc.ABC):
             )
             if self.history:  # before the checkpoint: whoever goes on from that finds the phase's history whole
                 self.history.phase(self.records[-1])
-            self.save_checkpoint()
+            self.checkpoints.save_phase()
             self._say_how_it_went()
             if after_phase:
                 after_phase(self.records)
@@ -170,7 +180,7 @@ class Learner(abc.ABC):
             self.old_network = folded(self.network).requires_grad_(False).eval()
         self._seed_torch(phase + 1)
         self.network.grow(self.nb_new)
-        self.network.to(device=self.fabric.device, memory_format=torch.channels_last)
+        self.to_home(self.network)
         self.before_training()
 
     def backbone(self) -> ResNet:
@@ -201,44 +211,48 @@ class Learner(abc.ABC):
         Returns what `fit` does for the first stage, with `stages`, a list of that for each one, the seconds that all
         took and whether the outcome was reused.
         """
-        if self.phase == 0 and (training := self.load_phase_0()) is not None:
-            return {**training, "reused": True}
-        start = time.perf_counter()
-        done: list[dict[str, Any]] = []
-        for stage in self.stages():
+        if self.phase == 0 and (training := phase0.load(self)) is not None:
+            self.seconds_before = 0.0 if training["reused"] else training["seconds"]
+            return training
+        place = self.checkpoints.place()
+        self.seconds_before = time.perf_counter() - place.began
+        for number, stage in enumerate(self.stages()):
             self.before_stage(stage)
-            done.append({"stage": stage.name, **self.fit(stage, sum(earlier["epochs"] for earlier in done))})
-        first = done[0] if done else {"epochs": 0, "loss": None, "accuracy": None}
+            if number >= len(place.stages):
+                place = place.next_stage({"stage": stage.name, **self.fit(stage, place)})
+        first = place.stages[0] if place.stages else {"epochs": 0, "loss": None, "accuracy": None}
         training = {key: first[key] for key in ("epochs", "loss", "accuracy")}
-        training |= {"stages": done, "seconds": time.perf_counter() - start}
+        training |= {"stages": place.stages, "seconds": time.perf_counter() - place.began}
         if self.phase == 0:
-            self.save_phase_0(training)
+            phase0.save(self, training)
         return {**training, "reused": False}
 
-    def fit(self, stage: Stage, first_epoch: int = 0) -> dict[str, Any]:
+    def fit(self, stage: Stage, place: Place) -> dict[str, Any]:
         """The epoch loop.  Returns epochs, loss and accuracy (percent, of the last epoch's training batches).
 
-        first_epoch: how many epochs of the phase are behind; what is drawn at random goes by the epoch's number.
+        place: within the phase, at the stage's beginning or farther on; the loop moves it along.
         """
         with learning_only(self.network, stage.parameters):
-            return self._fit(stage, first_epoch)
+            return self._fit(stage, place)
 
-    def _fit(self, stage: Stage, first_epoch: int) -> dict[str, Any]:
+    def _fit(self, stage: Stage, place: Place) -> dict[str, Any]:
         config, fabric, schedule = self.config, self.fabric, stage.schedule
         loader, sampler = self.training_loader(stage)
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         optimizer = SGD(trained, lr=schedule.lr, momentum=config.momentum, weight_decay=schedule.weight_decay)
         network, optimizer = fabric.setup(self.network, optimizer)
         scheduler, loss_of = schedule.scheduler(optimizer), stage.loss or self.loss
+        self.checkpoints.restore(place, optimizer, scheduler)
+        first_epoch = sum(done["epochs"] for done in place.stages)  # what is random goes by the epoch of the phase
         loss_mean = accuracy = 0.0
         name = self._name() if stage.name == "training" else f"{self._name()}, {stage.name}"
-        bar = logs.progress(schedule.epochs * len(sampler), name, quiet=not fabric.is_global_zero)
+        steps, done = schedule.epochs * len(sampler), place.epoch * len(sampler) + place.step
+        bar = logs.progress(steps, name, done=done, quiet=not fabric.is_global_zero)
         with bar:
-            for epoch in range(schedule.epochs):
+            for epoch in range(place.epoch, schedule.epochs):
                 start = time.perf_counter()
                 network.train()
-                sampler.set_epoch(first_epoch + epoch)
-                sums, seen = torch.zeros(2, device=fabric.device), 0  # loss and right answers: read once an epoch
+                sampler.set_epoch(first_epoch + epoch, place.step)
                 for _, images, targets in loader:
                     images, targets = self.to_device(images), fabric.to_device(targets)
                     outputs = network(images)
@@ -248,13 +262,16 @@ class Learner(abc.ABC):
                     self.backward(loss, outputs, targets)
                     optimizer.step()
                     right = (outputs.logits.detach().argmax(dim=1) == targets).sum()
-                    sums += torch.stack([loss.detach() * len(targets), right])
-                    seen += len(targets)
+                    place.sums += torch.stack([loss.detach() * len(targets), right])  # read once an epoch
+                    place.seen += len(targets)
+                    place.step += 1
+                    self.checkpoints.after_step(place, optimizer, scheduler)
                     bar.update()
                 rate = optimizer.param_groups[0]["lr"]
                 scheduler.step()
-                loss_sum, nb_right = fabric.all_reduce(sums, reduce_op="sum").tolist()
-                seen = int(fabric.all_reduce(torch.tensor(seen, device=fabric.device), reduce_op="sum"))
+                loss_sum, nb_right = fabric.all_reduce(place.sums, reduce_op="sum").tolist()
+                seen = int(fabric.all_reduce(torch.tensor(place.seen, device=fabric.device), reduce_op="sum"))
+                place.next_epoch()
                 loss_mean, accuracy = loss_sum / seen, 100 * nb_right / seen
                 if not math.isfinite(loss_mean):
                     key = "init_lr" if self.phase == 0 else "lrate"
@@ -369,97 +386,6 @@ class Learner(abc.ABC):
             means.append(weights @ rows / weights.sum())
         return F.normalize(torch.stack(means))
 
-    # Going on where a run stopped
-
-    def save_checkpoint(self) -> None:
-        """Keep the phase; a rerun starts at the next one."""
-        if self.fabric.is_global_zero:
-            state = {
-                "config": as_dict(self.config),
-                "class_names": self.data.class_names,
-                "phase": self.phase,
-                "network": self.network.state_dict(),
-                "memory": self.memory.state_dict(),
-                "method": self.state,
-                "records": self.records,
-            }
-            checkpoint.save(checkpoint.phase_path(self.folder, self.phase), state)
-            if self.config.keep_checkpoints > 0:
-                for phase in checkpoint.saved_phases(self.folder)[: -self.config.keep_checkpoints]:
-                    checkpoint.phase_path(self.folder, phase).unlink()
-        self.fabric.barrier()
-
-    def resume(self) -> int:
-        """Take up the last checkpoint, if there is one.  Returns the phase to start with.
-
-        Raises UserError where it is of another config or of other classes.
-        """
-        phases = checkpoint.saved_phases(self.folder)
-        if not phases:
-            return 0
-        path = checkpoint.phase_path(self.folder, phases[-1])
-        state = checkpoint.load(path)
-        differing = differences(as_dict(self.config), state["config"])
-        if state["class_names"] != self.data.class_names:
-            differing.append("the classes or their order")
-        if differing:
-            raise UserError(
-                f"{path} is of another experiment ({'; '.join(differing)}). Choose another output_dir, or delete it."
-            )
-        for phase in range(state["phase"] + 1):
-            self.network.grow(len(self.data.phase_targets(phase)))
-        self.network.load_state_dict(state["network"])
-        self.memory.load_state_dict(state["memory"])
-        self.state = state["method"]
-        self.records = state["records"]
-        done = len(self.records)
-        if done < self.data.nb_phases:
-            self.make_copies(done - 1)  # copies that were deleted since then come back
-        if done == self.data.nb_phases:
-            log.info("all %d phases are done already: their results are taken from %s", done, path)
-        else:
-            log.info("going on after %d of %d phases, from %s", done, self.data.nb_phases, path)
-        return done
-
-    def load_phase_0(self) -> dict[str, Any] | None:
-        """Load the network of phase 0 where a run that agrees on all it depends on has trained it already."""
-        path = self._phase_0_path()
-        if not path.is_file():
-            return None
-        state = checkpoint.load(path)
-        for module, weights in zip(self.network.first_phase_modules(), state["network"], strict=True):
-            module.load_state_dict(weights)
-        log.info("phase 0 is not trained again: its network is taken from %s", path)
-        return state["training"]
-
-    def save_phase_0(self, training: dict[str, Any]) -> None:
-        """Keep the trained network of phase 0 for other runs."""
-        if self.fabric.is_global_zero:
-            weights = [module.state_dict() for module in self.network.first_phase_modules()]
-            checkpoint.save(self._phase_0_path(), {"network": weights, "training": training})
-        self.fabric.barrier()
-
-    def _phase_0_path(self) -> Path:
-        """Named after everything that the trained network of phase 0 depends on."""
-        config, data, paths = self.config, self.data, self.data.paths
-        backbone, head = self.network.first_phase_modules()
-        settings: dict[str, Any] = {
-            "method": "any" if self.plain_phase_0 else config.model_name,
-            "layers": [str(layer) for layer in backbone.children()],
-            "head": [list(parameter.shape) for parameter in head.parameters()],
-            "transform": str(data.train_transform),
-            "classes": [data.class_names[target] for target in data.phase_targets(0)],
-            "schedule": list(self.schedule()),
-            "processes": self.fabric.world_size,
-        }
-        for key in ("dataset", "model_seed", "batch_size", "momentum", "precision", "pretrained"):
-            settings[key] = getattr(config, key)
-        files = [item.image for item in data.new_items(0)]
-        if config.augmentation_prob > 0 and config.augmentation_scope == "all":
-            settings["copies"] = [config.augmentation_prob, config.augmentations_per_image]
-            files += [paths.copy(image, k) for image in files for k in range(config.augmentations_per_image)]
-        return self.cache / f"{checkpoint.fingerprint(settings, files, paths.root)}.pt"
-
     # Small matters
 
     def _steps(self, milestones: Sequence[int]) -> Sequence[int] | None:
@@ -513,6 +439,10 @@ class Learner(abc.ABC):
         """At most one a core; macOS does not say which cores are ours."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(self.config.num_workers, cores)
+
+    def to_home(self, network: nn.Module) -> None:
+        """To where it learns, laid out as it is there: sums in another order are not the same to the last bit."""
+        network.to(device=self.fabric.device, memory_format=torch.channels_last)
 
     def to_device(self, images: Tensor) -> Tensor:
         return self.fabric.to_device(images).contiguous(memory_format=torch.channels_last)

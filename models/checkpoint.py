@@ -1,8 +1,15 @@
 """The one checkpoint format, and what names a cached phase-0 network.  Plain tensors and values, loaded without pickle.
 
-A checkpoint holds `config`, `class_names` (in target order), `phase` (the last one that is done), `network` (its
-weights), `memory` (which images are exemplars), `method` (what else the method carries on) and `records` (the results
-of each phase).
+Each holds `config`, `class_names` (in target order), `phase`, `network` (its weights) and `precision` (the scale of
+gradients in 16 bits, else nothing).
+
+After a phase, `phaseNN.pt` adds `memory` (which images are exemplars), `method` (what else the method carries on) and
+`records` (the results of each phase).
+
+Within one, `unfinished.pt` adds `stages` (what came of those that are done), `epoch` and `step` (how many of the
+present stage and of the present epoch are done), `sums` (processes x 3: loss, right answers and images of those
+steps), `seconds` (of training so far), `optimizer`, `scheduler`, `random` (torch's state) and, where a method changes
+more networks than one, the others.  What the phase began with is in the checkpoint of the phase before.
 """
 
 import hashlib
@@ -44,10 +51,21 @@ def phase_path(folder: Path, phase: int) -> Path:
     return folder / f"phase{phase:02d}.pt"
 
 
+def unfinished_path(folder: Path) -> Path:
+    """Where the checkpoint within the present phase lies."""
+    return folder / "unfinished.pt"
+
+
 def saved_phases(folder: Path) -> list[int]:
     """The phases whose checkpoints are in a folder, ascending."""
     names = os.listdir(folder) if folder.is_dir() else []
     return sorted(int(match[1]) for name in names if (match := _PHASE.fullmatch(name)))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Take away what a process that was killed while it wrote has left half done; for a folder of one run alone."""
+    for file in folder.glob(".*.tmp"):
+        file.unlink()
 
 
 def fingerprint(settings: Mapping[str, Any], files: Iterable[Path], root: Path) -> str:

@@ -46,6 +46,11 @@ class FOSTER(Learner):
             self.old_network = self.network.requires_grad_(False).eval()
             self.network = self.student
 
+    def changing(self) -> dict[str, nn.Module]:
+        """While the student learns, its teacher is not what the phase began with either."""
+        teacher = {} if self.old_network is None else {"teacher": self.old_network}
+        return super().changing() | teacher
+
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs.logits, targets)
 

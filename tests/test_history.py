@@ -7,7 +7,7 @@ import struct
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from models.base import Learner
+from models.resume import Checkpoints
 from tests.test_main import data_dir, results, train  # noqa: F401  (fixtures)
 from utils import report
 from utils.history import History
@@ -126,14 +126,14 @@ def test_a_run_and_one_that_was_killed_in_an_epoch_tell_the_same(train, tmp_path
 
 
 def test_a_phase_that_was_done_but_not_saved_is_told_once(train, tmp_path, monkeypatch):  # noqa: F811
-    def killed(learner):
-        if learner.phase == 2:
+    def killed(checkpoints):
+        if checkpoints.learner.phase == 2:
             raise KeyboardInterrupt
-        save(learner)
+        save(checkpoints)
 
-    save = Learner.save_checkpoint
+    save = Checkpoints.save_phase
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "save_checkpoint", killed)
+        patch.setattr(Checkpoints, "save_phase", killed)
         assert train(**SHORT) == 130
     assert train(**SHORT) == 0
     check(tmp_path / "out")

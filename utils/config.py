@@ -133,6 +133,9 @@ class Config:
     )
     tensorboard: bool = _key(True, "write TensorBoard's event files beside epochs.csv", result=False)
     keep_checkpoints: int = _key(1, "how many phases' checkpoints are kept for each seed; 0 keeps all", result=False)
+    checkpoint_every: float = _key(
+        600.0, "seconds of training between checkpoints within a phase, of which one is kept; 0: none", result=False
+    )
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -273,7 +276,7 @@ def _check(config: Config, broken: set[str], choices: Mapping[str, Sequence[str]
     at_least(0 if config.pretrained else 1, "init_epoch")
     at_least(0, "real_per_class", "syn_per_class", "augmentations_per_image", "memory_per_class", "memory_size")
     at_least(0, "seed", "model_seed", "num_workers", "keep_checkpoints", "momentum", "weight_decay")
-    at_least(0, "init_weight_decay")
+    at_least(0, "init_weight_decay", "checkpoint_every")
     at_least(1, "gem_memory_batch", "nb_proxy", "ft_epochs", "compression_epochs", "norm_term")
     at_least(0, "lwf_lambda", "ewc_lambda", "fishermax", "gem_margin", "lambda_c_base", "lambda_f_base", "lambda_okd")
     at_least(0, "beta1", "beta2", "split_ratio", "reg_term")

@@ -258,7 +258,8 @@ class ImageSet(Dataset):
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) keys for a `TrainingSet`; `set_epoch(e)` chooses the epoch of the next iteration.
+    """Batches of (epoch, index) keys for a `TrainingSet`; `set_epoch(e)` chooses the epoch of the next iteration,
+    `set_epoch(e, step)` the rest of it after that many batches.
 
     One permutation of all items for each (model_seed, phase, epoch), cut into batches of `batch_size`, the number of
     items of all processes together.  Each batch is dealt out to the ranks in turn, so that the ranks' batches together
@@ -295,13 +296,14 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.drop_last = drop_last
         self.groups = groups
         self.per_group = per_group
-        self.epoch = 0
+        self.epoch = self.first_step = 0
         self._seeds = (model_seed, phase)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
+        """Batches of a whole epoch."""
         whole, rest = divmod(self.nb_items, self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
@@ -309,7 +311,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         epoch = self.epoch
         rng = np.random.default_rng(_seed_sequence(*self._seeds, epoch, _ORDER))
         order = rng.permutation(self.nb_items).tolist()
-        for step in range(len(self)):
+        for step in range(self.first_step, len(self)):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size] + self._from_groups(epoch, step)
             own = batch[self.rank :: self.world_size] or [batch[self.rank % len(batch)]]
             yield [(epoch, index) for index in own]

@@ -48,11 +48,15 @@ def tolerate_odd_names() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def progress(total: int, description: str, *, quiet: bool = False) -> tqdm:
-    """A bar on stderr with the time left; where stderr is no terminal, a line every half minute."""
+def progress(total: int, description: str, *, done: int = 0, quiet: bool = False) -> tqdm:
+    """A bar on stderr with the time left; where stderr is no terminal, a line every half minute.
+
+    done: what of the total was done before the clock starts.
+    """
     seconds = 0.2 if sys.stderr.isatty() else 30
     return tqdm(
         total=total,
+        initial=done,
         desc=description,
         disable=quiet,
         leave=False,

@@ -1,0 +1,280 @@
+"""A run that is killed, at whatever moment, and goes on ends as one that never was: to the last bit."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import main
+from models import checkpoint, resume
+from models.base import Learner
+from tests.digits import make_digits
+from tests.shapes import make_shapes
+from utils.data_manager import EpochBatchSampler
+
+SHORT = {"epochs": 2, "compression_epochs": 2, "ft_epochs": 1, "milestones": [1], "init_milestones": [1]}
+EVERY_STEP = {"checkpoint_every": 1e-9}
+NEVER = {"checkpoint_every": 0}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_shapes(folder)
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path, data_dir):
+    """Calls main.py with a small config of three phases; returns its exit code."""
+    config = {
+        **{"dataset": "Shapes", "data_dir": str(data_dir), "init_cls": 2, "increment": 2, "model_name": "icarl"},
+        **{"convnet_type": "resnet8", "device": "cpu", "num_workers": 0, "batch_size": 16},
+        **{"memory_per_class": 3, "real_per_class": 2, "syn_per_class": 4, "augmentations_per_image": 2},
+        **{"augmentation_prob": 0.4, "init_epoch": 2, "init_lr": 0.05, "lrate": 0.05},
+        **SHORT,
+    }
+
+    def call(out, **values):
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({**config, "output_dir": str(tmp_path / out), **values}))
+        return main.main(["--config", str(file)])
+
+    return call
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(file.name for file in (out / "seed1993" / "checkpoints").iterdir())
+
+
+def timeless(content):
+    """results.json without its times and without the name of its own folder."""
+    if isinstance(content, dict):
+        left_out = ("seconds", "seconds_reused", "output_dir", "checkpoint_every")
+        return {key: timeless(value) for key, value in content.items() if key not in left_out}
+    return [timeless(value) for value in content] if isinstance(content, list) else content
+
+
+def assert_same(ours, theirs, where=""):
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs), where
+        for key, value in ours.items():
+            assert_same(value, theirs[key], f"{where}.{key}")
+    elif isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    else:
+        assert ours == theirs, where
+
+
+def assert_ends_alike(one: Path, other: Path) -> None:
+    """The last checkpoint (weights, memory, what the method carries on), results.json, and each epoch's row, once."""
+    for name in checkpoints(one):
+        a, b = (checkpoint.load(out / "seed1993" / "checkpoints" / name) for out in (one, other))
+        for key in ("network", "memory", "method"):
+            assert_same(a[key], b[key], key)
+    a, b = (json.loads((out / "results.json").read_text()) for out in (one, other))
+    assert timeless(a) == timeless(b)
+    a, b = ((out / "seed1993" / "epochs.csv").read_text().splitlines() for out in (one, other))
+    assert [row.rpartition(",")[0] for row in a] == [row.rpartition(",")[0] for row in b]  # the last cell is seconds
+
+
+def die_at(monkeypatch, moments):
+    """Let some steps of training, counted from 1 over all lives, be interrupted."""
+    steps, backward = [], Learner.backward
+
+    def mortal(self, *arguments):
+        steps.append(self.phase)
+        if len(steps) in moments:
+            raise KeyboardInterrupt
+        return backward(self, *arguments)
+
+    monkeypatch.setattr(Learner, "backward", mortal)
+
+
+def die_once_a_phase(monkeypatch, owner, name):
+    """Let a method of a learner or its checkpoints be interrupted at its first call in each phase."""
+    phases, original = [], getattr(owner, name)
+
+    def mortal(self, *arguments):
+        phase = getattr(self, "learner", self).phase
+        if phase not in phases:
+            phases.append(phase)
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(owner, name, mortal)
+
+
+def live_and_die(train, out: Path, **values) -> int:
+    """Start the run until it is done.  Returns how often it died; what it leaves on disk each time is bounded."""
+    deaths = 0
+    while (code := train(out.name, **EVERY_STEP, **values)) == 130:
+        deaths += 1
+        left = checkpoints(out)
+        assert left == ["unfinished.pt"] or len(left) <= 2, left
+        assert all(name == "unfinished.pt" or name.startswith("phase") for name in left)
+    assert code == 0
+    assert checkpoints(out) == ["phase02.pt"]
+    return deaths
+
+
+@pytest.mark.parametrize(
+    ("method", "workers"), [("icarl", 1), ("der", 0), ("bic", 0), ("foster", 0), ("ewc", 0), ("podnet", 0), ("coil", 0)]
+)
+def test_death_in_training(train, tmp_path, monkeypatch, capsys, method, workers):
+    """Each life gets through one step: every place in all phases, stages and epochs, and between them, is taken up."""
+    values = {"model_name": method, "num_workers": workers}
+    assert train("whole", **values, **NEVER) == 0
+    die_at(monkeypatch, range(2, 1000, 2))
+    assert live_and_die(train, tmp_path / "killed", **values) >= 8
+    said = capsys.readouterr().out
+    for phase in range(3):
+        assert f"going on in phase {phase}" in said
+    if method in ("bic", "foster", "podnet"):
+        assert "going on in phase 1, stage 2" in said
+        assert "going on in phase 2, stage 2" in said
+    assert_ends_alike(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("every", [EVERY_STEP, NEVER], ids=["every step", "never"])
+def test_death_after_training(train, tmp_path, monkeypatch, every):
+    """In each phase while exemplars are chosen, while it is evaluated, and before and after its checkpoint."""
+    assert train("whole", **NEVER) == 0
+    for name in ("choose_exemplars", "evaluate", "_say_how_it_went"):
+        die_once_a_phase(monkeypatch, Learner, name)
+    die_once_a_phase(monkeypatch, resume.Checkpoints, "save_phase")
+    folder, deaths = tmp_path / "killed" / "seed1993" / "checkpoints", 0
+    while train("killed", **every) == 130:
+        deaths += 1
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f".{2**22 + 1}-half.tmp").touch()  # what SIGKILL leaves of a checkpoint
+    assert deaths == 12
+    assert checkpoints(tmp_path / "killed") == ["phase02.pt"]
+    assert_ends_alike(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_stale_place_is_not_taken_up(train, tmp_path, monkeypatch, capsys):
+    """Killed when the phase's checkpoint was there and the one within the phase not yet away."""
+    assert train("whole", **NEVER) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert train("killed", **EVERY_STEP) == 130
+    assert checkpoints(tmp_path / "killed") == ["phase00.pt", "unfinished.pt"]
+    assert train("killed", **NEVER) == 0
+    assert "going on after 1 of 3 phases" in capsys.readouterr().out
+    assert checkpoints(tmp_path / "killed") == ["phase02.pt"]
+    assert_ends_alike(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_place_in_another_experiment_is_refused(train, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        die_at(patch, (3,))
+        assert train("out", **EVERY_STEP) == 130
+    (tmp_path / "out" / "config.json").unlink()
+    assert train("out", epochs=3, lrate=0.1) == 2
+    said = capsys.readouterr().err
+    for words in ("unfinished.pt", "epochs: 2 -> 3", "lrate: 0.05 -> 0.1", "output_dir"):
+        assert words in said
+    (tmp_path / "out" / "config.json").unlink()
+    file = tmp_path / "out" / "seed1993" / "checkpoints" / "unfinished.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert train("out") == 2
+    assert str(file) in capsys.readouterr().err
+
+
+def test_the_rest_of_an_epoch():
+    sampler = EpochBatchSampler(23, 4, 1, 2, groups=[range(23, 30)], per_group=2)
+    sampler.set_epoch(5)
+    whole = list(sampler)
+    for step in range(len(sampler) + 1):
+        sampler.set_epoch(5, step)
+        assert list(sampler) == whole[step:]
+        assert len(sampler) == 6
+
+
+def test_the_clock_is_one_for_all_processes_and_is_seldom_asked(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now)
+    said = []
+
+    def broadcast_of_first(seconds):
+        said.append(seconds)
+        return seconds
+
+    first = resume.StepClock(100, SimpleNamespace(broadcast=broadcast_of_first))
+    second = resume.StepClock(100, SimpleNamespace(broadcast=lambda seconds: said[-1]))
+    second.start = -1000.0  # a clock that goes wrong
+    over = []
+    for step in range(1, 1001):
+        now = 0.5 * step
+        answers = first.is_over(), second.is_over()
+        assert answers[0] == answers[1]
+        if answers[0]:
+            over.append(step)
+            first.restart()
+            second.restart()
+    assert over == [200, 400, 600, 800, 1000]
+    assert len(said) < 60
+    never = resume.StepClock(0, SimpleNamespace(broadcast=None))
+    assert not any(never.is_over() for _ in range(10))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("ESCORT_SLOW") != "1", reason="takes minutes; ESCORT_SLOW=1 runs it")
+@pytest.mark.parametrize("method", ["icarl"])
+def test_sigkill_at_twenty_random_moments(tmp_path, method):
+    """The command itself, with a process that reads images, killed from outside: several runs, till 20 deaths."""
+    make_digits(tmp_path / "data")
+    config = {
+        **{"dataset": "MNIST", "data_dir": str(tmp_path / "data"), "init_cls": 2, "increment": 2, "model_name": method},
+        **{"convnet_type": "resnet8", "device": "cpu", "num_workers": 1, "batch_size": 12, "memory_per_class": 4},
+        **{"real_per_class": 2, "syn_per_class": 8, "augmentations_per_image": 2, "augmentation_prob": 0.2},
+        **{"init_epoch": 12, "epochs": 12, "init_lr": 0.05, "lrate": 0.05, "checkpoint_every": 1e-9},
+    }
+
+    def begin(out: Path) -> subprocess.Popen:
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({**config, "output_dir": str(out)}))
+        command = [sys.executable, "main.py", "--config", str(file)]
+        home = Path(__file__).parents[1]
+        return subprocess.Popen(command, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def started(out: Path, process: subprocess.Popen, before: int) -> None:
+        """Wait until the log grows: the imports are over."""
+        log = out / "log.txt"
+        while process.poll() is None and (log.stat().st_size if log.exists() else 0) <= before:
+            time.sleep(0.01)
+
+    def size(out: Path) -> int:
+        return (out / "log.txt").stat().st_size if (out / "log.txt").exists() else 0
+
+    process = begin(tmp_path / "whole")
+    started(tmp_path / "whole", process, 0)
+    start = time.monotonic()
+    assert process.wait() == 0
+    seconds = time.monotonic() - start
+
+    rng, deaths, runs = random.Random(0), 0, 0
+    while deaths < 20:
+        out, runs, code = tmp_path / f"killed{runs}", runs + 1, None
+        while code != 0:
+            before = size(out)
+            process = begin(out)
+            if deaths < 20:
+                started(out, process, before)
+                try:
+                    process.wait(rng.uniform(0, seconds / 2))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    deaths += 1
+            code = process.wait()
+            assert code in (0, -9), code
+        assert_ends_alike(tmp_path / "whole", out)
