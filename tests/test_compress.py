@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from compress import machine, run, summary
@@ -18,24 +17,12 @@ from compress.options import copy_numbers
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.model import ModelError
 from tests.folders import make_dataset, save_noise
-from tests.little_model import little_model, save_checkpoint
 from utils.paths import DatasetPaths
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
 
 REPOSITORY = Path(__file__).parent.parent
 LABELS = ("apple pie", "crème", "sushi")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.pth")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -16,16 +16,10 @@ from ControlNet.cldm.ddim import DDIMSampler
 from tests.little_model import little_model
 from utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
+
 PRESET = HIGH.changed(size=64, steps=2)
 PARTS = ("cond_stage_model", "control_model", "first_stage_model", "model")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def jobs(count, size=64, texts=("apple pie", "crème", "sushi")):

@@ -25,12 +25,9 @@ from tests.little_run import LABELS, Killed, command, copies, kill_at, little_da
 from utils.errors import UserError
 from utils.paths import DatasetPaths
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
+
 REPOSITORY = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.pth")
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +35,6 @@ def other_checkpoint(tmp_path_factory):
     model = little_model()
     next(model.parameters()).data.add_(1)
     return save_checkpoint(model, tmp_path_factory.mktemp("models") / "other.pth")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

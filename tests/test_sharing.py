@@ -14,18 +14,12 @@ import pytest
 from PIL import Image
 
 from tests.folders import make_dataset
-from tests.little_model import little_model, save_checkpoint
 from utils.paths import DatasetPaths
 
 REPOSITORY = Path(__file__).parent.parent
 LABELS = ("apple pie", "crème", "sushi")
 COPIES = 12
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.pth")
 
 
 def toy(folder: Path) -> DatasetPaths:

@@ -4,26 +4,13 @@ import re
 import shutil
 
 import pytest
-import torch
 from PIL import Image
 
 from compress import machine
 from tests.folders import save_picture
-from tests.little_model import little_model, save_checkpoint
 from tests.little_run import Killed, command, copies, kill_at, little_dataset, tree
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.pth")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
 
 
 @pytest.fixture

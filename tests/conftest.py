@@ -1,0 +1,21 @@
+"""Fixtures that several test files share."""
+
+import pytest
+import torch
+
+from tests.little_model import little_model, save_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The little model's weights as a file, its config beside it."""
+    return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.pth")
+
+
+@pytest.fixture
+def one_thread():
+    """Torch with one thread, in which copies are the same to the last byte whatever else runs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
