@@ -145,7 +145,7 @@ class _Check:
             path = self.records.paths.copy(image, k)
             try:
                 with path.open("rb") as file:
-                    file.seek(-len(END_OF_JPEG), os.SEEK_END)
+                    file.seek(max(0, os.fstat(file.fileno()).st_size - len(END_OF_JPEG)))
                     if file.read() != END_OF_JPEG:  # decoders take a tail of zeros for a picture
                         raise OSError("the file is truncated")
                 found = read_image(path).size

@@ -42,6 +42,7 @@ def break_things(paths) -> dict[str, str]:
     damage(paths.copy(other, 0), "made otherwise")
     with Image.open(paths.copy(other, 1)) as image:
         image.save(paths.copy(other, 0), comment=b"ESCORT 000000000000")
+    damage(paths.copy(other, 1), "unreadable (the file is truncated)", b"")
     damage(paths.find_edge_map(first), "unreadable", b"RIFF")
     damage(paths.find_edge_map(second), "missing")
     return broken
@@ -70,7 +71,7 @@ def test_verify_and_repair_each_kind_of_damage(paths, compress):
     code, out, _ = compress("--repair")
     assert code == 0
     assert "edge maps: 2 made, 2 skipped, 0 failed" in out
-    assert "copies: 5 made, 3 skipped, 0 failed" in out
+    assert "copies: 6 made, 2 skipped, 0 failed" in out
     assert tree(paths.root) == whole
     assert compress("--verify")[0] == 0
 

@@ -58,11 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m utils.gallery", description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", help="folder of all datasets (default: $ESCORT_DATA_DIR, else ./data)")
     parser.add_argument("--dataset", required=True)
+    parser.add_argument("--variant", metavar="NAME", default="", help="copies that --keep-apart NAME made")
     parser.add_argument("--copies", type=int, default=5, help="copies a row (default: 5)")
     parser.add_argument("file", type=Path, help="the picture to write, a .png")
     options = parser.parse_args(arguments)
     try:
-        plot_exemplars(DatasetPaths(data_dir(options.data_dir), options.dataset), options.copies, options.file)
+        paths = DatasetPaths(data_dir(options.data_dir), options.dataset, options.variant)
+        plot_exemplars(paths, options.copies, options.file)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
