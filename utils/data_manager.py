@@ -269,7 +269,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     anew without repetition, and dealt out with it.
 
     Every rank takes the same number of steps, else distributed training would hang: where the last batch has fewer
-    items than there are ranks, the ranks that would get none repeat one of its items.
+    items than there are ranks, the ranks that would get none repeat one of its items, which `sizes` does not count.
     """
 
     def __init__(
@@ -306,6 +306,12 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         """Batches of a whole epoch."""
         whole, rest = divmod(self.nb_items, self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
+
+    def sizes(self, step: int) -> tuple[int, int]:
+        """(items of this rank, items of all ranks) in a batch; 0 for a rank whose one item repeats another's."""
+        of_all = min(self.batch_size, self.nb_items - step * self.batch_size)
+        of_all += sum(min(self.per_group, len(group)) for group in self.groups)
+        return len(range(self.rank, of_all, self.world_size)), of_all
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
