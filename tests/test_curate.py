@@ -275,6 +275,24 @@ def test_a_folder_without_a_split(curate, tmp_path):
     assert sorted(files(root).values()) == sorted(files(tmp_path / "source").values())
 
 
+def test_parts_share_no_picture(curate, tmp_path, imagenet):
+    for name, train, test in (("A", ":2", ":1"), ("B", "2:", "0:0")):
+        assert curate("folder", "--dataset", name, "--train-part", train, "--test-part", test)[0] == 0
+    a, b = files(tmp_path / "data" / "A"), files(tmp_path / "data" / "B")
+    assert sorted(b) == [f"train/{label}/{label}_2.JPEG" for label in WORDNET]
+    assert sorted(a) == sorted(
+        [f"train/{label}/{label}_{i}.JPEG" for label in WORDNET for i in range(2)]
+        + [f"test/{label}/ILSVRC2012_val_{label}.JPEG" for label in WORDNET]
+    )
+    assert all(content == (imagenet / name).read_bytes() for name, content in b.items())
+    code, _, said = curate("folder", "--dataset", "C", "--train-part", "3:")
+    assert code == 2
+    assert f"class '{WORDNET[0]}' has 3 train pictures: there are none in 3:." in said
+    code, _, said = curate("folder", "--dataset", "C", "--test-part", "x")
+    assert code == 2
+    assert "'x' is not of the form 0:200" in said
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -11,6 +11,9 @@ Caltech256, and a folder without test, val, valid or validation beside its train
 --test-share of the pictures are for testing, chosen by a hash of --split-seed, the class and the file's name.
 Caltech256's 257.clutter is left out unless --classes lists it.
 
+--train-part 0:200 takes each class's first 200 train pictures in the order of their names, --test-part likewise: small
+datasets for quick experiments, and datasets that share no picture.
+
 class_names.json gets a text for each class, for the prompts: "001.ak47" -> "ak47", "apple_pie" -> "apple pie",
 n01440764 by a list of texts.  It is yours to edit, and never written over.
 
@@ -170,6 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split-seed", type=int, default=Split().seed, metavar="N", help=(
         "another one tests on other pictures (default: %(default)s)"
     ))  # fmt: skip
+    for mode in ("train", "test"):
+        parser.add_argument(f"--{mode}-part", type=_part, default=slice(None), metavar="A:B", help=(
+            f"of each class, only the {mode} pictures from number A up to B, counted from 0; 0:0 takes none"
+        ))  # fmt: skip
     try:
         options = parser.parse_args(arguments)
     except SystemExit as leave:  # argparse has said what is wrong
@@ -187,6 +194,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nstopped; the same command goes on where it was", file=sys.stderr)
         return 130
     return 0
+
+
+def _part(text: str) -> slice:
+    start, separator, stop = text.partition(":")
+    if not separator or not all(number == "" or number.isdecimal() for number in (start, stop)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 0:200, 200: or :200")
+    return slice(*(int(number) if number else None for number in (start, stop)))
+
+
+def take_parts(pictures: Sequence[Picture], parts: Mapping[str, slice]) -> list[Picture]:
+    """Of each class, the part that is asked for of a mode's pictures, in the order of their names.
+
+    Raises UserError where a class has none there.
+    """
+    of_class: dict[tuple[str, str], list[Picture]] = {}
+    for picture in sorted(pictures, key=lambda picture: picture.name):
+        of_class.setdefault((picture.mode, picture.label), []).append(picture)
+    taken = []
+    for (mode, label), of_mode in of_class.items():
+        part = parts[mode]
+        if not of_mode[part] and part.stop != 0:
+            asked = f"{part.start or 0}:{'' if part.stop is None else part.stop}"
+            raise UserError(f"class {label!r} has {len(of_mode)} {mode} pictures: there are none in {asked}.")
+        taken += of_mode[part]
+    return taken
 
 
 def curate(options: argparse.Namespace) -> None:
@@ -217,6 +249,7 @@ def curate(options: argparse.Namespace) -> None:
         pictures = food101(source) if options.what == "Food101" else cifar(options.what, source)
         labels = choose(listed, list(dict.fromkeys(picture.label for picture in pictures)), options.what)
         pictures = [picture for picture in pictures if picture.label in labels]
+    pictures = take_parts(pictures, {"train": options.train_part, "test": options.test_part})
     clean = readable_caltech if options.what == "Caltech256" else readable
     labels = sorted({picture.label for picture in pictures})
     given = {label: texts.get(label) or listed.get(label) or "" for label in labels}

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from utils import report
+from utils.compare import real_only
 from utils.config import read_json
 from utils.errors import UserError
 from utils.gallery import plot_exemplars
@@ -56,8 +57,7 @@ def demo(seeds: list[int]) -> None:
     compress(config)
     orders, tag = class_orders(seeds)
     folders = {"real exemplars only": OUTPUT / f"real-only-{tag}", "ESCORT": OUTPUT / f"escort-{tag}"}
-    real_only = f"real_per_class={int(config['memory_per_class'])} syn_per_class=0 augmentation_prob=0"
-    run(f"main.py --config {CONFIG} {orders} {real_only} output_dir={folders['real exemplars only']}")
+    run(f"main.py --config {CONFIG} {orders} {' '.join(real_only(config))} output_dir={folders['real exemplars only']}")
     run(f"main.py --config {CONFIG} {orders} output_dir={folders['ESCORT']}")
 
     results = {name: report.load_results(folder) for name, folder in folders.items()}

@@ -126,7 +126,11 @@ def _mean_std(values: Sequence) -> dict[str, Any] | None:
 
 def write_json(path: Path, content: Any) -> None:
     """Indented, readable in UTF-8, in one piece or not at all."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, in one piece or not at all."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
