@@ -26,7 +26,7 @@ from utils import log as logs
 from utils import report
 from utils.config import Config
 from utils.data_manager import DataManager, check_copies
-from utils.devices import launch
+from utils.devices import check_compiler, launch
 from utils.errors import UserError
 from utils.history import History
 from utils.memory import ExemplarMemory, check_budget, check_class_sizes, check_total, prompt_cost
@@ -70,6 +70,8 @@ def run(config: Config) -> dict:
     paths = DatasetPaths(data_dir(config.data_dir), config.dataset, config.variant)
     orders = {seed: open_data(config, paths, seed) for seed in config.seed}
     regenerate = check_exemplars(config, next(iter(orders.values())), fabric.device)
+    if config.compile:
+        check_compiler(fabric.device)
     output = open_output(config, write=fabric.is_global_zero)
     cache = Path(config.phase0_cache) if config.phase0_cache else output / "phase0_cache"
     logs.start(output / "log.txt", quiet=not fabric.is_global_zero)

@@ -1,8 +1,9 @@
 """What all methods share: the phases, the one epoch loop, the one evaluation.
 
 A method is a subclass that says what its paper changes: `loss`, and, where it needs them, `build_network`, `stages`,
-`before_stage`, `changing`, `backward`, `before_training` and `after_training`.  Everything but the steps of training is
-done again when a run goes on in the middle of a phase, so it must depend on nothing else than the phase before.
+`before_stage`, `changing`, `backward`, `before_step`, `before_training` and `after_training`.  Everything but the steps
+of training is done again when a run goes on in the middle of a phase, so it must depend on nothing else than the phase
+before.
 """
 
 import abc
@@ -27,6 +28,7 @@ from convs.blocks import folded
 from convs.resnet import ResNet, build_backbone, nb_parameters
 from models import phase0
 from models.networks import GrowingNet, IncrementalNet, Outputs
+from models.parts import parts
 from models.resume import Checkpoints, Place
 from models.stages import Schedule, Stage, learning_only
 from utils import log as logs
@@ -87,6 +89,7 @@ class Learner(abc.ABC):
         self.records: list[dict[str, Any]] = []
         self.phase = -1
         self.nb_old = self.nb_new = self.nb_seen = 0
+        self.nb_images = 0  # in the present batch, all its parts and all processes together
         self.old_network: GrowingNet | None = None
         self.state: dict[str, Any] = {}  # what a method takes into the next phase; changed in `after_training` alone
         self._seed_torch(0)
@@ -102,7 +105,10 @@ class Learner(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
-        """The loss of a batch, a scalar.  images: B x 3 x H x W; targets: B, of 0 ... nb_seen - 1."""
+        """The mean loss of some images, a scalar.  images: B x 3 x H x W; targets: B, of 0 ... nb_seen - 1.
+
+        A batch may be worked off in parts (`models.parts`), so it must be a mean over images, each by itself.
+        """
 
     def stages(self) -> list[Stage]:
         """How the present phase is trained: on the new classes' images and the exemplars, once, unless a method says
@@ -117,9 +123,12 @@ class Learner(abc.ABC):
         are; what else the phase needs, `stages` and `before_stage` make again."""
         return {"network": self.network}
 
-    def backward(self, loss: Tensor, outputs: Outputs, targets: Tensor) -> None:
-        """Fill in the gradients of a batch; the optimizer's step comes next."""
-        self.fabric.backward(loss)
+    def backward(self, loss: Tensor, outputs: Outputs, targets: Tensor, share: float) -> None:
+        """Add the gradients of share x loss; called for each part of a batch."""
+        self.fabric.backward(loss * share)
+
+    def before_step(self) -> None:
+        """Called when a batch's gradients are all there, the same in all processes; the optimizer's step comes next."""
 
     def before_training(self) -> None:
         """Called when the network has grown for a phase, before it is trained."""
@@ -240,7 +249,7 @@ class Learner(abc.ABC):
         loader, sampler = self.training_loader(stage)
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         optimizer = SGD(trained, lr=schedule.lr, momentum=config.momentum, weight_decay=schedule.weight_decay)
-        network, optimizer = fabric.setup(self.network, optimizer)
+        network, optimizer = fabric.setup(self.compiled(self.network), optimizer)
         scheduler, loss_of = schedule.scheduler(optimizer), stage.loss or self.loss
         self.checkpoints.restore(place, optimizer, scheduler)
         first_epoch = sum(done["epochs"] for done in place.stages)  # what is random goes by the epoch of the phase
@@ -255,15 +264,20 @@ class Learner(abc.ABC):
                 sampler.set_epoch(first_epoch + epoch, place.step)
                 for _, images, targets in loader:
                     images, targets = self.to_device(images), fabric.to_device(targets)
-                    outputs = network(images)
-                    with fabric.autocast():
-                        loss = loss_of(outputs, images, targets)
+                    sizes = sampler.sizes(place.step)
+                    self.nb_images = sizes[1]
                     optimizer.zero_grad()
-                    self.backward(loss, outputs, targets)
+                    for part in parts(images, targets, config.accumulate_batches, sizes, fabric.world_size):
+                        with fabric.no_backward_sync(network, enabled=not part.last):
+                            outputs = network(part.images)
+                            with fabric.autocast():
+                                loss = loss_of(outputs, part.images, part.targets)
+                            self.backward(loss, outputs, part.targets, part.share)
+                        right = (outputs.logits.detach().argmax(dim=1) == part.targets)[: part.count].sum()
+                        place.sums += torch.stack([loss.detach() * part.count, right])  # read once an epoch
+                        place.seen += part.count
+                    self.before_step()
                     optimizer.step()
-                    right = (outputs.logits.detach().argmax(dim=1) == targets).sum()
-                    place.sums += torch.stack([loss.detach() * len(targets), right])  # read once an epoch
-                    place.seen += len(targets)
                     place.step += 1
                     self.checkpoints.after_step(place, optimizer, scheduler)
                     bar.update()
@@ -439,6 +453,13 @@ class Learner(abc.ABC):
         """At most one a core; macOS does not say which cores are ours."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(self.config.num_workers, cores)
+
+    def compiled(self, network: nn.Module) -> nn.Module:
+        """The network, or, where `compile` is set, a shell around it that runs faster; its weights are the same."""
+        if not self.config.compile:
+            return network
+        torch.compiler.reset()  # networks of earlier phases and stages would count against the limit of compilations
+        return torch.compile(network)
 
     def to_home(self, network: nn.Module) -> None:
         """To where it learns, laid out as it is there: sums in another order are not the same to the last bit."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from models.base import Learner
 from models.losses import among_new, quadratic_penalty
 from models.networks import Outputs
+from models.parts import parts
 from models.stages import Stage
 
 
@@ -49,12 +50,16 @@ class EWC(Learner):
         names, weights = zip(*self.network.named_parameters(), strict=True)
         sums = [torch.zeros_like(weight) for weight in weights]
         self.network.eval()
-        for _, images, targets in loader:
-            with self.fabric.autocast():
-                logits = self.network(self.to_device(images)).logits
-                loss = F.cross_entropy(logits, self.fabric.to_device(targets))
-            gradients = self.fabric.all_reduce(torch.autograd.grad(loss, weights), reduce_op="mean")
-            for total, gradient in zip(sums, gradients, strict=True):
+        for step, (_, images, targets) in enumerate(loader):
+            images, targets = self.to_device(images), self.fabric.to_device(targets)
+            gradients = [torch.zeros_like(weight) for weight in weights]
+            count, sizes = self.config.accumulate_batches, sampler.sizes(step)
+            for part in parts(images, targets, count, sizes, self.fabric.world_size):
+                with self.fabric.autocast():
+                    loss = part.share * F.cross_entropy(self.network(part.images).logits, part.targets)
+                for gradient, more in zip(gradients, torch.autograd.grad(loss, weights), strict=True):
+                    gradient += more
+            for total, gradient in zip(sums, self.fabric.all_reduce(gradients, reduce_op="mean"), strict=True):
                 total += gradient.square()
         return {
             name: (total / len(sampler)).clamp(max=self.config.fishermax)

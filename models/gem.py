@@ -21,31 +21,47 @@ class GEM(Learner):
         phases = [self.data.phase_targets(phase) for phase in range(self.phase)]
         exemplars = [[item for item in self.memory.items() if item.target in targets] for targets in phases]
         new, number = self.data.new_items(self.phase), self.config.gem_memory_batch
+        self.rehearsed = [min(number, len(group)) for group in exemplars]
         return [Stage("training", new, self.schedule(), rehearsed=exemplars, nb_rehearsed=number)]
+
+    def before_stage(self, stage: Stage) -> None:
+        self.memory_gradients: list[Tensor | float] = [0.0] * self.phase
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """CE over all classes, of the new classes' images: one head, where the paper has one a task."""
-        return loss_of(outputs.logits, targets, targets >= self.nb_old)
+        return self.mean_of(range(self.nb_old, self.nb_seen), self.nb_images - sum(self.rehearsed), outputs, targets)
 
-    def backward(self, loss: Tensor, outputs: Outputs, targets: Tensor) -> None:
+    def mean_of(self, classes: range, number: int, outputs: Outputs, targets: Tensor) -> Tensor:
+        """CE of those images that are of some classes, of which a whole batch has `number`.
+
+        Scaled so that the mean over a batch's images, in however many parts, is the mean over those `number`.
+        """
+        chosen = (targets >= classes.start) & (targets < classes.stop)
+        sum_of_losses = F.cross_entropy(outputs.logits[chosen], targets[chosen], reduction="sum")
+        return sum_of_losses / (max(number, 1) * len(targets) / self.nb_images)
+
+    def backward(self, loss: Tensor, outputs: Outputs, targets: Tensor, share: float) -> None:
+        """Beside the loss's gradient, that of each earlier phase's exemplars."""
+        weights = self.weights()
+        for phase, number in enumerate(self.rehearsed):
+            memory_loss = share * self.mean_of(self.data.phase_targets(phase), number, outputs, targets)
+            self.memory_gradients[phase] += flat(torch.autograd.grad(memory_loss, weights, retain_graph=True))
+        super().backward(loss, outputs, targets, share)
+
+    def before_step(self) -> None:
         """Eq. 8-11: the gradient nearest to the loss's that has no negative product with any phase's."""
-        weights = [weight for weight in self.network.parameters() if weight.requires_grad]
-        rows = []
-        for phase in range(self.phase):
-            classes = self.data.phase_targets(phase)
-            memory_loss = loss_of(outputs.logits, targets, (targets >= classes.start) & (targets < classes.stop))
-            rows.append(flat(torch.autograd.grad(memory_loss, weights, retain_graph=True)))
-        super().backward(loss, outputs, targets)
-        if rows:
-            memory = self.fabric.all_reduce(torch.stack(rows), reduce_op="mean")
-            step = projected(flat([weight.grad for weight in weights]), memory, self.config.gem_margin)
-            for weight, part in zip(weights, step.split([weight.numel() for weight in weights]), strict=True):
-                weight.grad.copy_(part.view_as(weight))
+        if self.phase == 0:
+            return
+        weights = self.weights()
+        memory = self.fabric.all_reduce(torch.stack(self.memory_gradients), reduce_op="mean")
+        self.memory_gradients = [0.0] * self.phase
+        step = projected(flat([weight.grad for weight in weights]), memory, self.config.gem_margin)
+        for weight, part in zip(weights, step.split([weight.numel() for weight in weights]), strict=True):
+            weight.grad.copy_(part.view_as(weight))
 
-
-def loss_of(logits: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
-    """Cross-entropy of the chosen rows of a batch; 0 where there are none."""
-    return F.cross_entropy(logits[chosen], targets[chosen], reduction="sum") / chosen.sum().clamp(min=1)
+    def weights(self) -> list[Tensor]:
+        """All that is learnt."""
+        return [weight for weight in self.network.parameters() if weight.requires_grad]
 
 
 def flat(tensors) -> Tensor:

@@ -49,8 +49,9 @@ def path_of(learner: "Learner") -> Path:
         "schedule": list(learner.schedule()),
         "processes": learner.fabric.world_size,
     }
-    for key in ("dataset", "model_seed", "batch_size", "momentum", "precision", "pretrained"):
+    for key in ("dataset", "model_seed", "batch_size", "accumulate_batches", "momentum", "precision", "pretrained"):
         settings[key] = getattr(config, key)
+    settings["compile"] = config.compile
     files = [item.image for item in data.new_items(0)]
     if config.augmentation_prob > 0 and config.augmentation_scope == "all":
         settings["copies"] = [config.augmentation_prob, config.augmentations_per_image]

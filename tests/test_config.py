@@ -119,6 +119,9 @@ def test_overrides_have_types_and_reach_other_keys(tmp_path):
         ({"scheduler": "linear"}, r"scheduler must be one of steps, cosine"),
         ({"beta1": 1}, r"beta1 must be below 1"),
         ({"model_name": "gem", "precision": "16-mixed"}, r"precision: 16-mixed .*bf16-mixed"),
+        ({"model_name": "gem", "compile": True}, r"compile: gem .*false"),
+        ({"accumulate_batches": 0}, r"accumulate_batches must be at least 1"),
+        ({"accumulate_batches": 9, "batch_size": 8}, r"accumulate_batches: a batch of 8 images .* in 9 parts"),
         ({"split_ratio": -0.1}, r"split_ratio must be at least 0"),
         ({"nb_proxy": 0}, r"nb_proxy must be at least 1"),
         ({"sinkhorn": 0}, r"sinkhorn must be above 0"),
@@ -174,9 +177,13 @@ def test_differences_leave_out_what_changes_no_number(tmp_path):
     ours = as_dict(load(tmp_path))
     assert differences(ours, {**ours, "num_workers": 3, "output_dir": "x", "seed": [1], "device": "cpu"}) == []
     assert differences(ours, {**ours, "real_per_class": 3}) == ["real_per_class: 3 -> 20"]
-    assert differences(ours, {key: value for key, value in ours.items() if key != "lrate"}) == [
-        'lrate: "(not there)" -> 0.1'
-    ]
+    assert differences(ours, {**ours, "another": 3}) == ['another: 3 -> "(not there)"']
+
+
+def test_a_key_that_is_younger_than_a_record_was_its_default_then(tmp_path):
+    older = {key: value for key, value in as_dict(load(tmp_path)).items() if key != "lrate"}
+    assert differences(as_dict(load(tmp_path)), older) == []
+    assert differences(as_dict(load(tmp_path, {"lrate": 0.2})), older) == ["lrate: 0.1 -> 0.2"]
 
 
 def test_help_names_every_key():

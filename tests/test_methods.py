@@ -136,7 +136,11 @@ def test_methods_without_exemplars(train, folders, tmp_path):
 
 SCHEDULE = Schedule(2, 0.1, None, 1.0, 0.0)
 ONE_DEVICE = SimpleNamespace(
-    device=torch.device("cpu"), autocast=nullcontext, to_device=lambda x: x, all_reduce=lambda x, reduce_op: x
+    device=torch.device("cpu"),
+    autocast=nullcontext,
+    to_device=lambda x: x,
+    all_reduce=lambda x, reduce_op: x,
+    world_size=1,
 )
 
 
@@ -151,11 +155,14 @@ def test_ewc_s_fisher_is_the_mean_squared_gradient_and_merges_by_classes(monkeyp
         def set_epoch(self, epoch):
             assert epoch == 2, "after those of training"
 
+        def sizes(self, step):
+            return 2, 2
+
     old = {"0.weight": torch.rand(2, 3), "0.bias": torch.rand(2)}
     learner = SimpleNamespace(
         network=network,
         fabric=ONE_DEVICE,
-        config=SimpleNamespace(fishermax=0.02),
+        config=SimpleNamespace(fishermax=0.02, accumulate_batches=1),
         data=SimpleNamespace(new_items=lambda phase: []),
         phase=1,
         nb_old=2,

@@ -76,6 +76,9 @@ class Config:
     # The schedule (PyCIL keeps these in its method files)
     model_seed: int = _key(1993, "initial weights, order of the batches, augmentation, choice of copies")
     batch_size: int = _key(128, "images of a training step, over all devices together")
+    accumulate_batches: int = _key(
+        1, "parts in which a batch is worked off, one after another, so that large ones fit; the step is that of all"
+    )
     momentum: float = _key(0.9, "SGD's momentum")
     init_epoch: int = _key(200, "phase 0: epochs")
     init_lr: float = _key(0.1, "phase 0: learning rate")
@@ -123,6 +126,7 @@ class Config:
 
     # The machine
     precision: str = _key("32-true", "arithmetic of training", choices=("32-true", "bf16-mixed", "16-mixed"))
+    compile: bool = _key(False, "torch.compile the network that learns, anew in each phase: minutes first, then faster")
     num_workers: int = _key(8, "processes that read images (at most one a core is used)", result=False)
     data_dir: str | None = _key(None, "the folder of all datasets; null: $ESCORT_DATA_DIR, else ./data", result=False)
     output_dir: str = _key("outputs", "where the run leaves its results", result=False)
@@ -272,7 +276,7 @@ def _check(config: Config, broken: set[str], choices: Mapping[str, Sequence[str]
             wrong = key not in broken and any(number < minimum for number in numbers)
             refuse(wrong, f"{key} must be at least {minimum}, not {value}", key)
 
-    at_least(1, "init_cls", "increment", "batch_size", "epochs", "milestones", "init_milestones")
+    at_least(1, "init_cls", "increment", "batch_size", "accumulate_batches", "epochs", "milestones", "init_milestones")
     at_least(0 if config.pretrained else 1, "init_epoch")
     at_least(0, "real_per_class", "syn_per_class", "augmentations_per_image", "memory_per_class", "memory_size")
     at_least(0, "seed", "model_seed", "num_workers", "keep_checkpoints", "momentum", "weight_decay")
@@ -314,9 +318,18 @@ def _check(config: Config, broken: set[str], choices: Mapping[str, Sequence[str]
     message = f"real_per_class: {real} real exemplars cost {real} units, more than memory_per_class = {budget:g}"
     refuse(config.fixed_memory and real > budget, message, "real_per_class", "memory_per_class", "fixed_memory")
 
+    parts, size = config.accumulate_batches, config.batch_size
+    message = f"accumulate_batches: a batch of {size} images can't be worked off in {parts} parts"
+    refuse(parts > size, message, "accumulate_batches", "batch_size")
+
     wrong = config.model_name == "gem" and config.precision == "16-mixed"
     message = "precision: 16-mixed scales gradients, which gem compares with others; take bf16-mixed or 32-true"
     refuse(wrong, message, "model_name", "precision")
+    wrong = config.model_name == "gem" and config.compile
+    message = (
+        "compile: gem takes several gradients of one pass, which a compiled network does not keep; set it to false"
+    )
+    refuse(wrong, message, "model_name", "compile")
 
     probability = config.augmentation_prob
     refuse(not 0 <= probability <= 1, f"augmentation_prob must lie in 0..1, not {probability}", "augmentation_prob")
@@ -343,13 +356,16 @@ def accelerator(device: Any) -> tuple[str, int | list[int]]:
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """The keys that may change a run's numbers and in which two configs (as dicts) differ, with both values."""
-    nothing = "(not there)"
+    """The keys that may change a run's numbers and in which two configs (as dicts) differ, with both values.
+
+    A key that one of them lacks is younger than it, and its default is how things were before.
+    """
+    before = {**as_dict(Config()), **dict.fromkeys({*ours, *theirs} - {*_FIELDS}, "(not there)")}
+    ours, theirs = {**before, **ours}, {**before, **theirs}
     return [
-        f"{key}: {json.dumps(theirs.get(key, nothing))} -> {json.dumps(ours.get(key, nothing))}"
-        for key in dict.fromkeys((*ours, *theirs))
-        if ours.get(key, nothing) != theirs.get(key, nothing)
-        and (key not in _FIELDS or _FIELDS[key].metadata["result"])
+        f"{key}: {json.dumps(theirs[key])} -> {json.dumps(ours[key])}"
+        for key in ours
+        if ours[key] != theirs[key] and (key not in _FIELDS or _FIELDS[key].metadata["result"])
     ]
 
 

@@ -20,7 +20,8 @@ def launch(
     processes, it says how many there are, and `devices` gives way.
     patience: for processes that only meet at the end of long and unequal work, how long one may wait for another; they
     then talk over the network of the CPUs.  None for processes that train together.
-    Raises UserError for a device that this machine has not, or for more processes than it has GPUs.
+    Raises UserError for a device that this machine has not, for more processes than it has GPUs, and for a precision
+    that the device has not.
     """
     per_node, nodes = started_processes()
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -35,6 +36,8 @@ def launch(
         if asked >= found:
             there = f"this machine has CUDA devices 0 to {found - 1}" if found else "this machine has no CUDA device"
             raise UserError(f'device cuda:{asked} is not there; {there}. Choose another, or "cpu".')
+    if precision == "16-mixed" and accelerator == "cpu":
+        raise UserError("precision: 16-mixed needs a GPU, and this runs on the CPU. Take 32-true or bf16-mixed.")
     strategy = "auto"
     if patience is not None and per_node * nodes > 1:
         strategy = DDPStrategy(process_group_backend="gloo", timeout=patience)
@@ -59,3 +62,14 @@ def started_processes() -> tuple[int, int]:
             f"SLURM's variables don't say what was started: {error}. Use srun --ntasks-per-node."
         ) from error
     return 1, 1
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises UserError where torch.compile does not work for a device, as without a C++ compiler."""
+    torch.compiler.reset()
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # whatever a compiler may say
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = said[0] if said else type(error).__name__
+        raise UserError(f"compile: torch.compile does not work here ({reason[:200]}). Set compile to false.") from error

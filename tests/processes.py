@@ -1,0 +1,57 @@
+"""main.py run several times in one process, or under torchrun in several, with networks whose images are independent.
+
+    python -m tests.processes CONFIG ...
+
+A batch norm's statistics are those of the images that a process sees at a time, as in all training on several
+devices.  Kept at their start they make a network that gives an image the same outputs whatever is beside it: how a
+batch is divided can then change nothing but rounding.
+"""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+import main
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@contextmanager
+def norms_kept() -> Iterator[None]:
+    """For a while, let no batch norm look at its batch."""
+    original = nn.BatchNorm2d.train
+    nn.BatchNorm2d.train = lambda norm, mode=True: nn.Module.train(norm, False)
+    try:
+        yield
+    finally:
+        nn.BatchNorm2d.train = original
+
+
+def run_all(files) -> int:
+    """The first exit code that is not 0, or 0."""
+    with norms_kept():
+        return next((code for file in files if (code := main.main(["--config", str(file)])) != 0), 0)
+
+
+def torchrun(*arguments) -> list[str]:
+    """A command in two processes of this machine."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    return [*launcher, *map(str, arguments)]
+
+
+def start(command, environment, **options) -> subprocess.Popen:
+    """A command in the repository, each of its processes with one thread."""
+    variables = {**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=variables, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(run_all(sys.argv[1:]))

@@ -1,0 +1,117 @@
+"""A batch is a batch, whether one process works it off at once, in parts, or several do."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+
+from models import METHODS, checkpoint
+from models.parts import parts
+from tests import processes
+from tests.shapes import make_shapes
+from utils.data_manager import EpochBatchSampler
+
+CONFIG = {
+    **{"dataset": "Shapes", "init_cls": 2, "increment": 2, "convnet_type": "resnet8", "device": "cpu"},
+    **{"num_workers": 0, "memory_per_class": 4, "real_per_class": 2, "syn_per_class": 4, "augmentations_per_image": 2},
+    **{"augmentation_prob": 0.4, "init_lr": 0.01, "lrate": 0.01, "init_milestones": [], "milestones": []},
+    **{"init_epoch": 1, "epochs": 1, "compression_epochs": 1, "ft_epochs": 1, "tensorboard": False},
+    # 24 images of two new classes make a batch of 23 and one of a single image, which the second process repeats
+    **{"batch_size": 23, "gem_memory_batch": 5, "fishermax": 1.0, "split_ratio": 0.5, "nb_proxy": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Writes one config a method, hands them to a function and returns what each method's last checkpoint holds."""
+    folder = tmp_path_factory.mktemp("devices")
+    make_shapes(folder / "data")
+
+    def call(name, launch, methods=tuple(METHODS), **values):
+        files = []
+        for method in methods:
+            file = folder / name / f"{method}.json"
+            file.parent.mkdir(exist_ok=True)
+            own = {"data_dir": str(folder / "data"), "output_dir": str(folder / name / method), "model_name": method}
+            own["phase0_cache"] = str(folder / name / "cache")
+            file.write_text(json.dumps({**CONFIG, **own, **values}))
+            files.append(file)
+        assert launch(files) == 0
+        last = {method: folder / name / method / "seed1993" / "checkpoints" / "phase02.pt" for method in methods}
+        return {method: checkpoint.load(file) for method, file in last.items()}
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def at_once(train):
+    """Every method in one process, each batch at once."""
+    return train("at once", processes.run_all)
+
+
+def in_two_processes(files) -> int:
+    command = processes.torchrun("-m", "tests.processes", *files)
+    process = processes.start(command, os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    _, said = process.communicate()
+    assert process.returncode == 0, said[-3000:]
+    return process.returncode
+
+
+def assert_alike(ours, theirs):
+    """Weights, and what a method carries on, to rounding; exemplars the same."""
+    differing = {}
+    for method, state in theirs.items():
+        assert ours[method]["memory"] == state["memory"], method
+        pairs = [(state["network"], ours[method]["network"])]
+        pairs += [(value, ours[method]["method"][key]) for key, value in state["method"].items()]
+        for a, b in pairs:
+            assert list(a) == list(b)
+            for key in a:
+                error = (a[key].double() - b[key].double()).norm() / a[key].double().norm().clamp(min=1e-3)
+                if error > 2e-4:
+                    differing.setdefault(method, []).append((key, error.item()))
+    assert not differing, differing
+
+
+def test_batches_in_parts(train, at_once):
+    assert_alike(train("in parts", processes.run_all, accumulate_batches=3), at_once)
+
+
+def test_two_processes(train, at_once):
+    assert_alike(train("two processes", in_two_processes), at_once)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 9])
+@pytest.mark.parametrize("nb_processes", [1, 2, 3])
+def test_the_parts_of_all_processes_weigh_as_much_as_the_batch(number, nb_processes):
+    samplers = [
+        EpochBatchSampler(
+            15, 7, 1, 0, rank=rank, world_size=nb_processes, groups=[range(15, 18), range(18, 18)], per_group=4
+        )
+        for rank in range(nb_processes)
+    ]
+    steps = [list(sampler) for sampler in samplers]
+    losses = torch.rand(18, dtype=torch.float64)
+    for step, of_ranks in enumerate(zip(*steps, strict=True)):
+        whole, mean = set(), 0.0
+        for sampler, batch in zip(samplers, of_ranks, strict=True):
+            index = torch.tensor([i for _, i in batch])
+            pieces = list(parts(index, index, number, sampler.sizes(step), nb_processes))
+            assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+            assert len(pieces) <= number
+            assert torch.equal(torch.cat([piece.images for piece in pieces]), index)
+            mean += sum(piece.share * losses[piece.images].mean() for piece in pieces) / nb_processes
+            whole |= set(index.tolist())
+            assert sum(piece.count for piece in pieces) == sampler.sizes(step)[0]
+        assert len(whole) == samplers[0].sizes(step)[1]
+        assert mean.item() == pytest.approx(losses[sorted(whole)].mean().item())
+
+
+def test_a_process_without_an_image_of_its_own_weighs_nothing():
+    sampler = EpochBatchSampler(9, 8, 1, 0, rank=1, world_size=2)
+    assert sampler.sizes(0) == (4, 8)
+    assert sampler.sizes(1) == (0, 1)
+    (only,) = parts(torch.zeros(1, 3, 2, 2), torch.zeros(1), 3, sampler.sizes(1), 2)
+    assert (only.count, only.share, only.last) == (0, 0.0, True)
