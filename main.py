@@ -31,6 +31,7 @@ from utils.errors import UserError
 from utils.history import History
 from utils.memory import ExemplarMemory, check_budget, check_class_sizes, check_total, prompt_cost
 from utils.paths import DatasetPaths, data_dir
+from utils.pixels import open_cache
 
 log = logging.getLogger("main")
 
@@ -75,9 +76,12 @@ def run(config: Config) -> dict:
     output = open_output(config, write=fabric.is_global_zero)
     cache = Path(config.phase0_cache) if config.phase0_cache else output / "phase0_cache"
     logs.start(output / "log.txt", quiet=not fabric.is_global_zero)
+    local = getattr(fabric.strategy, "num_processes", 1)
+    pixels = open_cache(config.cache, config.cache_gib, cache.with_name("pixel_cache"), paths.root, local)
 
     runs = []
     for seed, data in orders.items():
+        data.pixels = pixels
         what = f"{config.dataset}, {config.model_name}, {config.convnet_type}, seed {seed}"
         log.info("%s: %s", what, phases_in_words(data))
         if not METHODS[config.model_name].uses_memory and config.syn_per_class:

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from convs.blocks import folded
 from convs.resnet import ResNet, build_backbone, nb_parameters
@@ -32,8 +32,9 @@ from models.parts import parts
 from models.resume import Checkpoints, Place
 from models.stages import Schedule, Stage, learning_only
 from utils import log as logs
+from utils.batches import ImageSet, TrainingSet, batch_loader
 from utils.config import Config
-from utils.data_manager import DataManager, EpochBatchSampler, ImageSet, TrainingSet
+from utils.data_manager import DataManager, EpochBatchSampler
 from utils.errors import UserError
 from utils.history import History
 from utils.memory import ExemplarMemory
@@ -345,21 +346,16 @@ class Learner(abc.ABC):
 
         purpose: what a progress bar calls it.
         """
-        workers, fabric = self._nb_workers(), self.fabric
-        loader = DataLoader(
-            ImageSet(images, [0] * len(images), self.data.test_transform),
-            batch_size=self.config.batch_size,
-            sampler=range(fabric.global_rank, len(images), fabric.world_size),
-            num_workers=workers,
-            pin_memory=fabric.device.type == "cuda",
-            generator=torch.Generator(),
-        )
+        fabric = self.fabric
+        dataset = ImageSet(images, [0] * len(images), self.data.test_transform, self.data.pixels)
+        own = range(fabric.global_rank, len(images), fabric.world_size)
+        batches = self._loader(dataset, BatchSampler(own, self.config.batch_size, drop_last=False))
         self.network.eval()
         logits = torch.zeros(len(images), self.network.nb_classes)
         features = torch.zeros(len(images), self.network.head.in_features)
-        bar = logs.progress(len(loader), f"{self._name()}, {purpose}", quiet=not fabric.is_global_zero)
+        bar = logs.progress(len(batches), f"{self._name()}, {purpose}", quiet=not fabric.is_global_zero)
         with bar, torch.no_grad(), fabric.autocast():
-            for index, pictures, _ in loader:
+            for index, pictures, _ in batches:
                 outputs = self.network(self.to_device(pictures))
                 logits[index] = outputs.logits.float().cpu()
                 features[index] = outputs.features.float().cpu()
@@ -418,6 +414,7 @@ class Learner(abc.ABC):
             config.augmentation_scope,
             config.model_seed,
             self.phase,
+            self.data.pixels,
         )
         sampler = EpochBatchSampler(
             len(stage.items),
@@ -429,16 +426,10 @@ class Learner(abc.ABC):
             groups=[range(*bounds) for bounds in itertools.pairwise(ends)],
             per_group=stage.nb_rehearsed,
         )
-        workers = self._nb_workers()
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=fabric.device.type == "cuda",
-            generator=torch.Generator(),
-        )
-        return loader, sampler
+        return self._loader(dataset, sampler), sampler
+
+    def _loader(self, dataset: ImageSet | TrainingSet, batches: Iterable[Sequence]) -> DataLoader:
+        return batch_loader(dataset, batches, self._nb_workers(), pin_memory=self.fabric.device.type == "cuda")
 
     def rng(self, purpose: str) -> np.random.Generator:
         """Random numbers for one purpose: a function of it, of model_seed and of the phase alone."""
@@ -450,7 +441,12 @@ class Learner(abc.ABC):
         return sum(stage["epochs"] for training in trainings for stage in training.get("stages", [training]))
 
     def _nb_workers(self) -> int:
-        """At most one a core; macOS does not say which cores are ours."""
+        """At most one a core; macOS does not say which cores are ours.
+
+        None for small pictures that are cached: making a batch of those takes less time than handing it over.
+        """
+        if self.data.image_kind == "small" and self.data.pixels is not None:
+            return 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(self.config.num_workers, cores)
 
@@ -466,7 +462,8 @@ class Learner(abc.ABC):
         network.to(device=self.fabric.device, memory_format=torch.channels_last)
 
     def to_device(self, images: Tensor) -> Tensor:
-        return self.fabric.to_device(images).contiguous(memory_format=torch.channels_last)
+        """What the network takes of pictures that a loader gives: they travel as bytes, and become floats there."""
+        return self.data.normalise(self.fabric.to_device(images)).contiguous(memory_format=torch.channels_last)
 
     def _sum_over_processes(self, rows: Tensor) -> Tensor:
         """Each process has filled in its own rows of an array of zeros; their sum is the whole."""

@@ -7,22 +7,19 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler
 
 from tests.folders import make_dataset, save_noise, save_picture
-from utils.data_manager import (
-    DataManager,
-    EpochBatchSampler,
-    ImageSet,
-    Item,
-    TrainingSet,
-    check_copies,
-)
+from utils.augment_large import Whole
+from utils.batches import ImageSet, TrainingSet, batch_loader
+from utils.data_manager import DataManager, EpochBatchSampler, Item, check_copies
 from utils.datasets import dataset_defaults
 from utils.errors import UserError
 from utils.paths import DatasetPaths
+from utils.pixels import open_cache
 
-TRANSFORM = dataset_defaults("Toy", (32, 32)).train_transform
+DEFAULTS = dataset_defaults("Toy", (32, 32))
+TRANSFORM = DEFAULTS.train_transform
 LABELS = ["crème brûlée", "apple pie", "b", "d", "e", "f", "g"]
 
 
@@ -151,9 +148,13 @@ REAL, COPIES = 250, [20, 60, 100, 140, 180]  # grey levels, told apart after JPE
 CHI2_999 = {1: 10.83, 4: 18.47, 24: 51.18}  # by degrees of freedom: exceeded once in a thousand
 
 
-def level(image):
+class Level:
     """Stands for a transform: the grey level of a picture of one colour."""
-    return torch.tensor(float(np.asarray(image)[0, 0, 0]))
+
+    form = Whole()
+
+    def __call__(self, pictures, states):
+        return torch.tensor([float(picture[0, 0, 0]) for picture in pictures])
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ def greys(tmp_path_factory):
 
 def training_set(paths, role, p, *, scope="all", model_seed=1, phase=0, copies=K):
     items = [Item(image, 0, role) for image in paths.images("a")]
-    return TrainingSet(items, paths, level, p, copies, scope, model_seed, phase)
+    return TrainingSet(items, paths, Level(), p, copies, scope, model_seed, phase)
 
 
 def shown(dataset, epochs):
@@ -264,22 +265,22 @@ def photos(tmp_path_factory):
     return paths
 
 
-def photo_set(paths, model_seed=7, phase=2):
+def photo_set(paths, model_seed=7, phase=2, pixels=None):
     data = manager(paths, init_cls=2)
     items = [
         Item(image, target, role)
         for target, role in ((0, "new"), (1, "synthetic"))
         for image in data.train_images(target)
     ]
-    return TrainingSet(items, paths, data.train_transform, 0.5, 2, "all", model_seed, phase)
+    return TrainingSet(items, paths, data.train_transform, 0.5, 2, "all", model_seed, phase, pixels)
 
 
-def epoch_of(dataset, epoch, **loader):
+def epoch_of(dataset, epoch):
     """Every item of an epoch, by index."""
     sampler = EpochBatchSampler(len(dataset), 4, 7, 2)
     sampler.set_epoch(epoch)
     found = {}
-    for indices, images, targets in DataLoader(dataset, batch_sampler=sampler, **loader):
+    for indices, images, targets in batch_loader(dataset, sampler):
         found.update({i: (image, target) for i, image, target in zip(indices.tolist(), images, targets, strict=True)})
     return found
 
@@ -293,10 +294,7 @@ def same(left, right):
 def test_workers_change_nothing_also_when_they_stay(photos):
     dataset = photo_set(photos)
     sampler = EpochBatchSampler(len(dataset), 4, 7, 2)
-    loaders = [
-        DataLoader(dataset, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
-        for workers in (0, 2)
-    ]
+    loaders = [batch_loader(dataset, sampler, workers) for workers in (0, 2)]
     seen = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -317,6 +315,25 @@ def test_the_order_of_epochs_and_the_state_of_torch_change_nothing(photos):
     backwards = [epoch_of(dataset, epoch) for epoch in (2, 1, 0)]
     assert all(same(a, b) for a, b in zip(forwards, backwards[::-1], strict=True))
     assert not same(forwards[0], forwards[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_a_cache_changes_nothing(photos, tmp_path, kind, workers):
+    cache = open_cache(kind, 0.01, tmp_path, photos.root)
+    plain, cached = photo_set(photos), photo_set(photos, pixels=cache)
+    sampler = EpochBatchSampler(len(plain), 4, 7, 2)
+    ours, theirs = batch_loader(cached, sampler, workers), batch_loader(plain, sampler)
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        for batch, other in zip(ours, theirs, strict=True):
+            assert all(map(torch.equal, batch, other))
+    assert 14 < len(cache) <= 28 + 7
+    images = [*photos.images("a"), *photos.images("b")]
+    tests = [ImageSet(images, range(14), DEFAULTS.test_transform, pixels) for pixels in (None, cache, cache)]
+    batches = [next(iter(batch_loader(dataset, [range(14)], workers))) for dataset in tests]
+    assert all(map(torch.equal, batches[0], batches[1]))
+    assert all(map(torch.equal, batches[0], batches[2]))
 
 
 def test_an_item_does_not_depend_on_the_other_items_read(photos):
@@ -360,7 +377,7 @@ def test_image_set_gives_pictures_in_order(photos):
     data = manager(photos, init_cls=2)
     images = data.train_images(1)
     dataset = ImageSet(images, [1] * len(images), data.test_transform)
-    indices, tensors, targets = next(iter(DataLoader(dataset, batch_size=10)))
+    indices, tensors, targets = next(iter(batch_loader(dataset, BatchSampler(range(7), 10, drop_last=False))))
     assert indices.tolist() == list(range(7))
     assert targets.tolist() == [1] * 7
     assert tensors.shape == (7, 3, 32, 32)
@@ -389,8 +406,8 @@ def test_an_unreadable_picture_is_named_in_one_line(tmp_path, kind, workers):
     image.write_bytes(image.read_bytes()[:900] if kind == "truncated" else b"not a picture")
     training = TrainingSet([Item(image, 0, "new")], paths, TRANSFORM, 0.0, 0, "all", 1, 0)
     for loader in (
-        DataLoader(training, batch_sampler=EpochBatchSampler(1, 1, 1, 0), num_workers=workers),
-        DataLoader(ImageSet([image], [0], TRANSFORM), num_workers=workers),
+        batch_loader(training, EpochBatchSampler(1, 1, 1, 0), workers),
+        batch_loader(ImageSet([image], [0], DEFAULTS.test_transform), [[0]], workers),
     ):
         message = complaint(loader)
         assert message.startswith(f"cannot read image {image}")
@@ -401,7 +418,7 @@ def test_an_unreadable_picture_is_named_in_one_line(tmp_path, kind, workers):
 def test_a_copy_that_went_missing_is_named(greys, tmp_path):
     paths = DatasetPaths(tmp_path, "Gone")
     image = save_picture(paths.folder("train") / "a" / "0.png")
-    dataset = TrainingSet([Item(image, 0, "synthetic")], paths, level, 0.0, 1, "all", 1, 0)
+    dataset = TrainingSet([Item(image, 0, "synthetic")], paths, Level(), 0.0, 1, "all", 1, 0)
     with pytest.raises(UserError, match=re.escape(str(paths.copy(image, 0)))):
         dataset[0, 0]
 

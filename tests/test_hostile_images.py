@@ -20,10 +20,12 @@ from compress.verify import verify
 from ControlNet.annotator import util
 from tests import hostile_images
 from tests.little_model import little_model
-from utils.data_manager import ImageSet, UnreadableImage
+from utils.augment_large import Whole
+from utils.batches import ImageSet
 from utils.images import MAX_PIXELS, image_bits, is_image, read_image
 from utils.memory import prompt_cost
 from utils.paths import DatasetPaths
+from utils.pixels import UnreadableImage
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # as utils.images does, whose filters pytest resets
 REPOSITORY = Path(__file__).parents[1]
@@ -31,8 +33,13 @@ LEVELS = 3
 """How far a JPEG at quality 95 without colour subsampling is from its picture, in levels of 255."""
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image))
+class AsTheyAre:
+    """Stands for a transform."""
+
+    form = Whole()
+
+    def __call__(self, pictures):
+        return torch.stack([torch.tensor(picture) for picture in pictures])
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -86,9 +93,9 @@ def test_the_header_tells_the_size_and_depth_that_the_picture_is_read_with(pictu
 
 def test_training_sees_the_same_pixels(pictures):
     paths = [path for path in pictures if "turned" in path.name or "alpha" in path.name]
-    data = ImageSet(paths, [0] * len(paths), to_tensor)
+    data = ImageSet(paths, [0] * len(paths), AsTheyAre())
     for index, path in enumerate(paths):
-        assert torch.equal(data[index][1], to_tensor(read_image(path)))
+        assert np.array_equal(data[index][1], np.asarray(read_image(path)))
 
 
 def test_a_turned_picture_costs_its_edge_map_at_the_shown_size(pictures, tmp_path):
@@ -110,7 +117,7 @@ def test_a_broken_file_is_an_oserror_with_a_reason(broken):
         assert re.search(reason, message.removeprefix(f"{path}: ")), message
         assert message.count(str(path)) == 1, message
         with pytest.raises(UnreadableImage):
-            ImageSet([path], [0], to_tensor)[0]
+            ImageSet([path], [0], AsTheyAre())[0]
 
 
 def test_a_file_cut_anywhere_shows_its_picture_or_is_refused(tmp_path):

@@ -20,7 +20,6 @@ from tests.digits import make_digits
 from utils.data_manager import Item
 from utils.datasets import dataset_defaults
 from utils.errors import UserError
-from utils.images import read_image
 
 CHANCE = 100 / 6
 
@@ -114,11 +113,12 @@ def accuracy_within_phase_0(folder, folders):
     network.load_state_dict(state["network"])
     network.eval()
     right = []
-    transform = dataset_defaults("MNIST", (28, 28)).test_transform
+    defaults = dataset_defaults("MNIST", (28, 28))
     for target, label in enumerate(state["class_names"][:2]):
         images = sorted((folders / "data" / "MNIST" / "test" / label).iterdir())
+        pictures = [defaults.test_transform.form.read(image) for image in images]
         with torch.no_grad():
-            logits = network(torch.stack([transform(read_image(image)) for image in images])).logits
+            logits = network(defaults.normalise(defaults.test_transform(pictures))).logits
         right += (logits[:, :2].argmax(dim=1) == target).tolist()
     return 100 * sum(right) / len(right)
 

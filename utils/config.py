@@ -128,6 +128,16 @@ class Config:
     precision: str = _key("32-true", "arithmetic of training", choices=("32-true", "bf16-mixed", "16-mixed"))
     compile: bool = _key(False, "torch.compile the network that learns, anew in each phase: minutes first, then faster")
     num_workers: int = _key(8, "processes that read images (at most one a core is used)", result=False)
+    cache: str = _key(
+        "ram",
+        "where decoded pictures are kept, for all phases and processes; disk: pixel_cache beside phase0_cache, for "
+        "further runs too",
+        result=False,
+        choices=("none", "ram", "disk"),
+    )
+    cache_gib: float = _key(
+        4.0, "GiB of that; in memory at most half of what is free. Pictures beyond are decoded each time", result=False
+    )
     data_dir: str | None = _key(None, "the folder of all datasets; null: $ESCORT_DATA_DIR, else ./data", result=False)
     output_dir: str = _key("outputs", "where the run leaves its results", result=False)
     phase0_cache: str | None = _key(
@@ -280,7 +290,7 @@ def _check(config: Config, broken: set[str], choices: Mapping[str, Sequence[str]
     at_least(0 if config.pretrained else 1, "init_epoch")
     at_least(0, "real_per_class", "syn_per_class", "augmentations_per_image", "memory_per_class", "memory_size")
     at_least(0, "seed", "model_seed", "num_workers", "keep_checkpoints", "momentum", "weight_decay")
-    at_least(0, "init_weight_decay", "checkpoint_every")
+    at_least(0, "init_weight_decay", "checkpoint_every", "cache_gib")
     at_least(1, "gem_memory_batch", "nb_proxy", "ft_epochs", "compression_epochs", "norm_term")
     at_least(0, "lwf_lambda", "ewc_lambda", "fishermax", "gem_margin", "lambda_c_base", "lambda_f_base", "lambda_okd")
     at_least(0, "beta1", "beta2", "split_ratio", "reg_term")

@@ -1,4 +1,4 @@
-"""From folders of images to the batches of a phase: class order, phases, the training set, the order of an epoch.
+"""From folders of images to the order of an epoch: class order, phases, and which items make a batch.
 
 Every random choice here is a function of (model_seed, phase, epoch, item) alone (DESIGN section 6).  Datasets and
 samplers therefore keep no random state: the epoch travels inside each index, so that neither the number of workers,
@@ -14,36 +14,18 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
-from utils.datasets import DatasetDefaults, ImageKind, Transform, dataset_defaults
+from utils.augment import Normalise, TestTransform, TrainTransform
+from utils.datasets import DatasetDefaults, ImageKind, dataset_defaults
 from utils.errors import UserError
-from utils.images import image_bits, read_image
+from utils.images import image_bits
 from utils.paths import DatasetPaths
+from utils.pixels import PixelCache, UnreadableImage
 
 Role = Literal["new", "real", "synthetic"]
 
-_ORDER, _ITEM, _GROUPS = 0, 1, 2  # one stream of random numbers each, apart for the same seed
-
-
-class UnreadableImage(UserError):
-    """A picture that does not decode; the message names the file.
-
-    A DataLoader hands on its worker's error as a new one whose text is the whole traceback: the last line is kept.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
-
-
-def _load(path: Path) -> Image.Image:
-    try:
-        return read_image(path)
-    except OSError as error:
-        raise UnreadableImage(f"cannot read image {error}. Replace the file or take it away.") from error
+_ORDER, _GROUPS = 0, 2  # one stream of random numbers each, apart for the same seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +51,9 @@ class DataManager:
     Raises UserError for a missing folder, a class without images, train and test classes that differ, or a split
     into phases that the classes don't allow.  All folders are listed here, once.
     """
+
+    pixels: PixelCache | None = None
+    """Where decoded pictures are kept, for all phases; None: nowhere."""
 
     def __init__(self, paths: DatasetPaths, *, shuffle: bool, seed: int, init_cls: int, increment: int):
         self.paths = paths
@@ -127,12 +112,17 @@ class DataManager:
         return self.defaults.image_kind
 
     @property
-    def train_transform(self) -> Transform:
+    def train_transform(self) -> TrainTransform:
         return self.defaults.train_transform
 
     @property
-    def test_transform(self) -> Transform:
+    def test_transform(self) -> TestTransform:
         return self.defaults.test_transform
+
+    @property
+    def normalise(self) -> Normalise:
+        """From pictures as the transforms leave them to what networks take."""
+        return self.defaults.normalise
 
     @cached_property
     def defaults(self) -> DatasetDefaults:
@@ -173,88 +163,9 @@ def _typical_size(images: Sequence[Path]) -> tuple[int, int]:
     return sorted(sizes, key=min)[len(sizes) // 2]
 
 
-def _seed_sequence(model_seed: int, phase: int, epoch: int, *stream: int) -> np.random.SeedSequence:
+def seed_sequence(model_seed: int, phase: int, epoch: int, *stream: int) -> np.random.SeedSequence:
+    """Where the random numbers of an epoch's training data come from, apart for each stream."""
     return np.random.SeedSequence((model_seed, phase, epoch), spawn_key=stream)
-
-
-class TrainingSet(Dataset):
-    """The training set of a phase; what an item shows is drawn anew in each epoch.
-
-    A synthetic exemplar becomes its copy number k, uniform in 0 ... K-1.  A real image is replaced by one of its K
-    copies with probability p: new images and real exemplars alike where the scope is "all", real exemplars alone where
-    it is "exemplars".
-
-    items: what is trained on; augmentation_prob: p; augmentations_per_image: K; transform: from picture to tensor, its
-    random numbers taken from torch's default generator.
-
-    Stateless: `self[epoch, index]` -> (index, C x H x W tensor, target), whoever calls it and in whatever order.
-    Raises UserError naming the file of a picture that can't be read.
-    """
-
-    def __init__(
-        self,
-        items: Sequence[Item],
-        paths: DatasetPaths,
-        transform: Transform,
-        augmentation_prob: float,
-        augmentations_per_image: int,
-        augmentation_scope: Literal["all", "exemplars"],
-        model_seed: int,
-        phase: int,
-    ):
-        if not 0 <= augmentation_prob <= 1:
-            raise UserError(f"augmentation_prob is a probability, 0 to 1, not {augmentation_prob}.")
-        if augmentation_scope not in ("all", "exemplars"):
-            raise UserError(f'augmentation_scope is "all" or "exemplars", not {augmentation_scope!r}.')
-        self.items = items
-        self.paths = paths
-        self.transform = transform
-        self.augmentations_per_image = augmentations_per_image
-        replaced = ("new", "real") if augmentation_scope == "all" else ("real",)
-        self._copy_prob = {role: augmentation_prob if role in replaced else 0.0 for role in ("new", "real")}
-        self._copy_prob["synthetic"] = 1.0
-        self._seeds = (model_seed, phase)
-        copied = {item.image.parent: item.image for item in items if self._copy_prob[item.role] > 0}
-        if copied and augmentations_per_image < 1:
-            raise UserError("augmentations_per_image is 0, but exemplars are to be regenerated: it needs at least 1.")
-        for image in copied.values():
-            paths.copy(image, 0)  # lists the class's folder here once, not in each worker
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor, int]:
-        epoch, index = key
-        item = self.items[index]
-        rng = np.random.default_rng(_seed_sequence(*self._seeds, epoch, _ITEM, index))
-        path = item.image
-        if rng.random() < self._copy_prob[item.role]:
-            path = self.paths.copy(item.image, int(rng.integers(self.augmentations_per_image)))
-        image = _load(path)
-        with torch.random.fork_rng(devices=[]):
-            # The CPU generator alone: torch.manual_seed would reset the GPUs' generators too.
-            torch.default_generator.manual_seed(int(rng.integers(2**63)))
-            return index, self.transform(image), item.target
-
-
-class ImageSet(Dataset):
-    """Pictures as they are, for evaluation and features: `self[index]` -> (index, C x H x W tensor, target).
-
-    Raises UserError naming the file of a picture that can't be read.
-    """
-
-    def __init__(self, images: Sequence[Path], targets: Sequence[int], transform: Transform):
-        if len(images) != len(targets):
-            raise ValueError(f"{len(images)} images, {len(targets)} targets")
-        self.images = images
-        self.targets = targets
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor, int]:
-        return index, self.transform(_load(self.images[index])), self.targets[index]
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -315,7 +226,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        rng = np.random.default_rng(_seed_sequence(*self._seeds, epoch, _ORDER))
+        rng = np.random.default_rng(seed_sequence(*self._seeds, epoch, _ORDER))
         order = rng.permutation(self.nb_items).tolist()
         for step in range(self.first_step, len(self)):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size] + self._from_groups(epoch, step)
@@ -325,7 +236,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     def _from_groups(self, epoch: int, step: int) -> list[int]:
         if not self.groups:
             return []
-        rng = np.random.default_rng(_seed_sequence(*self._seeds, epoch, _GROUPS, step))
+        rng = np.random.default_rng(seed_sequence(*self._seeds, epoch, _GROUPS, step))
         drawn = [rng.permutation(len(group))[: self.per_group] + group.start for group in self.groups]
         return np.concatenate(drawn).tolist()
 

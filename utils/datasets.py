@@ -1,20 +1,16 @@
-"""What the trainer assumes about a dataset: its transforms (DESIGN section 6).
+"""What the trainer assumes about a dataset: its transforms (DESIGN section 6; they are in `utils.augment`).
 
 Any folder in the layout of `utils.paths` is a dataset, and the size of its images picks the transforms.  A known name
 only adds what the size can't tell, so a dataset that is missing from `KNOWN` needs no code.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from PIL import Image
-from torch import Tensor
-from torchvision import transforms
-from torchvision.transforms import functional
+from utils.augment import FitSmall, Normalise, SmallTest, SmallTrain, TestTransform, TrainTransform
+from utils.augment_large import LargeTest, LargeTrain, Middle, Whole
 
 ImageKind = Literal["small", "large"]
-Transform = Callable[[Image.Image], Tensor]
 
 SMALL_SIDE = 64
 """Images whose shorter side is at most this many pixels take the small-image transforms."""
@@ -22,7 +18,6 @@ SMALL_SIDE = 64
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100_STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-_BRIGHTNESS = 63 / 255
 
 
 @dataclass(frozen=True)
@@ -52,36 +47,15 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class DatasetDefaults:
-    """image_kind: "small" or "large"; the transforms turn an RGB picture into a normalised 3 x S x S float tensor,
-    S = 32 for small images and 224 for large ones; resolution: the fitting preset of compress/run.py."""
+    """image_kind: "small" or "large"; the transforms turn RGB pictures into B x 3 x S x S (uint8), S = 32 for small
+    images and 224 for large ones, and `normalise` that into what networks take; resolution: the fitting preset of
+    compress/run.py."""
 
     image_kind: ImageKind
-    train_transform: Transform
-    test_transform: Transform
+    train_transform: TrainTransform
+    test_transform: TestTransform
+    normalise: Normalise
     resolution: Literal["high", "low"]
-
-
-class FitSmall:
-    """Brings a small picture close to `side` x `side`, for a crop to finish: at least `side` both ways.
-
-    A picture up to an eighth smaller keeps its pixels and gets a black margin (a 28 x 28 digit: 2 pixels a side); any
-    other is scaled until its shorter side fits.
-    """
-
-    def __init__(self, side: int = 32):
-        self.side = side
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        if not self.side * 7 // 8 <= min(image.size) <= self.side:
-            image = functional.resize(image, self.side)
-        missing_x, missing_y = (max(self.side - length, 0) for length in image.size)
-        if missing_x or missing_y:
-            left, top = missing_x // 2, missing_y // 2
-            image = functional.pad(image, [left, top, missing_x - left, missing_y - top])
-        return image
-
-    def __repr__(self) -> str:
-        return f"FitSmall(side={self.side})"
 
 
 def known(name: str) -> Known:
@@ -97,21 +71,15 @@ def dataset_defaults(name: str, sample_image_size: tuple[int, int]) -> DatasetDe
     entry = known(name)
     shorter = min(sample_image_size)
     kind: ImageKind = "small" if shorter <= SMALL_SIDE else "large"
-    flip = [transforms.RandomHorizontalFlip()] if entry.flip else []
-    jitter = transforms.ColorJitter(brightness=_BRIGHTNESS)
     if kind == "small":
-        train = [FitSmall(), transforms.RandomCrop(32, padding=4), *flip, jitter]
-        test = [FitSmall(), transforms.CenterCrop(32)]
-        statistics = entry.small_statistics
+        form = FitSmall(32)
+        train, test = SmallTrain(entry.flip, form), SmallTest(form)
     else:
-        policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.IMAGENET)
-        train = [transforms.RandomResizedCrop(224), *flip, jitter, policy]
-        test = [transforms.Resize(256), transforms.CenterCrop(224)]
-        statistics = IMAGENET_STATISTICS
-    to_tensor = [transforms.ToTensor(), transforms.Normalize(*statistics)]
+        train, test = LargeTrain(entry.flip, Whole()), LargeTest(Middle())
     return DatasetDefaults(
         image_kind=kind,
-        train_transform=transforms.Compose([*train, *to_tensor]),
-        test_transform=transforms.Compose([*test, *to_tensor]),
+        train_transform=train,
+        test_transform=test,
+        normalise=Normalise(*(entry.small_statistics if kind == "small" else IMAGENET_STATISTICS)),
         resolution=entry.resolution or ("low" if shorter < 256 else "high"),
     )
