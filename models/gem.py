@@ -29,22 +29,15 @@ class GEM(Learner):
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """CE over all classes, of the new classes' images: one head, where the paper has one a task."""
-        return self.mean_of(range(self.nb_old, self.nb_seen), self.nb_images - sum(self.rehearsed), outputs, targets)
-
-    def mean_of(self, classes: range, number: int, outputs: Outputs, targets: Tensor) -> Tensor:
-        """CE of those images that are of some classes, of which a whole batch has `number`.
-
-        Scaled so that the mean over a batch's images, in however many parts, is the mean over those `number`.
-        """
-        chosen = (targets >= classes.start) & (targets < classes.stop)
-        sum_of_losses = F.cross_entropy(outputs.logits[chosen], targets[chosen], reduction="sum")
-        return sum_of_losses / (max(number, 1) * len(targets) / self.nb_images)
+        new = self.nb_images - sum(self.rehearsed)
+        return mean_of(range(self.nb_old, self.nb_seen), new / self.nb_images, outputs.logits, targets)
 
     def backward(self, loss: Tensor, outputs: Outputs, targets: Tensor, share: float) -> None:
         """Beside the loss's gradient, that of each earlier phase's exemplars."""
         weights = self.weights()
         for phase, number in enumerate(self.rehearsed):
-            memory_loss = share * self.mean_of(self.data.phase_targets(phase), number, outputs, targets)
+            classes, rate = self.data.phase_targets(phase), number / self.nb_images
+            memory_loss = share * mean_of(classes, rate, outputs.logits, targets)
             self.memory_gradients[phase] += flat(torch.autograd.grad(memory_loss, weights, retain_graph=True))
         super().backward(loss, outputs, targets, share)
 
@@ -62,6 +55,16 @@ class GEM(Learner):
     def weights(self) -> list[Tensor]:
         """All that is learnt."""
         return [weight for weight in self.network.parameters() if weight.requires_grad]
+
+
+def mean_of(classes: range, rate: float, logits: Tensor, targets: Tensor) -> Tensor:
+    """CE of those images that are of some classes, as they are of the batch's images at this rate (0: of none).
+
+    Scaled so that its mean over all images of a batch, in however many parts, is the mean over those of the classes.
+    """
+    chosen = (targets >= classes.start) & (targets < classes.stop)
+    sum_of_losses = F.cross_entropy(logits[chosen], targets[chosen], reduction="sum")
+    return sum_of_losses / (rate * len(targets) or 1.0)
 
 
 def flat(tensors) -> Tensor:

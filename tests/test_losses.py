@@ -49,6 +49,8 @@ def loss_of(name, phase, loss="loss", targets=TARGETS, **more):
         config=SimpleNamespace(T=T, lwf_lambda=3.0, ewc_lambda=7.0),
         phase=phase,
         nb_seen=OLD + NEW,
+        nb_images=B,
+        rehearsed=[np.sum(targets < OLD)] if phase else [],  # by gem
         old_network=object() if phase and method.keeps_old_network else None,
         old_logits=lambda images: torch.tensor(OLD_LOGITS),
         **{"nb_old": OLD, "nb_new": NEW, **more},
@@ -77,6 +79,11 @@ def test_phase_0_is_cross_entropy(name):
 def test_methods_that_learn_all_classes_by_cross_entropy(name):
     loss = "bias_loss" if name == "bic" else "loss"
     assert loss_of(name, 1, loss) == pytest.approx(cross_entropy(LOGITS, TARGETS))
+
+
+def test_gem_learns_from_new_images_alone():
+    new = TARGETS >= OLD
+    assert loss_of("gem", 1) == pytest.approx(cross_entropy(LOGITS[new], TARGETS[new]))
 
 
 def test_icarl():

@@ -330,7 +330,7 @@ def _check(config: Config, broken: set[str], choices: Mapping[str, Sequence[str]
 
     parts, size = config.accumulate_batches, config.batch_size
     message = f"accumulate_batches: a batch of {size} images can't be worked off in {parts} parts"
-    refuse(parts > size, message, "accumulate_batches", "batch_size")
+    refuse(parts > size > 0, message, "accumulate_batches", "batch_size")
 
     wrong = config.model_name == "gem" and config.precision == "16-mixed"
     message = "precision: 16-mixed scales gradients, which gem compares with others; take bf16-mixed or 32-true"
