@@ -341,13 +341,13 @@ class Learner(abc.ABC):
             self.memory.enforce_budget(target)
         return len(new) * self.config.augmentations_per_image if needed else 0
 
-    def predict(self, images: Sequence[Path], purpose: str) -> Outputs:
+    def predict(self, images: Sequence[Path], purpose: str, *, again: bool = False) -> Outputs:
         """The network's logits and features for pictures, with the test transform, on the CPU in the order given.
 
-        purpose: what a progress bar calls it.
+        purpose: what a progress bar calls it; again: whether later phases will ask for the same pictures.
         """
         fabric = self.fabric
-        dataset = ImageSet(images, [0] * len(images), self.data.test_transform, self.data.pixels)
+        dataset = ImageSet(images, [0] * len(images), self.data.test_transform, self.data.pixels, keep=again)
         own = range(fabric.global_rank, len(images), fabric.world_size)
         batches = self._loader(dataset, BatchSampler(own, self.config.batch_size, drop_last=False))
         self.network.eval()
@@ -368,7 +368,7 @@ class Learner(abc.ABC):
         images = [self.data.test_images(target) for target in self.data.seen_targets(self.phase)]
         targets = torch.tensor([target for target, of_class in enumerate(images) for _ in of_class])
         ends = [self.data.seen_targets(phase).stop for phase in range(self.phase + 1)]
-        outputs = self.predict([image for of_class in images for image in of_class], "evaluating")
+        outputs = self.predict([image for of_class in images for image in of_class], "evaluating", again=True)
         nme = None
         if self.uses_nme:
             means = self.class_means(range(self.nb_seen))

@@ -104,6 +104,13 @@ class FitSmall:
     def read(self, path: Path) -> np.ndarray:
         return self(load(path))
 
+    @property
+    def source(self) -> Form:
+        return self
+
+    def of(self, picture: np.ndarray) -> np.ndarray:
+        return picture
+
     def __repr__(self) -> str:
         return self.name
 

@@ -122,7 +122,8 @@ class TrainingSet(Batched):
 class ImageSet(Batched):
     """Pictures as they are, for evaluation and features.  Keys are indices.
 
-    pixels: where decoded pictures are kept.  Raises UserError naming the file of a picture that can't be read.
+    pixels: where decoded pictures are kept; keep: whether to add these to it.
+    Raises UserError naming the file of a picture that can't be read.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class ImageSet(Batched):
         targets: Sequence[int],
         transform: TestTransform,
         pixels: PixelCache | None = None,
+        keep: bool = True,
     ):
         if len(images) != len(targets):
             raise ValueError(f"{len(images)} images, {len(targets)} targets")
@@ -138,6 +140,7 @@ class ImageSet(Batched):
         self.targets = targets
         self.transform = transform
         self.pixels = pixels
+        self.keep = keep
 
     def __len__(self) -> int:
         return len(self.images)
@@ -149,7 +152,13 @@ class ImageSet(Batched):
 
     def _picture(self, path: Path) -> np.ndarray:
         form = self.transform.form
-        return form.read(path) if self.pixels is None else self.pixels.read(path, form)[0]
+        if self.pixels is None:
+            return form.read(path)
+        if self.keep:
+            return self.pixels.read(path, form)[0]
+        source = self.pixels.find(path, form.source)
+        picture = None if source is None else form.of(source)
+        return form.read(path) if picture is None else picture
 
 
 def batch_loader(

@@ -50,14 +50,19 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, at_least: int | None = None) -> Image.Image:
     """The picture as RGB, fully decoded, so that a truncated file fails here and not later.
+
+    at_least: pixels of the shorter side that are enough: a JPEG which has twice as many, or more, is decoded at 1/2,
+    1/4 or 1/8 of its size, whichever is the smallest that leaves so many.
 
     Raises OSError, with the path in its message, for whatever is wrong with the file or its content, and for a picture
     of more than MAX_PIXELS or without a known range of levels (32 bits a channel).
     """
     with _opened(path) as image:
         turn = _TURNS.get(_orientation(image))
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
         picture = _as_rgb(image)
         return picture if turn is None else picture.transpose(turn)
 

@@ -43,10 +43,10 @@ class UnreadableImage(UserError):
         super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
-def load(path: Path) -> Image.Image:
-    """The picture as RGB.  Raises UnreadableImage."""
+def load(path: Path, at_least: int | None = None) -> Image.Image:
+    """What `read_image` returns.  Raises UnreadableImage."""
     try:
-        return read_image(path)
+        return read_image(path, at_least)
     except OSError as error:
         raise UnreadableImage(f"cannot read image {error}. Replace the file or take it away.") from error
 
@@ -56,12 +56,17 @@ class Form(Protocol):
 
     name: str
     """Unlike that of any form which makes other pixels of the same file."""
+    source: "Form"
+    """The form that training keeps pictures in, maybe this one."""
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """H x W x 3, uint8."""
 
     def read(self, path: Path) -> np.ndarray:
         """The same of a file.  Raises UnreadableImage."""
+
+    def of(self, picture: np.ndarray) -> np.ndarray | None:
+        """What `read` returns of a file, of what `source` keeps of it; None where it takes more than that."""
 
 
 class PixelCache:
@@ -111,16 +116,21 @@ class PixelCache:
         key = _key(path, form)
         if key is None:
             return form.read(path), False  # says what is wrong with it
-        pixels = self._find(key)
+        pixels = self._look_up(key)
         if pixels is None:
             read = form.read(path)
             if self._full:
                 return read, False
             self._add(key, read)
-            pixels = self._find(key)
+            pixels = self._look_up(key)
             if pixels is None:
                 return read, False
         return pixels, True
+
+    def find(self, path: Path, form: Form) -> np.ndarray | None:
+        """What is kept of a picture in a form, read-only; None where there is nothing."""
+        key = _key(path, form)
+        return None if key is None else self._look_up(key)
 
     def _slot(self, key: tuple[int, int]) -> tuple[int, bool]:
         """Where a key is, or belongs, and whether it is there."""
@@ -133,7 +143,7 @@ class PixelCache:
                 return slot, False
             slot = (slot + 1) & self._mask
 
-    def _find(self, key: tuple[int, int]) -> np.ndarray | None:
+    def _look_up(self, key: tuple[int, int]) -> np.ndarray | None:
         slot, there = self._slot(key)
         if not there:
             return None
