@@ -20,7 +20,7 @@ import torch
 import torchvision_compat  # noqa: F401  (before torchvision and Lightning: lets a CUDA wheel load beside a CPU torch)
 from convs.resnet import CONVNETS
 from models import METHODS
-from models.base import Regenerate
+from models.base import Regenerate, fresh_backbone
 from utils import config as configs
 from utils import log as logs
 from utils import report
@@ -68,11 +68,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: Config) -> dict:
     """The experiment.  Returns what it writes to results.json (`utils.report` describes it)."""
     fabric = launch(*configs.accelerator(config.device), config.precision)
+    if config.batch_size < fabric.world_size:
+        raise UserError(
+            f"batch_size {config.batch_size} is less than an image for each of {fabric.world_size} processes."
+        )
     paths = DatasetPaths(data_dir(config.data_dir), config.dataset, config.variant)
     orders = {seed: open_data(config, paths, seed) for seed in config.seed}
     regenerate = check_exemplars(config, next(iter(orders.values())), fabric.device)
+    if config.pretrained:
+        fresh_backbone(config, next(iter(orders.values())))
     if config.compile:
         check_compiler(fabric.device)
+    if config.phase0_cache:
+        check_folder("phase0_cache", Path(config.phase0_cache))
     output = open_output(config, write=fabric.is_global_zero)
     cache = Path(config.phase0_cache) if config.phase0_cache else output / "phase0_cache"
     logs.start(output / "log.txt", quiet=not fabric.is_global_zero)
@@ -156,6 +164,14 @@ def check_exemplars(config: Config, data: DataManager, device: torch.device) -> 
     elif real or synthetic:
         check_total(config.memory_size, data.nb_classes, real, synthetic, typical)
     return on_demand
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Make a folder that will be needed.  Raises UserError where it can't be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: {folder} can't be written to ({error.strerror}).") from None
 
 
 def open_output(config: Config, *, write: bool) -> Path:

@@ -46,6 +46,15 @@ Regenerate = Callable[[list[Path], bool], None]
 """Makes the edge maps of train images, and, where the second argument says so, their copies: what is not there yet."""
 
 
+def fresh_backbone(c: Config, data: DataManager) -> ResNet:
+    """A run's backbone at its start.  Raises UserError where pretrained weights are asked for and not there."""
+    phases = {"init_cls": c.init_cls, "increment": c.increment}
+    try:
+        return build_backbone(c.convnet_type, data.image_kind, **phases, pretrained=c.pretrained)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"pretrained: {error}.") from None
+
+
 class Learner(abc.ABC):
     """One run of a method over all phases.
 
@@ -194,13 +203,8 @@ class Learner(abc.ABC):
         self.before_training()
 
     def backbone(self) -> ResNet:
-        """A fresh one.  Raises UserError where pretrained weights are asked for and not there."""
-        c = self.config
-        phases = {"init_cls": c.init_cls, "increment": c.increment}
-        try:
-            return build_backbone(c.convnet_type, self.data.image_kind, **phases, pretrained=c.pretrained)
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"pretrained: {error}.") from None
+        """A fresh one."""
+        return fresh_backbone(self.config, self.data)
 
     def init_schedule(self) -> Schedule:
         """Phase 0's."""

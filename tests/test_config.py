@@ -188,6 +188,30 @@ def test_a_key_that_is_younger_than_a_record_was_its_default_then(tmp_path):
 
 def test_help_names_every_key():
     text = configs.help_text(CHOICES)
-    for key, value in vars(Config()).items():
-        assert f"{key} " in text, value
-    assert ", ".join(METHODS) in text
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    assert list(lines) == ["key", *vars(Config())]
+    assert lines["batch_size"].split()[1:4] == ["whole", "number", "128"]
+    assert lines["milestones"].split()[1:5] == ["whole", "numbers,", "null", "null"]
+    assert lines["memory_per_class"].endswith("[ESCORT's paper]")
+    assert lines["dataset"].split()[1:3] == ["text", "(required)"]
+    assert ", ".join(METHODS) in lines["model_name"]
+
+
+def test_the_readmes_table_is_the_schemas():
+    """Each row: keys; their defaults in the same order, or none; what they mean.  Only the methods' own may lack."""
+    keys, named = list(vars(Config())), set()
+    rows = (Path(__file__).parent.parent / "README.md").read_text().partition("| key | default | meaning |")[2]
+    for row in rows.partition("\n\n")[0].splitlines()[2:]:
+        _, names, defaults, meaning, _ = row.split("|", 4) if row.count("|") == 4 else pytest.fail(row)
+        assert meaning.strip()
+        names = re.findall(r"`(\w+)`", names)
+        named |= set(names)
+        texts = re.findall(r"\[[^]]*\]|[^,\s][^,]*", defaults.replace("`", "").strip())
+        for name, text in zip(names, texts, strict=False):
+            default = configs.default_of(name)
+            assert (default if isinstance(default, str) else json.loads(text)) == (
+                text.strip() if isinstance(default, str) else default
+            ), (name, text)
+    own = set(keys[keys.index("T") : keys.index("precision")])
+    assert named <= set(keys)
+    assert set(keys) - own <= named

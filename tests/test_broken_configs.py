@@ -1,0 +1,210 @@
+"""Configs that can't be run: the command answers in one line that names the key and what would be right, at once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import main
+from models.base import Learner
+from tests.shapes import make_shapes
+
+HUGE = 10**400
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Six classes of twelve train images: Shapes with two copies of each, Bare with none, Lopsided without a test."""
+    folder = tmp_path_factory.mktemp("data")
+    make_shapes(folder)
+    bare = make_shapes(folder, name="Bare")
+    shutil.rmtree(bare.folder("exemplars"))
+    shutil.rmtree(make_shapes(folder, name="Lopsided").folder("test") / "red disc")
+    (folder / "a file").touch()
+    return folder
+
+
+@pytest.fixture
+def complaint(tmp_path, data_dir, monkeypatch, capsys):
+    """Calls main.py with a config that differs from a good one; returns what it prints on stderr."""
+    monkeypatch.setattr(Learner, "__init__", None)  # whoever gets as far as learning fails
+    out = tmp_path / "out"
+    good = {
+        **{"dataset": "Shapes", "data_dir": str(data_dir), "output_dir": str(out), "init_cls": 2, "increment": 2},
+        **{"model_name": "wa", "convnet_type": "resnet8", "device": "cpu", "num_workers": 0, "batch_size": 16},
+        **{"memory_per_class": 3, "real_per_class": 2, "syn_per_class": 4, "augmentations_per_image": 2},
+    }
+
+    def call(values, *overrides, drop=()):
+        file = tmp_path / "config.json"
+        if isinstance(values, bytes):
+            file.write_bytes(values)
+        else:
+            values = {key: value for key, value in {**good, **values}.items() if key not in drop}
+            values = {k: v.replace("DATA", str(data_dir)) if isinstance(v, str) else v for k, v in values.items()}
+            file.write_text(json.dumps(values), encoding="utf-8")
+        before = sorted(tmp_path.iterdir())
+        assert main.main(["--config", str(file), *overrides]) == 2
+        assert sorted(tmp_path.iterdir()) == before, "something was made"
+        written = capsys.readouterr()
+        assert written.out == "", "work was begun"
+        assert written.err.startswith("error: ")
+        return written.err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        # keys and types
+        ({"memory_per_clas": 3}, ["unknown key 'memory_per_clas'", "did you mean 'memory_per_class'"]),
+        ({"xyzzy": 3}, ["unknown key 'xyzzy'", "README.md"]),
+        ({"batch_size": "16"}, ["batch_size must be a whole number", '"16"']),
+        ({"batch_size": 16.5}, ["batch_size must be a whole number", "16.5"]),
+        ({"init_cls": True}, ["init_cls must be a whole number", "true"]),
+        ({"increment": None}, ["increment must be a whole number", "null"]),
+        ({"model_name": None}, ["model_name must be a text", "null"]),
+        ({"shuffle": "no"}, ["shuffle must be true or false", '"no"']),
+        ({"milestones": "80,120"}, ["milestones must be a list of whole numbers or null"]),
+        ({"milestones": [80.5]}, ["milestones must be a list of whole numbers or null", "80.5"]),
+        ({"dataset": ["Shapes"]}, ["dataset must be a text"]),
+        ({"data_dir": 5}, ["data_dir must be a text or null"]),
+        ({"lrate": float("nan")}, ["lrate must be a number", "NaN"]),
+        ({"init_lr": float("inf")}, ["init_lr must be a number", "Infinity"]),
+        ({"weight_decay": HUGE}, ["weight_decay must be a number"]),
+        ({"output_dir": "out/${nope}"}, ["output_dir", "nope"]),
+        ({"output_dir": "out/${"}, ["output_dir", "can't be read"]),
+        ({"batch_size": "${prefix}", "prefix": "x"}, ["batch_size", "'x'"]),
+        # ranges
+        ({"batch_size": 0}, ["batch_size must be at least 1"]),
+        ({"accumulate_batches": 17}, ["accumulate_batches", "16 images", "17 parts"]),
+        ({"increment": 0}, ["increment must be at least 1"]),
+        ({"epochs": -3}, ["epochs must be at least 1"]),
+        ({"init_epoch": 0}, ["init_epoch must be at least 1"]),
+        ({"lrate": 0}, ["lrate must be above 0"]),
+        ({"momentum": 1.0}, ["momentum must be below 1"]),
+        ({"augmentation_prob": -0.1}, ["augmentation_prob must lie in 0..1"]),
+        ({"T": 0}, ["T must be above 0"]),
+        ({"seed": []}, ["seed must list one or more different numbers"]),
+        ({"seed": [1, 1]}, ["seed must list one or more different numbers"]),
+        ({"seed": "1993"}, ["seed must be a list of whole numbers"]),
+        ({"seed": [-1]}, ["seed must be at least 0"]),
+        ({"seed": [2**32]}, ["seed must be below 2^32"]),
+        ({"keep_checkpoints": -1}, ["keep_checkpoints must be at least 0"]),
+        # choices
+        ({"model_name": "icrl"}, ["model_name must be one of", "did you mean 'icarl'"]),
+        ({"convnet_type": "resnet20000"}, ["convnet_type must be one of", "resnet18"]),
+        ({"exemplar_selection": "best"}, ["exemplar_selection must be one of herding, random, closest"]),
+        ({"precision": "fp8"}, ["precision must be one of 32-true"]),
+        ({"regenerate": "later"}, ["regenerate must be one of ahead, on_demand"]),
+        # the machine
+        ({"device": "gpu"}, ["device must be", '"cpu"', '"gpu"']),
+        ({"device": []}, ["device must be"]),
+        ({"device": ["0", "0"]}, ["device must be", '["0", "0"]']),
+        ({"device": ["99"]}, ["device cuda:99 is not there"]),
+        ({"precision": "16-mixed"}, ["precision: 16-mixed needs a GPU", "bf16-mixed"]),
+        # folders
+        ({"dataset": "Nowhere"}, ["Nowhere", "is not a folder"]),
+        ({"dataset": ""}, ["dataset must be the name of a folder"]),
+        ({"dataset": ".."}, ["dataset must be the name of a folder"]),
+        ({"dataset": "Sha\0pes"}, ["dataset has a zero byte"]),
+        ({"dataset": "Lopsided"}, ["red disc", "train and test need the same class folders"]),
+        ({"data_dir": "/nowhere"}, ["data_dir", "/nowhere"]),
+        ({"output_dir": "DATA/a file"}, ["output_dir", "a file", "can't be written to"]),
+        ({"output_dir": ""}, ["output_dir must name a folder"]),
+        ({"output_dir": "\ud800"}, ["output_dir has half a character"]),
+        ({"phase0_cache": "DATA/a file"}, ["phase0_cache", "a file", "can't be written to"]),
+        ({"variant": "a/b"}, ["variant", "'a/b'"]),
+        # what does not go together
+        ({"init_cls": 7}, ["init_cls is 7", "6 classes", "choose 1 to 6"]),
+        ({"real_per_class": 4}, ["real_per_class", "memory_per_class = 3"]),
+        ({"real_per_class": 3}, ["budget", "3 real + 4 synthetic x 1/24 = 3.17 units > 3", "memory_per_class"]),
+        ({"memory_per_class": 20, "real_per_class": 10}, ["12 train images", "10 real + 4 synthetic", "Lower real_"]),
+        ({"real_per_class": 0, "syn_per_class": 0}, ["wa needs exemplars", "real_per_class + syn_per_class"]),
+        ({"real_per_class": 1, "syn_per_class": 0, "model_name": "bic"}, ["real_per_class", "at least 2", "bic"]),
+        ({"fixed_memory": False}, ["memory_size must be given"]),
+        ({"fixed_memory": False, "memory_size": 1}, ["memory_size = 1", "each of 6 classes", "Raise memory_size"]),
+        ({"augmentations_per_image": 0}, ["augmentations_per_image must be at least 1"]),
+        ({"regenerate": "on_demand", "augmentation_prob": 0.4}, ["regenerate", "augmentation_scope", "exemplars"]),
+        ({"pretrained": True}, ["pretrained", "large images", "false"]),
+        ({"model_name": "gem", "precision": "16-mixed"}, ["precision: 16-mixed", "gem"]),
+        ({"model_name": "gem", "compile": True}, ["compile", "gem"]),
+        ({"regenerate": "on_demand", "regenerate_options": "--stepz 3"}, ["regenerate_options", "--stepz"]),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_one_line(complaint, values, words):
+    said = complaint(values)
+    assert said.count("\n") == 1, said
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"dataset": "Shapes",}', ["config.json is not valid JSON: line 1, column"]),
+        (b"{'dataset': 'Shapes'}", ["config.json is not valid JSON: line 1, column 2"]),
+        (b'{"seed": 1, // mine\n "dataset": "Shapes"}', ["config.json is not valid JSON: line 1, column 13"]),
+        (b"", ["config.json is not valid JSON"]),
+        (b"[1, 2]", ["config.json must hold one JSON object"]),
+        (b'{"lrate": 0.1, "lrate": 0.2}', ["config.json", "lrate is given 2 times"]),
+        ('{"dataset": "Caf\u00e9"}'.encode("latin-1"), ["config.json is not in UTF-8: byte 16 is 0xe9"]),
+        (b'{"batch_size": ' + b"1" * 5000 + b"}", ["config.json", "digit"]),
+        (b'{"a": ' + b"[" * 100_000, ["config.json", "recursion"]),
+    ],
+    ids=["trailing comma", "quotes", "comment", "empty", "list", "twice", "latin-1", "digits", "brackets"],
+)
+def test_files_that_are_none(complaint, content, words):
+    said = complaint(content)
+    assert said.count("\n") == 1, said
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["epochs"], ["'epochs' is not of the form key=value"]),
+        (["=3"], ["'=3' is not of the form key=value"]),
+        (["epochs=[1"], ["epochs", "'[1'"]),
+        (["epochs=ten"], ["epochs must be a whole number", '"ten"']),
+        (["epoch=10"], ["unknown key 'epoch'", "did you mean 'epochs'"]),
+    ],
+    ids=str,
+)
+def test_overrides(complaint, overrides, words):
+    said = complaint({}, *overrides)
+    assert said.count("\n") == 1, said
+    for word in words:
+        assert word in said
+
+
+def test_a_key_that_is_not_given(complaint):
+    said = complaint({}, drop=["convnet_type"])
+    assert said.count("\n") == 1
+    assert "convnet_type is not given: the backbone" in said
+
+
+def test_copies_that_are_not_there(complaint):
+    """The one answer of two lines: the second is the command that makes them."""
+    what, command = complaint({"dataset": "Bare"}).splitlines()
+    assert "144 of 144 copies are missing" in what
+    assert command.startswith("python compress/run.py --data-dir")
+
+
+def test_all_at_once(complaint):
+    said = complaint({"lrate": -1, "momentun": 0.9, "seed": "x", "shuffle": 1}, "epochs", drop=["dataset"])
+    first, *lines = said.splitlines()
+    assert first.endswith("6 problems")
+    for word in ("lrate", "momentun", "seed", "shuffle", "epochs", "dataset"):
+        assert sum(word in line.split()[0] + line for line in lines) >= 1, word
+    assert len(lines) == 6
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    file = Path(tmp_path / "config.json")
+    file.write_text('{"datasett": "Shapes"}', encoding="utf-8-sig")
+    assert main.configs.read_json(file) == {"datasett": "Shapes"}
