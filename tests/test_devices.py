@@ -2,7 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,10 @@ from models import METHODS, checkpoint
 from models.parts import parts
 from tests import processes
 from tests.shapes import make_shapes
+from tests.test_resume import assert_ends_alike
 from utils.data_manager import EpochBatchSampler
+from utils.devices import launch
+from utils.errors import UserError
 
 CONFIG = {
     **{"dataset": "Shapes", "init_cls": 2, "increment": 2, "convnet_type": "resnet8", "device": "cpu"},
@@ -70,7 +77,10 @@ def assert_alike(ours, theirs):
             assert list(a) == list(b)
             a, b = (torch.cat([tensor.flatten().double() for tensor in tensors.values()]) for tensors in (a, b))
             apart[f"{method}'s {name}"] = ((a - b).norm() / a.norm()).item()
-    assert max(apart.values()) < 1e-5, apart
+    # At a phase's start PODNet's maps are those of before: the gradient of their distance is that of rounding, of any
+    # direction and of unit length.
+    loose = {name: error for name, error in apart.items() if error > (1e-3 if "podnet" in name else 1e-5)}
+    assert not loose, loose
 
 
 def test_batches_in_parts(train, at_once):
@@ -79,6 +89,58 @@ def test_batches_in_parts(train, at_once):
 
 def test_two_processes(train, at_once):
     assert_alike(train("two processes", in_two_processes), at_once)
+
+
+def test_sixteen_bits(train, at_once):
+    """Each phase's loss is about what it is in float32."""
+    half = train("bfloat16", processes.run_all, ("der",), precision="bf16-mixed")["der"]
+    for ours, theirs in zip(half["records"], at_once["der"]["records"], strict=True):
+        assert ours["training"]["loss"] != theirs["training"]["loss"]
+        assert ours["training"]["loss"] == pytest.approx(theirs["training"]["loss"], rel=0.02)
+    with pytest.raises(UserError, match="precision: 16-mixed needs a GPU"):
+        launch("cpu", 1, "16-mixed")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("ESCORT_SLOW") != "1", reason="takes minutes; ESCORT_SLOW=1 runs it")
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_networks(train, at_once):
+    """They grow, take turns in stages, and meet batches of several sizes."""
+    methods = ("der", "foster")
+    assert_alike(train("compiled", processes.run_all, methods, compile=True), {m: at_once[m] for m in methods})
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find torchrun's children")
+def test_two_processes_that_are_killed_go_on(tmp_path):
+    """SIGKILL in the middle of phase 1: the end is that of two processes that nobody disturbed, to the last bit."""
+    make_shapes(tmp_path / "data")
+    files = []
+    for name in ("killed", "whole"):
+        own = {"data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / name), "model_name": "icarl"}
+        often = {"checkpoint_every": 1e-9 if name == "killed" else 0}
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps({**CONFIG, **own, **often, "batch_size": 5, "epochs": 2}))
+
+    def begin(file) -> subprocess.Popen:
+        return processes.start(
+            processes.torchrun("main.py", "--config", file), os.environ, stdout=subprocess.PIPE, text=True
+        )
+
+    process = begin(files[0])
+    checkpoints = tmp_path / "killed" / "seed1993" / "checkpoints"
+    while not ((checkpoints / "phase00.pt").exists() and (checkpoints / "unfinished.pt").exists()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, workers)):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    for file in files:
+        process = begin(file)
+        said, _ = process.communicate()
+        assert process.returncode == 0
+        assert ("going on in phase 1" in said) == (file == files[0]), said
+    assert_ends_alike(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 9])

@@ -159,7 +159,7 @@ class Config:
 
     # The machine
     precision: str = _key("32-true", "arithmetic of training", choices=("32-true", "bf16-mixed", "16-mixed"))
-    compile: bool = _key(False, "torch.compile the network that learns, anew in each phase: minutes first, then faster")
+    compile: bool = _key(False, "torch.compile the network that learns, anew in each phase: minutes first, for GPUs")
     num_workers: int = _key(8, "processes that read images (at most one a core is used)", result=False, source=PYCIL)
     cache: str = _key(
         "ram",
