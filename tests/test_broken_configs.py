@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -202,6 +203,11 @@ def test_all_at_once(complaint):
     for word in ("lrate", "momentun", "seed", "shuffle", "epochs", "dataset"):
         assert sum(word in line.split()[0] + line for line in lines) >= 1, word
     assert len(lines) == 6
+
+
+def test_more_processes_than_images_of_a_batch(complaint, monkeypatch):
+    monkeypatch.setattr(main, "launch", lambda *_: SimpleNamespace(world_size=17))
+    assert "batch_size 16 is less than an image for each of 17 processes" in complaint({})
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path):
