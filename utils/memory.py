@@ -39,15 +39,16 @@ def herding(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
         raise ValueError(f"can't pick {m} of {n}")
     x, norms = _unit_rows(features)
     # |mean - (picked + x_i)/k| is least where 2 x_i.(k mean - picked) - |x_i|^2 is greatest: one product per pick,
-    # and nothing larger than the features is ever held.
-    twice_along_mean = 2 * (x @ x.mean(axis=0))
+    # and nothing larger than the features is ever held.  Row by row (vecdot), as BLAS's matrix-vector product would
+    # start threads for a fraction of a millisecond's work, and sum up otherwise with another number of them.
+    twice_along_mean = 2 * np.vecdot(x, x.mean(axis=0))
     score = -(norms > 0).astype(np.float64)
     chosen = []
     for _ in range(m):
         score += twice_along_mean
         best = int(np.argmax(score >= score.max() - _TIE))
         chosen.append(best)
-        score -= 2 * (x @ x[best])
+        score -= 2 * np.vecdot(x, x[best])
         score[best] = -np.inf
     return chosen
 
