@@ -119,6 +119,7 @@ def run(config: Config) -> dict:
         results = report.results(configs.as_dict(config), runs)
         if write:
             report.plot({config.model_name: results}, output / "accuracy.png")
+    fabric.barrier()  # whoever ended now would seem to have died to those that are still writing
     log.info("\n%s\n\nresults: %s", report.table({config.model_name: results}), output / "results.json")
     return results
 

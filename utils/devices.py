@@ -1,5 +1,6 @@
 """Starting devices and processes, with Lightning Fabric: one CPU or GPU, several, torchrun's processes, SLURM's."""
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -43,7 +44,15 @@ def launch(
         strategy = DDPStrategy(process_group_backend="gloo", timeout=patience)
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy)
     fabric.launch()
+    if torch.distributed.is_initialized():
+        atexit.register(_part)
     return fabric
+
+
+def _part() -> None:
+    """A process that ends in the midst of its connections may bring another down that is about to end too (gloo)."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def started_processes() -> tuple[int, int]:
