@@ -5,6 +5,7 @@ keep no random state: the epoch travels inside each index, so that neither the n
 resumed, nor what else is in a batch changes what is drawn.
 """
 
+import abc
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -27,11 +28,12 @@ Batch = tuple[Tensor, Tensor, Tensor]
 _ITSELF = -1  # in place of a copy's number
 
 
-class Batched(Dataset):
-    """A dataset that makes a whole batch at a time: `__getitems__(keys)` -> Batch; `batch_loader` knows about that."""
+class Batched(Dataset, abc.ABC):
+    """A dataset that makes a whole batch at a time; `batch_loader` knows about that."""
 
+    @abc.abstractmethod
     def __getitems__(self, keys: Sequence) -> Batch:
-        raise NotImplementedError
+        """The batch of some keys."""
 
     def __getitem__(self, key) -> tuple[int, Tensor, int]:
         """(index, image: 3 x S x S, target) of one key, as it is in any batch."""
