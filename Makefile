@@ -15,10 +15,10 @@ $(STAMP): requirements.txt requirements-dev.txt
 	touch $(STAMP)
 
 demo: env
-	SEEDS="$(SEEDS)" $(BIN)/python -m utils.demo
+	SEEDS="$(SEEDS)" $(BIN)/python -m exps.demo
 
 demo-on-demand: env
-	SEEDS="$(SEEDS)" $(BIN)/python -m utils.demo --on-demand
+	SEEDS="$(SEEDS)" $(BIN)/python -m exps.demo --on-demand
 
 test: env lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

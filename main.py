@@ -18,20 +18,22 @@ from pathlib import Path
 import torch
 
 import torchvision_compat  # noqa: F401  (before torchvision and Lightning: lets a CUDA wheel load beside a CPU torch)
+from compress.copies import check_copies
 from convs.resnet import CONVNETS
 from models import METHODS
 from models.base import Regenerate, fresh_backbone
-from utils import config as configs
 from utils import log as logs
-from utils import report
-from utils.config import Config
-from utils.data_manager import DataManager, check_copies
+from utils.config import schema as configs
+from utils.config.schema import Config
+from utils.data.cache import open_cache
+from utils.data.classes import DataManager
+from utils.data.paths import DatasetPaths, data_dir
 from utils.devices import check_compiler, launch
 from utils.errors import UserError
-from utils.history import History
-from utils.memory import ExemplarMemory, check_budget, check_class_sizes, check_total, prompt_cost
-from utils.paths import DatasetPaths, data_dir
-from utils.pixels import open_cache
+from utils.memory.budget import check_budget, check_class_sizes, check_total, prompt_cost
+from utils.memory.exemplars import ExemplarMemory
+from utils.results import report
+from utils.results.history import History
 
 log = logging.getLogger("main")
 
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config) -> dict:
-    """The experiment.  Returns what it writes to results.json (`utils.report` describes it)."""
+    """The experiment.  Returns what it writes to results.json (`utils.results.report` describes it)."""
     fabric = launch(*configs.accelerator(config.device), config.precision)
     if config.batch_size < fabric.world_size:
         raise UserError(

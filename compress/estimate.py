@@ -12,7 +12,7 @@ from compress.generate import Job
 from compress.plan import Plan
 from compress.regenerate import Regenerator, save_copy
 from ControlNet.ldm.schedule import ddim_timesteps
-from utils.images import image_bits, read_image
+from utils.data.images import image_bits, read_image
 
 SAMPLE = 64
 """Images looked at."""

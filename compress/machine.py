@@ -10,8 +10,8 @@ from compress.regenerate import Regenerator
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.download import download_sd15
 from ControlNet.cldm.model import ModelError, load_model, weights_fingerprint
+from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.paths import DatasetPaths
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -9,10 +9,10 @@ from compress.machine import download, load, make_regenerator
 from compress.options import chosen_preset, parse_settings
 from compress.plan import Plan, plan
 from compress.records import MadeOtherwise, Records, edge_map_size
+from utils.data.images import image_bits
+from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.images import image_bits
 from utils.log import progress
-from utils.paths import DatasetPaths
 
 
 class OnDemand:

@@ -12,7 +12,7 @@ import numpy as np
 
 from compress import prompt as prompts
 from compress.records import MadeOtherwise, Records, State, edge_map_size, read_mark
-from utils.images import image_bits, read_image
+from utils.data.images import image_bits, read_image
 
 READERS = 16
 """Threads that look at many small files: the time goes into waiting for the disk, or for the network behind it."""

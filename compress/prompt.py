@@ -11,7 +11,7 @@ from PIL import Image
 from compress.presets import Preset
 from ControlNet.annotator.canny import CannyDetector
 from ControlNet.annotator.util import HWC3, resize
-from utils.images import read_image, write_atomically
+from utils.data.images import read_image, write_atomically
 
 _find_edges = CannyDetector()
 

@@ -26,8 +26,8 @@ from enum import Enum
 from pathlib import Path
 
 from compress.presets import Preset, Sampling
+from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.paths import DatasetPaths
 
 MARK = "ESCORT"
 DEFAULTS = {

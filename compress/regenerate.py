@@ -30,9 +30,9 @@ from compress.presets import Preset
 from compress.prompt import Prompt
 from compress.records import Records
 from ControlNet.annotator.util import resize
+from utils.data.images import image_bits, read_image, write_atomically
+from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.images import image_bits, read_image, write_atomically
-from utils.paths import DatasetPaths
 
 THREADS = 4
 """That read images ahead, and as many that write copies: enough for a fast GPU, at some 10 ms a photograph."""

@@ -28,10 +28,10 @@ from compress.records import MadeOtherwise, Records
 from compress.share import PATIENCE, by_first, deal, gather
 from compress.summary import report, report_estimate, report_findings, report_plan
 from compress.verify import Findings, verify
+from utils.data.paths import DatasetPaths, data_dir
 from utils.devices import launch
 from utils.errors import UserError
 from utils.log import tolerate_odd_names
-from utils.paths import DatasetPaths, data_dir
 
 DONE, SOME_FAILED, WRONG_COMMAND, INTERRUPTED = 0, 1, 2, 130
 MIXING = "Make those again with --replace, or put this run's beside them with --keep-apart NAME."

@@ -15,7 +15,7 @@ from compress.overlap import Budget, map_ahead
 from compress.plan import Plan, Task
 from compress.records import Records, State, read_mark
 from compress.regenerate import MOST_PIXELS, temporary_files
-from utils.images import image_bits, read_image
+from utils.data.images import image_bits, read_image
 
 MISSING, UNREADABLE, WRONG_SIZE, OTHERWISE = "missing", "unreadable", "of the wrong size", "made otherwise"
 END_OF_JPEG = b"\xff\xd9"

@@ -32,13 +32,14 @@ from models.parts import parts
 from models.resume import Checkpoints, Place
 from models.stages import Schedule, Stage, learning_only
 from utils import log as logs
-from utils.batches import ImageSet, TrainingSet, batch_loader
-from utils.config import Config
-from utils.data_manager import DataManager, EpochBatchSampler
+from utils.config.schema import Config
+from utils.data.batches import ImageSet, TrainingSet, batch_loader
+from utils.data.classes import DataManager
+from utils.data.sampler import EpochBatchSampler
 from utils.errors import UserError
-from utils.history import History
-from utils.memory import ExemplarMemory
-from utils.metrics import nearest_mean_scores, phase_metrics
+from utils.memory.exemplars import ExemplarMemory
+from utils.results.history import History
+from utils.results.metrics import nearest_mean_scores, phase_metrics
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from models.base import Learner
 from models.losses import distillation
 from models.networks import BiasedNet, Outputs
 from models.stages import Stage
-from utils.data_manager import Item
+from utils.data.items import Item
 from utils.errors import UserError
 
 

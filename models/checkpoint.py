@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from utils.data.images import write_atomically
 from utils.errors import UserError
-from utils.images import write_atomically
 
 _PHASE = re.compile(r"phase(\d+)\.pt")
 

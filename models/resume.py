@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from models import checkpoint
-from utils.config import as_dict, differences
+from utils.config.schema import as_dict, differences
 from utils.errors import UserError
 
 if TYPE_CHECKING:

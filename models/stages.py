@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
-from utils.data_manager import Item
+from utils.data.items import Item
 
 
 class Schedule(NamedTuple):

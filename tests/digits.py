@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.curate import read_digits
-from utils.paths import DatasetPaths
+from utils.curate.command import read_digits
+from utils.data.paths import DatasetPaths
 
 
 def make_digits(

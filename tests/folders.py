@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.paths import DatasetPaths
+from utils.data.paths import DatasetPaths
 
 
 def save_picture(path: Path, colour=0, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from compress import run
 from tests.folders import make_dataset
-from utils.paths import DatasetPaths
+from utils.data.paths import DatasetPaths
 
 LABELS = ("apple pie", "sushi")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from utils.images import image_bits
-from utils.paths import DatasetPaths
+from utils.data.images import image_bits
+from utils.data.paths import DatasetPaths
 
 SHAPES = {
     "blue disc": ("ellipse", (40, 80, 230)),

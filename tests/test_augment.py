@@ -7,8 +7,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from utils.augment import FitSmall, SmallTest, SmallTrain, brightened, brightness_factors, random_bits, uniform
-from utils.augment_large import LargeTest, LargeTrain, Middle, Whole, random_boxes, resized
+from utils.data.augment import FitSmall, SmallTest, SmallTrain, brightened, brightness_factors, random_bits, uniform
+from utils.data.augment_large import LargeTest, LargeTrain, Middle, Whole, random_boxes, resized
 
 SIZES = [(32, 32), (28, 28), (32, 47), (47, 32), (64, 64), (17, 29)]
 

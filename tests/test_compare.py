@@ -1,10 +1,11 @@
-"""`python -m utils.compare`, with a stand-in for main.py that writes results as it does."""
+"""`python -m exps.compare`, with a stand-in for main.py that writes results as it does."""
 
 import json
 
 import pytest
 
-from utils import compare, report
+from exps import compare
+from utils.results import report
 
 STAND_IN = """
 import json, sys

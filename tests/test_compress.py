@@ -17,7 +17,7 @@ from compress.options import copy_numbers
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.model import ModelError
 from tests.folders import make_dataset, save_noise
-from utils.paths import DatasetPaths
+from utils.data.paths import DatasetPaths
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
 

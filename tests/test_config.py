@@ -8,8 +8,8 @@ import pytest
 
 from convs.resnet import CONVNETS
 from models import METHODS
-from utils import config as configs
-from utils.config import Config, accelerator, as_dict, differences, load_config
+from utils.config import schema as configs
+from utils.config.schema import Config, accelerator, as_dict, differences, load_config
 from utils.errors import UserError
 
 CHOICES = {"model_name": tuple(METHODS), "convnet_type": CONVNETS}

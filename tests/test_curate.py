@@ -12,9 +12,9 @@ from PIL import Image
 
 from tests.folders import save_noise
 from tests.little_run import Killed, kill_at, tree
-from utils.curate import main
-from utils.data_manager import DataManager
-from utils.paths import DatasetPaths
+from utils.curate.command import main
+from utils.data.classes import DataManager
+from utils.data.paths import DatasetPaths
 
 
 @pytest.fixture

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler
 
+from compress.copies import check_copies
 from tests.folders import make_dataset, save_noise, save_picture
-from utils.augment_large import Whole
-from utils.batches import ImageSet, TrainingSet, batch_loader
-from utils.data_manager import DataManager, EpochBatchSampler, Item, check_copies
-from utils.datasets import dataset_defaults
+from utils.data.augment_large import Whole
+from utils.data.batches import ImageSet, TrainingSet, batch_loader
+from utils.data.cache import open_cache
+from utils.data.classes import DataManager
+from utils.data.datasets import dataset_defaults
+from utils.data.items import Item
+from utils.data.paths import DatasetPaths
+from utils.data.sampler import EpochBatchSampler
 from utils.errors import UserError
-from utils.paths import DatasetPaths
-from utils.pixels import open_cache
 
 DEFAULTS = dataset_defaults("Toy", (32, 32))
 TRANSFORM = DEFAULTS.train_transform

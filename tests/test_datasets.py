@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
-from utils.augment import random_bits
-from utils.datasets import CIFAR10_STATISTICS, CIFAR100_STATISTICS, IMAGENET_STATISTICS, KNOWN, dataset_defaults
+from utils.data.augment import random_bits
+from utils.data.datasets import CIFAR10_STATISTICS, CIFAR100_STATISTICS, IMAGENET_STATISTICS, KNOWN, dataset_defaults
 
 
 def states(count, seed=0):

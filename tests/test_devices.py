@@ -16,7 +16,7 @@ from models.parts import parts
 from tests import processes
 from tests.shapes import make_shapes
 from tests.test_resume import assert_ends_alike
-from utils.data_manager import EpochBatchSampler
+from utils.data.sampler import EpochBatchSampler
 from utils.devices import launch
 from utils.errors import UserError
 

@@ -9,8 +9,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from models.resume import Checkpoints
 from tests.test_main import data_dir, results, train  # noqa: F401  (fixtures)
-from utils import report
-from utils.history import History
+from utils.results import report
+from utils.results.history import History
 
 SHORT = {
     "init_epoch": 2,

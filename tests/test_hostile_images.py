@@ -20,14 +20,14 @@ from compress.verify import verify
 from ControlNet.annotator import util
 from tests import hostile_images
 from tests.little_model import little_model
-from utils.augment_large import Whole
-from utils.batches import ImageSet
-from utils.images import MAX_PIXELS, image_bits, is_image, read_image
-from utils.memory import prompt_cost
-from utils.paths import DatasetPaths
-from utils.pixels import UnreadableImage
+from utils.data.augment_large import Whole
+from utils.data.batches import ImageSet
+from utils.data.cache import UnreadableImage
+from utils.data.images import MAX_PIXELS, image_bits, is_image, read_image
+from utils.data.paths import DatasetPaths
+from utils.memory.budget import prompt_cost
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # as utils.images does, whose filters pytest resets
+pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # as utils.data.images does, whose filters pytest resets
 REPOSITORY = Path(__file__).parents[1]
 LEVELS = 3
 """How far a JPEG at quality 95 without colour subsampling is from its picture, in levels of 255."""
@@ -148,7 +148,7 @@ def test_a_picture_of_the_largest_size_is_read_and_one_more_row_is_not(tmp_path)
 READ_ALL = """
 import resource, sys
 from pathlib import Path
-from utils.images import image_bits, read_image
+from utils.data.images import image_bits, read_image
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # MiB, where the system counts in KiB
 read_image(Path(sys.argv[1]))
@@ -184,8 +184,8 @@ READ_AS_NOBODY = """
 import os, sys
 from pathlib import Path
 from utils.errors import UserError
-from utils.images import read_image
-from utils.paths import DatasetPaths
+from utils.data.images import read_image
+from utils.data.paths import DatasetPaths
 os.chdir(sys.argv[1])
 if os.geteuid() == 0:
     try:

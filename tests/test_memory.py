@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from tests.folders import save_noise, save_picture
-from utils.data_manager import Item
+from utils.data.items import Item
+from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory import ExemplarMemory, check_budget, check_class_sizes, herding, prompt_cost
-from utils.paths import DatasetPaths
+from utils.memory.budget import check_budget, check_class_sizes, prompt_cost
+from utils.memory.exemplars import ExemplarMemory
+from utils.memory.selection import herding
 
 # --- herding ---
 

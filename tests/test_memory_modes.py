@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from tests.folders import save_noise, save_picture
+from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory import SELECTIONS, ExemplarMemory, check_total, closest_to_mean, herding, share
-from utils.paths import DatasetPaths
+from utils.memory.budget import check_total, share
+from utils.memory.exemplars import ExemplarMemory
+from utils.memory.selection import SELECTIONS, closest_to_mean, herding
 
 LABELS = ("a", "b", "c", "d")
 N = 30

@@ -17,8 +17,8 @@ from models import METHODS
 from models.networks import IncrementalNet, Outputs
 from models.stages import Schedule, Stage
 from tests.digits import make_digits
-from utils.data_manager import Item
-from utils.datasets import dataset_defaults
+from utils.data.datasets import dataset_defaults
+from utils.data.items import Item
 from utils.errors import UserError
 
 CHANCE = 100 / 6

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from utils import report
-from utils.metrics import (
+from utils.results import report
+from utils.results.metrics import (
     average_incremental_accuracy,
     backward_transfer,
     forgetting,

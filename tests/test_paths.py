@@ -1,4 +1,4 @@
-"""Paths on disk and image files (utils/paths.py, utils/images.py)."""
+"""Paths on disk and image files (utils/data/paths.py, utils/data/images.py)."""
 
 import io
 import os
@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from tests.folders import save_picture
+from utils.data.images import image_bits, is_image, read_image, write_atomically
+from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
-from utils.images import image_bits, is_image, read_image, write_atomically
-from utils.paths import DatasetPaths, data_dir
 
 
 def test_layout_is_the_documented_one(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 import main as experiment
 from compress import run as compress
-from utils.paths import DatasetPaths
+from utils.data.paths import DatasetPaths
 
 pytestmark = pytest.mark.shared_data
 

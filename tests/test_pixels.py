@@ -1,4 +1,4 @@
-"""The cache of decoded pictures (utils/pixels.py): the same pixels, from however many processes, and never stale."""
+"""The cache of decoded pictures (utils/data/cache.py): the same pixels, from any number of processes, never stale."""
 
 import multiprocessing
 import os
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tests.folders import save_noise
-from utils.augment import FitSmall
-from utils.augment_large import Middle, Whole
+from utils.data.augment import FitSmall
+from utils.data.augment_large import Middle, Whole
+from utils.data.cache import PixelCache, UnreadableImage, open_cache
+from utils.data.images import read_image
 from utils.errors import UserError
-from utils.images import read_image
-from utils.pixels import PixelCache, UnreadableImage, open_cache
 
 MIB = 1 << 20
 

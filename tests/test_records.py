@@ -22,8 +22,8 @@ from compress.regenerate import Regenerator
 from tests.folders import save_noise
 from tests.little_model import little_model, save_checkpoint
 from tests.little_run import LABELS, Killed, command, copies, kill_at, little_dataset, tree
+from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.paths import DatasetPaths
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
 

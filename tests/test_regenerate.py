@@ -19,8 +19,8 @@ from compress.presets import HIGH, LOW
 from compress.regenerate import Regenerator
 from tests.folders import save_noise
 from tests.little_model import little_model
+from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.paths import DatasetPaths
 
 SMALL = HIGH.changed(size=64, steps=2)
 

@@ -17,7 +17,7 @@ from models import checkpoint, resume
 from models.base import Learner
 from tests.digits import make_digits
 from tests.shapes import make_shapes
-from utils.data_manager import EpochBatchSampler
+from utils.data.sampler import EpochBatchSampler
 
 SHORT = {"epochs": 2, "compression_epochs": 2, "ft_epochs": 1, "milestones": [1], "init_milestones": [1]}
 EVERY_STEP = {"checkpoint_every": 1e-9}

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.folders import make_dataset
-from utils.paths import DatasetPaths
+from utils.data.paths import DatasetPaths
 
 REPOSITORY = Path(__file__).parent.parent
 LABELS = ("apple pie", "crème", "sushi")

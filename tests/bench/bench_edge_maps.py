@@ -21,8 +21,8 @@ from PIL import Image
 
 from compress import prompt as prompts
 from compress.presets import PRESETS
-from utils.curate import read_digits
-from utils.images import is_image, read_image
+from utils.curate.command import read_digits
+from utils.data.images import is_image, read_image
 
 Write = Callable[[Image.Image, io.BytesIO], object]
 

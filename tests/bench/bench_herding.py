@@ -18,7 +18,7 @@ import torchvision_compat  # noqa: F401  (before torchvision)
 
 import numpy as np
 
-from utils.memory import herding
+from utils.memory.selection import herding
 
 
 def published(vectors: np.ndarray, m: int) -> list[int]:

@@ -21,7 +21,7 @@ import torch
 
 from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.model import load_model
-from utils.curate import DIGIT_NAMES, read_digits
+from utils.curate.command import DIGIT_NAMES, read_digits
 
 SIZE, STEPS, GUIDANCE = 64, 10, 9.0
 NEGATIVE = (

@@ -39,13 +39,15 @@ from models import METHODS
 from models.networks import IncrementalNet
 from models.resume import Place
 from models.stages import Schedule, Stage
-from utils.batches import TrainingSet, batch_loader
-from utils.config import Config
-from utils.data_manager import DataManager, EpochBatchSampler, Item
-from utils.datasets import CIFAR10_STATISTICS, IMAGENET_STATISTICS
-from utils.memory import ExemplarMemory
-from utils.paths import DatasetPaths
-from utils.pixels import PixelCache
+from utils.config.schema import Config
+from utils.data.batches import TrainingSet, batch_loader
+from utils.data.cache import PixelCache
+from utils.data.classes import DataManager
+from utils.data.datasets import CIFAR10_STATISTICS, IMAGENET_STATISTICS
+from utils.data.items import Item
+from utils.data.paths import DatasetPaths
+from utils.data.sampler import EpochBatchSampler
+from utils.memory.exemplars import ExemplarMemory
 
 WORKERS = (0, 1, 2)
 PARTS = {"CIFAR10": (32, "resnet32"), "Imagenette224": (224, "resnet18")}

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.data.images import write_atomically
 from utils.errors import UserError
-from utils.images import write_atomically
 
 COLUMNS = ("phase", "stage", "epoch", "learning_rate", "loss", "train_accuracy", "seconds")
 _CURVES = ("learning_rate", "loss", "train_accuracy", "seconds")

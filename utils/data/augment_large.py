@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision import transforms
 
-from utils.augment import BRIGHTNESS, as_images, brightness_factors, middle, random_bits, uniform
-from utils.pixels import Form, load
+from utils.data.augment import BRIGHTNESS, as_images, brightness_factors, middle, random_bits, uniform
+from utils.data.cache import Form, load
 
 SIDE = 224
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

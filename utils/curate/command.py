@@ -37,10 +37,7 @@ import numpy as np
 from PIL import Image
 
 from utils import log as logs
-from utils.errors import UserError
-from utils.images import write_atomically
-from utils.paths import DatasetPaths, data_dir
-from utils.sources import (
+from utils.curate.sources import (
     Picture,
     Split,
     caltech256,
@@ -54,6 +51,9 @@ from utils.sources import (
     readable,
     readable_caltech,
 )
+from utils.data.images import write_atomically
+from utils.data.paths import DatasetPaths, data_dir
+from utils.errors import UserError
 
 WHAT = ("digits", "CIFAR10", "CIFAR100", "Food101", "Caltech256", "folder")
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -273,7 +273,3 @@ def write_dataset(paths: DatasetPaths, pictures: Sequence[Picture], texts: Mappi
         if of_mode:
             print(f"{paths.folder(mode)}: {len(of_mode)} images of {len(set(of_mode))} classes")
     print(f"{written} of {len(pictures)} images were written now")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

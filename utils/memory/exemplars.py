@@ -6,144 +6,17 @@ costs the edge map's bits over its image's bits: 1/24 for an RGB image of the sa
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from utils.data_manager import Item
-from utils.errors import UserError
-from utils.images import image_bits
-from utils.paths import DatasetPaths
+from utils.data.items import Item
+from utils.data.paths import DatasetPaths
+from utils.memory.budget import ROUNDING, check_budget, check_class_sizes, prompt_cost, share
+from utils.memory.selection import SELECTIONS, closest_to_mean, herding
 
 log = logging.getLogger(__name__)
-
-SELECTIONS = ("herding", "random", "closest")
-"""How a class's exemplars are chosen, in order: `herding`, at random, or by the distance to the class mean."""
-
-_TIE = 1e-10  # scores closer than this are the same: rounding differs between equal rows, and between machines
-_ROUNDING = 1e-9  # of a sum of costs, in units
-
-
-def herding(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
-    """Indices of m rows in the order in which iCaRL's herding picks them (Rebuffi et al. 2017, Algorithm 4).
-
-    features: n x d, one row per image of a class; rows are L2-normalised here.  Each time, the row is picked that
-    brings the mean of the picked closest to the mean of all; each row at most once; of equals, the first.
-
-    Raises ValueError for m outside 0 ... n, and UserError for features that aren't finite.
-    """
-    n = len(features)
-    if not 0 <= m <= n:
-        raise ValueError(f"can't pick {m} of {n}")
-    x, norms = _unit_rows(features)
-    # |mean - (picked + x_i)/k| is least where 2 x_i.(k mean - picked) - |x_i|^2 is greatest: one product per pick,
-    # and nothing larger than the features is ever held.  Row by row (vecdot), as BLAS's matrix-vector product would
-    # start threads for a fraction of a millisecond's work, and sum up otherwise with another number of them.
-    twice_along_mean = 2 * np.vecdot(x, x.mean(axis=0))
-    score = -(norms > 0).astype(np.float64)
-    chosen = []
-    for _ in range(m):
-        score += twice_along_mean
-        best = int(np.argmax(score >= score.max() - _TIE))
-        chosen.append(best)
-        score -= 2 * np.vecdot(x, x[best])
-        score[best] = -np.inf
-    return chosen
-
-
-def closest_to_mean(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
-    """Indices of the m rows nearest to the mean of all, the nearest first; of equals, the first.
-
-    features and errors as for `herding`.
-    """
-    if not 0 <= m <= len(features):
-        raise ValueError(f"can't pick {m} of {len(features)}")
-    x, _ = _unit_rows(features)
-    distances = np.linalg.norm(x - x.mean(axis=0), axis=1)
-    return np.argsort((distances / _TIE).round(), kind="stable")[:m].tolist()
-
-
-def _unit_rows(features: np.ndarray | torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(rows of unit length, their lengths before) in float64; a row of zeros stays one."""
-    if isinstance(features, torch.Tensor):
-        features = features.detach().to("cpu", torch.float64).numpy()
-    x = np.asarray(features, dtype=np.float64)
-    if not np.isfinite(x).all():
-        raise UserError("features are not finite numbers: training has diverged. Lower the learning rate.")
-    norms = np.linalg.norm(x, axis=1)
-    return x / np.where(norms > 0, norms, 1)[:, None], norms
-
-
-def share(units: float, real: int, synthetic: int, cost: float) -> tuple[int, int]:
-    """How many (real, synthetic) exemplars `units` hold, in the ratio R : S and no more than whole ones.
-
-    real: R; synthetic: S; cost: units of one synthetic exemplar.  With f = units / (R + S x cost) these are
-    floor(R f) and floor(S f): 2,000 units over 100 classes are 20 each, for R = 18, S = 48 and 1/24 exactly 18 and 48;
-    over 40 classes they are 50 each, 45 and 120.
-    """
-    factor = units / (real + synthetic * cost) if real or synthetic else 0.0
-    return int(real * factor + _ROUNDING), int(synthetic * factor + _ROUNDING)
-
-
-def prompt_cost(image: Path, edge_map: Path | None = None) -> float:
-    """Units that an image's prompt costs: bits of its edge map over bits of the image, from the headers of both files.
-
-    An edge map has one bit per pixel, also where an older file spends eight on it.  Without an edge map, the cost is
-    that of one as large as the image.
-    Raises UserError naming a file that can't be read.
-    """
-    try:
-        width, height, depth = image_bits(image)
-        if edge_map is None:
-            return 1 / depth
-        map_width, map_height, _ = image_bits(edge_map)
-    except OSError as error:
-        raise UserError(f"cannot read image {error}. Replace the file or take it away.") from error
-    return map_width * map_height / (width * height * depth)
-
-
-def check_budget(real: int, synthetic: int, budget: float | None, cost: float = 1 / 24) -> None:
-    """Raises UserError, with the arithmetic, where R + S x cost > B.
-
-    real: R; synthetic: S; budget: B in units per class, None for no limit; cost: units of one synthetic exemplar.
-    """
-    for name, number in (("real_per_class", real), ("syn_per_class", synthetic)):
-        if number < 0:
-            raise UserError(f"{name} is {number}: it can't be less than 0.")
-    units = real + synthetic * cost
-    if budget is None or units <= budget + _ROUNDING:
-        return
-    asked = f"{real} real + {synthetic} synthetic x {Fraction(cost).limit_denominator(10_000)}"
-    raise UserError(
-        f"over the memory budget of a class: {asked} = {units:.2f} units > {budget:g}. "
-        "Lower real_per_class or syn_per_class, or raise memory_per_class."
-    )
-
-
-def check_total(total: float, nb_classes: int, real: int, synthetic: int, cost: float = 1 / 24) -> None:
-    """Raises UserError where `total` units, shared by `nb_classes` classes, leave a class without any exemplar."""
-    if share(total / nb_classes, real, synthetic, cost) == (0, 0):
-        raise UserError(
-            f"memory_size = {total:g} units are {total / nb_classes:.3g} for each of {nb_classes} classes: not one "
-            f"exemplar in the ratio of {real} real to {synthetic} synthetic. Raise memory_size."
-        )
-
-
-def check_class_sizes(sizes: Mapping[str, int], real: int, synthetic: int) -> None:
-    """Raises UserError where a class has fewer than R + S train images, so that this shows before any training.
-
-    sizes: number of train images by class label.
-    """
-    short = sorted((count, label) for label, count in sizes.items() if count < real + synthetic)
-    if short:
-        count, label = short[0]
-        more = f" ({len(short)} classes are too small)" if len(short) > 1 else ""
-        raise UserError(
-            f"class {label!r} has {count} train images, fewer than {real} real + {synthetic} synthetic exemplars{more}."
-            " Lower real_per_class or syn_per_class."
-        )
 
 
 class ExemplarMemory:
@@ -231,7 +104,7 @@ class ExemplarMemory:
         """
         kept = self._synthetic[target]
         before, label = len(kept), kept[0].parent.name if kept else ""
-        while self.budget is not None and kept and self.units(target) > self.budget + _ROUNDING:
+        while self.budget is not None and kept and self.units(target) > self.budget + ROUNDING:
             kept.pop()
         if len(kept) < before and self.total is None:
             log.warning(

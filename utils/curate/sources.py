@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils.data.images import is_image
 from utils.errors import UserError
-from utils.images import is_image
 
 CALTECH_CLUTTER = "257.clutter"
 """Caltech-256's class of pictures that belong to none of its 256; left out unless a class list names it."""

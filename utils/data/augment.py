@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
 
-from utils.pixels import Form, load
+from utils.data.cache import Form, load
 
 BRIGHTNESS = 63 / 255
 """A picture is made brighter or darker by a factor of 1 - BRIGHTNESS to 1 + BRIGHTNESS."""

@@ -16,12 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-from utils import report
-from utils.compare import real_only
-from utils.config import read_json
+from exps.compare import real_only
+from utils.config.schema import read_json
+from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
-from utils.gallery import plot_exemplars
-from utils.paths import DatasetPaths, data_dir
+from utils.results import report
+from utils.results.gallery import plot_exemplars
 
 CONFIG = Path("exps/demo.json")
 OUTPUT = Path("outputs/demo")
@@ -120,7 +120,7 @@ def outcome(results: dict) -> list:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m utils.demo", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m exps.demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--on-demand", action="store_true", help="compare copies made on demand with those made ahead")
     chosen = demo_on_demand if parser.parse_args().on_demand else demo
     try:

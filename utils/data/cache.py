@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, features
 
 from utils.errors import UserError
-from utils.images import read_image
+from utils.data.images import read_image
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ only adds what the size can't tell, so a dataset that is missing from `KNOWN` ne
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.augment import FitSmall, Normalise, SmallTest, SmallTrain, TestTransform, TrainTransform
-from utils.augment_large import LargeTest, LargeTrain, Middle, Whole
+from utils.data.augment import FitSmall, Normalise, SmallTest, SmallTrain, TestTransform, TrainTransform
+from utils.data.augment_large import LargeTest, LargeTrain, Middle, Whole
 
 ImageKind = Literal["small", "large"]
 

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.images import is_image
+from utils.data.images import is_image
 
 
 def data_dir(chosen: str | os.PathLike | None = None) -> Path:

@@ -1,6 +1,6 @@
 """Methods side by side, each with real exemplars alone and with a config's mix of real ones and prompts, at one budget.
 
-    python -m utils.compare exps/cifar10.json [--methods icarl,der] [--only real|mix] [--jobs 2] [key=value ...]
+    python -m exps.compare exps/cifar10.json [--methods icarl,der] [--only real|mix] [--jobs 2] [key=value ...]
 
 The config names everything but the method.  Each run is main.py's, in <output>/<method>-<real or mix>; what is finished
 is reused, what was killed goes on.  A method that keeps no exemplars runs once.  The table, in Markdown, has top-1
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils import log as logs
-from utils import report
-from utils.config import read_json
+from utils.config.schema import read_json
 from utils.errors import UserError
+from utils.results import report
 
 EXPS = Path(__file__).resolve().parent.parent / "exps"
 MAIN = EXPS.parent / "main.py"
@@ -155,7 +155,7 @@ def compare(options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command.  Returns its exit code: 0 done, 1 some runs failed (listed), 2 it is wrong, 130 interrupted."""
     parser = argparse.ArgumentParser(
-        prog="python -m utils.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m exps.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path, help="a JSON config, such as exps/cifar10.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config in all runs")

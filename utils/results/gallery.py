@@ -1,6 +1,6 @@
 """Draws what prompts keep and what comes back from them: image | edge map | copies, a row a class.
 
-python -m utils.gallery --data-dir data --dataset Food101 --copies 5 exemplars.png
+python -m utils.results.gallery --data-dir data --dataset Food101 --copies 5 exemplars.png
 """
 
 import argparse
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from utils.data.images import read_image, write_atomically
+from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
-from utils.images import read_image, write_atomically
-from utils.paths import DatasetPaths, data_dir
 
 
 def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: int = 20) -> None:
@@ -55,7 +55,7 @@ def _picture(path: Path) -> Image.Image:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m utils.gallery", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m utils.results.gallery", description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", help="folder of all datasets (default: $ESCORT_DATA_DIR, else ./data)")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--variant", metavar="NAME", default="", help="copies that --keep-apart NAME made")

@@ -1,6 +1,6 @@
 """What a run leaves: results.json, phases.csv, confusion matrices, accuracy.png; and tables that compare runs.
 
-    python -m utils.report FOLDER [NAME=FOLDER ...] [--plot accuracy.png]
+    python -m utils.results.report FOLDER [NAME=FOLDER ...] [--plot accuracy.png]
 
 results.json (accuracies in percent, seconds, bytes):
     config     the configuration as used
@@ -34,10 +34,10 @@ from typing import Any
 
 import numpy as np
 
+from utils.data.images import write_atomically
 from utils.errors import UserError
-from utils.history import write_csv
-from utils.images import write_atomically
-from utils.metrics import average_incremental_accuracy, backward_transfer, forgetting
+from utils.results.history import write_csv
+from utils.results.metrics import average_incremental_accuracy, backward_transfer, forgetting
 
 PHASE_COLUMNS = (
     *("seed", "phase", "classes_seen"),
@@ -253,7 +253,7 @@ def plot(runs: Mapping[str, Mapping], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare the results of several output folders.  Exit code 0, or 2 where one has none."""
-    parser = argparse.ArgumentParser(prog="python -m utils.report", description="Compare runs of main.py.")
+    parser = argparse.ArgumentParser(prog="python -m utils.results.report", description="Compare runs of main.py.")
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help="an output folder of main.py")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the accuracy curves")
     arguments = parser.parse_args(argv)

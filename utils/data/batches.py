@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.augment import TestTransform, TrainTransform, random_bits, uniform
-from utils.data_manager import Item, seed_sequence
+from utils.data.augment import TestTransform, TrainTransform, random_bits, uniform
+from utils.data.items import Item
+from utils.data.sampler import seed_sequence
 from utils.errors import UserError
-from utils.paths import DatasetPaths
-from utils.pixels import PixelCache
+from utils.data.paths import DatasetPaths
+from utils.data.cache import PixelCache
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """(indices: B, images: B x 3 x S x S of uint8, targets: B)."""

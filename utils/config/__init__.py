@@ -1,0 +1,1 @@
+"""A run's configuration: its keys (`schema`), read from JSON and checked."""

@@ -1,0 +1,137 @@
+"""From folders of images to classes in the order of a run: class order, phases, and the images of each class."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from utils.data.augment import Normalise, TestTransform, TrainTransform
+from utils.data.cache import PixelCache, UnreadableImage
+from utils.data.datasets import DatasetDefaults, ImageKind, dataset_defaults
+from utils.data.images import image_bits
+from utils.data.items import Item
+from utils.data.paths import DatasetPaths
+from utils.errors import UserError
+
+
+class DataManager:
+    """A dataset's classes in the order in which they arrive, and the images of each.
+
+    paths: the dataset's folders; shuffle: whether the order is `np.random.seed(seed); np.random.permutation(n)` over
+    the sorted class labels, or the sorted labels themselves; init_cls: number of classes of phase 0; increment: number
+    of classes of every later phase, of which the last one has what is left.
+
+    Raises UserError for a missing folder, a class without images, train and test classes that differ, or a split
+    into phases that the classes don't allow.  All folders are listed here, once.
+    """
+
+    pixels: PixelCache | None = None
+    """Where decoded pictures are kept, for all phases; None: nowhere."""
+
+    def __init__(self, paths: DatasetPaths, *, shuffle: bool, seed: int, init_cls: int, increment: int):
+        self.paths = paths
+        labels = paths.classes("train")
+        _check_same_classes(paths, labels, paths.classes("test"))
+        n = len(labels)
+        if not 1 <= init_cls <= n:
+            raise UserError(f"init_cls is {init_cls}, but dataset {paths.dataset!r} has {n} classes: choose 1 to {n}.")
+        if init_cls < n and increment < 1:
+            raise UserError(
+                f"increment is {increment}, with {n - init_cls} classes left after phase 0: choose at least 1."
+            )
+        self.class_order: list[int] = list(range(n))
+        if shuffle:
+            # The numbers of np.random.seed(seed); np.random.permutation(n), without touching the global generator.
+            self.class_order = np.random.RandomState(seed).permutation(n).tolist()
+        self.class_names: list[str] = [labels[i] for i in self.class_order]
+        self._starts = [0, *range(init_cls, n, max(increment, 1)), n]
+        self._train = [paths.images(label, "train") for label in self.class_names]
+        self._test = [paths.images(label, "test") for label in self.class_names]
+        self._check_no_class_is_empty()
+
+    @property
+    def nb_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def nb_phases(self) -> int:
+        return len(self._starts) - 1
+
+    def phase_targets(self, phase: int) -> range:
+        """The targets of the classes that are new in a phase (0, 1, ...)."""
+        if not 0 <= phase < self.nb_phases:
+            raise IndexError(f"phase {phase} of {self.nb_phases}")
+        return range(self._starts[phase], self._starts[phase + 1])
+
+    def seen_targets(self, phase: int) -> range:
+        """The targets of all classes seen by the end of a phase."""
+        return range(self.phase_targets(phase).stop)
+
+    def train_images(self, target: int) -> list[Path]:
+        """All train images of a class, sorted."""
+        return self._train[target]
+
+    def test_images(self, target: int) -> list[Path]:
+        """All test images of a class, sorted."""
+        return self._test[target]
+
+    def new_items(self, phase: int) -> list[Item]:
+        """Every train image of a phase's new classes, as items of role "new"."""
+        return [Item(image, target, "new") for target in self.phase_targets(phase) for image in self._train[target]]
+
+    @property
+    def image_kind(self) -> ImageKind:
+        """ "small" (32 x 32 inputs) or "large" (224 x 224 inputs)."""
+        return self.defaults.image_kind
+
+    @property
+    def train_transform(self) -> TrainTransform:
+        return self.defaults.train_transform
+
+    @property
+    def test_transform(self) -> TestTransform:
+        return self.defaults.test_transform
+
+    @property
+    def normalise(self) -> Normalise:
+        """From pictures as the transforms leave them to what networks take."""
+        return self.defaults.normalise
+
+    @cached_property
+    def defaults(self) -> DatasetDefaults:
+        """What fits this dataset's name and the typical size of its images (the median of a few, by their headers)."""
+        return dataset_defaults(self.paths.dataset, typical_size([images[0] for images in self._train]))
+
+    def _check_no_class_is_empty(self) -> None:
+        empty = [
+            self.paths.folder(mode) / label
+            for mode, listing in (("train", self._train), ("test", self._test))
+            for label, images in zip(self.class_names, listing, strict=True)
+            if not images
+        ]
+        if empty:
+            more = f" (and {len(empty) - 1} more class folders)" if len(empty) > 1 else ""
+            raise UserError(f"no images in {min(empty)}{more}: every class needs train and test images.")
+
+
+def _check_same_classes(paths: DatasetPaths, train: list[str], test: list[str]) -> None:
+    for mode, here, other_mode, there in (("train", train, "test", test), ("test", test, "train", train)):
+        only = sorted(set(here) - set(there))
+        if only:
+            raise UserError(
+                f"{len(only)} classes of {paths.folder(mode)} have no folder in {paths.folder(other_mode)}, "
+                f"the first is {only[0]!r}: train and test need the same class folders."
+            )
+
+
+def typical_size(images: Sequence[Path]) -> tuple[int, int]:
+    """(width, height) of the image whose shorter side is the median of up to nine, spread over `images`."""
+    sizes = []
+    for i in np.linspace(0, len(images) - 1, min(len(images), 9)).round().astype(int):
+        try:
+            width, height, _ = image_bits(images[i])
+        except OSError as error:
+            raise UnreadableImage(f"cannot read image {error}. Replace the file or take it away.") from error
+        sizes.append((width, height))
+    return sorted(sizes, key=min)[len(sizes) // 2]
