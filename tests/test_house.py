@@ -1,0 +1,93 @@
+"""The structure of the code, as docs/architecture.md draws it: who may import whom, no circles, nothing oversized."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("ControlNet", "compress", "convs", "models", "utils", "exps")
+MAY_IMPORT = {
+    "main": {"models", "compress", "utils"},
+    "exps": {"utils"},  # starts main.py and compress/run.py as commands
+    "compress": {"ControlNet", "utils"},
+    "models": {"convs", "utils"},
+    "ControlNet": set(),
+    "convs": set(),
+    "utils": set(),
+}
+LONGEST_FILE, LONGEST_FUNCTION, MOST_METHODS = 350, 60, 20
+WORTH_IT = "longer than usual:"
+"""A comment with these words, in the file, says why a file, function or class exceeds the limits."""
+
+SOURCES = {path.relative_to(ROOT).as_posix(): path for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+SOURCES["main.py"] = ROOT / "main.py"
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in SOURCES.items()}
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def module_name(file: str) -> str:
+    return file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+
+MODULES = {module_name(file) for file in SOURCES}
+
+
+def project_module(name: str) -> str | None:
+    """The project's module that `name` is, or is a name of; None for a library."""
+    if room_of(name) not in MAY_IMPORT:
+        return None
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def imports(file: str) -> set[str]:
+    """Modules of the project that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {module for name in names if (module := project_module(name))} - {module_name(file)}
+
+
+IMPORTS = {file: imports(file) for file in SOURCES}
+
+
+def test_each_room_imports_only_those_that_it_may():
+    wrong = []
+    for file, imported in IMPORTS.items():
+        own = room_of(module_name(file))
+        wrong += [f"{file}: {m}" for m in sorted(imported) if room_of(m) not in {own, *MAY_IMPORT[own]}]
+    assert not wrong
+
+
+def test_no_circles_between_files():
+    packages = {module_name(file) for file in SOURCES if file.endswith("__init__.py")}
+    graph = {}
+    for file, imported in IMPORTS.items():  # a package is imported before the modules in it: that is no circle
+        module = module_name(file)
+        graph[module] = {other for other in imported if not (other in packages and module.startswith(other + "."))}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the files
+
+
+def test_nothing_is_oversized():
+    oversized = []
+    for file, tree in TREES.items():
+        text = SOURCES[file].read_text(encoding="utf-8")
+        if WORTH_IT in text:
+            continue
+        if (lines := text.count("\n")) > LONGEST_FILE:
+            oversized.append(f"{file}: {lines} lines")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and (lines := node.end_lineno - node.lineno + 1) > LONGEST_FUNCTION:
+                oversized.append(f"{file}, {node.name}: {lines} lines")
+            elif isinstance(node, ast.ClassDef):
+                methods = sum(isinstance(member, ast.FunctionDef) for member in node.body)
+                if methods > MOST_METHODS:
+                    oversized.append(f"{file}, class {node.name}: {methods} methods")
+    assert not oversized
