@@ -116,5 +116,24 @@ def test_resizing_takes_lanczos_to_grow_and_area_to_shrink():
     assert (resize(picture, 192, 256) == cv2.resize(picture, (256, 192), interpolation=cv2.INTER_LANCZOS4)).all()
     assert (resize(picture, 45, 60) == cv2.resize(picture, (60, 45), interpolation=cv2.INTER_AREA)).all()
     assert resize(picture, 90, 120) is picture
-    assert resize_image(picture, 256).shape == (256, 320, 3)
-    assert resize_image(picture[:, :, 0], 64).shape == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "resolution", "expected"),
+    [
+        ((1000, 1500), 768, (768, 1152)),
+        ((1080, 1920), 768, (768, 1344)),
+        ((600, 1400), 640, (640, 1472)),
+        ((200, 900), 512, (512, 2304)),
+        ((90, 120), 256, (256, 320)),
+        ((300, 310), 300, (320, 320)),
+    ],
+)
+def test_resize_image_is_the_published_function(shape, resolution, expected):
+    """Shapes measured from the published code; interpolation goes by the scale, not by the rounded size."""
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    interpolation = cv2.INTER_LANCZOS4 if resolution > min(shape) else cv2.INTER_AREA
+    resized = resize_image(picture, resolution)
+    assert resized.shape == (*expected, 3)
+    assert (resized == cv2.resize(picture, expected[::-1], interpolation=interpolation)).all()
+    assert resize_image(picture[:, :, 0], resolution).shape == expected

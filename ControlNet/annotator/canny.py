@@ -1,4 +1,4 @@
-"""Canny's edge detector: the picture half of a prompt."""
+"""Canny's edge detector."""
 
 import cv2
 import numpy as np

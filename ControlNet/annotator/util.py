@@ -1,19 +1,22 @@
-"""Shapes of pictures: three channels, the size to generate at, resizing."""
+"""Convert an image to three channels and resize it to a size that the networks take."""
 
 import cv2
 import numpy as np
 
 SIDE_STEP = 64
-"""Sides are multiples of this: the autoencoder shrinks a picture 8 times, the UNet its latents 8 times more."""
+"""Sides are multiples of this: the autoencoder downsamples by 8, the UNet by another 8."""
 
 MAX_PIXELS = 786_432
-"""The largest picture to generate: 768 x 1,024, or 512 x 1,536."""
+"""The presets' limit on generated pixels: 768 x 1,024, or 512 x 1,536."""
 
 
 def HWC3(image: np.ndarray) -> np.ndarray:
-    """Any HxW, HxWx1, HxWx3 or HxWx4 uint8 picture as HxWx3.  The fourth channel is opacity, over white."""
+    """HxW, HxWx1, HxWx3 or HxWx4 uint8 -> HxWx3 uint8.  A fourth channel is alpha, blended over white.
+
+    Raises TypeError for another dtype and ValueError for another number of channels.
+    """
     if image.dtype != np.uint8:
-        raise TypeError(f"a picture of uint8 values is needed, not of {image.dtype}")
+        raise TypeError(f"HWC3 needs a uint8 image, not {image.dtype}")
     if image.ndim == 2:
         image = image[:, :, None]
     channels = image.shape[2]
@@ -24,7 +27,7 @@ def HWC3(image: np.ndarray) -> np.ndarray:
     if channels == 4:
         opacity = image[:, :, 3:].astype(np.float32) / 255
         return (image[:, :, :3] * opacity + 255 * (1 - opacity)).clip(0, 255).astype(np.uint8)
-    raise ValueError(f"a picture has 1, 3 or 4 channels, not {channels}")
+    raise ValueError(f"an image has 1, 3 or 4 channels, not {channels}")
 
 
 def generated_size(height: int, width: int, shorter_side: int) -> tuple[int, int]:
@@ -57,6 +60,13 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LANCZOS4 if growing else cv2.INTER_AREA)
 
 
-def resize_image(image: np.ndarray, shorter_side: int) -> np.ndarray:
-    """The uint8 picture (HxW or HxWxC) at its generated size."""
-    return resize(image, *generated_size(*image.shape[:2], shorter_side))
+def resize_image(input_image: np.ndarray, resolution: int) -> np.ndarray:
+    """The published function: scale so that the shorter side becomes `resolution`, sides rounded to multiples of 64.
+
+    input_image: HxW or HxWxC uint8.  Lanczos4 to enlarge, area to shrink.  The size has no upper limit.
+    """
+    height, width = input_image.shape[:2]
+    scale = resolution / min(height, width)
+    height, width = (int(np.round(side * scale / SIDE_STEP)) * SIDE_STEP for side in (height, width))
+    interpolation = cv2.INTER_LANCZOS4 if scale > 1 else cv2.INTER_AREA
+    return cv2.resize(input_image, (width, height), interpolation=interpolation)
