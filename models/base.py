@@ -362,8 +362,8 @@ class Learner(abc.ABC):
         with bar, torch.no_grad(), fabric.autocast():
             for index, pictures, _ in batches:
                 outputs = self.network(self.to_device(pictures))
-                logits[index] = outputs.logits.float().cpu()
-                features[index] = outputs.features.float().cpu()
+                logits[index] = outputs.logits.to(logits)
+                features[index] = outputs.features.to(features)
                 bar.update()
         return Outputs(self._sum_over_processes(logits), self._sum_over_processes(features))
 

@@ -89,7 +89,7 @@ def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
     counts n: C, images of each class; beta: in 0 ... 1, 1 excluded.
     """
     weights = (1 - beta) / (1 - beta ** counts.double().clamp(min=1))
-    return (weights / weights.mean()).float()
+    return (weights / weights.mean()).to(torch.get_default_dtype())
 
 
 def sinkhorn(cost: Tensor, regularisation: float, iterations: int = 1000, tolerance: float = 1e-9) -> Tensor:
