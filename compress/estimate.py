@@ -34,7 +34,7 @@ def estimate(regenerator: Regenerator, plan: Plan) -> Estimate:
     """
     tasks = [task for task in plan.tasks if task.edge_map is None or task.copy_numbers]
     tasks = [tasks[i] for i in np.unique(np.linspace(0, len(tasks) - 1, min(SAMPLE, len(tasks)), dtype=int))]
-    edge_map_bytes, copy_bytes, jobs = [], [], []
+    edge_map_bytes, copy_bytes, jobs, quality = [], [], [], regenerator.preset.quality
     for task in tasks:
         try:
             prompt = regenerator.prompt(task)
@@ -44,7 +44,7 @@ def estimate(regenerator: Regenerator, plan: Plan) -> Estimate:
         except OSError:
             continue  # the run itself will list it
         edge_map_bytes.append(_size(lambda file, prompt=prompt: prompts.write(prompt, file)))
-        copy_bytes.append(_size(lambda file, image=image, grey=greyscale: save_copy(image, file, grey)))
+        copy_bytes.append(_size(lambda file, image=image, grey=greyscale: save_copy(image, file, grey, quality)))
     return Estimate(
         plan.edge_maps_missing * _mean(edge_map_bytes) if plan.edge_maps_missing else 0.0,
         plan.copies_missing * _mean(copy_bytes) if plan.copies_missing else 0.0,

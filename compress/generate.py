@@ -54,10 +54,9 @@ class PictureGenerator:
     A batch that does not fit the device's memory is halved until it does, and so are those that follow.
 
     A copy depends on its prompt, its number, the settings and the model alone.  It starts from noise of its own
-    (`initial_noise`).  As kernels may round differently at another batch size, a batch that is not full is filled up:
-    which copies are missing, and which share a batch, then does not show in a single byte.  Measured, this holds on a
-    CPU where the number of threads divides the batch size (an odd share changes how the work is split).  Elsewhere,
-    and between batch sizes, a few pixels in ten thousand differ by one level of 255.
+    (`initial_noise`).  As kernels may round differently at another batch size, an incomplete batch is padded, so that a
+    copy does not depend on what else is missing.  Measured: bit-exact on a CPU where the number of threads divides the
+    batch size; elsewhere, and between batch sizes, a few pixels in ten thousand differ by one level of 255.
     """
 
     def __init__(
@@ -169,6 +168,11 @@ class PictureGenerator:
         if not self.low_memory:
             return nullcontext()
         return visiting(self.device, *(getattr(self.model, part) for part in parts))
+
+
+def precision_of(model) -> str:
+    """The precision that a model's networks run in: "fp32", "bf16" or "fp16"."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -27,10 +27,13 @@ def accelerator(device: str) -> tuple[str, int | list[int]]:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """With "auto" resolved: bf16 on a GPU that has it, fp16 on another, fp32 on a CPU."""
+    """The precision, with "auto" resolved: bf16 on a GPU that computes in it, fp16 on older GPUs, fp32 on a CPU."""
     if precision != "auto":
         return precision
-    return "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if device.type == "cpu":
+        return "fp32"
+    # V100, T4 and RTX 20 only emulate bf16.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def download(spec: str) -> None:
@@ -51,9 +54,9 @@ def fingerprint(options: argparse.Namespace) -> str:
         raise UserError(str(error)) from error
 
 
-def load(options: argparse.Namespace, device: torch.device) -> ControlLDM:
-    """The model, in the precision asked for.  Raises UserError where it can't be loaded."""
-    dtype = PRECISIONS[choose_precision(options.precision, device)]
+def load(options: argparse.Namespace, device: torch.device, precision: str) -> ControlLDM:
+    """The model.  precision: "fp32", "bf16" or "fp16".  Raises UserError where it can't be loaded."""
+    dtype = PRECISIONS[precision]
     home = torch.device("cpu") if options.low_memory else device  # from where the part at work visits the device
     try:
         return load_model(options.model, home, dtype, options.base)
@@ -64,13 +67,13 @@ def load(options: argparse.Namespace, device: torch.device) -> ControlLDM:
 
 
 def make_regenerator(
-    options: argparse.Namespace, paths: DatasetPaths, preset: Preset, device: torch.device, *, with_model: bool
+    options: argparse.Namespace, paths: DatasetPaths, preset: Preset, device: torch.device, precision: str | None
 ) -> Regenerator:
-    """The regenerator that the options ask for; with_model: whether copies are to be made, and not only edge maps."""
+    """The regenerator that the options ask for.  precision: of the model; None: no copy is missing, load no model."""
     return Regenerator(
         paths,
         preset,
-        load(options, device) if with_model else None,
+        None if precision is None else load(options, device, precision),
         batch_size=options.batch_size,
         compile=options.compile,
         low_memory=options.low_memory,

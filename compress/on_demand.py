@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from compress.machine import download, load, make_regenerator
+from compress.machine import choose_precision, download, fingerprint, make_regenerator
 from compress.options import chosen_preset, parse_settings
 from compress.plan import Plan, plan
 from compress.records import MadeOtherwise, Records, edge_map_size
@@ -34,8 +34,9 @@ class OnDemand:
             self.preset = chosen_preset(self.options)
             if self.options.download:
                 download(self.options.model)
-            # A wrong path, and below copies made otherwise, show now and not after the first phase.
-            self.fingerprint = load(self.options, torch.device("cpu")).fingerprint
+            # A wrong path, and below copies of other settings, show now and not after the first phase.
+            self.fingerprint = fingerprint(self.options)
+            self.precision = choose_precision(self.options.precision, device)
         except UserError as error:
             raise UserError(f"regenerate_options: {error}") from error
         self._plan((image for label in paths.classes() for image in paths.images(label)[:1]), copies)
@@ -43,8 +44,8 @@ class OnDemand:
     def __call__(self, images: Sequence[Path], with_copies: bool = True) -> None:
         """Raises UserError where an edge map or a copy could not be made."""
         todo = self._plan(images, self.copies if with_copies else 0)
-        with_model = todo.copies_missing > 0
-        regenerator = make_regenerator(self.options, self.paths, self.preset, self.device, with_model=with_model)
+        precision = self.precision if todo.copies_missing else None
+        regenerator = make_regenerator(self.options, self.paths, self.preset, self.device, precision)
         with progress(todo.copies_missing, "copies") as bar:
             result = regenerator.run(todo, bar.update)
         if result.failures:
@@ -53,7 +54,7 @@ class OnDemand:
 
     def _plan(self, images: Iterable[Path], copies: int) -> Plan:
         try:
-            return plan(Records(self.paths, self.preset, self.fingerprint), images, range(copies))
+            return plan(Records(self.paths, self.preset, self.fingerprint, self.precision), images, range(copies))
         except MadeOtherwise as error:
             raise UserError(
                 f"{error}\nGive this experiment copies of its own with variant=NAME, "

@@ -10,6 +10,8 @@ from utils.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
+MOST_COPIES = 1_000_000
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -78,6 +80,7 @@ def add_settings(parser: argparse.ArgumentParser, resolution: str | None) -> Non
     settings.add_argument("--guidance", metavar="X", type=finite, help="scale of classifier-free guidance")
     settings.add_argument("--prompt-template", metavar="TEXT", help="such as 'a photo of {label}'")
     settings.add_argument("--negative-prompt", metavar="TEXT", help="text of what copies should not be like")
+    settings.add_argument("--quality", metavar="Q", type=at_least_one, help="JPEG quality of copies, 1 to 100 [75]")
 
 
 def add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -95,7 +98,7 @@ def add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     machine.add_argument("--download", action="store_true", help="fetch sd15's weights (5.7 GB) if they are not there")
     machine.add_argument(
-        "--precision", default="auto", choices=("auto", *PRECISIONS), help="[bf16 on a GPU that has it, fp32 on a CPU]"
+        "--precision", default="auto", choices=("auto", *PRECISIONS), help="[bf16 or fp16 on a GPU, fp32 on a CPU]"
     )
     machine.add_argument("--batch-size", metavar="N", type=at_least_one, help="copies made at a time [by device]")
     machine.add_argument("--low-memory", action="store_true", help="keep on the GPU only the network that is at work")
@@ -126,6 +129,7 @@ def chosen_preset(options: argparse.Namespace) -> Preset:
         sampler=options.sampler,
         prompt_template=options.prompt_template,
         negative_prompt=options.negative_prompt,
+        quality=options.quality,
     )
 
 
@@ -134,6 +138,8 @@ def copy_numbers(text: str) -> list[int]:
     if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*,?\s*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of copies nor a list like 0,3,7")
     numbers = [int(number) for number in text.split(",") if number.strip()]
+    if max(numbers) > MOST_COPIES:
+        raise argparse.ArgumentTypeError(f"copy numbers go up to {MOST_COPIES:,}, {max(numbers)} is too large")
     if "," in text:
         return list(dict.fromkeys(numbers))
     if numbers == [0]:

@@ -189,17 +189,17 @@ def _copies(
     """File name -> what is known of it, of a class's copies on disk, at least of those asked for."""
     folder = records.paths.copies_folder(label)
     on_disk = dict.fromkeys((name for name in _names(folder) if name.endswith(".jpg")), Found.GOOD)
-    state, mark = records.copies.state(label), records.copies.mark(label)
+    state, marks = records.copies.state(label), records.copies.marks(label)
     if state is State.SAME and not replaced:
         return on_disk
     if state is State.OTHER and not replaced:
         return dict.fromkeys(on_disk, Found.OTHERWISE)
-    if mark is None:
+    if not marks:
         return dict.fromkeys(on_disk, Found.UNKNOWN)
     asked = [name for image in images for k in copy_numbers if (name := records.paths.copy_name(image, k)) in on_disk]
     unmarked = Found.UNKNOWN if state is State.NEW and not replaced else Found.OTHERWISE
     return {
-        name: Found.GOOD if found == mark else unmarked if found is None else Found.OTHERWISE
+        name: Found.GOOD if found in marks else unmarked if found is None else Found.OTHERWISE
         for name, found in zip(asked, each(read_mark, map(folder.joinpath, asked)), strict=True)
     }
 

@@ -1,15 +1,26 @@
-"""The settings of the two kinds of data, as data (DESIGN section 4)."""
+"""The settings of the two kinds of data: from image to prompt to copy."""
 
 import re
 from dataclasses import dataclass, replace
 
-from ControlNet.annotator.util import generated_size
+import numpy as np
+
 from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.dpm_solver import DPMSolverSampler
 from utils.errors import UserError
 
 SAMPLERS = {"ddim": DDIMSampler, "dpm++2m": DPMSolverSampler}
 """What `Sampling.sampler` may be."""
+
+
+SIDE_STEP = 64
+"""Generated sides are multiples of this: the autoencoder divides sides by 8, the UNet by another 8."""
+
+MAX_PIXELS = 786_432
+"""The largest picture to generate: 768 x 1,024, or 512 x 1,536."""
+
+DEFAULT_QUALITY = 75
+"""Pillow's default JPEG quality (4:2:0 subsampling), with which the published scripts save copies."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,8 @@ class Preset:
     prompt_template: the text around "{label}"; shorter_side, small_shorter_side: the generated picture's shorter side
     in pixels, for images of at least shorter_side pixels and for smaller ones; edges_of_generated_size: whether the
     image is resized before its edges are found (edge maps then have the generated size), or the edge map afterwards;
-    guess: the sampling where a class has no text, None for the ordinary one; low_threshold, high_threshold: Canny's.
+    guess: the sampling where a class has no text, None for the ordinary one; low_threshold, high_threshold: Canny's;
+    quality: of a copy's JPEG file, 1 to 100.
     """
 
     name: str
@@ -58,6 +70,7 @@ class Preset:
     edges_of_generated_size: bool
     low_threshold: float = 100
     high_threshold: float = 200
+    quality: int = DEFAULT_QUALITY
 
     def generated_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) at which copies of an image of this height and width are generated."""
@@ -82,10 +95,11 @@ class Preset:
         sampler: str | None = None,
         prompt_template: str | None = None,
         negative_prompt: str | None = None,
+        quality: int | None = None,
     ) -> "Preset":
-        """This preset with what is not None put in; steps, guidance and sampler hold for guess mode too.
+        """A preset with the given values in place of its own; steps, guidance and sampler also change guess mode.
 
-        size: the shorter side of every generated picture, whatever the image's.  Raises UserError for what can't be.
+        size: the shorter side of every generated picture, whatever the image's.  Raises UserError for invalid values.
         """
         if size is not None and size < 64:
             raise UserError(f"a generated picture's shorter side is at least 64 pixels; --size {size} is too small.")
@@ -93,6 +107,8 @@ class Preset:
             raise UserError(f"the number of steps lies between 1 and 1000; --steps {steps} does not.")
         if sampler is not None and sampler not in SAMPLERS:
             raise UserError(f"--sampler is one of {', '.join(SAMPLERS)}, not {sampler!r}.")
+        if quality is not None and not 1 <= quality <= 100:
+            raise UserError(f"a JPEG's quality lies between 1 and 100; --quality {quality} does not.")
         strange = set(re.findall(r"\{\w*\}", prompt_template or "")) - {"{label}"}
         if strange:
             names = ", ".join(sorted(strange))
@@ -107,12 +123,33 @@ class Preset:
                 small_shorter_side=size,
                 prompt_template=prompt_template,
                 negative_prompt=negative_prompt,
+                quality=quality,
             ),
         )
 
 
 def _given(**values) -> dict:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def generated_size(height: int, width: int, shorter_side: int) -> tuple[int, int]:
+    """The size (height, width) at which copies of a height x width image are generated, in multiples of 64.
+
+    As published (PESCR, `Compress._resize`): scale both sides so that the shorter one becomes `shorter_side`, halve
+    both while the picture has more than MAX_PIXELS pixels, round each to the nearest multiple of 64 (ties to the even
+    one, NumPy's rounding).
+
+    Two cases differ, where the published formula has no usable result: a side is never rounded to 0 but to 64, and if
+    that exceeds MAX_PIXELS (1 x 1000 would become 64 x 16000), the longer side is cut (64 x 12288).
+    """
+    scale = shorter_side / min(height, width)
+    sides = np.array([height * scale, width * scale])
+    while sides.prod() > MAX_PIXELS:
+        sides /= 2
+    sides = np.maximum(np.round(sides / SIDE_STEP), 1).astype(int) * SIDE_STEP
+    longest = MAX_PIXELS // int(sides.min()) // SIDE_STEP * SIDE_STEP
+    height, width = np.minimum(sides, longest).tolist()
+    return height, width
 
 
 HIGH = Preset(

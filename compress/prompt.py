@@ -10,7 +10,7 @@ from PIL import Image
 
 from compress.presets import Preset
 from ControlNet.annotator.canny import CannyDetector
-from ControlNet.annotator.util import HWC3, resize
+from ControlNet.annotator.util import HWC3
 from utils.data.images import read_image, write_atomically
 
 _find_edges = CannyDetector()
@@ -28,7 +28,9 @@ def extract(image: np.ndarray, text: str, preset: Preset) -> Prompt:
     """The prompt of an image (HxWx3 RGB or HxW, uint8) whose class is called `text`."""
     image = HWC3(image)
     if preset.edges_of_generated_size:
-        image = resize(image, *preset.generated_size(*image.shape[:2]))
+        height, width = preset.generated_size(*image.shape[:2])
+        enlarge = height * width >= image.shape[0] * image.shape[1]
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LANCZOS4 if enlarge else cv2.INTER_AREA)
     return Prompt(_find_edges(image, preset.low_threshold, preset.high_threshold), text)
 
 

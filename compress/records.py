@@ -1,18 +1,19 @@
-"""What made the edge maps and copies on disk, so that files made otherwise are never mixed in unseen.
+"""The settings of the edge maps and copies on disk, so that files of different settings are never mixed unnoticed.
 
-A copy carries a mark in its JPEG comment: a digest of everything that makes it what it is beside its image and its
-number.  File and mark are one atomic write.  What marks stand for is written beside the class folders, before the
-first file: `settings.json`, and where something was made otherwise later on, `settings-2.json`, ...
+A copy carries a mark in its JPEG comment: a digest of everything that it depends on beside its image and its number.
+File and mark are one atomic write.  The settings behind the marks are written beside the class folders before the first
+copy: `settings.json`, then `settings-2.json`, ... whenever the settings change.
 
     exemplars/settings.json            {"settings": {"prompt_template": ..., "sampling": {"steps": 20, ...}, ...},
                                         "class_texts": {"apple_pie": "apple pie", ...}}
     exemplars/apple_pie/1_seed00.jpg   comment: "ESCORT 3f2a9c81d0b7"
 
-Each of these files is written once and never changed, under a number that nobody has taken: processes that share the
-work can't overwrite each other's.  For each class the newest one counts.  Edge maps carry no mark, as their bytes are
-the memory's; their settings lie in `edge_maps/settings.json`, and their size or their image tells how they were made.
+A settings file is written once, under a free number, and never changed, so processes that share the work can't
+overwrite each other's.  The newest one counts for each class.  Edge maps carry no mark, as their bytes count as memory;
+their settings are in `edge_maps/settings.json`, and a file is checked by its size or against its image.
 
-Device, precision and batch size are no settings: they move a few pixels in ten thousand by one level of 255.
+Precision is a setting: bf16 in place of fp32 changes a third of a copy's pixels.  Device and batch size are none: they
+change a few pixels in ten thousand by one level of 255.
 """
 
 import hashlib
@@ -30,9 +31,14 @@ from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
 MARK = "ESCORT"
+MADE_BY = ("model", "precision")
+"""Settings that a record may lack, or that nobody has looked up; None, which equals any value."""
 DEFAULTS = {
-    each.name: each.default for kind in (Preset, Sampling) for each in fields(kind) if each.default is not MISSING
+    **{each.name: each.default for kind in (Preset, Sampling) for each in fields(kind) if each.default is not MISSING},
+    **dict.fromkeys(MADE_BY),
+    "quality": 95,  # of versions whose records don't say
 }
+"""The values of settings in records of versions that did not know them."""
 
 
 class MadeOtherwise(UserError):
@@ -48,18 +54,18 @@ class State(Enum):
     OTHER = "the newest settings are others"
 
 
-def copy_settings(preset: Preset, model: str | None) -> dict:
-    """All that makes a copy what it is, beside its image, its number and its class's text.
+def copy_settings(preset: Preset, model: str | None, precision: str | None) -> dict:
+    """All that a copy depends on, beside its image, its number and its class's text.
 
-    model: the weights' fingerprint; None: not looked at, and so not compared.
+    model: the weights' fingerprint; precision: "fp32", "bf16" or "fp16".  None: not known, and so not compared.
     """
     settings = asdict(preset)
     del settings["name"]
-    return {**settings, "model": model}
+    return {**settings, "model": model, "precision": precision}
 
 
 def edge_map_settings(preset: Preset) -> dict:
-    """All that makes an edge map what it is, beside its image."""
+    """All that an edge map depends on, beside its image."""
     names = ["edges_of_generated_size", "low_threshold", "high_threshold"]
     names += ["shorter_side", "small_shorter_side"] * preset.edges_of_generated_size
     return {name: getattr(preset, name) for name in names}
@@ -93,15 +99,22 @@ class Record:
         return State.SAME if all(_alike(kind, wanted) for kind in kinds) else State.MIXED
 
     def mark(self, label: str) -> str | None:
-        """What the JPEG comment of a class's copies says.  None where the model is not known, not even by the record"""
+        """The JPEG comment of new copies of a class; None while the model is unknown."""
         wanted = self._wanted(label)
-        unheard_of = None if wanted.get("model", "") is None else wanted
-        # As it was written down: an earlier version may have known fewer settings, or nobody looked at the model.
-        kind = next((kind for kind in reversed(self._kinds(label)) if _alike(kind, wanted)), unheard_of)
+        # As recorded: an earlier version may have known fewer settings.
+        kind = next((kind for kind in reversed(self._kinds(label)) if _alike(kind, wanted)), None)
+        if kind is None or _knows_less(kind, wanted):
+            kind = None if wanted.get("model", "") is None else wanted
         return kind and f"{MARK} {_digest(kind)}"
 
+    def marks(self, label: str) -> frozenset[str]:
+        """The marks of all copies of a class that count as made with these settings; empty while none is known."""
+        wanted, newest = self._wanted(label), self.mark(label)
+        recorded = {f"{MARK} {_digest(kind)}" for kind in self._kinds(label) if _alike(kind, wanted)}
+        return frozenset(recorded | {newest} if newest else recorded)
+
     def differences(self, label: str) -> list[str]:
-        """From the newest settings on disk to those asked for: such as "steps 20 -> 50".  Empty where none are known"""
+        """What differs between the newest settings on disk and those asked for, such as "steps 20 -> 50"."""
         kinds, wanted = self._kinds(label), self._wanted(label)
         return [
             f"{_words(name, label)} {_value(old)} -> {_value(value)}"
@@ -116,10 +129,10 @@ class Record:
         return all(kind[name] == kinds[0][name] for kind in kinds for name in ("low_threshold", "high_threshold"))
 
     def note(self, labels: Iterable[str]) -> None:
-        """Write down that these classes' files are made with the settings asked for from now on.
+        """Record that these classes' files are made with the settings asked for from now on.
 
-        Classes of which nothing is on disk are noted as well, so that processes which share the work agree.
-        Raises MadeOtherwise where another process has noted other settings since this record was read.
+        Classes of which nothing is on disk are recorded as well, so that processes which share the work agree.
+        Raises MadeOtherwise where another process has recorded other settings since this record was read.
         """
         labels = set(labels)
         while True:
@@ -128,9 +141,10 @@ class Record:
             missing = set()
             for label in labels:
                 newest = self._kinds(label)[-1:]
-                if newest and _alike(newest[0], self._wanted(label)):
+                alike = newest and _alike(newest[0], self._wanted(label))
+                if alike and not _knows_less(newest[0], self._wanted(label)):
                     continue
-                if newest != before[label]:
+                if newest != before[label] and not alike:
                     raise MadeOtherwise(
                         f"another process has begun to make files with other settings in {self.folder} "
                         f"({'; '.join(self.differences(label))})."
@@ -141,8 +155,17 @@ class Record:
             missing |= {label for label in self.texts if not self._kinds(label) and not (self.folder / label).exists()}
             self._add({label: self.texts[label] for label in sorted(missing)})
 
+    def newest(self, label: str) -> dict | None:
+        """The newest recorded settings of a class's files, None where nothing is recorded."""
+        return next(reversed(self._kinds(label)), None)
+
     def _wanted(self, label: str) -> dict:
-        return _kind(self.settings, self.texts.get(label, label))
+        """The settings asked for; a model or precision that nobody has looked up is taken from the newest record."""
+        wanted = _kind(self.settings, self.texts.get(label, label))
+        for name in MADE_BY:
+            if wanted.get(name, "") is None:
+                wanted[name] = next((k[name] for k in reversed(self._kinds(label)) if k.get(name) is not None), None)
+        return wanted
 
     def _kinds(self, label: str) -> list[dict]:
         """What made a class's files, oldest first."""
@@ -183,18 +206,19 @@ class Record:
 
 
 class Records:
-    """What is asked for of a dataset's edge maps and copies, and what is known of those on disk.
+    """The settings asked for of a dataset's edge maps and copies, and the recorded settings of those on disk.
 
-    preset: the settings; model: the weights' fingerprint (`weights_fingerprint`, or a loaded model's `fingerprint`),
-    None to compare all settings but the model.
+    preset: the settings; model: the weights' fingerprint (`weights_fingerprint`, or a loaded model's `fingerprint`);
+    precision: "fp32", "bf16" or "fp16".  A model or precision of None is not compared.
     """
 
-    def __init__(self, paths: DatasetPaths, preset: Preset, model: str | None = None):
+    def __init__(self, paths: DatasetPaths, preset: Preset, model: str | None = None, precision: str | None = None):
         self.paths = paths
         self.preset = preset
+        self.precision = precision
         texts = paths.class_texts()
         self.edge_maps = Record(paths.folder("edge_maps"), edge_map_settings(preset), dict.fromkeys(texts))
-        self.copies = Record(paths.folder("exemplars"), copy_settings(preset, model), texts)
+        self.copies = Record(paths.folder("exemplars"), copy_settings(preset, model, precision), texts)
         self.model_known = model is not None
 
 
@@ -242,11 +266,17 @@ def _kind(settings: Mapping, text: str | None) -> dict:
 
 
 def _alike(kind: Mapping, other: Mapping) -> bool:
-    """Equal; a setting that a version did not know had its default, and a model that is not known equals any."""
+    """Equal, with DEFAULTS for what a version did not know; an unknown model or precision equals any."""
     kind, other = {**DEFAULTS, **kind}, {**DEFAULTS, **other}
-    if kind.get("model", "") is None or other.get("model", "") is None:
-        kind["model"] = other["model"] = None
+    for name in MADE_BY:
+        if kind[name] is None or other[name] is None:
+            kind[name] = other[name] = None
     return kind == other
+
+
+def _knows_less(kind: Mapping, other: Mapping) -> bool:
+    """Whether a record lacks a model or precision that is known by now."""
+    return any(kind.get(name) is None and other.get(name) is not None for name in MADE_BY)
 
 
 def _digest(kind: Mapping) -> str:

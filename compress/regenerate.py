@@ -10,6 +10,7 @@ edge maps), jobs into batches (`batches`), batches into pictures (`PictureGenera
 """
 
 import errno
+import functools
 import os
 import re
 from collections import deque
@@ -19,17 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import cv2
 import numpy as np
 from PIL import Image
 
 from compress import prompt as prompts
-from compress.generate import Job, PictureGenerator, batches
+from compress.generate import Job, PictureGenerator, batches, precision_of
 from compress.overlap import Budget, map_ahead
 from compress.plan import Failure, Plan, Result, Task, plan
 from compress.presets import Preset
 from compress.prompt import Prompt
 from compress.records import Records
-from ControlNet.annotator.util import resize
 from utils.data.images import image_bits, read_image, write_atomically
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
@@ -39,9 +40,6 @@ THREADS = 4
 
 MOST_PIXELS = 50_000_000
 """Of images that are held decoded at a time, all threads together (one larger image is held alone)."""
-
-JPEG_QUALITY = 95
-"""What cv2.imwrite uses unasked, and so what the published scripts' copies have."""
 
 
 @dataclass
@@ -64,7 +62,7 @@ class Regenerator:
         self.preset = preset
         self.texts = paths.class_texts()
         self.generate = PictureGenerator(preset, model, batch_size=batch_size, **how)
-        self._fingerprint = None if model is None else getattr(model, "fingerprint", "")
+        self._model = (None, None) if model is None else (getattr(model, "fingerprint", ""), precision_of(model))
         self._pixels = Budget(MOST_PIXELS)
 
     def __call__(self, images: Iterable[Path], copy_numbers: Sequence[int]) -> Result:
@@ -73,7 +71,7 @@ class Regenerator:
 
     def plan(self, images: Iterable[Path], copy_numbers: Sequence[int], **how) -> Plan:
         """`compress.plan.plan` with this regenerator's settings and model."""
-        return plan(Records(self.paths, self.preset, self._fingerprint), images, copy_numbers, **how)
+        return plan(Records(self.paths, self.preset, *self._model), images, copy_numbers, **how)
 
     def run(self, plan: Plan, progress: Callable[[int], object] = lambda copies: None) -> Result:
         """Make what the plan says is missing.  An image that can't be read goes into the result's failures.
@@ -201,21 +199,31 @@ class Regenerator:
         height, width = job.original
         try:
             with self._pixels.hold(height * width):
-                picture = resize(picture, height, width)
-                _write(copy, lambda: write_atomically(copy, lambda file: save_copy(picture, file, job.greyscale, mark)))
+                picture = resize_back(picture, height, width)
+                save = functools.partial(save_copy, picture, greyscale=job.greyscale, quality=self.preset.quality)
+                _write(copy, lambda: write_atomically(copy, functools.partial(save, mark=mark)))
             return Result(copies_made=1)
         except OSError as error:
             return Result(copies_failed=1, failures=[Failure(job.image, _reason(error, copy))])
 
 
-def save_copy(picture: np.ndarray, file: BinaryIO, greyscale: bool, mark: str | None = None) -> None:
-    """Write a copy (HxWx3 uint8) as a JPEG, with its mark (see `compress.records`) as the comment.
+def resize_back(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A generated picture (HxWx3 uint8) at its image's size, height x width.
+
+    The published rule: Lanczos where the generated picture's shorter side is at most the image's, else by area.
+    """
+    enlarge = min(picture.shape[:2]) <= min(height, width)
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LANCZOS4 if enlarge else cv2.INTER_AREA)
+
+
+def save_copy(picture: np.ndarray, file: BinaryIO, greyscale: bool, quality: int, mark: str | None = None) -> None:
+    """Write a copy (HxWx3 uint8) as a JPEG (4:2:0), with its mark (see `compress.records`) as the comment.
 
     The copy of a greyscale image is greyscale: it stands in for its image.
     """
     image = Image.fromarray(picture)
     image = image.convert("L") if greyscale else image
-    image.save(file, "JPEG", quality=JPEG_QUALITY, **({"comment": mark.encode()} if mark else {}))
+    image.save(file, "JPEG", quality=quality, **({"comment": mark.encode()} if mark else {}))
 
 
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}

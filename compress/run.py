@@ -17,13 +17,13 @@ from pathlib import Path
 if __name__ == "__main__" and not __package__:  # `python compress/run.py`: Python would look into compress/ alone
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import torch
 from lightning_fabric import Fabric
 from tqdm import tqdm
 
 from compress.machine import accelerator, choose_precision, download, fingerprint, make_regenerator
 from compress.options import chosen_preset, parser
 from compress.plan import Plan, plan
-from compress.presets import Preset
 from compress.records import MadeOtherwise, Records
 from compress.share import PATIENCE, by_first, deal, gather
 from compress.summary import report, report_estimate, report_findings, report_plan
@@ -60,14 +60,13 @@ def run(options: argparse.Namespace) -> int:
     paths = DatasetPaths(data_dir(options.data_dir), options.dataset, options.keep_apart)
     if options.verify:
         return by_first(fabric, lambda: check(options, paths)) or DONE
-    whole, empty = by_first(fabric, lambda: prepare(options, paths)) or (None, [])
+    whole, empty = by_first(fabric, lambda: prepare(options, paths, fabric.device)) or (None, [])
     if options.dry_run and not fabric.is_global_zero:
         return DONE
     todo = whole if options.dry_run else deal(fabric, whole)
-    preset, with_model = todo.records.preset, todo.copies_missing > 0
-    regenerator = make_regenerator(options, paths, preset, fabric.device, with_model=with_model)
-    if with_model and fabric.is_global_zero:
-        precision = choose_precision(options.precision, fabric.device)
+    precision = todo.records.precision if todo.copies_missing else None
+    regenerator = make_regenerator(options, paths, todo.records.preset, fabric.device, precision)
+    if precision and fabric.is_global_zero:
         at_a_time = f"{regenerator.generate.batch_size} at a time"
         where = fabric.device if fabric.world_size == 1 else f"{fabric.world_size} processes ({fabric.device.type})"
         print(f"model {options.model} on {where} in {precision}, {at_a_time}", flush=True)
@@ -85,12 +84,12 @@ def run(options: argparse.Namespace) -> int:
     return SOME_FAILED if result.failures or empty else DONE
 
 
-def prepare(options: argparse.Namespace, paths: DatasetPaths) -> tuple[Plan, list[Path]]:
+def prepare(options: argparse.Namespace, paths: DatasetPaths, device: torch.device) -> tuple[Plan, list[Path]]:
     """What there is to do, told and returned, and the class folders without images."""
     if options.download:
         download(options.model)
     images, empty = select(paths, options.classes, options.limit, options.shard)
-    todo = find_work(options, paths, chosen_preset(options), images)
+    todo = find_work(options, paths, device, images)
     report_plan(todo, f"{options.dataset}, {options.resolution} resolution")
     return todo, empty
 
@@ -98,28 +97,37 @@ def prepare(options: argparse.Namespace, paths: DatasetPaths) -> tuple[Plan, lis
 def check(options: argparse.Namespace, paths: DatasetPaths) -> int:
     """`--verify`.  Returns the exit code."""
     images, empty = select(paths, options.classes, options.limit, options.shard)
-    findings = verified(Records(paths, chosen_preset(options)), images, options.seeds)
+    findings = verified(Records(paths, chosen_preset(options), None, named(options.precision)), images, options.seeds)
     return DONE if findings.is_well and not empty else SOME_FAILED
 
 
-def find_work(options: argparse.Namespace, paths: DatasetPaths, preset: Preset, images: list[Path]) -> Plan:
-    """The plan for these images.  The model's weights are looked at only where a copy is to be made.
+def find_work(options: argparse.Namespace, paths: DatasetPaths, device: torch.device, images: list[Path]) -> Plan:
+    """The plan for these images.  The model's weights, and what "auto" precision means, matter only to new copies.
 
     Raises UserError where files on disk were made with other settings, and the options don't say what to do with them.
     """
 
-    def planned(model: str | None) -> Plan:
-        records = Records(paths, preset, model)
+    def planned(model: str | None, precision: str | None) -> Plan:
+        records = Records(paths, chosen_preset(options), model, precision)
         return plan(records, images, options.seeds, replaced=options.replace, overwrite=options.overwrite)
 
+    def planned_to_make() -> Plan:
+        return planned(fingerprint(options), choose_precision(options.precision, device))
+
+    again = options.replace or options.overwrite
     try:
-        todo = planned(fingerprint(options) if options.replace or options.overwrite else None)
+        todo = planned_to_make() if again else planned(None, named(options.precision))
         findings = verified(todo.records, images, options.seeds) if options.repair else Findings()
-        if findings.repairs(todo).copies_missing and not todo.records.model_known:
-            todo = planned(fingerprint(options))
+        if findings.repairs(todo).copies_missing and not again:
+            todo = planned_to_make()
     except MadeOtherwise as error:
         raise UserError(f"{error}.\n{MIXING}") from error
     return findings.repairs(todo)
+
+
+def named(precision: str) -> str | None:
+    """The precision that the user has named; None for "auto"."""
+    return None if precision == "auto" else precision
 
 
 def verified(records: Records, images: list[Path], copy_numbers: Sequence[int]) -> Findings:

@@ -104,7 +104,7 @@ class _Check:
         self.records = records
         self.copy_numbers = copy_numbers
         self.states = {label: records.copies.state(label) for label in records.copies.texts}
-        self.marks = {label: records.copies.mark(label) for label in records.copies.texts}
+        self.marks = {label: records.copies.marks(label) for label in records.copies.texts}
         self.pixels = Budget(MOST_PIXELS)
 
     def __call__(self, image: Path) -> tuple[Task, list[Fault], int]:
@@ -156,12 +156,12 @@ class _Check:
                 faults[k] = Fault(path, "copy", UNREADABLE, _reason(error, path))
                 continue
             mark = read_mark(path)
-            nobody_knows = state is State.NEW and wanted is None
+            nobody_knows = state is State.NEW and not wanted
             if found != size:
                 faults[k] = Fault(path, "copy", WRONG_SIZE, _sizes(found, size))
             elif nobody_knows or (mark is None and state is not State.MIXED):
                 unmarked += 1
-            elif mark != wanted:
+            elif mark not in wanted:
                 faults[k] = Fault(path, "copy", OTHERWISE, ", ".join(self.records.copies.differences(label)))
         return faults, unmarked
 

@@ -106,6 +106,8 @@ def test_the_same_settings_go_on_without_opening_a_copy(paths, compress, monkeyp
         ({"steps": "2"}, ["copies there", "steps 1 -> 2"]),
         ({"size": "128"}, ["shorter side 64 -> 128"]),
         ({"options": ["--guidance", "7.5"]}, ["guidance 9.0 -> 7.5"]),
+        ({"options": ["--quality", "90"]}, ["quality 75 -> 90"]),
+        ({"options": ["--precision", "bf16"]}, ["precision 'fp32' -> 'bf16'"]),
         ({"options": ["--sampler", "dpm++2m"]}, ["sampler 'ddim' -> 'dpm++2m'"]),
         ({"options": ["--negative-prompt", "no"]}, ["negative prompt 'longbody", "-> 'no'"]),
         ({"options": ["--prompt-template", "a {label}"]}, ["prompt template", "-> 'a {label}'"]),
@@ -141,6 +143,54 @@ def test_another_model_is_another_setting(paths, compress, other_checkpoint):
     assert tree(paths.root) == before
     assert compress(*other, "--replace")[0] == 0
     assert all(before[f"exemplars/{name}"] != content for name, content in copies(paths).items())
+
+
+def test_copies_of_two_precisions_are_never_mixed(tmp_path, compress, capsys):
+    """The bundled model, whose pictures differ between them; "auto" on this machine's CPU is fp32."""
+    paths = little_dataset(tmp_path / "tiny")
+    tiny = command(paths, Path("tiny"), capsys)
+    assert tiny("--precision", "bf16")[0] == 0
+    bf16 = copies(paths)
+    assert tiny()[0] == 0  # nothing is missing, and nothing is compared
+    assert tiny("--verify")[0] == 0
+    next(paths.copies_folder("sushi").iterdir()).unlink()
+    before = tree(paths.root)
+    for options in ([], ["--precision", "fp32"], ["--seeds", "3"]):
+        code, _, err = tiny(*options)
+        assert code == 2
+        assert "precision 'bf16' -> 'fp32'" in err
+        assert "--replace" in err
+        assert "--keep-apart" in err
+    assert tree(paths.root) == before
+    assert tiny("--verify", "--precision", "fp32")[0] == 1
+    assert tiny("--replace", "--precision", "fp32")[0] == 0
+    fp32 = copies(paths)
+    assert fp32.keys() == bf16.keys()
+    assert all(fp32[name] != bf16[name] for name in bf16)
+    assert tiny("--verify")[0] == 0
+
+
+def test_copies_of_a_version_without_precision_are_kept(paths, compress):
+    """Their precision is unknown; what is added to them from now on is known."""
+    compress()
+    file = paths.folder("exemplars") / "settings.json"
+    record = json.loads(file.read_text())
+    del record["settings"]["precision"]
+    file.write_text(json.dumps(record))
+    mark = Records(paths, SMALL).copies.mark("sushi")
+    for copy in paths.folder("exemplars").glob("*/*.jpg"):
+        (old,) = {read_mark(copy)}
+        new = Records(paths, SMALL).copies.mark(copy.parent.name)
+        copy.write_bytes(copy.read_bytes().replace(old.encode(), new.encode()))
+    code, out, _ = compress("--precision", "bf16")
+    assert (code, "copies: 0 made, 8 skipped" in out) == (0, True)
+    assert compress("--seeds", "3")[0] == 0
+    assert {mark, *marks(paths, "sushi")} == set(marks(paths, "sushi"))
+    assert len(set(marks(paths, "sushi"))) == 2
+    assert compress("--seeds", "3", "--verify")[0] == 0
+    code, _, err = compress("--seeds", "4", "--precision", "bf16")
+    assert code == 2
+    assert "precision 'fp32' -> 'bf16'" in err
 
 
 def test_replacing_makes_again_what_was_made_otherwise_alone(tmp_path, paths, compress):
