@@ -95,7 +95,7 @@ def test_a_copy_is_resized_back_and_saved_as_published(tmp_path, monkeypatch, wi
 def test_the_low_preset_resizes_before_canny_as_published(width, height, generated, resized):
     image = np.asarray(photograph(width, height))
     edges = cv2.Canny(cv2.resize(image, generated, interpolation=resized), 100, 200)
-    assert edges.mean() > 5
+    assert edges.any()
     assert np.array_equal(prompts.extract(image, "", LOW).edge_map, edges)
 
 
