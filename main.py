@@ -128,7 +128,14 @@ def run(config: Config) -> dict:
 
 def open_data(config: Config, paths: DatasetPaths, seed: int) -> DataManager:
     """The classes in one seed's order."""
-    return DataManager(paths, shuffle=config.shuffle, seed=seed, init_cls=config.init_cls, increment=config.increment)
+    return DataManager(
+        paths,
+        shuffle=config.shuffle,
+        seed=seed,
+        init_cls=config.init_cls,
+        increment=config.increment,
+        augmentation=config.augmentation,
+    )
 
 
 def check_exemplars(config: Config, data: DataManager, device: torch.device) -> Regenerate | None:

@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler
 
 from compress.copies import check_copies
 from tests.folders import make_dataset, save_noise, save_picture
-from utils.data.augment_large import Whole
+from utils.data.augment_large import FullSize
 from utils.data.batches import ImageSet, TrainingSet, batch_loader
 from utils.data.cache import open_cache
 from utils.data.classes import DataManager
@@ -154,7 +154,7 @@ CHI2_999 = {1: 10.83, 4: 18.47, 24: 51.18}  # by degrees of freedom: exceeded on
 class Level:
     """Stands for a transform: the grey level of a picture of one colour."""
 
-    form = Whole()
+    prepare = FullSize()
 
     def __call__(self, pictures, states):
         return torch.tensor([float(picture[0, 0, 0]) for picture in pictures])

@@ -16,13 +16,13 @@ def states(count, seed=0):
 
 def evaluated(defaults, picture):
     """What the test transform makes of a picture: 3 x S x S, 0 ... 255."""
-    return defaults.test_transform([defaults.test_transform.form(picture)])[0]
+    return defaults.test_transform([defaults.test_transform.prepare(picture)])[0]
 
 
 def trained(defaults, picture, draws):
     """What the training transform makes of a picture, time and again: draws x 3 x S x S, 0 ... 255."""
     transform = defaults.train_transform
-    return transform([transform.form(picture)] * draws, states(draws))
+    return transform([transform.prepare(picture)] * draws, states(draws))
 
 
 @pytest.mark.parametrize(
@@ -145,3 +145,26 @@ def test_large_training_pictures_vary_in_place_scale_and_colour():
 )
 def test_the_preset_that_fits(name, size, resolution):
     assert dataset_defaults(name, size).resolution == resolution
+
+
+@pytest.mark.parametrize(
+    ("name", "augmentation", "brightness", "autoaugment"),
+    [
+        ("Food101", "pescr", 63 / 255, True),
+        ("ImageNet1000", "pescr", 63 / 255, True),
+        ("ImageNet100", "pycil", 0, False),
+        ("imagenet1000", "pycil", 63 / 255, False),
+        ("Unheard Of", "pycil", 0, False),
+    ],
+)
+def test_large_images_are_augmented_as_pescr_or_as_pycil(name, augmentation, brightness, autoaugment):
+    plain = Image.new("RGB", (300, 240), (100, 120, 140))  # any crop of it is the same
+    transform = dataset_defaults(name, plain.size, augmentation).train_transform
+    shown = transform([transform.prepare(plain)] * 300, states(300)).float()
+    levels = shown.mean(dim=(2, 3))[:, 1] / 120
+    assert (shown.std(dim=(2, 3)).max() > 1) == autoaugment  # grey corners of rotated pictures
+    if not autoaugment:
+        assert levels.min() == pytest.approx(1 - brightness, abs=0.02)
+        assert levels.max() == pytest.approx(1 + brightness, abs=0.02)
+    small = [dataset_defaults(name, (32, 32), kind).train_transform for kind in ("pescr", "pycil")]
+    assert small[0] == small[1], "the transforms of small images are the same in both"

@@ -20,10 +20,9 @@ from compress.verify import verify
 from ControlNet.annotator import util
 from tests import hostile_images
 from tests.little_model import little_model
-from utils.data.augment_large import Whole
+from utils.data.augment_large import FullSize
 from utils.data.batches import ImageSet
-from utils.data.cache import UnreadableImage
-from utils.data.images import MAX_PIXELS, image_bits, is_image, read_image
+from utils.data.images import MAX_PIXELS, UnreadableImage, image_bits, is_image, read_image
 from utils.data.paths import DatasetPaths
 from utils.memory.budget import prompt_cost
 
@@ -36,7 +35,7 @@ LEVELS = 3
 class AsTheyAre:
     """Stands for a transform."""
 
-    form = Whole()
+    prepare = FullSize()
 
     def __call__(self, pictures):
         return torch.stack([torch.tensor(picture) for picture in pictures])

@@ -18,6 +18,7 @@ from models.networks import IncrementalNet, Outputs
 from models.stages import Schedule, Stage
 from tests.digits import make_digits
 from utils.data.datasets import dataset_defaults
+from utils.data.images import read_prepared
 from utils.data.items import Item
 from utils.errors import UserError
 
@@ -117,7 +118,7 @@ def accuracy_within_phase_0(folder, folders):
     defaults = dataset_defaults("MNIST", (28, 28))
     for target, label in enumerate(state["class_names"][:2]):
         images = sorted((folders / "data" / "MNIST" / "test" / label).iterdir())
-        pictures = [defaults.test_transform.form.read(image) for image in images]
+        pictures = [read_prepared(image, defaults.test_transform.prepare) for image in images]
         with torch.no_grad():
             logits = network(defaults.normalise(defaults.test_transform(pictures))).logits
         right += (logits[:, :2].argmax(dim=1) == target).tolist()

@@ -10,25 +10,26 @@ import pytest
 
 from tests.folders import save_noise
 from utils.data.augment import FitSmall
-from utils.data.augment_large import Middle, Whole
-from utils.data.cache import PixelCache, UnreadableImage, open_cache
-from utils.data.images import read_image
+from utils.data.augment_large import FullSize
+from utils.data.cache import PixelCache, open_cache
+from utils.data.images import UnreadableImage, read_image, read_prepared
 from utils.errors import UserError
 
 MIB = 1 << 20
 
 
-class Counting(Whole):
+class Counting:
     """Counts how often a file is read."""
-
-    name = Whole().name
 
     def __init__(self):
         self.reads = 0
 
-    def read(self, path):
+    def __repr__(self):
+        return repr(FullSize())
+
+    def __call__(self, image):
         self.reads += 1
-        return super().read(path)
+        return FullSize()(image)
 
 
 @pytest.fixture(params=["ram", "disk"])
@@ -52,10 +53,10 @@ def test_pixels_are_read_once_and_are_the_picture_s(make, tmp_path):
 
 def test_forms_of_a_picture_are_kept_apart(make, tmp_path):
     cache, path = make(), save_noise(tmp_path / "a.png", 0, (300, 280))
-    for form in (Whole(), FitSmall(32), FitSmall(48), Middle(), Middle(100, 120)):
+    for form in (FullSize(), FitSmall(32), FitSmall(48)):
         for _ in range(2):
-            np.testing.assert_array_equal(cache.read(path, form)[0], form.read(path))
-    assert len(cache) == 5
+            np.testing.assert_array_equal(cache.read(path, form)[0], read_prepared(path, form))
+    assert len(cache) == 3
 
 
 @pytest.mark.parametrize("change", ["content", "time"])
@@ -85,7 +86,7 @@ def test_what_is_over_the_budget_is_read_each_time(make, tmp_path):
 
 
 def read_all(cache, paths, queue):
-    queue.put([int(cache.read(path, Whole())[0].astype(int).sum()) for path in paths])
+    queue.put([int(cache.read(path, FullSize())[0].astype(int).sum()) for path in paths])
     queue.close()
     queue.join_thread()
     os._exit(0)
@@ -115,7 +116,7 @@ def test_unreadable_and_missing_pictures_are_named(make, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     for name in ("a.png", "b.png"):
         with pytest.raises(UnreadableImage, match=re.escape(f"cannot read image {tmp_path / name}")):
-            cache.read(tmp_path / name, Whole())
+            cache.read(tmp_path / name, FullSize())
     assert len(cache) == 0
 
 
@@ -131,7 +132,7 @@ def filled(file, folder, count=10):
     paths = [save_noise(folder / f"{i}.png", i) for i in range(count)]
     cache = PixelCache(MIB, file)
     for path in paths:
-        cache.read(path, Whole())
+        cache.read(path, FullSize())
     return paths
 
 

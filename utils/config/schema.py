@@ -78,6 +78,12 @@ class Config:
     augmentation_prob: float = _key(
         0.0, "p: probability that a real image is replaced by a copy of it when it is read", source=ESCORT
     )
+    augmentation: str = _key(
+        "pescr",
+        "large images in training. pescr: random crop, flip, brightness, AutoAugment; pycil: crop and flip, and for "
+        "ImageNet1000 brightness",
+        choices=("pescr", "pycil"),
+    )
     augmentation_scope: str = _key("all", "which real images p is for", choices=("all", "exemplars"))
     regenerate: str = _key(
         "ahead",

@@ -1,13 +1,10 @@
-"""The transforms of large pictures: training crops of any size and AutoAugment, evaluation the middle.
+"""The transforms of large pictures: random resized crops for training, the resized centre for evaluation.
 
-Each picture has another size and another fate, so they are made one by one; what the whole batch shares, its random
-numbers, comes at once.
+Sizes differ, so pictures are processed one by one; only the random numbers are drawn for the whole batch.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,125 +12,82 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision import transforms
 
-from utils.data.augment import BRIGHTNESS, as_images, brightness_factors, middle, random_bits, uniform
-from utils.data.cache import Form, load
+from utils.data.augment import BRIGHTNESS, as_images, brightness_factors, centre, uniform
+from utils.data.autoaugment import NUMBERS, auto_augment
 
 SIDE = 224
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-"""RandomResizedCrop's: which part of the area, and width over height."""
+"""RandomResizedCrop's ranges: area of the crop over area of the picture, and its width over height."""
 _TRIES = 10
-_NUMBERS = 4 * _TRIES + 2
 
 
 @dataclass(frozen=True)
-class Whole:
-    """All of a picture; a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves `at_least` pixels of
-    the shorter side: then even the smallest crop of it is not enlarged.
-
-    RandomResizedCrop's smallest crop has 8 % of the area, at a ratio of 3:4: 0.245 of the side of a square.
-    """
-
-    at_least: int = math.ceil(SIDE / math.sqrt(SCALE[0] * RATIO[0]))
-
-    @property
-    def name(self) -> str:
-        return repr(self)
-
-    @property
-    def source(self) -> Form:
-        return self
+class FullSize:
+    """The picture as it is, at its own size."""
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         return np.asarray(image)
 
-    def read(self, path: Path) -> np.ndarray:
-        return self(load(path, self.at_least))
-
-    def of(self, picture: np.ndarray) -> np.ndarray:
-        return picture
-
-
-@dataclass(frozen=True)
-class Middle:
-    """The picture with its shorter side scaled to `resize`, then the middle side x side: Resize and CenterCrop.
-
-    A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves enough to scale down.
-    """
-
-    side: int = SIDE
-    resize: int = 256
-    source: Whole = Whole()
-
-    @property
-    def name(self) -> str:
-        return repr(self)
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        return self._middle(np.asarray(image))
-
-    def read(self, path: Path) -> np.ndarray:
-        return self(load(path, self.resize))
-
-    def of(self, picture: np.ndarray) -> np.ndarray | None:
-        return None if min(picture.shape[:2]) >= 2 * self.resize else self._middle(picture)
-
-    def _middle(self, picture: np.ndarray) -> np.ndarray:
-        height, width = picture.shape[:2]
-        if height <= width:
-            height, width = self.resize, int(self.resize * width / height)
-        else:
-            height, width = int(self.resize * height / width), self.resize
-        return middle(resized(picture, height, width), self.side)
-
 
 @dataclass(frozen=True)
 class LargeTrain:
-    """torchvision's RandomResizedCrop(side), RandomHorizontalFlip where `flip` says so, ColorJitter and AutoAugment
-    with the policy of ImageNet."""
+    """RandomResizedCrop(side), RandomHorizontalFlip if `flip`, ColorJitter(brightness) and AutoAugment with the
+    ImageNet policy if `autoaugment`.
+
+    The crop is torchvision's, with one difference: the pixels are resized by torch, which rounds up to one level apart
+    from Pillow.
+    """
 
     flip: bool
-    form: Whole
-    side: int = SIDE
     brightness: float = BRIGHTNESS
-    policy: str = transforms.AutoAugmentPolicy.IMAGENET.value
+    autoaugment: bool = True
+    side: int = SIDE
+    prepare: FullSize = FullSize()
 
     def __call__(self, pictures: Sequence[np.ndarray], states: np.ndarray) -> Tensor:
-        numbers = uniform(states, _NUMBERS)
-        seeds = (random_bits(states, 1, _NUMBERS)[:, 0] >> np.uint64(1)).tolist()
+        numbers = uniform(states, 4 * _TRIES + 2 + NUMBERS)
         sizes = np.array([picture.shape[:2] for picture in pictures])
         boxes = random_boxes(sizes, numbers[:, : 4 * _TRIES]).tolist()
-        mirrored = (numbers[:, -2] < 0.5) & self.flip
-        factors = brightness_factors(numbers[:, -1], self.brightness)
+        mirror, brightness, *policies = numbers[:, 4 * _TRIES :].T
+        mirrored = (mirror < 0.5) & self.flip
+        factors = brightness_factors(brightness, self.brightness)
         tables = np.minimum(np.arange(256, dtype=np.float32) * factors[:, None], 255).astype(np.uint8)
-        augment = transforms.AutoAugment(transforms.AutoAugmentPolicy(self.policy))
+        policies = np.transpose(policies).tolist()
         out = np.empty((len(pictures), self.side, self.side, 3), np.uint8)
-        with torch.random.fork_rng(devices=[]):  # AutoAugment draws from torch's own generator
-            for i, (picture, (top, left, height, width)) in enumerate(zip(pictures, boxes, strict=True)):
-                view = resized(picture[top : top + height, left : left + width], self.side, self.side)
-                view = cv2.LUT(cv2.flip(view, 1) if mirrored[i] else view, tables[i])
-                torch.default_generator.manual_seed(seeds[i])
-                out[i] = augment(Image.fromarray(view))
+        for i, (picture, (top, left, height, width)) in enumerate(zip(pictures, boxes, strict=True)):
+            view = resized(picture[top : top + height, left : left + width], self.side, self.side)
+            view = cv2.LUT(cv2.flip(view, 1) if mirrored[i] else view, tables[i])
+            out[i] = auto_augment(Image.fromarray(view), policies[i]) if self.autoaugment else view
         return as_images(out)
 
 
 @dataclass(frozen=True)
 class LargeTest:
-    """What `Middle` reads."""
+    """Resize(resize) of the shorter side and CenterCrop(side)."""
 
-    form: Middle
+    side: int = SIDE
+    resize: int = 256
+    prepare: FullSize = FullSize()
 
     def __call__(self, pictures: Sequence[np.ndarray]) -> Tensor:
-        return as_images(np.stack(pictures))
+        return as_images(np.stack([self._centre(picture) for picture in pictures]))
+
+    def _centre(self, picture: np.ndarray) -> np.ndarray:
+        height, width = picture.shape[:2]
+        if height <= width:
+            height, width = self.resize, int(self.resize * width / height)
+        else:
+            height, width = int(self.resize * height / width), self.resize
+        return centre(resized(picture, height, width), self.side)
 
 
 def random_boxes(sizes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """RandomResizedCrop's boxes: N x 4 of (top, left, height, width), from N x (height, width) and N x 4 tries of
-    uniform numbers.
+    """RandomResizedCrop's boxes: N x 4 of (top, left, height, width).
 
-    The area is uniform in SCALE of the picture's, the logarithm of width / height uniform in that of RATIO; of so many
-    tries the first one that fits in the picture is taken, else the largest box in the middle of a fitting ratio.
+    sizes: N x (height, width); numbers: N x 4 * tries of uniform numbers.  Each try draws the area, uniform in SCALE
+    of the picture's, the ratio width / height, log-uniform in RATIO, and the position.  The first try that fits is
+    taken, otherwise `centre_box`.
     """
     height, width = sizes[:, :1], sizes[:, 1:]
     tries = numbers.reshape(len(sizes), -1, 4)
@@ -148,12 +102,12 @@ def random_boxes(sizes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     row = np.arange(len(sizes)), fits.argmax(axis=1)
     boxes = np.stack([top[row], left[row], h[row], w[row]], axis=1)
     for i in np.flatnonzero(~fits.any(axis=1)):
-        boxes[i] = middle_box(*sizes[i].tolist())
+        boxes[i] = centre_box(*sizes[i].tolist())
     return boxes
 
 
-def middle_box(height: int, width: int) -> tuple[int, int, int, int]:
-    """The largest box in the middle whose width / height lies within RATIO: (top, left, height, width)."""
+def centre_box(height: int, width: int) -> tuple[int, int, int, int]:
+    """The largest centred box whose width / height lies within RATIO: (top, left, height, width)."""
     h, w = height, width
     if width / height < RATIO[0]:
         h = round(width / RATIO[0])
@@ -163,7 +117,7 @@ def middle_box(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """H x W x 3 -> height x width x 3, bilinear; where it shrinks, of all pixels, as Pillow does it."""
+    """H x W x 3 -> height x width x 3, bilinear with antialiasing, as Pillow's Resize."""
     images = torch.tensor(picture)[None].permute(0, 3, 1, 2)
     scaled = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()

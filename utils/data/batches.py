@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.data.augment import TestTransform, TrainTransform, random_bits, uniform
+from utils.data.cache import PixelCache
+from utils.data.images import read_prepared
 from utils.data.items import Item
+from utils.data.paths import DatasetPaths
 from utils.data.sampler import seed_sequence
 from utils.errors import UserError
-from utils.data.paths import DatasetPaths
-from utils.data.cache import PixelCache
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """(indices: B, images: B x 3 x S x S of uint8, targets: B)."""
@@ -115,8 +116,8 @@ class TrainingSet(Batched):
         image = self.items[index].image
         path = image if number == _ITSELF else self.paths.copy(image, number)
         if self.pixels is None:
-            return self.transform.form.read(path)
-        picture, kept = self.pixels.read(path, self.transform.form)
+            return read_prepared(path, self.transform.prepare)
+        picture, kept = self.pixels.read(path, self.transform.prepare)
         if kept:
             self._seen[index, number] = picture
         return picture
@@ -154,14 +155,11 @@ class ImageSet(Batched):
         return torch.tensor(keys), self.transform(pictures), targets
 
     def _picture(self, path: Path) -> np.ndarray:
-        form = self.transform.form
-        if self.pixels is None:
-            return form.read(path)
-        if self.keep:
-            return self.pixels.read(path, form)[0]
-        source = self.pixels.find(path, form.source)
-        picture = None if source is None else form.of(source)
-        return form.read(path) if picture is None else picture
+        prepare = self.transform.prepare
+        if self.keep and self.pixels is not None:
+            return self.pixels.read(path, prepare)[0]
+        picture = None if self.pixels is None else self.pixels.find(path, prepare)
+        return read_prepared(path, prepare) if picture is None else picture
 
 
 def batch_loader(

@@ -16,13 +16,13 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image, features
 
+from utils.data.augment import Prepare
+from utils.data.images import read_prepared
 from utils.errors import UserError
-from utils.data.images import read_image
 
 log = logging.getLogger(__name__)
 
@@ -33,51 +33,15 @@ _TABLE = mmap.PAGESIZE  # where the table starts
 _LEAST = 1 << 20  # bytes of the smallest cache
 
 
-class UnreadableImage(UserError):
-    """A picture that does not decode; the message names the file.
-
-    A DataLoader hands on its worker's error as a new one whose text is the whole traceback: the last line is kept.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
-
-
-def load(path: Path, at_least: int | None = None) -> Image.Image:
-    """What `read_image` returns.  Raises UnreadableImage."""
-    try:
-        return read_image(path, at_least)
-    except OSError as error:
-        raise UnreadableImage(f"cannot read image {error}. Replace the file or take it away.") from error
-
-
-class Form(Protocol):
-    """What is kept of a picture: the beginning of a transform, as far as nothing in it is random."""
-
-    name: str
-    """Unlike that of any form which makes other pixels of the same file."""
-    source: "Form"
-    """The form that training keeps pictures in, maybe this one."""
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """H x W x 3, uint8."""
-
-    def read(self, path: Path) -> np.ndarray:
-        """The same of a file.  Raises UnreadableImage."""
-
-    def of(self, picture: np.ndarray) -> np.ndarray | None:
-        """What `read` returns of a file, of what `source` keeps of it; None where it takes more than that."""
-
-
 class PixelCache:
     """Pictures as H x W x 3 arrays of uint8, up to a number of bytes; those that come later are not kept.
 
     budget: bytes; file: where they are kept, for other processes and runs; None keeps them in memory, for this process
     and those that it forks.
 
-    A picture is known by its path, size, time of change and form: one that has changed is another one.  Its pixels are
-    checked by their sum when a process first looks at them, so that a file which a machine's crash has left half
-    written does no harm.
+    A picture is known by its path, size, time of change and preparation: one that has changed is another one.  Its
+    pixels are checked by their sum when a process first looks at them, so that a file which a machine's crash has left
+    half written does no harm.
     """
 
     def __init__(self, budget: int, file: Path | None = None):
@@ -108,17 +72,17 @@ class PixelCache:
         """Bytes."""
         return self._capacity
 
-    def read(self, path: Path, form: Form) -> tuple[np.ndarray, bool]:
-        """(What `form.read(path)` returns, whether it lies in the cache now and need not be read again).
+    def read(self, path: Path, prepare: Prepare) -> tuple[np.ndarray, bool]:
+        """(What `read_prepared(path, prepare)` returns, whether it lies in the cache now and need not be read again).
 
         Raises UnreadableImage.
         """
-        key = _key(path, form)
+        key = _key(path, prepare)
         if key is None:
-            return form.read(path), False  # says what is wrong with it
+            return read_prepared(path, prepare), False  # says what is wrong with it
         pixels = self._look_up(key)
         if pixels is None:
-            read = form.read(path)
+            read = read_prepared(path, prepare)
             if self._full:
                 return read, False
             self._add(key, read)
@@ -127,9 +91,9 @@ class PixelCache:
                 return read, False
         return pixels, True
 
-    def find(self, path: Path, form: Form) -> np.ndarray | None:
-        """What is kept of a picture in a form, read-only; None where there is nothing."""
-        key = _key(path, form)
+    def find(self, path: Path, prepare: Prepare) -> np.ndarray | None:
+        """What is kept of a prepared picture, read-only; None if it is not kept."""
+        key = _key(path, prepare)
         return None if key is None else self._look_up(key)
 
     def _slot(self, key: tuple[int, int]) -> tuple[int, bool]:
@@ -206,13 +170,13 @@ def open_cache(kind: str, gib: float, folder: Path, root: Path, processes: int =
         ) from error
 
 
-def _key(path: Path, form: Form) -> tuple[int, int] | None:
+def _key(path: Path, prepare: Prepare) -> tuple[int, int] | None:
     """128 bits that tell a picture as it is now; None where there is no such file."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
         return None
-    text = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{form.name}"
+    text = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{prepare!r}"
     digest = hashlib.blake2b(os.fsencode(text), digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 

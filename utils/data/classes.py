@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.augment import Normalise, TestTransform, TrainTransform
-from utils.data.cache import PixelCache, UnreadableImage
-from utils.data.datasets import DatasetDefaults, ImageKind, dataset_defaults
-from utils.data.images import image_bits
+from utils.data.cache import PixelCache
+from utils.data.datasets import Augmentation, DatasetDefaults, ImageKind, dataset_defaults
+from utils.data.images import UnreadableImage, image_bits
 from utils.data.items import Item
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
@@ -29,8 +29,18 @@ class DataManager:
     pixels: PixelCache | None = None
     """Where decoded pictures are kept, for all phases; None: nowhere."""
 
-    def __init__(self, paths: DatasetPaths, *, shuffle: bool, seed: int, init_cls: int, increment: int):
+    def __init__(
+        self,
+        paths: DatasetPaths,
+        *,
+        shuffle: bool,
+        seed: int,
+        init_cls: int,
+        increment: int,
+        augmentation: Augmentation = "pescr",
+    ):
         self.paths = paths
+        self.augmentation = augmentation
         labels = paths.classes("train")
         _check_same_classes(paths, labels, paths.classes("test"))
         n = len(labels)
@@ -101,7 +111,8 @@ class DataManager:
     @cached_property
     def defaults(self) -> DatasetDefaults:
         """What fits this dataset's name and the typical size of its images (the median of a few, by their headers)."""
-        return dataset_defaults(self.paths.dataset, typical_size([images[0] for images in self._train]))
+        sizes = typical_size([images[0] for images in self._train])
+        return dataset_defaults(self.paths.dataset, sizes, self.augmentation)
 
     def _check_no_class_is_empty(self) -> None:
         empty = [

@@ -1,16 +1,17 @@
-"""What the trainer assumes about a dataset: its transforms (DESIGN section 6; they are in `utils.augment`).
+"""What the trainer assumes about a dataset: its transforms, its statistics and the preset of compress/run.py.
 
-Any folder in the layout of `utils.paths` is a dataset, and the size of its images picks the transforms.  A known name
-only adds what the size can't tell, so a dataset that is missing from `KNOWN` needs no code.
+Any folder in the layout of `utils.data.paths` is a dataset, and the size of its images selects the transforms.  A known
+name only adds what the size cannot tell, so a dataset that is missing from `KNOWN` needs no code.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.data.augment import FitSmall, Normalise, SmallTest, SmallTrain, TestTransform, TrainTransform
-from utils.data.augment_large import LargeTest, LargeTrain, Middle, Whole
+from utils.data.augment import BRIGHTNESS, Normalise, SmallTest, SmallTrain, TestTransform, TrainTransform
+from utils.data.augment_large import LargeTest, LargeTrain
 
 ImageKind = Literal["small", "large"]
+Augmentation = Literal["pescr", "pycil"]
 
 SMALL_SIDE = 64
 """Images whose shorter side is at most this many pixels take the small-image transforms."""
@@ -24,13 +25,16 @@ CIFAR100_STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 class Known:
     """What a dataset's name adds.
 
-    flip: whether a mirrored picture still shows its class; small_statistics: mean and standard deviation per channel
-    for the small-image transforms; resolution: the preset of compress/run.py, None to go by the size of the images.
+    flip: whether training mirrors images; small_statistics: mean and standard deviation of each channel, for small
+    images (an unknown dataset of small images is normalised with CIFAR-100's; large images always with ImageNet's);
+    resolution: the preset of compress/run.py, None to choose by the images' size; pycil_jitter: whether PyCIL jitters
+    the brightness of this dataset's large images.
     """
 
     flip: bool = True
     small_statistics: tuple[tuple[float, ...], tuple[float, ...]] = CIFAR100_STATISTICS
     resolution: Literal["high", "low"] | None = None
+    pycil_jitter: bool = False
 
 
 KNOWN = {
@@ -38,6 +42,7 @@ KNOWN = {
     "Caltech256": Known(resolution="low"),
     "Places100": Known(resolution="high"),
     "ImageNet100": Known(resolution="high"),
+    "ImageNet1000": Known(resolution="high", pycil_jitter=True),
     "Imagenette224": Known(resolution="low"),
     "CIFAR10": Known(small_statistics=CIFAR10_STATISTICS, resolution="low"),
     "CIFAR100": Known(resolution="low"),
@@ -47,9 +52,9 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class DatasetDefaults:
-    """image_kind: "small" or "large"; the transforms turn RGB pictures into B x 3 x S x S (uint8), S = 32 for small
-    images and 224 for large ones, and `normalise` that into what networks take; resolution: the fitting preset of
-    compress/run.py."""
+    """image_kind: "small" or "large"; the transforms turn pictures into B x 3 x S x S (uint8), S = 32 for small images
+    and 224 for large ones; `normalise` turns that into what networks take; resolution: the preset of compress/run.py.
+    """
 
     image_kind: ImageKind
     train_transform: TrainTransform
@@ -59,23 +64,29 @@ class DatasetDefaults:
 
 
 def known(name: str) -> Known:
-    """What a dataset's name adds, whatever its case; an unknown name adds nothing."""
+    """What a dataset's name adds, in any case; an unknown name adds nothing."""
     return next((entry for key, entry in KNOWN.items() if key.lower() == name.lower()), Known())
 
 
-def dataset_defaults(name: str, sample_image_size: tuple[int, int]) -> DatasetDefaults:
+def dataset_defaults(
+    name: str, sample_image_size: tuple[int, int], augmentation: Augmentation = "pescr"
+) -> DatasetDefaults:
     """The transforms of a dataset.
 
-    name: the dataset's folder name; sample_image_size: (width, height) in pixels of a typical image.
+    name: the dataset's folder name; sample_image_size: (width, height) of a typical image in pixels; augmentation: of
+    large images in training.  "pescr" (ESCORT's published code): random resized crop, flip, brightness, AutoAugment;
+    "pycil": as PyCIL treats ImageNet-100, crop and flip alone, and for ImageNet1000 brightness too.
     """
     entry = known(name)
     shorter = min(sample_image_size)
     kind: ImageKind = "small" if shorter <= SMALL_SIDE else "large"
     if kind == "small":
-        form = FitSmall(32)
-        train, test = SmallTrain(entry.flip, form), SmallTest(form)
+        train, test = SmallTrain(entry.flip), SmallTest()
+    elif augmentation == "pescr":
+        train, test = LargeTrain(entry.flip), LargeTest()
     else:
-        train, test = LargeTrain(entry.flip, Whole()), LargeTest(Middle())
+        train = LargeTrain(entry.flip, BRIGHTNESS if entry.pycil_jitter else 0.0, autoaugment=False)
+        test = LargeTest()
     return DatasetDefaults(
         image_kind=kind,
         train_transform=train,

@@ -1,6 +1,6 @@
-"""Reading and writing image files: the one place where Pillow meets the disk.
+"""Reading and writing image files, with Pillow.
 
-A picture is what a viewer shows of its file: turned as its EXIF orientation says, over white where it is transparent,
+A picture is what a viewer shows of its file: turned by its EXIF orientation, over white where it is transparent, and
 the first frame where there are several.
 """
 
@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+from utils.errors import UserError
 
 Image.init()
 # EPS and WMF are programs, which Pillow gives to Ghostscript or Windows to run; the others hold no pictures.
@@ -50,19 +53,14 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
 
 
-def read_image(path: Path, at_least: int | None = None) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     """The picture as RGB, fully decoded, so that a truncated file fails here and not later.
-
-    at_least: pixels of the shorter side that are enough: a JPEG which has twice as many, or more, is decoded at 1/2,
-    1/4 or 1/8 of its size, whichever is the smallest that leaves so many.
 
     Raises OSError, with the path in its message, for whatever is wrong with the file or its content, and for a picture
     of more than MAX_PIXELS or without a known range of levels (32 bits a channel).
     """
     with _opened(path) as image:
         turn = _TURNS.get(_orientation(image))
-        if at_least is not None:
-            image.draft(None, (at_least, at_least))
         picture = _as_rgb(image)
         return picture if turn is None else picture.transpose(turn)
 
@@ -78,6 +76,24 @@ def image_bits(path: Path) -> tuple[int, int, int]:
         if _orientation(image) >= 5:
             width, height = height, width
         return width, height, 16 if _is_sixteen_bit_grey(image) else _BITS_PER_PIXEL.get(image.mode, 24)
+
+
+class UnreadableImage(UserError):
+    """A picture that does not decode; the message names the file.
+
+    A DataLoader re-raises its worker's error with the whole traceback as its message; only the last line is kept.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
+def read_prepared(path: Path, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """A picture, decoded in full and prepared for a transform: H x W x 3, uint8.  Raises UnreadableImage."""
+    try:
+        return prepare(read_image(path))
+    except OSError as error:
+        raise UnreadableImage(f"cannot read image {error}. Replace the file or take it away.") from error
 
 
 @contextmanager

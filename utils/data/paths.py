@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from utils.errors import UserError
 from utils.data.images import is_image
+from utils.errors import UserError
 
 
 def data_dir(chosen: str | os.PathLike | None = None) -> Path:
