@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 import torchvision_compat  # noqa: F401  (before torchvision and Lightning: lets a CUDA wheel load beside a CPU torch)
-from compress.copies import check_copies
+from compress.copies import Copies, CopiesAhead
 from convs.resnet import CONVNETS
 from models import METHODS
-from models.base import Regenerate, fresh_backbone
+from models.base import fresh_backbone
 from utils import log as logs
 from utils.config import schema as configs
 from utils.config.schema import Config
@@ -76,7 +76,7 @@ def run(config: Config) -> dict:
         )
     paths = DatasetPaths(data_dir(config.data_dir), config.dataset, config.variant)
     orders = {seed: open_data(config, paths, seed) for seed in config.seed}
-    regenerate = check_exemplars(config, next(iter(orders.values())), fabric.device)
+    copies = check_exemplars(config, next(iter(orders.values())), fabric.device)
     if config.pretrained:
         fresh_backbone(config, next(iter(orders.values())))
     if config.compile:
@@ -105,15 +105,15 @@ def run(config: Config) -> dict:
             total=None if config.fixed_memory else config.memory_size,
             selection=config.exemplar_selection,
             seed=config.model_seed,
-            cost=getattr(regenerate, "prompt_cost", None),
+            cost=getattr(copies, "prompt_cost", None),
         )
         folder = output / f"seed{seed}"
         history = History(folder, tensorboard=config.tensorboard) if fabric.is_global_zero else None
         learn = METHODS[config.model_name]
-        learner = learn(config, data, memory, fabric, folder / "checkpoints", cache, regenerate, history)
+        learner = learn(config, data, memory, fabric, folder / "checkpoints", cache, copies, history)
         write = functools.partial(write_down, config, output, runs, seed, data) if fabric.is_global_zero else None
         records = learner.run(after_phase=write)
-        if regenerate is not None:
+        if records and records[-1]["copies_on_demand"] is not None:
             log.info(copies_saved(config, data, records))
         if write:
             write(records)
@@ -138,10 +138,10 @@ def open_data(config: Config, paths: DatasetPaths, seed: int) -> DataManager:
     )
 
 
-def check_exemplars(config: Config, data: DataManager, device: torch.device) -> Regenerate | None:
+def check_exemplars(config: Config, data: DataManager, device: torch.device) -> Copies | None:
     """Make sure, before any work, that the exemplars can be chosen, fit the budget and have, or can get, their copies.
 
-    Returns what makes copies on demand; None where all are made ahead, or none is needed.
+    Returns the copies, made ahead or to be made on demand; None where none is needed.
     """
     real, synthetic = config.real_per_class, config.syn_per_class
     if not METHODS[config.model_name].uses_memory:
@@ -154,11 +154,11 @@ def check_exemplars(config: Config, data: DataManager, device: torch.device) -> 
         check_class_sizes(sizes, real, synthetic)
     replaced = config.augmentation_prob > 0 and (real > 0 or config.augmentation_scope == "all")
     needs_copies = synthetic > 0 or replaced
-    on_demand = None
+    copies = on_demand = None
     if needs_copies and config.regenerate == "on_demand":
         from compress.on_demand import OnDemand  # brings ControlNet with it: seconds that other runs need not spend
 
-        on_demand = OnDemand(
+        copies = on_demand = OnDemand(
             data.paths,
             config.regenerate_options,
             resolution=data.defaults.resolution,
@@ -166,14 +166,14 @@ def check_exemplars(config: Config, data: DataManager, device: torch.device) -> 
             device=device,
         )
     elif needs_copies:
-        check_copies(data.paths, itertools.chain(*images), config.augmentations_per_image)
+        copies = CopiesAhead(data.paths, list(itertools.chain(*images)), config.augmentations_per_image)
     cost = on_demand.prompt_cost if on_demand else lambda image: prompt_cost(image, data.paths.find_edge_map(image))
     typical = statistics.median(cost(of_class[0]) for of_class in images)
     if config.fixed_memory:
         check_budget(real, synthetic, config.memory_per_class, typical)
     elif real or synthetic:
         check_total(config.memory_size, data.nb_classes, real, synthetic, typical)
-    return on_demand
+    return copies
 
 
 def check_folder(key: str, folder: Path) -> None:
@@ -219,12 +219,10 @@ def write_down(
 
 
 def copies_saved(config: Config, data: DataManager, records: Sequence[Mapping]) -> str:
-    """Such as "copies on demand: 320, against 4,000 of all train images made ahead (92.0 % saved)"."""
+    """Such as "copies on demand: 320 made, against 4,000 of all train images made ahead (92.0 % saved)"."""
     made = sum(record["copies_on_demand"] for record in records)
     ahead = config.augmentations_per_image * sum(len(data.train_images(target)) for target in range(data.nb_classes))
-    return (
-        f"copies on demand: {made:,}, against {ahead:,} of all train images made ahead ({1 - made / ahead:.1%} saved)"
-    )
+    return f"copies on demand: {made:,} made, against {ahead:,} of all train images made ahead ({1 - made / ahead:.1%} saved)"
 
 
 def phases_in_words(data: DataManager) -> str:

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from compress.machine import choose_precision, download, fingerprint, make_regenerator
+from compress.copies import Copies, by_settings, fingerprint
+from compress.machine import choose_precision, download, make_regenerator
+from compress.machine import fingerprint as weights_of
 from compress.options import chosen_preset, parse_settings
 from compress.plan import Plan, plan
 from compress.records import MadeOtherwise, Records, edge_map_size
@@ -15,8 +18,8 @@ from utils.errors import UserError
 from utils.log import progress
 
 
-class OnDemand:
-    """Called with train images, makes their edge maps and, if asked, their copies 0 ... K-1 where these are missing.
+class OnDemand(Copies):
+    """Copies 0 ... K-1 of exemplars, made where they are missing while training goes on.
 
     options: settings, model and machine as compress/run.py takes them, in one text, "" for its defaults; resolution:
     the preset where they name none; copies: K; device: where copies are made.  The model is in memory only during a
@@ -35,13 +38,21 @@ class OnDemand:
             if self.options.download:
                 download(self.options.model)
             # A wrong path, and below copies of other settings, show now and not after the first phase.
-            self.fingerprint = fingerprint(self.options)
+            self.model = weights_of(self.options)
             self.precision = choose_precision(self.options.precision, device)
         except UserError as error:
             raise UserError(f"regenerate_options: {error}") from error
-        self._plan((image for label in paths.classes() for image in paths.images(label)[:1]), copies)
+        todo = self._plan((image for label in paths.classes() for image in paths.images(label)[:1]), copies)
+        self.made_by = by_settings(todo.records.copies.wanted(label) for label in paths.classes())
+        self._fingerprint: tuple[Sequence[Path], dict[str, Any]] = ([], fingerprint(paths, [], copies))
 
-    def __call__(self, images: Sequence[Path], with_copies: bool = True) -> None:
+    def fingerprint(self, exemplars: Sequence[Path]) -> dict[str, Any]:
+        """Of these exemplars' copies."""
+        if self._fingerprint[0] != exemplars:
+            self._fingerprint = (list(exemplars), fingerprint(self.paths, exemplars, self.copies))
+        return self._fingerprint[1]
+
+    def make(self, images: Sequence[Path], with_copies: bool = True) -> int:
         """Raises UserError where an edge map or a copy could not be made."""
         todo = self._plan(images, self.copies if with_copies else 0)
         precision = self.precision if todo.copies_missing else None
@@ -51,10 +62,13 @@ class OnDemand:
         if result.failures:
             more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
             raise UserError(f"a prompt or a copy could not be made: {result.failures[0]}{more}")
+        if result.copies_made:
+            self._fingerprint = ([], fingerprint(self.paths, [], self.copies))
+        return result.copies_made
 
     def _plan(self, images: Iterable[Path], copies: int) -> Plan:
         try:
-            return plan(Records(self.paths, self.preset, self.fingerprint, self.precision), images, range(copies))
+            return plan(Records(self.paths, self.preset, self.model, self.precision), images, range(copies))
         except MadeOtherwise as error:
             raise UserError(
                 f"{error}\nGive this experiment copies of its own with variant=NAME, "

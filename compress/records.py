@@ -159,6 +159,10 @@ class Record:
         """The newest recorded settings of a class's files, None where nothing is recorded."""
         return next(reversed(self._kinds(label)), None)
 
+    def wanted(self, label: str) -> dict:
+        """The settings asked for of a class's files, flat."""
+        return _without_text(self._wanted(label))
+
     def _wanted(self, label: str) -> dict:
         """The settings asked for; a model or precision that nobody has looked up is taken from the newest record."""
         wanted = _kind(self.settings, self.texts.get(label, label))
@@ -222,6 +226,12 @@ class Records:
         self.model_known = model is not None
 
 
+def recorded_settings(folder: Path, labels: Iterable[str]) -> dict[str, dict | None]:
+    """Class label -> the newest recorded settings of its files, flat; None where nothing is recorded."""
+    record = Record(folder, {}, {})
+    return {label: _without_text(record.newest(label)) for label in labels}
+
+
 def read_mark(copy: Path) -> str | None:
     """The mark of a copy, from the beginning of its file; None for a file without one, or one that can't be read."""
     try:
@@ -263,6 +273,10 @@ def _kind(settings: Mapping, text: str | None) -> dict:
         kind["class_text"] = text
     sampling = settings.get("guess") if text == "" else None
     return {**kind, **(sampling or settings.get("sampling") or {})}
+
+
+def _without_text(kind: Mapping | None) -> dict | None:
+    return kind and {name: value for name, value in kind.items() if name != "class_text"}
 
 
 def _alike(kind: Mapping, other: Mapping) -> bool:

@@ -12,9 +12,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -43,8 +43,21 @@ from utils.results.metrics import nearest_mean_scores, phase_metrics
 
 log = logging.getLogger(__name__)
 
-Regenerate = Callable[[list[Path], bool], None]
-"""Makes the edge maps of train images, and, where the second argument says so, their copies: what is not there yet."""
+
+class Copies(Protocol):
+    """Copies of exemplars: how to get them, and what identifies those in use (`compress.copies.Copies`)."""
+
+    def make(self, images: Sequence[Path], with_copies: bool) -> int | None:
+        """Make missing edge maps and, with_copies, copies.  Returns how many copies, None where all are made ahead."""
+
+    def state(self, exemplars: Sequence[Path]) -> dict[str, Any]:
+        """What made the copies and what identifies them, for a checkpoint."""
+
+    def summary(self, exemplars: Sequence[Path]) -> dict[str, Any]:
+        """The same in short, for results.json."""
+
+    def check(self, state: Mapping[str, Any], exemplars: Sequence[Path]) -> None:
+        """Raises UserError where the copies are not those of a checkpoint's `state`."""
 
 
 def fresh_backbone(c: Config, data: DataManager) -> ResNet:
@@ -61,7 +74,7 @@ class Learner(abc.ABC):
 
     config: the checked configuration; data: the classes in their order; memory: the exemplars, empty at first;
     fabric: devices and precision, launched; folder: where this run's checkpoints go; cache: where trained phase-0
-    networks are shared; regenerate: called with the exemplars chosen after a phase, None where their copies exist;
+    networks are shared; copies: those of exemplars, None where none is used;
     history: told of every epoch and phase, None in all processes but the first.
     """
 
@@ -86,7 +99,7 @@ class Learner(abc.ABC):
         fabric: Fabric,
         folder: Path,
         cache: Path,
-        regenerate: Regenerate | None = None,
+        copies: Copies | None = None,
         history: History | None = None,
     ):
         self.config = config
@@ -95,7 +108,7 @@ class Learner(abc.ABC):
         self.fabric = fabric
         self.folder = folder
         self.cache = cache
-        self.regenerate = regenerate
+        self.copies = copies
         self.history = history
         self.records: list[dict[str, Any]] = []
         self.phase = -1
@@ -180,6 +193,7 @@ class Learner(abc.ABC):
                     **results,
                     "training": training,
                     "copies_on_demand": copies,
+                    "copies": self.copies and self.copies.summary(self.shown()),
                     "seconds": {**seconds, "total": now - start},
                 }
             )
@@ -331,20 +345,22 @@ class Learner(abc.ABC):
         return [item.image for item in self.memory.items() if item.role in roles]
 
     def make_copies(self, phase: int, there: Collection[Path] = ()) -> int | None:
-        """Have prompts made of a phase's exemplars, and copies where they are due now and needed again.
+        """Make what is missing of the exemplars' edge maps and, where copies are read again, of their copies.
 
-        there: exemplars that have theirs.  Returns the number of copies made, None where all were made ahead.
+        there: exemplars that have theirs.  Returns the number of copies made, None where all are made ahead.
         """
-        if self.regenerate is None or not self.uses_memory:
+        if self.copies is None or not self.uses_memory:
             return None
         needed = phase + 1 < self.data.nb_phases or self.uses_nme
-        new = [image for image in self.shown() if image not in there]
-        if self.fabric.is_global_zero:
-            self.regenerate(new, needed)
-        self.fabric.barrier()
-        for target in self.memory.targets:
+        self._make([image for image in self.shown() if image not in there], with_copies=False)
+        for target in self.memory.targets:  # edge maps cost what they cost; no copies of what is dropped
             self.memory.enforce_budget(target)
-        return len(new) * self.config.augmentations_per_image if needed else 0
+        return self._make([image for image in self.shown() if image not in there], with_copies=needed)
+
+    def _make(self, images: Sequence[Path], *, with_copies: bool) -> int | None:
+        """`Copies.make` by the first process, and what it returns in all."""
+        made = self.copies.make(images, with_copies) if self.fabric.is_global_zero else None
+        return self.fabric.broadcast(made)
 
     def predict(self, images: Sequence[Path], purpose: str, *, again: bool = False) -> Outputs:
         """The network's logits and features for pictures, with the test transform, on the CPU in the order given.

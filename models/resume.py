@@ -98,10 +98,14 @@ class Checkpoints:
         learner, fabric = self.learner, self.learner.fabric
         phases, unfinished = checkpoint.saved_phases(self.folder), checkpoint.unfinished_path(self.folder)
         path = checkpoint.phase_path(self.folder, phases[-1]) if phases else None
-        if path is not None:
-            self._take_up_phase(self._load(path))
+        last = self._load(path) if path else None
+        if last is not None:
+            self._take_up_phase(last)
         done, nb_phases = len(learner.records), learner.data.nb_phases
         state = self._load(unfinished) if unfinished.is_file() else None
+        began_with = (state if state and state["phase"] == done else last) or {}
+        if done < nb_phases and began_with.get("copies") and learner.copies:
+            learner.copies.check(began_with["copies"], learner.shown())
         fabric.barrier()  # nobody writes before all have read
         if fabric.is_global_zero:
             checkpoint.remove_leftovers(self.folder)
@@ -190,6 +194,7 @@ class Checkpoints:
             "config": as_dict(learner.config),
             "class_names": learner.data.class_names,
             "phase": learner.phase,
+            "copies": learner.copies and learner.copies.state(learner.shown()),
             "precision": learner.fabric.strategy.precision.state_dict(),  # the scale of 16-mixed's gradients
         }
 

@@ -219,26 +219,38 @@ def test_copies_on_demand(train, tmp_path, own_data_dir, monkeypatch, capsys):
         def prompt_cost(self, image):
             return 1 / 24
 
-        def __call__(self, images, with_copies):
+        def state(self, exemplars):
+            return {}
+
+        summary = state
+
+        def make(self, images, with_copies):
             asked.append((len(images), with_copies))
+            made = 0
             for image in images:
                 paths.edge_map(image).parent.mkdir(parents=True, exist_ok=True)
                 Image.new("1", (32, 32)).save(paths.edge_map(image))
-                for k in range(2):
+                for k in range(2 if with_copies else 0):
                     paths.copy(image, k).parent.mkdir(parents=True, exist_ok=True)
+                    made += not paths.copy(image, k).exists()
                     Image.new("RGB", (32, 32)).save(paths.copy(image, k))
+            return made
 
     monkeypatch.setattr(on_demand, "OnDemand", Stub)
     values = {"data_dir": str(own_data_dir), "dataset": "Bare", "regenerate": "on_demand"}
     values["regenerate_options"] = "--model tiny"
     assert train(**values, augmentation_prob=0, epochs=1, init_epoch=1) == 0
     # 2 new classes x 4 synthetic exemplars; after the last phase prompts alone, as nobody looks at copies any more
-    assert asked == [(8, True), (8, True), (8, False)]
-    assert "copies on demand: 32, against 144 of all train images made ahead (77.8% saved)" in capsys.readouterr().out
+    assert asked == [(8, False), (8, True), (8, False), (8, True), (8, False), (8, False)]
+    assert (
+        "copies on demand: 32 made, against 144 of all train images made ahead (77.8% saved)" in capsys.readouterr().out
+    )
     asked.clear()
     again = {"augmentation_scope": "exemplars", "output_dir": str(tmp_path / "again"), "model_name": "icarl"}
     assert train(**values, **again, epochs=1, init_epoch=1) == 0
-    assert asked == [(12, True)] * 3  # real exemplars have copies too, and NME reads those of the last phase
+    assert (
+        asked == [(12, False), (12, True)] * 3
+    )  # real exemplars have copies too, and NME reads those of the last phase
 
 
 def test_on_demand_prompt_cost(own_data_dir):

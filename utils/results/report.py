@@ -10,7 +10,8 @@ results.json (accuracies in percent, seconds, bytes):
                    new, per_class {label: accuracy}, per_phase [accuracy on the classes of phase 0, 1, ...];
                    memory (`utils.memory.ExemplarMemory.report`); parameters (all of the network); training (epochs,
                    loss, accuracy of the first stage, seconds of all, reused, stages: stage, epochs, loss, accuracy);
-                   copies_on_demand (null where they were made ahead); seconds {train, exemplars, evaluate, total}
+                   copies_on_demand (number made, null where all were made ahead); copies (what made those in use:
+                   made_by, files, digest; null where none is used); seconds {train, exemplars, evaluate, total}
         cnn, nme   average_incremental_accuracy; forgetting and backward_transfer (null after one phase); top1 (a list,
                    by phase); per_class {label: [accuracy by phase, null before the class was learnt]}; or null
         memory     of the last phase
