@@ -222,7 +222,8 @@ def copies_saved(config: Config, data: DataManager, records: Sequence[Mapping]) 
     """Such as "copies on demand: 320 made, against 4,000 of all train images made ahead (92.0 % saved)"."""
     made = sum(record["copies_on_demand"] for record in records)
     ahead = config.augmentations_per_image * sum(len(data.train_images(target)) for target in range(data.nb_classes))
-    return f"copies on demand: {made:,} made, against {ahead:,} of all train images made ahead ({1 - made / ahead:.1%} saved)"
+    saved = f"{1 - made / ahead:.1%} saved"
+    return f"copies on demand: {made:,} made, against {ahead:,} of all train images made ahead ({saved})"
 
 
 def phases_in_words(data: DataManager) -> str:

@@ -163,7 +163,7 @@ def test_copies_on_demand_are_remembered_too(train, tmp_path, checkpoint, capsys
 
 def test_copies_that_are_there_are_not_counted_as_made(train, tmp_path, checkpoint, capsys):
     paths = little_dataset(tmp_path / "data")
-    options = f"--model {shlex.quote(str(checkpoint))} --size 64 --steps 1 --batch-size 4"
+    options = f"--model {shlex.quote(str(checkpoint))} --size 64 --steps 1 --batch-size 4 --resolution high"
     assert command(paths, checkpoint, capsys)()[0] == 0
     values = {"dataset": paths.dataset, "init_cls": 1, "increment": 1, "real_per_class": 1, "syn_per_class": 1}
     values |= {"regenerate": "on_demand", "augmentation_scope": "exemplars", "regenerate_options": options}
