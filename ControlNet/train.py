@@ -119,7 +119,7 @@ class AutoencoderTask(nn.Module):
 
     def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
         super().__init__()
-        self.autoencoder = model.first_stage_model
+        self.autoencoder = model.first_stage_model.requires_grad_(True)
         self.kl_weight = settings.kl_weight
 
     def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ class TextTask(nn.Module):
 
     def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
         super().__init__()
-        self.encoder = model.cond_stage_model
+        self.encoder = model.cond_stage_model.requires_grad_(True)
         self.texts = data.texts
         negatives, templates, classes = data.negatives, data.templates, data.classes
         self.register_buffer("positions", tokenize(self.texts) == END, persistent=False)
@@ -180,7 +180,7 @@ class DiffusionTask(nn.Module):
         noisiness = uniform() ** self.settings.get("timestep_power", 1.0)  # below 1: noisy timesteps come more often
         t = (noisiness * model.num_timesteps).long().clamp(max=model.num_timesteps - 1).to(pictures.device)
         with torch.no_grad():
-            latents = model.encode_first_stage(pictures, generator).float()
+            latents = model.get_first_stage_encoding(model.encode_first_stage(pictures), generator).float()
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy = model.q_sample(latents, t, noise)
         context = model.get_learned_conditioning(self.texts)[text.to(pictures.device)]
@@ -188,6 +188,11 @@ class DiffusionTask(nn.Module):
         control = [c * controlled for c in control]
         eps = model.model.diffusion_model(x=noisy, timesteps=t, context=context, control=control)
         return {"loss": F.mse_loss(eps.float(), noise)}
+
+
+def step_seed(seed: int, stage: str, step: int) -> int:
+    """What a step's random numbers start from, 0 to 2**63 - 1."""
+    return int(np.random.SeedSequence([seed, STAGES.index(stage), step]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> None:
@@ -221,7 +226,7 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
     task.train()
     for batch in bar:
         step = state["step"]
-        generator = torch.Generator().manual_seed(hash((config.seed, STAGES.index(stage), step)) % 2**63)
+        generator = torch.Generator().manual_seed(step_seed(config.seed, stage, step))
         losses = wrapped(*batch, generator)
         fabric.backward(losses["loss"])
         fabric.clip_gradients(wrapped, optimizer, max_norm=1.0)
@@ -241,7 +246,8 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
             temporary = checkpoint.with_suffix(".tmp")
             fabric.save(temporary, state)
             os.replace(temporary, checkpoint)
-            (output / f"{stage}_losses.json").write_text(json.dumps(state["log"], indent=1))
+            temporary.write_text(json.dumps(state["log"], indent=1))
+            os.replace(temporary, output / f"{stage}_losses.json")
     if settings.get("ema_decay"):
         task.load_state_dict(average.module.state_dict())
 
@@ -300,7 +306,7 @@ def train(config: DictConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     fabric = Fabric(accelerator="auto", devices=1, precision=config.precision)
     torch.manual_seed(config.seed)
-    model = create_model(config.model, initialize=True)
+    model = create_model(config.model)
     model = model.to(fabric.device)
     fit(fabric, model, "autoencoder", config)
     factor = normalise_latents(model, config)

@@ -35,7 +35,7 @@ def little_config() -> DictConfig:
 
 def little_model() -> ControlLDM:
     """On the CPU, in eval mode.  Its pictures are noise of full contrast, and depend on edge map, text and number."""
-    model = create_model(little_config(), initialize=True)
+    model = create_model(little_config())
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:

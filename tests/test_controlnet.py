@@ -233,19 +233,73 @@ def test_the_full_size_model_has_the_official_names_and_shapes():
     assert counts == {"unet": 859520964, "control": 361279120, "autoencoder": 83653863, "text": 123060480}
 
 
-def test_building_for_a_checkpoint_draws_no_random_numbers():
+def test_loading_draws_no_random_numbers(tmp_path, checkpoint):
+    path = write_config(tmp_path / "small.pth")
+    torch.save(checkpoint, path)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    create_model(small_config())
+    load_model(path)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_fresh_control_network_changes_nothing():
+@pytest.fixture(scope="module")
+def fresh():
+    """Built after a model of the same size was freed, whose memory it may have got."""
+    other = create_model(small_config())
+    other.load_state_dict(reference_state_dict(other))
+    del other
+    return create_model(small_config())
+
+
+def test_a_fresh_control_network_changes_nothing(fresh):
     """ControlNet section 3.1: zero convolutions, so training starts from the plain UNet."""
-    model = create_model(small_config(), initialize=True)
     x, hint, context = torch.randn(1, 4, 8, 8), torch.rand(1, 3, 64, 64), torch.randn(1, 77, 64)
-    control = model.control_model(x=x, hint=hint, timesteps=torch.tensor([10]), context=context)
+    control = fresh.control_model(x=x, hint=hint, timesteps=torch.tensor([10]), context=context)
     assert all(not tensor.any() for tensor in control)
+
+
+def test_a_fresh_model_has_the_published_initial_values(fresh):
+    """Zero where they are: zero convolutions, and the last layer of a block's residual branch.  Random elsewhere."""
+    names = dict(fresh.named_parameters())
+    zero = {name for name, parameter in names.items() if parameter.ndim > 1 and not parameter.any()}
+    assert zero == {
+        name
+        for name in names
+        if (name.endswith(("out_layers.3.weight", "proj_out.weight")) and not name.startswith("first_stage_model"))
+        or (name.startswith(("control_model.zero_convs", "control_model.middle_block_out")) and name.endswith("weight"))
+        or name in ("control_model.input_hint_block.14.weight", "model.diffusion_model.out.2.weight")
+    }
+    for name, parameter in names.items():
+        assert parameter.isfinite().all(), name
+        if name.startswith("control_model.input_hint_block") and parameter.any() and name.endswith("weight"):
+            bound = parameter[0].numel() ** -0.5  # torch's default for a convolution: uniform in +-1/sqrt(fan in)
+            assert parameter.abs().max() <= bound
+            assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.15)
+
+
+def test_the_hint_can_be_learned(fresh):
+    """A ControlNet trained from initial values feels its hint, though it starts at zero."""
+    generator = torch.Generator().manual_seed(0)
+    hints = (torch.rand(2, 3, 64, 64, generator=generator) < 0.1).float()
+    batch = {"x_start": torch.randn(2, 4, 8, 8, generator=generator), "noise": torch.randn(2, 4, 8, 8)}
+    context = torch.randn(2, 77, 64, generator=generator)
+    fresh.learning_rate = 1e-3
+    for parameter in fresh.model.diffusion_model.out.parameters():  # starts at zero, too, and would pass nothing back
+        parameter.data.normal_(0, 0.1, generator=generator)
+    fresh.sd_locked = True
+    optimizer = fresh.configure_optimizers()
+    for _ in range(4):
+        cond = {"c_concat": [hints], "c_crossattn": [context]}
+        loss, _ = fresh.p_losses(cond=cond, t=torch.tensor([500, 100]), **batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        eps, other = (
+            fresh.apply_model(batch["noise"], torch.tensor([500, 100]), {"c_concat": [h], "c_crossattn": [context]})
+            for h in (hints, hints.flip(-1))
+        )
+    assert (eps - other).abs().max() > 1e-7
 
 
 @pytest.fixture(scope="module")

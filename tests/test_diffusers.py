@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ControlNet.cldm.ddim import DDIMSampler
-from ControlNet.cldm.model import MODELS_FOLDER, create_model
+from ControlNet.cldm.model import MODELS_FOLDER, create_empty_model
 from ControlNet.ldm.text import tokenize
 from tests.small_controlnet import reference_state_dict, small_config
 
@@ -35,7 +35,7 @@ def both(request):
     from tests.diffusers_models import diffusers_networks
 
     config = small_config() if request.param == "small" else OmegaConf.load(MODELS_FOLDER / "cldm_v15.yaml")
-    model = create_model(config)
+    model = create_empty_model(config)
     model.load_state_dict(reference_state_dict(model), assign=True)
     model.eval().requires_grad_(False)
     draw = torch.Generator().manual_seed(0)

@@ -90,7 +90,7 @@ def test_the_order_of_convergence(sampler, order):
         x = torch.ones((), dtype=torch.float64)
         half = steps // 2  # the end lies elsewhere at each number of steps
         for i in range(half):
-            x, _ = solver.step(i, x, (1 - along[i]) ** 0.5 * x / spread(along[i]) ** 2, None)
+            x, _ = solver.step(i, x, (1 - along[i]) ** 0.5 * x / spread(along[i]) ** 2)
         return abs(float(x - spread(along[half]) / spread(along[0])))
 
     errors = [error(steps) for steps in (50, 100, 200)]

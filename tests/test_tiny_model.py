@@ -149,7 +149,7 @@ def test_training_goes_on_where_it_stopped(folder, monkeypatch):
 def test_latents_are_scaled_to_unit_variance_and_pictures_stay(folder):
     config = OmegaConf.load(folder / "train.yaml")
     torch.manual_seed(0)
-    model = trainer.create_model(config.model, initialize=True).eval()
+    model = trainer.create_model(config.model).eval()
     data = trainer.Views(config, "autoencoder")
     pictures = torch.stack([data[step, i][0] for step in range(2) for i in range(16)])
     with torch.no_grad():

@@ -1,13 +1,15 @@
 """ControlNet: a trainable copy of the UNet's encoder that reads an edge map and steers the UNet (Zhang et al. 2023)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from ControlNet.ldm.attention import zeroed
-from ControlNet.ldm.schedule import scaled_linear_betas, schedule_buffers
-from ControlNet.ldm.unet import Stage, UNetEncoder, UNetModel
+from ControlNet.cldm.ddim import DDIMSampler
+from ControlNet.ldm.diffusion import LatentDiffusion
+from ControlNet.ldm.unet import TimestepEmbedSequential, UNetEncoder, UNetModel
+from ControlNet.ldm.util import instantiate_from_config, log_txt_as_img, zero_module
 
 
 class ControlledUnetModel(UNetModel):
@@ -53,10 +55,14 @@ class ControlNet(UNetEncoder):
         for width, stride in widths:
             layers += [nn.Conv2d(channels, width, 3, stride=stride, padding=1), nn.SiLU()]
             channels = width
-        self.input_hint_block = Stage(*layers, zeroed(nn.Conv2d(channels, model_channels, 3, padding=1)))
-        self.zero_convs = nn.ModuleList(Stage(zeroed(nn.Conv2d(c, c, 1))) for c in self.skip_channels)
+        self.input_hint_block = TimestepEmbedSequential(
+            *layers, zero_module(nn.Conv2d(channels, model_channels, 3, padding=1))
+        )
+        self.zero_convs = nn.ModuleList(
+            TimestepEmbedSequential(zero_module(nn.Conv2d(c, c, 1))) for c in self.skip_channels
+        )
         middle = self.skip_channels[-1]
-        self.middle_block_out = Stage(zeroed(nn.Conv2d(middle, middle, 1)))
+        self.middle_block_out = TimestepEmbedSequential(zero_module(nn.Conv2d(middle, middle, 1)))
 
     def encode_hint(self, hint: Tensor) -> Tensor:
         """hint: B x 3 x 8h x 8w in 0..1 -> B x model_channels x h x w.  It depends on neither timestep nor text."""
@@ -89,68 +95,34 @@ class ControlNet(UNetEncoder):
         return control
 
 
-class DiffusionWrapper(nn.Module):
-    """Holds the UNet where the official checkpoint has it: `model.diffusion_model`."""
-
-    def __init__(self, diffusion_model: nn.Module):
-        super().__init__()
-        self.diffusion_model = diffusion_model
+def _zero_conv(channels: int) -> TimestepEmbedSequential:
+    return TimestepEmbedSequential(zero_module(nn.Conv2d(channels, channels, 1)))
 
 
-class ControlLDM(nn.Module):
-    """Latent diffusion with a text encoder, an autoencoder and a control network.
+class ControlLDM(LatentDiffusion):
+    """Latent diffusion with a control network.
 
-    unet, control, first_stage and cond_stage are the four networks; the other arguments are the official config's.
-    cond_stage_trainable says whether training changes the text encoder (the official one stays as it is).
+    control_stage_config: {target, params} of the control network; control_key: where a training batch has the hint;
+    only_mid_control: add the control to the middle block alone; others: LatentDiffusion's.
 
-    Attributes: `control_model`, `first_stage_model`, `cond_stage_model`, `model.diffusion_model`, `control_scales`, a
-    factor for each control tensor, all 1 at first, and `fingerprint`, which tells the weights from others ("" unless
-    `load_model` loaded them).
+    Attributes: `control_model`, `first_stage_model`, `cond_stage_model`, `model.diffusion_model`; `control_scales`, a
+    factor for each control tensor, 1 at first; `sd_locked`, whether training leaves the UNet's decoder as it is;
+    `fingerprint`, which tells the weights from others ("" unless `load_model` loaded them).
     """
 
     fingerprint = ""
+    sd_locked = True
 
-    def __init__(
-        self,
-        unet: ControlledUnetModel,
-        control: ControlNet,
-        first_stage: nn.Module,
-        cond_stage: nn.Module,
-        linear_start: float = 0.00085,
-        linear_end: float = 0.0120,
-        timesteps: int = 1000,
-        scale_factor: float = 0.18215,
-        only_mid_control: bool = False,
-        cond_stage_trainable: bool = False,
-    ):
-        super().__init__()
-        self.model = DiffusionWrapper(unet)
-        self.control_model = control
-        self.first_stage_model = first_stage
-        self.cond_stage_model = cond_stage
-        self.num_timesteps = timesteps
-        self.scale_factor = scale_factor
+    def __init__(self, control_stage_config: Mapping, control_key: str = "hint", only_mid_control: bool = False,
+                 **kwargs):  # fmt: skip
+        super().__init__(**kwargs)
+        self.control_model = instantiate_from_config(control_stage_config)
+        self.control_key = control_key
         self.only_mid_control = only_mid_control
-        self.cond_stage_trainable = cond_stage_trainable
-        self.control_scales = [1.0] * (len(control.zero_convs) + 1)
-        for name, table in schedule_buffers(scaled_linear_betas(timesteps, linear_start, linear_end)).items():
-            self.register_buffer(name, torch.tensor(table))
+        self.control_scales = [1.0] * (len(self.control_model.zero_convs) + 1)
 
-    @property
-    def device(self) -> torch.device:
-        return self.betas.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type that the networks compute in."""
-        return next(self.model.parameters()).dtype
-
-    def get_learned_conditioning(self, texts: list[str]) -> Tensor:
-        """Texts -> B x 77 x context_dim."""
-        return self.cond_stage_model(texts)
-
-    def apply_model(self, x: Tensor, t: Tensor, cond: dict) -> Tensor:
-        """The predicted noise in x (B x 4 x h x w) at timesteps t (B).
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: dict) -> Tensor:
+        """The predicted noise in x_noisy (B x 4 x h x w) at timesteps t (B).
 
         cond: {"c_concat": [hint, B x 3 x 8h x 8w in 0..1] or None, "c_crossattn": [context, B x 77 x context_dim]};
         "hint_features", if it is there, is control_model.encode_hint(hint) computed before.
@@ -160,23 +132,85 @@ class ControlLDM(nn.Module):
         if cond["c_concat"] is not None:
             hint = torch.cat(cond["c_concat"], dim=1)
             control = self.control_model(
-                x=x, hint=hint, timesteps=t, context=context, hint_features=cond.get("hint_features")
+                x=x_noisy, hint=hint, timesteps=t, context=context, hint_features=cond.get("hint_features")
             )
             scaled = zip(control, self.control_scales, strict=True)
             control = [c if scale == 1 else c * scale for c, scale in scaled]
         return self.model.diffusion_model(
-            x=x, timesteps=t, context=context, control=control, only_mid_control=self.only_mid_control
+            x=x_noisy, timesteps=t, context=context, control=control, only_mid_control=self.only_mid_control
         )
 
-    def encode_first_stage(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images (B x 3 x H x W in [-1, 1]) -> latents of unit scale, B x 4 x H/8 x W/8, drawn from the encoder."""
-        return self.scale_factor * self.first_stage_model.encode(images).sample(generator)
+    def low_vram_shift(self, is_diffusing: bool) -> None:
+        """Move to the GPU what is needed next, and the rest to the CPU; without a GPU, do nothing.
 
-    def decode_first_stage(self, latents: Tensor) -> Tensor:
-        """Latents (B x 4 x h x w) -> images (B x 3 x 8h x 8w), about [-1, 1]."""
-        return self.first_stage_model.decode(latents / self.scale_factor)
+        is_diffusing: True for UNet and control network, False for autoencoder and text encoder.
+        """
+        gpu = "cuda" if torch.cuda.is_available() else "cpu"
+        for names, wanted in (
+            (("model", "control_model"), is_diffusing),
+            (("first_stage_model", "cond_stage_model"), not is_diffusing),
+        ):
+            for name in names:
+                getattr(self, name).to(gpu if wanted else "cpu")
 
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t: clean latents with the noise of timesteps t (B) added (DDPM eq. 4)."""
-        signal = self.sqrt_alphas_cumprod[t][:, None, None, None]
-        return signal * x_start + self.sqrt_one_minus_alphas_cumprod[t][:, None, None, None] * noise
+    # --- training -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def get_input(self, batch: Mapping, k: str, bs: int | None = None) -> tuple[Tensor, dict]:
+        """(latents, conditioning) of the first bs items; batch[control_key]: hints, B x H x W x 3 in 0..1."""
+        z, context = super().get_input(batch, self.first_stage_key, bs)
+        hint = rearrange(batch[self.control_key][:bs], "b h w c -> b c h w").contiguous().float().to(self.device)
+        return z, {"c_crossattn": [context], "c_concat": [hint]}
+
+    def forward(self, x: Tensor, c: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.cond_stage_trainable:
+            c = {**c, "c_crossattn": [self.get_learned_conditioning(texts) for texts in c["c_crossattn"]]}
+        return super().forward(x, c)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW on the control network and, unless sd_locked, the UNet's decoder; the rest is frozen."""
+        if self.use_ema:
+            raise ValueError("training keeps no moving average of the weights: set use_ema to False in the config")
+        unet = self.model.diffusion_model.requires_grad_(False)
+        trained = [self.control_model, *([] if self.sd_locked else [unet.output_blocks, unet.out])]
+        parameters = [parameter for part in trained for parameter in part.requires_grad_(True).parameters()]
+        return torch.optim.AdamW(parameters, lr=self.learning_rate)
+
+    @torch.no_grad()
+    def log_images(
+        self, batch: Mapping, N: int = 4, sample: bool = False, ddim_steps: int = 50, ddim_eta: float = 0.0,
+        unconditional_guidance_scale: float = 9.0, **kwargs,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Images of the first N items to look at, each n x 3 x H x W in about [-1, 1].
+
+        sample: whether to sample without guidance, too.  The published rows of noisy and of denoised images are not
+        made: their arguments (n_row, plot_diffusion_rows, ...) are accepted and have no effect.
+        """
+        z, cond = self.get_input(batch, self.first_stage_key, bs=N)
+        if self.cond_stage_trainable:
+            cond["c_crossattn"] = [self.get_learned_conditioning(texts) for texts in cond["c_crossattn"]]
+        hint = cond["c_concat"][0]
+        log = {
+            "reconstruction": self.decode_first_stage(z),
+            "control": hint * 2.0 - 1.0,
+            "conditioning": log_txt_as_img((512, 512), batch[self.cond_stage_key][:N], size=16),
+        }
+        options = {"cond": cond, "batch_size": len(z), "ddim": True, "ddim_steps": ddim_steps, "eta": ddim_eta}
+        if sample:
+            log["samples"] = self.decode_first_stage(self.sample_log(**options)[0])
+        if unconditional_guidance_scale > 1.0:
+            uncond = {"c_concat": [hint], "c_crossattn": [self.get_unconditional_conditioning(len(z))]}
+            samples, _ = self.sample_log(
+                **options,
+                unconditional_guidance_scale=unconditional_guidance_scale,
+                unconditional_conditioning=uncond,
+            )
+            log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = self.decode_first_stage(samples)
+        return log
+
+    @torch.no_grad()
+    def sample_log(self, cond: dict, batch_size: int, ddim: bool, ddim_steps: int, **kwargs) -> tuple[Tensor, dict]:
+        """DDIMSampler.sample at the hint's size."""
+        height, width = cond["c_concat"][0].shape[-2:]
+        shape = (self.channels, height // 8, width // 8)
+        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **kwargs)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ControlNet.cldm.sampler import Sampler
+from ControlNet.cldm.sampler import Noise, Sampler
 
 
 class DPMSolverSampler(Sampler):
@@ -16,18 +16,20 @@ class DPMSolverSampler(Sampler):
     the bundled model).
     """
 
-    def make_schedule(self, S: int, eta: float = 0.0) -> list[int]:
+    def make_schedule(
+        self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
+    ) -> list[int]:
         """Choose the timesteps and set `alphas`, `sigmas` and `lambdas` (float64, one more, in the order of sampling).
 
         x_t = alpha_t x_0 + sigma_t noise, and lambda_t = log(alpha_t / sigma_t).
         Raises ValueError for an eta other than 0: the solver follows the deterministic equation.
         """
         count = self.model.num_timesteps
-        if not 1 <= S <= count:
-            raise ValueError(f"steps must be between 1 and {count}, not {S}")
-        if eta != 0:
-            raise ValueError(f"DPM-Solver++ 2M is deterministic: eta must be 0, not {eta}")
-        timesteps = np.unique(np.linspace(0, count - 1, S + 1).round().astype(np.int64))[:0:-1]
+        if not 1 <= ddim_num_steps <= count:
+            raise ValueError(f"steps must be between 1 and {count}, not {ddim_num_steps}")
+        if ddim_eta != 0:
+            raise ValueError(f"DPM-Solver++ 2M is deterministic: eta must be 0, not {ddim_eta}")
+        timesteps = np.unique(np.linspace(0, count - 1, ddim_num_steps + 1).round().astype(np.int64))[:0:-1]
         cumprod = self.model.alphas_cumprod.detach().double().cpu()[torch.from_numpy(timesteps.copy())]
         cumprod = torch.cat([cumprod, torch.ones(1, dtype=torch.float64)])
         self.alphas, self.sigmas = cumprod.sqrt(), (1 - cumprod).sqrt()
@@ -35,7 +37,7 @@ class DPMSolverSampler(Sampler):
         self._previous_x0: Tensor | None = None
         return timesteps.tolist()
 
-    def step(self, i: int, x: Tensor, eps: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def step(self, i: int, x: Tensor, eps: Tensor, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
         """From timestep i to i + 1; in the paper's notation from t_{i-1} to t_i."""
         a, sigma = float(self.alphas[i]), float(self.sigmas[i])
         next_a, next_sigma = float(self.alphas[i + 1]), float(self.sigmas[i + 1])

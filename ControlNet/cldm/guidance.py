@@ -3,54 +3,59 @@
 import torch
 from torch import Tensor
 
-from ControlNet.cldm.cldm import ControlLDM
-
 
 class Guided:
     """eps = eps_uncond + scale * (eps_cond - eps_uncond); the latents stay float32 whatever the networks compute in.
 
-    cond, uncond: as ControlLDM.apply_model takes them; uncond None or scale 1 means no guidance, and one branch.
-    Both branches go through the networks as one batch of twice the size, unless only one of them has control (guess
-    mode).  What the hint encoder makes of the edge maps is the same at every step: computed once.
+    cond, uncond: as ControlLDM.apply_model takes them.  Without uncond, or at scale 1, the unconditional branch is not
+    computed.  `scale` may change between calls.  Both branches run as one batch of twice the size, unless only one of
+    them has control (guess mode).  The hint's features are the same at every step and are computed once.
     """
 
-    def __init__(self, model: ControlLDM, cond: dict, uncond: dict | None, scale: float):
+    def __init__(self, model, cond: dict, uncond: dict | None = None, scale: float = 1.0):
+        for name, given in (("conditioning", cond), ("unconditional_conditioning", uncond)):
+            if not (given is None and name.startswith("un")) and not _is_conditioning(given):
+                raise ValueError(f'{name} must be {{"c_concat": [hint] or None, "c_crossattn": [context]}}')
         self.model, self.scale = model, scale
-        self.guided = uncond is not None and scale != 1.0
-        if not self.guided:
-            self.branches = [self._prepare(cond)]
-        elif (cond["c_concat"] is None) == (uncond["c_concat"] is None):
-            self.branches = [self._prepare(self._joined(cond, uncond))]
-        else:
-            self.branches = [self._prepare(cond), self._prepare(uncond)]
+        self._cond, self._uncond = cond, uncond
+        self._prepared: dict[bool, list[dict]] = {}  # guided or not -> the branches that are computed
 
-    def _prepare(self, cond: dict) -> dict:
-        if cond["c_concat"] is None:
-            return cond
-        return {**cond, "hint_features": self._hint_features(cond["c_concat"])}
+    def _branches(self, guided: bool) -> list[dict]:
+        if guided not in self._prepared:
+            branches = [self._cond, self._uncond] if guided else [self._cond]
+            if guided and (self._cond.get("c_concat") is None) == (self._uncond.get("c_concat") is None):
+                branches = [_joined(*branches)]
+            self._prepared[guided] = [self._with_features(branch) for branch in branches]
+        return self._prepared[guided]
 
-    def _hint_features(self, hints: list[Tensor]) -> Tensor:
-        hint = torch.cat(hints, dim=1).to(self.model.device, self.model.dtype)
-        return self.model.control_model.encode_hint(hint)
-
-    @staticmethod
-    def _joined(cond: dict, uncond: dict) -> dict:
-        joined = {
-            "c_concat": None,
-            "c_crossattn": [torch.cat(pair) for pair in zip(cond["c_crossattn"], uncond["c_crossattn"], strict=True)],
-        }
-        if cond["c_concat"] is not None:
-            joined["c_concat"] = [torch.cat(pair) for pair in zip(cond["c_concat"], uncond["c_concat"], strict=True)]
-        return joined
+    def _with_features(self, cond: dict) -> dict:
+        if cond.get("c_concat") is None:
+            return {**cond, "c_concat": None}
+        hint = torch.cat(cond["c_concat"], dim=1).to(self.model.device, self.model.dtype)
+        return {**cond, "hint_features": self.model.control_model.encode_hint(hint)}
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """The guided noise in x (float32, B x 4 x h x w) at timesteps t (B): float32, x's shape."""
         y = x.to(self.model.dtype)
-        if not self.guided:
-            return self.model.apply_model(y, t, self.branches[0]).float()
-        if len(self.branches) == 1:
-            both = self.model.apply_model(torch.cat([y, y]), torch.cat([t, t]), self.branches[0])
+        guided = self._uncond is not None and self.scale != 1.0
+        branches = self._branches(guided)
+        if not guided:
+            return self.model.apply_model(y, t, branches[0]).float()
+        if len(branches) == 1:
+            both = self.model.apply_model(torch.cat([y, y]), torch.cat([t, t]), branches[0])
             eps, eps_uncond = both.float().chunk(2)
         else:
-            eps, eps_uncond = (self.model.apply_model(y, t, cond).float() for cond in self.branches)
+            eps, eps_uncond = (self.model.apply_model(y, t, branch).float() for branch in branches)
         return eps_uncond + self.scale * (eps - eps_uncond)
+
+
+def _is_conditioning(given) -> bool:
+    return isinstance(given, dict) and isinstance(given.get("c_crossattn"), list | tuple)
+
+
+def _joined(cond: dict, uncond: dict) -> dict:
+    """Both branches as one batch, the conditional one first."""
+    names = [name for name in ("c_concat", "c_crossattn") if cond.get(name) is not None]
+    return {"c_concat": None} | {
+        name: [torch.cat(pair) for pair in zip(cond[name], uncond[name], strict=True)] for name in names
+    }

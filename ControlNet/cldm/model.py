@@ -1,40 +1,23 @@
 """Building models from configs and filling them from checkpoints."""
 
-import inspect
 import os
 from collections.abc import Mapping
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from yaml import YAMLError
 
-from ControlNet.cldm.cldm import ControlLDM, ControlledUnetModel, ControlNet
+from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.files import ModelError, load_state_dict
 from ControlNet.cldm.weights import BUNDLED, MODELS_FOLDER, complete, find_weights, fingerprint
-from ControlNet.ldm.autoencoder import AutoencoderKL
-from ControlNet.ldm.text import FrozenCLIPEmbedder
+from ControlNet.ldm.util import instantiate_from_config
 
 __all__ = [
-    "BUNDLED", "MODELS_FOLDER", "ModelError", "create_model", "load_model", "load_state_dict", "weights_fingerprint",
+    "BUNDLED", "MODELS_FOLDER", "ModelError", "create_empty_model", "create_model", "load_model", "load_state_dict",
+    "weights_fingerprint",
 ]  # fmt: skip
-
-# What a config's `target:` may be.  Looked up, never imported: a config can't run code.
-_TARGETS = {
-    "cldm.cldm.ControlLDM": ControlLDM,
-    "cldm.cldm.ControlNet": ControlNet,
-    "cldm.cldm.ControlledUnetModel": ControlledUnetModel,
-    "ldm.models.autoencoder.AutoencoderKL": AutoencoderKL,
-    "ldm.modules.encoders.modules.FrozenCLIPEmbedder": FrozenCLIPEmbedder,
-    "torch.nn.Identity": nn.Identity,
-}
-# Keys of the official config that steer its authors' trainer and logger, not the network.
-_TRAINER_KEYS = {
-    "base_learning_rate", "channels", "cond_stage_key", "conditioning_key", "control_key", "first_stage_key",
-    "image_size", "log_every_t", "monitor", "num_timesteps_cond", "use_ema",
-}  # fmt: skip
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -49,24 +32,26 @@ class _WithoutInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def create_model(config_path: str | os.PathLike | DictConfig | Mapping, initialize: bool = False) -> ControlLDM:
+def create_model(config_path: str | os.PathLike | DictConfig | Mapping) -> ControlLDM:
     """Build a ControlLDM from a config: a .yaml path, or its content.
 
-    initialize: False leaves the parameters unset, for `load_state_dict` to fill, which is instant at any size; True
-    fills them for training from scratch.
+    Its parameters have the published initial values: random where theirs are, zero in the zero convolutions.  Only the
+    text encoder, which the published code downloads, is random here.
     Raises ModelError for a config that names an unknown class or parameter.
     """
     config = _read_config(config_path)
     try:
-        node = config["model"]
-        if initialize:
-            return _build(node)
-        with _WithoutInit():
-            return _build(node)
+        return instantiate_from_config(config["model"])
     except KeyError as error:
         raise ModelError(f"{_name(config_path)}: the config lacks {error}") from error
     except ValueError as error:
         raise ModelError(f"{_name(config_path)}: {error}") from error
+
+
+def create_empty_model(config_path: str | os.PathLike | DictConfig | Mapping) -> ControlLDM:
+    """Like create_model, but with unset parameters, for load_state_dict to fill: instant at any size."""
+    with _WithoutInit():
+        return create_model(config_path)
 
 
 def _name(config_path) -> str:
@@ -83,30 +68,6 @@ def _read_config(config_path) -> dict:
     if not isinstance(config, dict) or "model" not in config:
         raise ModelError("a model config has one key, `model`, with `target` and `params`")
     return config
-
-
-def _build(node: Mapping) -> nn.Module:
-    """Instantiate {target, params}; the four *_config params become networks."""
-    target, params = node["target"], dict(node.get("params") or {})
-    if target not in _TARGETS:
-        raise ValueError(f"unknown target {target!r}; known are {', '.join(_TARGETS)}")
-    cls = _TARGETS[target]
-    if cls is nn.Identity:
-        return cls()
-    if cls is ControlLDM:
-        params = {key: value for key, value in params.items() if key not in _TRAINER_KEYS}
-        params["unet"] = _build(params.pop("unet_config"))
-        params["control"] = _build(params.pop("control_stage_config"))
-        params["first_stage"] = _build(params.pop("first_stage_config"))
-        params["cond_stage"] = _build(params.pop("cond_stage_config"))
-    known = {name for base in cls.__mro__ if base is not nn.Module for name in inspect.signature(base).parameters}
-    unknown = sorted(set(params) - known)
-    if unknown:
-        raise ValueError(f"{target} has no parameter {', '.join(unknown)}")
-    try:
-        return cls(**params)
-    except TypeError as error:
-        raise ValueError(f"{target}: {error}") from error
 
 
 def load_model(
@@ -129,7 +90,7 @@ def load_model(
     Raises ModelError, with the likely reason, for weights that don't fit.
     """
     weights = find_weights(spec, base)
-    model = create_model(weights.config)
+    model = create_empty_model(weights.config)
     model.load_state_dict(complete(weights, model.state_dict()), assign=True)
     model.fingerprint = fingerprint(weights.state)
     del weights  # so that a tensor's old memory is free as soon as it is converted

@@ -1,9 +1,10 @@
 """The spatial transformer: attention of every position of a feature map to every other, and to the text."""
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ControlNet.ldm.util import default, zero_module
 
 
 class GEGLU(nn.Module):
@@ -41,7 +42,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, channels), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
+        context = default(context, x)
         q, k, v = (
             rearrange(y, "b n (h d) -> b h n d", h=self.heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
@@ -78,7 +79,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner, heads, dim_head, context_dim, dropout) for _ in range(depth)
         )
-        self.proj_out = zeroed(nn.Conv2d(inner, channels, 1))
+        self.proj_out = zero_module(nn.Conv2d(inner, channels, 1))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         height = x.shape[2]
@@ -86,11 +87,3 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             h = block(h, context)
         return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))
-
-
-def zeroed(module: nn.Module) -> nn.Module:
-    """The same layer starting at zero: a branch that adds nothing until it is trained (ControlNet, section 3.1)."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.zero_()
-    return module

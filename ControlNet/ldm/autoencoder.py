@@ -148,31 +148,39 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class DiagonalGaussian:
-    """The encoder's answer: a normal distribution a latent, from B x 2C x H x W (means, then log variances)."""
+class DiagonalGaussianDistribution:
+    """An independent normal distribution for each latent.
 
-    def __init__(self, moments: Tensor):
-        self.mean, logvar = moments.chunk(2, dim=1)
+    parameters: B x 2C x H x W, means then log variances (clamped to -30..20); deterministic: variance 0.
+    """
+
+    def __init__(self, parameters: Tensor, deterministic: bool = False):
+        self.parameters, self.deterministic = parameters, deterministic
+        self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = torch.zeros_like(self.mean) if deterministic else (0.5 * self.logvar).exp()
+        self.var = self.std**2
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        device = self.mean.device if generator is None else generator.device
+        """B x C x H x W.  The noise is drawn on the generator's device, or on the CPU by torch's global generator."""
+        device = "cpu" if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean)
-        return self.mean + (0.5 * self.logvar).exp() * noise
+        return self.mean + self.std * noise
 
     def mode(self) -> Tensor:
         return self.mean
 
     def kl(self) -> Tensor:
-        """KL divergence from the standard normal, summed over the latents of each picture: B."""
+        """KL divergence from the standard normal, summed over the latents of each image: B."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).flatten(1).sum(1)
 
 
 class AutoencoderKL(nn.Module):
-    """encode: B x 3 x H x W in [-1, 1] -> DiagonalGaussian over B x embed_dim x H/8 x W/8; decode: the way back."""
+    """encode: B x 3 x H x W in [-1, 1] -> a distribution over B x embed_dim x H/8 x W/8; decode: the way back."""
 
     def __init__(self, ddconfig: Mapping, embed_dim: int, lossconfig: Mapping | None = None, monitor: str = ""):
         super().__init__()
+        self.embed_dim = embed_dim
         both = {k: ddconfig[k] for k in ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "dropout")}
         both |= {k: ddconfig[k] for k in ("resolution", "z_channels")}
         if not ddconfig["double_z"]:
@@ -182,8 +190,13 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        return DiagonalGaussian(self.quant_conv(self.encoder(x)))
+    def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
+        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
+
+    def forward(self, images: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
+        """(reconstruction, posterior)."""
+        posterior = self.encode(images)
+        return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior

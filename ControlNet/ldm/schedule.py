@@ -32,12 +32,19 @@ def schedule_buffers(betas: np.ndarray) -> dict[str, np.ndarray]:
     return {name: table.astype(np.float32) for name, table in tables.items()}
 
 
-def ddim_timesteps(steps: int, num_timesteps: int = 1000) -> np.ndarray:
-    """Ascending timesteps of a `steps`-step DDIM schedule: every c-th, c = num_timesteps // steps, plus one.
+def ddim_timesteps(steps: int, num_timesteps: int = 1000, discretize: str = "uniform") -> np.ndarray:
+    """Ascending timesteps of a DDIM schedule, int64.
 
-    As in the published sampler, a number of steps that does not divide num_timesteps gives a few more (7 -> 8); one
-    that would reach past the last timestep stays on it, where the published sampler fails.
+    "uniform": every c-th, c = num_timesteps // steps, plus one.  As in the published sampler, a number of steps that
+    does not divide num_timesteps gives a few more (7 -> 8); one that would exceed the last timestep is set to it, where
+    the published sampler fails.  "quad": exactly `steps`, denser at low noise, plus one.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps must be between 1 and {num_timesteps}, not {steps}")
-    return np.minimum(np.arange(0, num_timesteps, num_timesteps // steps) + 1, num_timesteps - 1)
+    if discretize == "quad":
+        chosen = (np.linspace(0, (num_timesteps * 0.8) ** 0.5, steps) ** 2).astype(np.int64)
+    elif discretize == "uniform":
+        chosen = np.arange(0, num_timesteps, num_timesteps // steps)
+    else:
+        raise ValueError(f"ddim_discretize must be uniform or quad, not {discretize}")
+    return np.minimum(chosen + 1, num_timesteps - 1)

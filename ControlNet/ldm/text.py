@@ -1,14 +1,16 @@
 """The text encoder: CLIP's (Radford et al. 2021), as Stable Diffusion 1.x uses it, and its tokenizer, offline."""
 
+import contextlib
 import gzip
-from functools import lru_cache
+import json
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 MERGES_FILE = Path(__file__).parent / "clip_merges.txt.gz"
 START, END = 49406, 49407  # token ids of <|startoftext|> and <|endoftext|>; the latter pads as well
@@ -39,10 +41,14 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def tokenize(texts: list[str]) -> Tensor:
-    """CLIP token ids: int64, B x 77; start, the text cut to 75 tokens, end, and end again as padding."""
+def tokenize(texts: str | Sequence[str]) -> Tensor:
+    """CLIP token ids: int64, B x 77; start, the text cut to 75 tokens, end, and end again as padding.
+
+    One string is one text.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
     ids = torch.full((len(texts), MAX_LENGTH), END, dtype=torch.int64)
-    for row, encoding in zip(ids, _tokenizer().encode_batch(list(texts), add_special_tokens=False), strict=True):
+    for row, encoding in zip(ids, _tokenizer().encode_batch(texts, add_special_tokens=False), strict=True):
         tokens = [START, *encoding.ids[: MAX_LENGTH - 2]]
         row[: len(tokens)] = torch.tensor(tokens)
     return ids
@@ -70,6 +76,12 @@ class FrozenCLIPEmbedder(nn.Module):
         super().__init__()
         if max_length != MAX_LENGTH:
             raise ValueError(f"max_length must be {MAX_LENGTH}, the text model's number of positions")
+        with contextlib.suppress(ModuleNotFoundError):  # absent where this folder was copied alone
+            import torchvision_compat  # noqa: F401  transformers imports torchvision
+        # Imported here: it takes seconds, and nothing else of ControlNet needs it.
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        self.max_length = max_length
         self.transformer = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=49408,
@@ -115,10 +127,25 @@ class FrozenCLIPEmbedder(nn.Module):
         if positions in module.transformer.state_dict():
             state[root + positions] = module._embeddings.position_ids
 
-    def forward(self, texts: list[str]) -> Tensor:
-        return self.encode_tokens(tokenize(texts))
+    @cached_property
+    def tokenizer(self):
+        """transformers' CLIPTokenizer with the bundled vocabulary, for scripts that call it themselves."""
+        from transformers import CLIPTokenizer
+
+        merges = [tuple(pair) for pair in json.loads(_tokenizer().to_str())["model"]["merges"]]
+        return CLIPTokenizer(vocab=_tokenizer().get_vocab(), merges=merges)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    def forward(self, text: str | Sequence[str]) -> Tensor:
+        return self.encode_tokens(tokenize(text))
+
+    def encode(self, text: str | Sequence[str]) -> Tensor:
+        """One text or several -> B x 77 x hidden_size."""
+        return self(text)
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """token ids (int64, B x 77) -> B x 77 x hidden_size."""
-        device = next(self.transformer.parameters()).device
-        return self.transformer(input_ids=tokens.to(device)).last_hidden_state
+        return self.transformer(input_ids=tokens.to(self.device)).last_hidden_state

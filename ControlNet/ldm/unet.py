@@ -1,25 +1,17 @@
 """The denoising UNet of latent diffusion, in the official checkpoint's layout."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ControlNet.ldm.attention import SpatialTransformer, zeroed
+from ControlNet.ldm.attention import SpatialTransformer
+from ControlNet.ldm.util import timestep_embedding, zero_module
 
 
-def timestep_embedding(timesteps: Tensor, channels: int, max_period: float = 10_000) -> Tensor:
-    """Sinusoidal embedding of timesteps (B) -> B x channels, cosines first (channels must be even)."""
-    half = channels // 2
-    rates = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=timesteps.device))
-    angles = timesteps.float()[:, None] * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class Stage(nn.Sequential):
-    """A sequence whose layers get what they ask for: ResBlocks the timestep, transformers the text."""
+class TimestepEmbedSequential(nn.Sequential):
+    """Layers in sequence; a ResBlock also gets the timestep embedding, a SpatialTransformer the text context."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         for layer in self:
@@ -45,7 +37,7 @@ class ResBlock(nn.Module):
             nn.GroupNorm(32, channels_out),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zeroed(nn.Conv2d(channels_out, channels_out, 3, padding=1)),
+            zero_module(nn.Conv2d(channels_out, channels_out, 3, padding=1)),
         )
         same = channels_in == channels_out
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
@@ -111,19 +103,19 @@ class UNetEncoder(nn.Module):
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
         channels, factor = model_channels, 1
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))])
         self.skip_channels = [channels]
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
                 layers = self._layers(channels, mult * model_channels, attend=factor in attention_resolutions)
-                self.input_blocks.append(Stage(*layers))
+                self.input_blocks.append(TimestepEmbedSequential(*layers))
                 channels = mult * model_channels
                 self.skip_channels.append(channels)
             if level < len(channel_mult) - 1:
-                self.input_blocks.append(Stage(Downsample(channels)))
+                self.input_blocks.append(TimestepEmbedSequential(Downsample(channels)))
                 self.skip_channels.append(channels)
                 factor *= 2
-        self.middle_block = Stage(
+        self.middle_block = TimestepEmbedSequential(
             *self._layers(channels, channels, attend=True), ResBlock(channels, channels, emb_channels, dropout)
         )
 
@@ -172,7 +164,7 @@ class UNetModel(UNetEncoder):
                 channels = mult * model_channels
                 if level > 0 and i == num_res_blocks:
                     layers.append(Upsample(channels))
-                self.output_blocks.append(Stage(*layers))
+                self.output_blocks.append(TimestepEmbedSequential(*layers))
         self.out = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
+            nn.GroupNorm(32, channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
         )

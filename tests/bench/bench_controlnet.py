@@ -39,7 +39,7 @@ from compress.generate import Job, PictureGenerator, initial_noise
 from compress.presets import HIGH, Preset
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.ddim import DDIMSampler
-from ControlNet.cldm.model import MODELS_FOLDER, create_model, load_model
+from ControlNet.cldm.model import MODELS_FOLDER, create_empty_model, load_model
 from ControlNet.cldm.weights import find_weights
 from ControlNet.ldm.schedule import ddim_timesteps
 
@@ -54,7 +54,7 @@ Contender = Callable[[Sequence[Job], int], list[np.ndarray]]  # jobs, steps -> p
 
 def random_state(config: Path) -> dict[str, Tensor]:
     """Weights that keep activations near unit size: normal numbers over the square root of the fan-in."""
-    model = create_model(config)
+    model = create_empty_model(config)
     numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -68,7 +68,7 @@ def random_state(config: Path) -> dict[str, Tensor]:
 
 def build(config: Path, state: Mapping[str, Tensor], device: str, dtype: torch.dtype) -> ControlLDM:
     """A model of these weights, which it shares where device and dtype are theirs; tables stay float32."""
-    model = create_model(config)
+    model = create_empty_model(config)
     moved = {
         name: tensor.to(device, dtype if tensor.is_floating_point() and "." in name else tensor.dtype)
         for name, tensor in state.items()
@@ -112,7 +112,7 @@ def published(model: ControlLDM, preset: Preset) -> Contender:
         for i, timestep in enumerate(sampler.make_schedule(steps)):
             t = torch.full((1,), timestep, device=model.device)
             eps, eps_uncond = model.apply_model(x, t, cond), model.apply_model(x, t, uncond)
-            x, _ = sampler.step(i, x, eps_uncond + preset.sampling.guidance * (eps - eps_uncond), None)
+            x, _ = sampler.step(i, x, eps_uncond + preset.sampling.guidance * (eps - eps_uncond))
         decoded = model.decode_first_stage(x)[0].permute(1, 2, 0)
         return (decoded * 127.5 + 127.5).clamp(0, 255).byte().cpu().numpy()
 
@@ -179,7 +179,7 @@ def make_jobs(count: int, size: int) -> list[Job]:
 def tflop_per_copy(config: Path, size: int, steps: int) -> float:
     """Multiplications and additions, in 1e12: guided steps and the decoder, counted without computing them."""
     with torch.device("meta"):
-        model = create_model(config).requires_grad_(False)
+        model = create_empty_model(config).requires_grad_(False)
         x, hint = torch.empty(2, 4, size // 8, size // 8), torch.empty(2, 3, size, size)
         context = torch.empty(2, 77, model.model.diffusion_model._context_dim)
         t = torch.empty(2, dtype=torch.int64)

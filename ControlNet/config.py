@@ -1,0 +1,3 @@
+"""The published scripts' settings."""
+
+save_memory = False
