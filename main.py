@@ -1,162 +1,166 @@
-"""Train a class-incremental learner whose memory holds prompts beside pictures.
+"""Train a class-incremental learner whose memory holds prompts beside images.
 
     python main.py --config exps/config.json [key=value ...]
 
-Read the config, look at the data, check that exemplars fit the budget and that their copies are there; then, for each
-seed (a class order), let the method learn phase after phase, and write down what came of it.
+The config is read and checked; then the data; then, before any training, whether the exemplars fit the budget and
+their copies are there.  For each seed (a class order) the method learns phase after phase, and results are written
+after each of them.
 """
 
 import argparse
-import functools
 import itertools
+import json
 import logging
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-import torchvision_compat  # noqa: F401  (before torchvision and Lightning: lets a CUDA wheel load beside a CPU torch)
-from compress.copies import Copies, CopiesAhead
-from convs.resnet import CONVNETS
-from models import METHODS
-from models.base import fresh_backbone
+from models import catalogue
+from utils import cli
 from utils import log as logs
-from utils.config import schema as configs
-from utils.config.schema import Config
-from utils.data.cache import open_cache
-from utils.data.classes import DataManager
-from utils.data.paths import DatasetPaths, data_dir
-from utils.devices import check_compiler, launch
+from utils.config.read import load_config
+from utils.config.schema import Config, accelerator, as_dict
+from utils.config.show import help_text
+from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
 from utils.errors import UserError
-from utils.memory.budget import check_budget, check_class_sizes, check_total, prompt_cost
-from utils.memory.exemplars import ExemplarMemory
 from utils.results import report
-from utils.results.history import History
+from utils.results.output import Output
 
 log = logging.getLogger("main")
 
-CHOICES = {"model_name": tuple(METHODS), "convnet_type": CONVNETS}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command.  Returns its exit code: 0 done, 2 the command, the config or the data is wrong, 130 interrupted."""
+    """The command.  Returns its exit code (`utils.cli`)."""
+    return cli.run(lambda: command(argv), stopped="the same command goes on from the last checkpoint")
+
+
+def command(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="a JSON config; exps/config.json is the paper's experiment")
-    parser.add_argument("--help-config", action="store_true", help="list every config key and leave")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config")
-    try:
-        arguments = parser.parse_args(argv)
-    except SystemExit as leave:  # argparse has said what is wrong
-        return int(leave.code or 0)
-    logs.tolerate_odd_names()
-    try:
-        if arguments.help_config:
-            print(configs.help_text(CHOICES))
-            return 0
-        if arguments.config is None:
-            raise UserError("no config: python main.py --config exps/config.json [key=value ...]")
-        run(configs.load_config(arguments.config, arguments.overrides, CHOICES))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    parser.add_argument("--help-config", action="store_true", help="list every config key and exit")
+    parser.add_argument("--list", choices=("methods", "backbones", "datasets"), help="list what there is and exit")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="replaces a key of the config; also --key value"
+    )
+    arguments = parser.parse_intermixed_args(cli.options_as_overrides(parser, argv))
+    methods, backbones = catalogue.methods(), catalogue.backbones()
+    if arguments.help_config:
+        print(help_text(methods, backbones))
+    elif arguments.list:
+        values = dict(override.partition("=")[::2] for override in arguments.overrides)
+        there = {"methods": methods, "backbones": backbones, "datasets": datasets(data_dir(values.get("data_dir")))}
+        print("\n".join(there[arguments.list]))
+    elif arguments.config is None:
+        raise UserError("no config: python main.py --config exps/config.json [key=value ...]")
+    else:
+        config = load_config(arguments.config, arguments.overrides, methods=methods, backbones=backbones)
+        if arguments.show_config:
+            print(json.dumps(as_dict(config), indent=2, ensure_ascii=False))
+        else:
+            run(config)
 
 
 def run(config: Config) -> dict:
     """The experiment.  Returns what it writes to results.json (`utils.results.report` describes it)."""
-    fabric = launch(*configs.accelerator(config.device), config.precision)
+    # torch and what needs it are imported here: a config with a mistake is answered at once.
+    from models.base import fresh_backbone
+    from utils.data.cache import open_cache
+    from utils.data.classes import DataManager
+    from utils.devices import check_compiler, launch
+
+    fabric = launch(*accelerator(config.device), config.precision)
     if config.batch_size < fabric.world_size:
         raise UserError(
-            f"batch_size {config.batch_size} is less than an image for each of {fabric.world_size} processes."
+            f"batch_size {config.batch_size} is less than one image for each of {fabric.world_size} processes."
         )
-    paths = DatasetPaths(data_dir(config.data_dir), config.dataset, config.variant)
-    orders = {seed: open_data(config, paths, seed) for seed in config.seed}
-    copies = check_exemplars(config, next(iter(orders.values())), fabric.device)
+    folder = data_dir(config.data_dir)
+    paths = DatasetPaths(folder, find_dataset(folder, config.dataset), config.variant)
+    classes = {key: getattr(config, key) for key in ("shuffle", "init_cls", "increment", "augmentation")}
+    orders = {seed: DataManager(paths, seed=seed, **classes) for seed in config.seed}
+    any_order = orders[config.seed[0]]
+    config, copies = check_exemplars(config, any_order, fabric.device)
     if config.pretrained:
-        fresh_backbone(config, next(iter(orders.values())))
+        fresh_backbone(config, any_order)
     if config.compile:
         check_compiler(fabric.device)
     if config.phase0_cache:
         check_folder("phase0_cache", Path(config.phase0_cache))
-    output = open_output(config, write=fabric.is_global_zero)
-    cache = Path(config.phase0_cache) if config.phase0_cache else output / "phase0_cache"
-    logs.start(output / "log.txt", quiet=not fabric.is_global_zero)
+    output = Output(config, Path(config.output_dir))
+    if fabric.is_global_zero:
+        output.claim()
+    logs.start(output.folder / "log.txt", quiet=not fabric.is_global_zero)
+    for note in config.notes:
+        log.info("%s", note)
+
+    cache = Path(config.phase0_cache) if config.phase0_cache else output.folder / "phase0_cache"
     local = getattr(fabric.strategy, "num_processes", 1)
     pixels = open_cache(config.cache, config.cache_gib, cache.with_name("pixel_cache"), paths.root, local)
-
-    runs = []
     for seed, data in orders.items():
         data.pixels = pixels
-        what = f"{config.dataset}, {config.model_name}, {config.convnet_type}, seed {seed}"
-        log.info("%s: %s", what, phases_in_words(data))
-        if not METHODS[config.model_name].uses_memory and config.syn_per_class:
-            log.info("%s keeps no exemplars: the memory's keys change nothing", config.model_name)
-        memory = ExemplarMemory(
-            paths,
-            config.real_per_class,
-            config.syn_per_class,
-            config.memory_per_class,
-            config.augmentations_per_image,
-            total=None if config.fixed_memory else config.memory_size,
-            selection=config.exemplar_selection,
-            seed=config.model_seed,
-            cost=getattr(copies, "prompt_cost", None),
-        )
-        folder = output / f"seed{seed}"
-        history = History(folder, tensorboard=config.tensorboard) if fabric.is_global_zero else None
-        learn = METHODS[config.model_name]
-        learner = learn(config, data, memory, fabric, folder / "checkpoints", cache, copies, history)
-        write = functools.partial(write_down, config, output, runs, seed, data) if fabric.is_global_zero else None
-        records = learner.run(after_phase=write)
-        if records and records[-1]["copies_on_demand"] is not None:
-            log.info(copies_saved(config, data, records))
-        if write:
-            write(records)
-        runs.append(report.run_entry(seed, data.class_names, records, data.nb_phases))
-        results = report.results(configs.as_dict(config), runs)
-        if write:
-            report.plot({config.model_name: results}, output / "accuracy.png")
-    fabric.barrier()  # whoever ended now would seem to have died to those that are still writing
-    log.info("\n%s\n\nresults: %s", report.table({config.model_name: results}), output / "results.json")
+        results = run_class_order(config, data, seed, fabric, output, cache, copies)
+    fabric.barrier()  # wait until rank 0 has written: an early exit looks like a crash to the others
+    log.info("\n%s\n\nresults: %s", report.table({config.model_name: results}), output.folder / "results.json")
     return results
 
 
-def open_data(config: Config, paths: DatasetPaths, seed: int) -> DataManager:
-    """The classes in one seed's order."""
-    return DataManager(
-        paths,
-        shuffle=config.shuffle,
-        seed=seed,
-        init_cls=config.init_cls,
-        increment=config.increment,
-        augmentation=config.augmentation,
+def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, copies) -> dict:
+    """One seed's phases.  Returns the results of all seeds so far."""
+    from utils.memory.exemplars import ExemplarMemory
+    from utils.results.history import History
+
+    what = f"{config.dataset}, {config.model_name}, {config.convnet_type}, seed {seed}"
+    log.info("%s: %s", what, phases_in_words(data))
+    method = catalogue.load(config.model_name)
+    if not method.uses_memory and config.syn_per_class:
+        log.info("%s keeps no exemplars: the memory's keys change nothing", config.model_name)
+    memory = ExemplarMemory(
+        data.paths,
+        config.real_per_class,
+        config.syn_per_class,
+        config.memory_per_class,
+        config.augmentations_per_image,
+        total=None if config.fixed_memory else config.memory_size,
+        selection=config.exemplar_selection,
+        seed=config.model_seed,
+        cost=getattr(copies, "prompt_cost", None),
     )
 
+    def write(records: Sequence[dict]) -> dict:
+        entry = report.run_entry(seed, data.class_names, records, data.nb_phases)
+        confusions = [record["cnn"]["confusion"] for record in records]
+        return output.write(entry, confusions) if first else report.results({}, [entry])
 
-def check_exemplars(config: Config, data: DataManager, device: torch.device) -> Copies | None:
+    first, folder = fabric.is_global_zero, output.seed_folder(seed)
+    with output.working_on(seed, alone=first):
+        history = History(folder, tensorboard=config.tensorboard) if first else None
+        learner = method(config, data, memory, fabric, folder / "checkpoints", cache, copies, history)
+        records = learner.run(after_phase=write)
+        if records and records[-1]["copies_on_demand"] is not None:
+            log.info(copies_saved(config, data, records))
+        return write(records)
+
+
+def check_exemplars(config: Config, data, device):
     """Make sure, before any work, that the exemplars can be chosen, fit the budget and have, or can get, their copies.
 
-    Returns the copies, made ahead or to be made on demand; None where none is needed.
+    Returns the config with real_per_class filled in, and the copies, made ahead or to be made on demand; None where
+    none is needed.
     """
-    real, synthetic = config.real_per_class, config.syn_per_class
-    if not METHODS[config.model_name].uses_memory:
-        real = synthetic = 0
-    elif real == synthetic == 0:
-        raise UserError(f"{config.model_name} needs exemplars: real_per_class + syn_per_class must be at least 1.")
+    from compress.copies import CopiesAhead
+    from utils.memory.budget import check_budget, check_class_sizes, check_total, prompt_cost
+
+    method = catalogue.methods()[config.model_name]
+    synthetic = config.syn_per_class if method.uses_memory else 0
     images = [data.train_images(target) for target in range(data.nb_classes)]
-    sizes = {name: len(of_class) for name, of_class in zip(data.class_names, images, strict=True)}
-    if config.fixed_memory:
-        check_class_sizes(sizes, real, synthetic)
-    replaced = config.augmentation_prob > 0 and (real > 0 or config.augmentation_scope == "all")
-    needs_copies = synthetic > 0 or replaced
+    may_be_replaced = config.augmentation_prob > 0 and (
+        config.real_per_class != 0 or config.augmentation_scope == "all"
+    )
+    needs_copies = synthetic > 0 or may_be_replaced
     copies = on_demand = None
     if needs_copies and config.regenerate == "on_demand":
-        from compress.on_demand import OnDemand  # brings ControlNet with it: seconds that other runs need not spend
+        from compress.on_demand import OnDemand  # imports ControlNet: seconds that other runs need not spend
 
         copies = on_demand = OnDemand(
             data.paths,
@@ -165,15 +169,23 @@ def check_exemplars(config: Config, data: DataManager, device: torch.device) -> 
             copies=config.augmentations_per_image,
             device=device,
         )
-    elif needs_copies:
-        copies = CopiesAhead(data.paths, list(itertools.chain(*images)), config.augmentations_per_image)
     cost = on_demand.prompt_cost if on_demand else lambda image: prompt_cost(image, data.paths.find_edge_map(image))
-    typical = statistics.median(cost(of_class[0]) for of_class in images)
-    if config.fixed_memory:
-        check_budget(real, synthetic, config.memory_per_class, typical)
-    elif real or synthetic:
-        check_total(config.memory_size, data.nb_classes, real, synthetic, typical)
-    return copies
+    typical = statistics.median(cost(of_class[0]) for of_class in images) if synthetic else 1 / 24
+    if config.real_per_class is None:
+        config = replace(config, real_per_class=max(0, int(config.memory_per_class - synthetic * typical + 1e-9)))
+    if method.uses_memory:
+        real = config.real_per_class
+        if real + synthetic < method.least_exemplars:
+            what = f"real_per_class + syn_per_class must be at least {method.least_exemplars}"
+            raise UserError(f"{config.model_name} needs exemplars of each class: {what}.")
+        if config.fixed_memory:
+            check_class_sizes({of_class[0].parent.name: len(of_class) for of_class in images}, real, synthetic)
+            check_budget(real, synthetic, config.memory_per_class, typical)
+        else:
+            check_total(config.memory_size, data.nb_classes, real, synthetic, typical, method.least_exemplars)
+    if needs_copies and on_demand is None:
+        copies = CopiesAhead(data.paths, list(itertools.chain(*images)), config.augmentations_per_image)
+    return config, copies
 
 
 def check_folder(key: str, folder: Path) -> None:
@@ -184,41 +196,7 @@ def check_folder(key: str, folder: Path) -> None:
         raise UserError(f"{key}: {folder} can't be written to ({error.strerror}).") from None
 
 
-def open_output(config: Config, *, write: bool) -> Path:
-    """The folder of results, with the config as used.  Raises UserError where another experiment lives there."""
-    output = Path(config.output_dir)
-    file = output / "config.json"
-    ours = configs.as_dict(config)
-    if file.is_file():
-        try:
-            theirs = configs.read_json(file)
-        except UserError as error:
-            raise UserError(f"{error} Choose another output_dir, or delete that file.") from None
-        if differing := configs.differences(ours, theirs):
-            raise UserError(
-                f"{output} holds another experiment ({'; '.join(differing)}). Choose another output_dir, or delete it."
-            )
-    try:
-        if write:
-            report.write_json(file, ours)
-    except OSError as error:
-        raise UserError(f"output_dir: {output} can't be written to ({error.strerror}).") from None
-    return output
-
-
-def write_down(
-    config: Config, output: Path, runs: Sequence[Mapping], seed: int, data: DataManager, records: Sequence[Mapping]
-) -> None:
-    """Results so far, over what was there: of the seeds that are done, `runs`, and of the phases of one more."""
-    runs = [*runs, report.run_entry(seed, data.class_names, records, data.nb_phases)]
-    for record in records:
-        confusion = output / f"seed{seed}" / f"confusion_phase{record['phase']:02d}.csv"
-        report.write_confusion(confusion, record["cnn"]["confusion"], data.class_names)
-    report.write_json(output / "results.json", report.results(configs.as_dict(config), runs))
-    report.write_phases(output / "phases.csv", runs)
-
-
-def copies_saved(config: Config, data: DataManager, records: Sequence[Mapping]) -> str:
+def copies_saved(config: Config, data, records: Sequence[dict]) -> str:
     """Such as "copies on demand: 320 made, against 4,000 of all train images made ahead (92.0 % saved)"."""
     made = sum(record["copies_on_demand"] for record in records)
     ahead = config.augmentations_per_image * sum(len(data.train_images(target)) for target in range(data.nb_classes))
@@ -226,7 +204,7 @@ def copies_saved(config: Config, data: DataManager, records: Sequence[Mapping]) 
     return f"copies on demand: {made:,} made, against {ahead:,} of all train images made ahead ({saved})"
 
 
-def phases_in_words(data: DataManager) -> str:
+def phases_in_words(data) -> str:
     """Such as "11 phases of 51, 5, ..., 5 classes"."""
     sizes = [str(len(data.phase_targets(phase))) for phase in range(data.nb_phases)]
     shown = sizes if len(sizes) <= 4 else [*sizes[:2], "...", sizes[-1]]

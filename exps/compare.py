@@ -2,12 +2,14 @@
 
     python -m exps.compare exps/cifar10.json [--methods icarl,der] [--only real|mix] [--jobs 2] [key=value ...]
 
-The config names everything but the method.  Each run is main.py's, in <output>/<method>-<real or mix>; what is finished
-is reused, what was killed goes on.  A method that keeps no exemplars runs once.  The table, in Markdown, has top-1
-accuracy in percent, mean ± standard deviation over the config's seeds; it goes to <output>/table.md too.
+The config names everything but the method.  Each run is main.py's, in <output>/<method>-<real or mix>: a finished run
+of the same settings is reused, a killed one goes on, one of other settings is named and left alone.  A method that
+keeps no exemplars runs once.  The table, in Markdown, has top-1 accuracy in percent, mean ± standard deviation over the
+config's seeds; it is written to <output>/table.md too.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -16,70 +18,66 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils import cli
 from utils import log as logs
-from utils.config.schema import read_json
+from utils.config.schema import differences
 from utils.errors import UserError
 from utils.results import report
 
-EXPS = Path(__file__).resolve().parent.parent / "exps"
-MAIN = EXPS.parent / "main.py"
-MEMORIES = ("real", "mix")
+MAIN = Path(__file__).resolve().parent.parent / "main.py"
+MEMORIES = {
+    "real": ("real_per_class=null", "syn_per_class=0", "augmentation_prob=0"),  # null: as many as the budget holds
+    "mix": (),
+}
+"""Overrides of each kind of run."""
 
 
 class Run(NamedTuple):
-    """One run of main.py: `memory` is one of MEMORIES, `folder` its results', `overrides` its own."""
+    """One run of main.py: `memory` is one of MEMORIES, `arguments` what the command is given."""
 
     method: str
     memory: str
     folder: Path
-    overrides: tuple[str, ...]
+    arguments: tuple[str, ...]
 
 
-def all_methods() -> list[str]:
-    """Those that have an example config, which all have."""
-    return sorted(file.stem for file in EXPS.glob("*.json") if read_json(file).get("model_name") == file.stem)
+def main_py(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run main.py and keep what it prints."""
+    command = [sys.executable, str(MAIN), *arguments]
+    return subprocess.run(command, env={**environment, **os.environ}, capture_output=True, text=True, check=False)
 
 
-def real_only(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Overrides that spend a config's budget on real exemplars alone."""
-    return (f"real_per_class={int(config['memory_per_class'])}", "syn_per_class=0", "augmentation_prob=0")
+def checked_config(run: Run) -> dict[str, Any]:
+    """The config that a run will have, with all defaults.  Raises UserError with what main.py says against it."""
+    shown = main_py(*run.arguments, "--show-config")
+    if shown.returncode:
+        raise UserError(shown.stderr.strip().removeprefix("error: "))
+    return json.loads(shown.stdout)
 
 
-def runs(config: Mapping[str, Any], methods: Sequence[str], output: Path) -> dict[str, list[Run]]:
-    """Every method's two runs, by memory."""
-    overrides = {"real": real_only(config), "mix": ()}
-    return {
-        memory: [Run(method, memory, output / f"{method}-{memory}", overrides[memory]) for method in methods]
-        for memory in MEMORIES
-    }
-
-
-def finished(run: Run, seeds: Sequence[int]) -> Mapping[str, Any] | None:
-    """A run's results.json, if all its seeds are in it."""
+def finished(run: Run, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A run's results over the config's seeds, if it has the config's settings and all seeds are done."""
     try:
         results = report.load_results(run.folder)
     except UserError:
         return None
-    return results if set(seeds) <= set(results["summary"]["seeds"]) else None
+    runs = [entry for entry in results["runs"] if entry["finished"] and entry["seed"] in config["seed"]]
+    if len(runs) < len(config["seed"]) or differences(config, results["config"]):
+        return None
+    return report.results(results["config"], runs)
 
 
 def keeps_exemplars(results: Mapping[str, Any]) -> bool:
     return results["summary"]["units"]["mean"] > 0
 
 
-def carry_out(todo: Sequence[Run], config: Path, overrides: Sequence[str], jobs: int) -> dict[Run, str]:
+def carry_out(todo: Sequence[Run], jobs: int) -> dict[Run, str]:
     """Run main.py for each, `jobs` at a time, sharing the cores equally.  Returns the last words of what failed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ}
-
-    def carry_out_one(run: Run) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(MAIN), "--config", str(config), *overrides, *run.overrides]
-        command += [f"model_name={run.method}", f"output_dir={run.folder}"]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
+    threads = str(max(1, cores // jobs))
     failed = {}
     with ThreadPoolExecutor(jobs) as pool, logs.progress(len(todo), "runs") as bar:
-        futures = {pool.submit(carry_out_one, run): run for run in todo}
+        futures = {pool.submit(main_py, *run.arguments, OMP_NUM_THREADS=threads): run for run in todo}
         try:
             for future in as_completed(futures):
                 run, outcome = futures[future], future.result()
@@ -124,36 +122,43 @@ def _cell(value: Mapping[str, float] | None, digits: int) -> str:
 
 def compare(options: argparse.Namespace) -> int:
     """What the command line asks for.  Returns the exit code."""
-    config = read_json(options.config)
-    seeds = config.get("seed", [1993])
-    output = options.output or Path("outputs") / options.config.stem
-    methods = options.methods.split(",") if options.methods else all_methods()
-    if unknown := sorted(set(methods) - set(all_methods())):
-        raise UserError(f"--methods: {', '.join(unknown)} is not among {', '.join(all_methods())}.")
-    by_memory = runs(config, methods, output)
+    output = (options.output or Path("outputs") / options.config.stem).expanduser()
+    known = main_py("--list", "methods").stdout.split()
+    methods = options.methods.split(",") if options.methods else known
+    if unknown := sorted(set(methods) - set(known)):
+        raise UserError(f"--methods: {', '.join(unknown)} is not among {', '.join(known)}.")
     failed: dict[Run, str] = {}
     results: dict[str, dict[str, Mapping]] = {memory: {} for memory in MEMORIES}
-    for memory, of_memory in by_memory.items():
+    for memory, overrides in MEMORIES.items():
+        runs = []
+        for method in methods:
+            folder = output / f"{method}-{memory}"
+            common = ("--config", str(options.config), *options.overrides)
+            own = (*overrides, f"model_name={method}", f"output_dir={folder}")
+            runs.append(Run(method, memory, folder, (*common, *own)))
+        configs = {run: checked_config(run) for run in runs}
         if options.only in (None, memory):
             without = {method for method, of_real in results["real"].items() if not keeps_exemplars(of_real)}
-            wanted = [run for run in of_memory if memory == "real" or run.method not in without]
-            todo = [run for run in wanted if finished(run, seeds) is None]
-            failed |= carry_out(todo, options.config, options.overrides, options.jobs)
-        for run in of_memory:
-            if (of_run := finished(run, seeds)) is not None:
+            wanted = [run for run in runs if memory == "real" or run.method not in without]
+            failed |= carry_out([run for run in wanted if finished(run, configs[run]) is None], options.jobs)
+        for run in runs:
+            if (of_run := finished(run, configs[run])) is not None:
                 results[memory][run.method] = of_run
     if any(results.values()):
         text = table(results)
         print(text)
-        output.mkdir(parents=True, exist_ok=True)
         report.write_text(output / "table.md", text + "\n")
     for run, words in failed.items():
-        print(f"{run.method}, {run.memory}: {words}", file=sys.stderr)
+        print(f"{run.method}, {run.memory}: {words.removeprefix('error: ')}", file=sys.stderr)
     return 1 if failed else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command.  Returns its exit code: 0 done, 1 some runs failed (listed), 2 it is wrong, 130 interrupted."""
+    """The command.  Returns its exit code (`utils.cli`)."""
+    return cli.run(lambda: command(argv))
+
+
+def command(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m exps.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,19 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=MEMORIES, help="carry out one kind of runs; the table has what is there")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/<name of the config>")
-    try:
-        options = parser.parse_intermixed_args(argv)
-    except SystemExit as leave:  # argparse has said what is wrong
-        return int(leave.code or 0)
-    logs.tolerate_odd_names()
-    try:
-        return compare(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it was", file=sys.stderr)
-        return 130
+    return compare(parser.parse_intermixed_args(cli.options_as_overrides(parser, argv)))
 
 
 if __name__ == "__main__":

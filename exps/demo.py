@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from exps.compare import real_only
-from utils.config.schema import read_json
+from exps.compare import MEMORIES
+from utils import cli
+from utils.config.read import read_json
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
 from utils.results import report
@@ -57,7 +58,7 @@ def demo(seeds: list[int]) -> None:
     compress(config)
     orders, tag = class_orders(seeds)
     folders = {"real exemplars only": OUTPUT / f"real-only-{tag}", "ESCORT": OUTPUT / f"escort-{tag}"}
-    run(f"main.py --config {CONFIG} {orders} {' '.join(real_only(config))} output_dir={folders['real exemplars only']}")
+    run(f"main.py --config {CONFIG} {orders} {' '.join(MEMORIES['real'])} output_dir={folders['real exemplars only']}")
     run(f"main.py --config {CONFIG} {orders} output_dir={folders['ESCORT']}")
 
     results = {name: report.load_results(folder) for name, folder in folders.items()}
@@ -120,18 +121,12 @@ def outcome(results: dict) -> list:
 
 
 def main() -> int:
+    """The command.  Returns its exit code (`utils.cli`)."""
     parser = argparse.ArgumentParser(prog="python -m exps.demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--on-demand", action="store_true", help="compare copies made on demand with those made ahead")
     chosen = demo_on_demand if parser.parse_args().on_demand else demo
-    try:
-        chosen([int(seed) for seed in os.environ.get("SEEDS", "1993").replace(",", " ").split()])
-    except (UserError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    return 0
+    seeds = os.environ.get("SEEDS", "1993").replace(",", " ").split()
+    return cli.run(lambda: chosen([int(seed) for seed in seeds]))
 
 
 if __name__ == "__main__":

@@ -1,37 +1,10 @@
-"""The methods, by the name that a config's `model_name` gives them."""
+"""The methods: one file each, found by name in `models.catalogue`.  Importing this package does not import torch."""
 
-import torchvision_compat  # noqa: F401  (before torchvision and Lightning: lets a CUDA wheel load beside a CPU torch)
-from models.base import Learner
-from models.bic import BiC
-from models.coil import Coil
-from models.der import DER
-from models.ewc import EWC
-from models.finetune import Finetune
-from models.foster import FOSTER
-from models.gem import GEM
-from models.icarl import ICaRL
-from models.joint import Joint
-from models.lwf import LwF
-from models.memo import MEMO
-from models.podnet import PODNet
-from models.replay import Replay
-from models.simplecil import SimpleCIL
-from models.wa import WA
 
-METHODS: dict[str, type[Learner]] = {
-    "finetune": Finetune,
-    "replay": Replay,
-    "joint": Joint,
-    "lwf": LwF,
-    "ewc": EWC,
-    "gem": GEM,
-    "icarl": ICaRL,
-    "bic": BiC,
-    "wa": WA,
-    "podnet": PODNet,
-    "der": DER,
-    "memo": MEMO,
-    "foster": FOSTER,
-    "coil": Coil,
-    "simplecil": SimpleCIL,
-}
+def __getattr__(attribute: str):
+    """METHODS: the class of every method by name, all imported."""
+    if attribute != "METHODS":
+        raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
+    from models import catalogue
+
+    return {name: catalogue.load(name) for name in catalogue.methods()}

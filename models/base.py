@@ -6,6 +6,9 @@ of training is done again when a run goes on in the middle of a phase, so it mus
 before.
 """
 
+import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
+
+# isort: split
 import abc
 import itertools
 import logging
@@ -78,18 +81,26 @@ class Learner(abc.ABC):
     history: told of every epoch and phase, None in all processes but the first.
     """
 
+    name = ""
+    """What a config's `model_name` calls the method: `class ICaRL(Learner, name="icarl")`."""
     milestones: Sequence[int] = ()
     """Epochs of later phases after which the learning rate decays, where the config names none."""
     scheduler = "steps"
     """How the learning rate falls where the config does not say: "steps" or "cosine"."""
     uses_memory = True
     """Whether exemplars are kept at all."""
+    least_exemplars = 1
+    """How many exemplars of each class the method needs at least."""
     keeps_old_network = False
     """Whether the network as it was before a phase is kept, frozen, as `old_network`."""
     uses_nme = False
     """Whether the nearest mean of exemplars is evaluated beside the head."""
     plain_phase_0 = True
     """Whether phase 0 is a backbone and a linear head, trained by cross-entropy: all such methods share one network."""
+
+    def __init_subclass__(cls, name: str | None = None, **options: Any):
+        super().__init_subclass__(**options)
+        cls.name = name or cls.name
 
     def __init__(
         self,

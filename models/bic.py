@@ -18,9 +18,10 @@ from utils.data.items import Item
 from utils.errors import UserError
 
 
-class BiC(Learner):
+class BiC(Learner, name="bic"):
     milestones = (60, 100, 140)
     keeps_old_network = True
+    least_exemplars = 2  # of each class, one is held out
 
     def build_network(self, backbone: ResNet) -> BiasedNet:
         return BiasedNet(backbone)

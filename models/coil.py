@@ -13,7 +13,7 @@ from models.losses import distillation, sinkhorn
 from models.networks import Outputs
 
 
-class Coil(Learner):
+class Coil(Learner, name="coil"):
     milestones = (80, 120)
     keeps_old_network = True
 

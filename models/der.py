@@ -13,7 +13,7 @@ from models.losses import newest_or_old
 from models.networks import ExpandableNet, Outputs, der_net
 
 
-class DER(Learner):
+class DER(Learner, name="der"):
     milestones = (80, 120, 150)
 
     def build_network(self, backbone: ResNet) -> ExpandableNet:

@@ -14,7 +14,7 @@ from models.parts import parts
 from models.stages import Stage
 
 
-class EWC(Learner):
+class EWC(Learner, name="ewc"):
     milestones = (70, 120, 150)
     uses_memory = False
 

@@ -7,7 +7,7 @@ from models.losses import among_new
 from models.networks import Outputs
 
 
-class Finetune(Learner):
+class Finetune(Learner, name="finetune"):
     milestones = (40, 70)
     uses_memory = False
 

@@ -15,7 +15,7 @@ from models.networks import BoostedNet, Outputs
 from models.stages import Stage
 
 
-class FOSTER(Learner):
+class FOSTER(Learner, name="foster"):
     scheduler = "cosine"
 
     def stages(self) -> list[Stage]:

@@ -3,6 +3,9 @@
 Exemplars are not learnt from; they only forbid steps that would make the loss on an earlier phase's exemplars larger.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,9 +14,25 @@ from models.base import Learner
 from models.losses import projected
 from models.networks import Outputs
 from models.stages import Stage
+from utils.config.schema import Config
 
 
-class GEM(Learner):
+@dataclass
+class Settings:
+    """GEM's own keys."""
+
+    def check(self, config: Config) -> Iterator[str]:
+        """What does not go together with other keys, each message beginning with one."""
+        if config.precision == "16-mixed":
+            yield "precision: 16-mixed scales gradients, which gem compares with others; take bf16-mixed or 32-true"
+        if config.compile:
+            yield (
+                "compile: gem takes several gradients of one pass, which a compiled network does not keep; "
+                "set it to false"
+            )
+
+
+class GEM(Learner, name="gem"):
     milestones = (30, 50)
 
     def stages(self) -> list[Stage]:

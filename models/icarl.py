@@ -11,7 +11,7 @@ from models.losses import distillation
 from models.networks import Outputs
 
 
-class ICaRL(Learner):
+class ICaRL(Learner, name="icarl"):
     milestones = (80, 120)
     keeps_old_network = True
     uses_nme = True

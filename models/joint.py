@@ -8,7 +8,7 @@ from models.networks import Outputs
 from models.stages import Stage
 
 
-class Joint(Learner):
+class Joint(Learner, name="joint"):
     uses_memory = False
 
     def stages(self) -> list[Stage]:

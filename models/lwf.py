@@ -10,7 +10,7 @@ from models.losses import among_new, distillation
 from models.networks import Outputs
 
 
-class LwF(Learner):
+class LwF(Learner, name="lwf"):
     milestones = (60, 120, 180, 220)
     uses_memory = False
     keeps_old_network = True

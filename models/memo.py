@@ -8,7 +8,7 @@ from models.der import DER
 from models.networks import ExpandableNet, memo_net
 
 
-class MEMO(DER):
+class MEMO(DER, name="memo"):
     """DER's loss and alignment, on a network that shares its early blocks."""
 
     def build_network(self, backbone: ResNet) -> ExpandableNet:

@@ -18,7 +18,7 @@ from models.stages import Schedule, Stage
 MARGIN = 0.6  # the paper's delta
 
 
-class PODNet(Learner):
+class PODNet(Learner, name="podnet"):
     scheduler = "cosine"
     keeps_old_network = True
     uses_nme = True

@@ -11,7 +11,7 @@ from models.base import Learner
 from models.networks import Outputs
 
 
-class Replay(Learner):
+class Replay(Learner, name="replay"):
     milestones = (30, 50)
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:

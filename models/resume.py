@@ -200,7 +200,7 @@ class Checkpoints:
 
     def _load(self, path: Path) -> dict[str, Any]:
         learner, state = self.learner, checkpoint.load(path)
-        differing = differences(as_dict(learner.config), state["config"])
+        differing = differences(learner.config, state["config"])
         if state["class_names"] != learner.data.class_names:
             differing.append("the classes or their order")
         if differing:

@@ -13,7 +13,7 @@ from models.networks import Outputs, PrototypeNet
 from models.stages import Stage
 
 
-class SimpleCIL(Learner):
+class SimpleCIL(Learner, name="simplecil"):
     uses_memory = False
 
     def build_network(self, backbone: ResNet) -> PrototypeNet:

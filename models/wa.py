@@ -12,7 +12,7 @@ from models.losses import distillation
 from models.networks import Outputs
 
 
-class WA(Learner):
+class WA(Learner, name="wa"):
     milestones = (60, 100, 140)
     keeps_old_network = True
 

@@ -10,6 +10,8 @@ import pytest
 import main
 from models.base import Learner
 from tests.shapes import make_shapes
+from utils import devices
+from utils.config.read import read_json
 
 HUGE = 10**400
 
@@ -206,11 +208,11 @@ def test_all_at_once(complaint):
 
 
 def test_more_processes_than_images_of_a_batch(complaint, monkeypatch):
-    monkeypatch.setattr(main, "launch", lambda *_: SimpleNamespace(world_size=17))
+    monkeypatch.setattr(devices, "launch", lambda *_: SimpleNamespace(world_size=17))
     assert "batch_size 16 is less than an image for each of 17 processes" in complaint({})
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path):
     file = Path(tmp_path / "config.json")
     file.write_text('{"datasett": "Shapes"}', encoding="utf-8-sig")
-    assert main.configs.read_json(file) == {"datasett": "Shapes"}
+    assert read_json(file) == {"datasett": "Shapes"}

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from convs.resnet import CONVNETS
-from models import METHODS
-from utils.config import schema as configs
-from utils.config.schema import Config, accelerator, as_dict, differences, load_config
+from models import METHODS, catalogue
+from utils.config import read
+from utils.config.schema import Config, accelerator, as_dict, differences, keys_of
+from utils.config.show import help_text, markdown
 from utils.errors import UserError
 
-CHOICES = {"model_name": tuple(METHODS), "convnet_type": CONVNETS}
+KNOWN = {"methods": catalogue.methods(), "backbones": catalogue.backbones()}
 GOOD = {"dataset": "D", "init_cls": 2, "increment": 2, "model_name": "der", "convnet_type": "resnet8"}
 EXPS = sorted((Path(__file__).parent.parent / "exps").glob("*.json"))
 
@@ -21,7 +21,7 @@ def load(tmp_path, values=None, *overrides, drop=()):
     file = tmp_path / "config.json"
     values = {key: value for key, value in {**GOOD, **(values or {})}.items() if key not in drop}
     file.write_text(json.dumps(values), encoding="utf-8")
-    return load_config(file, overrides, CHOICES)
+    return read.load_config(file, overrides, **KNOWN)
 
 
 def test_defaults_are_the_papers(tmp_path):
@@ -34,7 +34,7 @@ def test_defaults_are_the_papers(tmp_path):
 
 
 def test_the_seeds_experiment():
-    config = load_config(Path(__file__).parent.parent / "exps" / "config.json", (), CHOICES)
+    config = read.load_config(EXPS[0].parent / "config.json", **KNOWN)
     assert (config.dataset, config.model_name, config.convnet_type) == ("Food101", "der", "resnet18")
     assert (config.init_cls, config.increment, config.seed) == (51, 5, [1993])
     assert (config.memory_per_class, config.real_per_class, config.syn_per_class) == (20, 18, 48)
@@ -45,14 +45,14 @@ def test_the_seeds_experiment():
 
 @pytest.mark.parametrize("file", EXPS, ids=[file.name for file in EXPS])
 def test_every_example_is_valid(file):
-    load_config(file, (), CHOICES)
+    read.load_config(file, **KNOWN)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_an_example_with_its_defaults(method):
     """A method's own hyper-parameters are written out there, and are what a config without them gets."""
     file = EXPS[0].parent / f"{method}.json"
-    config, written, defaults = load_config(file, (), CHOICES), json.loads(file.read_text()), Config()
+    config, written, defaults = read.load_config(file, **KNOWN), json.loads(file.read_text()), Config()
     assert config.model_name == method
     keys = list(vars(defaults))
     own = keys[keys.index("T") : keys.index("precision")]
@@ -159,11 +159,11 @@ def test_files_that_are_no_config(tmp_path, text, words):
     file = tmp_path / "c.json"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=words):
-        load_config(file)
+        read.load_config(file, **KNOWN)
     with pytest.raises(UserError, match=r"exps/config\.json"):
-        load_config(tmp_path / "none.json")
+        read.load_config(tmp_path / "none.json", **KNOWN)
     with pytest.raises(UserError, match="can't be read"):
-        load_config(tmp_path)
+        read.load_config(tmp_path, **KNOWN)
 
 
 def test_devices_as_pycil_writes_them():

@@ -1,5 +1,8 @@
 """Starting devices and processes, with Lightning Fabric: one CPU or GPU, several, torchrun's processes, SLURM's."""
 
+import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
+
+# isort: split
 import atexit
 import os
 from datetime import timedelta

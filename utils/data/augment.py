@@ -4,6 +4,9 @@ Pictures are H x W x 3 arrays of uint8.  They stay uint8, a quarter of the bytes
 training device, where `Normalise` is the last step.
 """
 
+import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
+
+# isort: split
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol

@@ -28,6 +28,17 @@ def data_dir(chosen: str | os.PathLike | None = None) -> Path:
     return Path(chosen or os.environ.get("ESCORT_DATA_DIR") or "data").expanduser()
 
 
+def datasets(folder: Path) -> list[str]:
+    """The names of the datasets in a data folder: its sub-folders that have a folder `train`."""
+    return sorted(entry.name for entry in folder.glob("*") if (entry / "train").is_dir()) if folder.is_dir() else []
+
+
+def find_dataset(folder: Path, name: str) -> str:
+    """The folder name of a dataset; the case of letters may differ where only one folder fits ("cifar100")."""
+    alike = [other for other in datasets(folder) if other.lower() == name.lower()]
+    return alike[0] if len(alike) == 1 and not (folder / name).exists() else name
+
+
 @dataclass(frozen=True)
 class DatasetPaths:
     """One dataset's folders.

@@ -56,12 +56,13 @@ def check_budget(real: int, synthetic: int, budget: float | None, cost: float = 
     )
 
 
-def check_total(total: float, nb_classes: int, real: int, synthetic: int, cost: float = 1 / 24) -> None:
-    """Raises UserError where `total` units, shared by `nb_classes` classes, leave a class without any exemplar."""
-    if share(total / nb_classes, real, synthetic, cost) == (0, 0):
+def check_total(total: float, nb_classes: int, real: int, synthetic: int, cost: float = 1 / 24, least: int = 1) -> None:
+    """Raises UserError where `total` units, shared by `nb_classes` classes, leave less than `least` exemplars each."""
+    if sum(share(total / nb_classes, real, synthetic, cost)) < least:
+        few = "not one exemplar" if least == 1 else f"less than {least} exemplars, which the method needs,"
         raise UserError(
-            f"memory_size = {total:g} units are {total / nb_classes:.3g} for each of {nb_classes} classes: not one "
-            f"exemplar in the ratio of {real} real to {synthetic} synthetic. Raise memory_size."
+            f"memory_size = {total:g} units are {total / nb_classes:.3g} for each of {nb_classes} classes: {few} "
+            f"in the ratio of {real} real to {synthetic} synthetic. Raise memory_size."
         )
 
 

@@ -1,38 +1,40 @@
-"""How good a run is: accuracies of a phase, and what several phases amount to.  All accuracies are percentages."""
+"""How good a run is: accuracies of a phase, and what several phases amount to.  All accuracies are percentages.
+
+Plain arithmetic on NumPy arrays and on tensors' own methods, so that reading results does not import torch.
+"""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def phase_metrics(scores: Tensor, targets: Tensor, phase_ends: Sequence[int]) -> dict:
-    """What a classifier's scores on the test images of all classes seen are worth.
+def phase_metrics(scores: "Tensor", targets: "Tensor", phase_ends: Sequence[int]) -> dict:
+    """The accuracies of a classifier on the test images of all classes seen.
 
-    scores: N x C, the higher the likelier; targets: N, in 0 ... C-1; phase_ends: number of classes seen after phase 0,
-    1, ..., the last one C.  Returns
-        top1, top5 (top-C where C < 5), old, new: accuracy over all, over earlier phases' (None in phase 0), and over
-        the newest phase's images; per_class: C accuracies; per_phase: over the images of each phase's classes;
+    scores: N x C on the CPU, higher is likelier; targets: N, in 0 ... C-1; phase_ends: number of classes seen after
+    phase 0, 1, ..., the last one C.  Returns
+        top1, top5 (100 where C <= 5), old, new: accuracy over all images, over those of earlier phases (None in phase
+        0), and over the newest phase's; per_class: C accuracies; per_phase: over the images of each phase's classes;
         confusion: C x C counts, rows are true classes.
     """
     nb_classes = phase_ends[-1]
-    predictions = scores.argmax(dim=1)
-    at_least_two = max(nb_classes, 2)  # torchmetrics refuses a single class, which init_cls = 1 begins with
-    confusion = multiclass_confusion_matrix(predictions, targets, at_least_two).numpy()[:nb_classes, :nb_classes]
+    pairs = targets.numpy() * nb_classes + scores.argmax(dim=1).numpy()
+    confusion = np.bincount(pairs, minlength=nb_classes**2).reshape(nb_classes, nb_classes)
     right, total = confusion.diagonal(), confusion.sum(axis=1)
+    best = scores.topk(min(5, nb_classes)).indices
+    in_best = int((best == targets.unsqueeze(1)).any(dim=1).sum())
 
     def accuracy(first: int, end: int) -> float:
         return float(100 * right[first:end].sum() / total[first:end].sum())
 
     starts = [0, *phase_ends[:-1]]
-    top5 = torch.tensor(1.0)
-    if nb_classes > 5:
-        top5 = multiclass_accuracy(scores, targets, nb_classes, average="micro", top_k=5)
     return {
         "top1": accuracy(0, nb_classes),
-        "top5": 100 * top5.item(),
+        "top5": 100 * in_best / len(targets),
         "old": accuracy(0, starts[-1]) if len(starts) > 1 else None,
         "new": accuracy(starts[-1], nb_classes),
         "per_class": (100 * right / total).tolist(),
@@ -70,9 +72,11 @@ def backward_transfer(per_phase: Sequence[Sequence[float]]) -> float | None:
     return float(np.mean([per_phase[last][j] - per_phase[j][j] for j in range(last)]))
 
 
-def nearest_mean_scores(features: Tensor, means: Tensor) -> Tensor:
+def nearest_mean_scores(features: "Tensor", means: "Tensor") -> "Tensor":
     """Scores of the nearest-mean-of-exemplars classifier (iCaRL, Algorithm 1): minus the squared distance to each mean.
 
     features: N x D, L2-normalised here; means: C x D, of unit length.  Returns N x C.
     """
+    import torch
+
     return -torch.cdist(torch.nn.functional.normalize(features), means).square()

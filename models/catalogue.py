@@ -1,0 +1,116 @@
+"""The methods and their settings, read from their source: no method is imported, and so neither is torch.
+
+A method file holds one class with its name, `class ICaRL(Method, name="icarl")`, and, where the method has keys of its
+own, a dataclass `Settings` at the top level whose fields are `utils.config.schema.setting`s.  Both are found here by
+parsing the file; of its code only `Settings` and the imports that it may need are run.
+
+    python -m models.catalogue > docs/config.md     writes the page of all config keys
+"""
+
+import ast
+import importlib
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.config.schema import MethodInfo
+from utils.config.show import markdown
+
+FOLDER = Path(__file__).parent
+_LIGHT = ("dataclasses", "typing", "collections.abc", "utils.config.schema", "utils.config.types", "utils.errors")
+"""Modules that the code of a `Settings` may import from."""
+
+
+class _Class(NamedTuple):
+    """A class statement at a file's top level. constants: its attributes that are plain values."""
+
+    module: str
+    bases: tuple[str, ...]
+    method: str | None
+    constants: dict[str, Any]
+
+
+@cache
+def methods(folder: Path = FOLDER) -> dict[str, MethodInfo]:
+    """What the config has to know of every method in a folder, by name, sorted."""
+    classes: dict[str, _Class] = {}
+    settings: dict[str, type] = {}
+    for file in sorted(folder.glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == "Settings":
+                settings[file.stem] = _compiled(tree, node, file)
+            elif isinstance(node, ast.ClassDef):
+                classes[node.name] = _described(node, file.stem)
+    found = {}
+    for name, described in classes.items():
+        if described.method:
+            line = _ancestors(name, classes)
+            own = next((settings[of.module] for of in line if of.module in settings), None)
+            facts = {}
+            for of in line[::-1]:
+                facts |= {key: value for key, value in of.constants.items() if key in MethodInfo._fields[2:]}
+            found[described.method] = MethodInfo(described.method, own, **facts)
+    return dict(sorted(found.items()))
+
+
+@cache
+def class_names(folder: Path = FOLDER) -> dict[str, tuple[str, str]]:
+    """Method name -> (module, class)."""
+    places = {}
+    for file in sorted(folder.glob("*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and (method := _described(node, file.stem).method):
+                places[method] = (file.stem, node.name)
+    return places
+
+
+def load(name: str) -> type:
+    """The class of a method, imported now."""
+    module, of_class = class_names()[name]
+    return getattr(importlib.import_module(f"models.{module}"), of_class)
+
+
+def backbones() -> tuple[str, ...]:
+    """The allowed values of convnet_type."""
+    try:
+        from convs import BACKBONES
+    except ImportError:
+        from convs.resnet import CONVNETS as BACKBONES
+    return tuple(BACKBONES)
+
+
+def _described(node: ast.ClassDef, module: str) -> _Class:
+    named = {keyword.arg: keyword.value for keyword in node.keywords}
+    constants = {}
+    for statement in node.body:
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
+        if isinstance(target, ast.Name) and isinstance(getattr(statement, "value", None), ast.Constant):
+            constants[target.id] = statement.value.value
+    name = named["name"].value if isinstance(named.get("name"), ast.Constant) else None
+    return _Class(module, tuple(ast.unparse(base) for base in node.bases), name, constants)
+
+
+def _ancestors(name: str, classes: dict[str, _Class]) -> list[_Class]:
+    """A class and those it derives from, nearest first, as far as they are in the folder."""
+    line, waiting = [], [name]
+    while waiting:
+        described = classes.get(waiting.pop(0))
+        if described is not None:
+            line.append(described)
+            waiting += described.bases
+    return line
+
+
+def _compiled(tree: ast.Module, node: ast.ClassDef, file: Path) -> type:
+    """The class of a `Settings` statement, made from that statement and the file's light imports alone."""
+    imports = [s for s in tree.body if isinstance(s, ast.Import) and all(a.name in _LIGHT for a in s.names)]
+    imports += [s for s in tree.body if isinstance(s, ast.ImportFrom) and s.module in _LIGHT]
+    namespace: dict[str, Any] = {"__name__": f"models.{file.stem}"}
+    code = compile(ast.Module([*imports, node], []), str(file), "exec")
+    exec(code, namespace)
+    return namespace["Settings"]
+
+
+if __name__ == "__main__":
+    print(markdown(methods(), backbones()), end="")

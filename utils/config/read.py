@@ -1,0 +1,291 @@
+"""From a JSON file and `key=value` overrides to a checked `Config`, or one line for each mistake."""
+
+import difflib
+import json
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter, ValidationError
+
+from utils.config.schema import REQUIRED, Config, Key, MethodInfo, all_keys, keys_of
+from utils.config.types import alternatives, choices_of, in_words
+from utils.errors import UserError
+
+PYCIL_ONLY: dict[str, tuple[tuple | None, str]] = {
+    "train_base": ((True,), "the shared blocks always learn"),
+    "train_adaptive": ((False,), "the specialised blocks of earlier phases stay frozen"),
+    "alpha_aux": ((1,), "the auxiliary loss has weight 1"),
+    "skip": ((False,), "phase 0 is trained, or reused from phase0_cache"),
+    "debug": (None, "it only changes what PyCIL prints"),
+    "min_lr": ((0,), "the cosine ends at 0"),
+    "t_max": (None, "the cosine ends with the last epoch"),
+}
+"""Keys of PyCIL's files that are no keys here: the values that mean what happens anyway (None: all), and why."""
+
+
+class Given(NamedTuple):
+    """A value as given.  origin: the file, or the override as typed; typed: false for the text of an override."""
+
+    value: Any
+    origin: str
+    typed: bool
+
+
+def load_config(
+    file: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    methods: Mapping[str, MethodInfo],
+    backbones: Sequence[str],
+) -> Config:
+    """The config of a JSON file with `key=value` overrides on top, checked.
+
+    methods: the methods by name, with their own keys; backbones: the allowed values of convnet_type.
+    Values may refer to other keys, as in "outputs/${dataset}".
+    Raises UserError that lists every problem found, each with the file or the override it is in.
+    """
+    given = {name: Given(value, str(file), True) for name, value in read_json(Path(file)).items()}
+    problems: list[tuple[str, str]] = []
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        if separator and name:
+            given[name] = Given(text, override, False)
+        else:
+            problems.append(("command line", f"{override!r} is not of the form key=value"))
+    reading = _Reading(str(file), given, problems, methods, backbones)
+    config = reading.config()
+    if problems:
+        lines = list(dict.fromkeys(f"{origin}: {problem}" for origin, problem in problems))
+        count = "" if len(lines) == 1 else f"{len(lines)} problems in the config\n  "
+        raise UserError(count + "\n  ".join(lines))
+    return config
+
+
+class _Reading:
+    """One config on its way: each step takes what the one before left, and adds to `problems`."""
+
+    def __init__(
+        self,
+        file: str,
+        given: Mapping[str, Given],
+        problems: list[tuple[str, str]],
+        methods: Mapping[str, MethodInfo],
+        backbones: Sequence[str],
+    ):
+        self.file = file
+        self.problems = problems
+        self.choices = {"model_name": tuple(methods), "convnet_type": tuple(backbones)}
+        self.notes: list[str] = []
+        self.broken: set[str] = set()  # keys whose value has been refused; checks that need one are left out
+        name = given["model_name"].value if "model_name" in given else None
+        self.method = methods.get(name) if isinstance(name, str) else None
+        own = self.method.settings if self.method else None
+        self.own_keys = keys_of(own) if own else {}
+        self.keys = {**all_keys(methods.values()), **keys_of(Config), **self.own_keys}
+        self.given = self._by_our_names(given)
+
+    def config(self) -> Config:
+        values = {name: key.default for name, key in self.keys.items()}
+        for name, entry in self._resolved().items():
+            values[name] = self._checked(self.keys[name], entry)
+        shared = keys_of(Config)
+        for name in shared:
+            if values[name] is REQUIRED:
+                self.refuse(f"{name} is not given: {self.keys[name].meaning}", name)
+                self.broken.add(name)
+        config = Config(**{name: values[name] for name in shared})
+        if self.method and self.method.settings:
+            config.settings = self.method.settings(**{name: values[name] for name in self.own_keys})
+        for name in self.given:
+            if self.method and name not in shared and name not in self.own_keys and name not in self.broken:
+                self.notes.append(f"{name} is no key of {self.method.name}; it changes nothing")
+        self._check(config)
+        config.notes = tuple(self.notes)
+        if not self.problems:
+            _fill_in(config)
+        return config
+
+    def refuse(self, message: str, *names: str) -> None:
+        """Add a problem, unless a key that it is about has been refused already."""
+        if self.broken.isdisjoint(names):
+            origins = [self.given[name].origin for name in names if name in self.given]
+            overrides = [origin for origin in origins if origin != self.file]
+            self.problems.append(((overrides or [self.file])[0], message))
+
+    def _by_our_names(self, given: Mapping[str, Given]) -> dict[str, Given]:
+        """PyCIL's other names become ours; unknown keys are refused, or noted where they mean nothing."""
+        ours = {other: name for name, key in self.keys.items() for other in key.also}
+        found: dict[str, Given] = {}
+        for name, entry in given.items():
+            key = ours.get(name, name) if name not in self.keys else name
+            if key in self.keys:
+                if key in found and (found[key].origin == self.file) == (entry.origin == self.file):
+                    self.problems.append((entry.origin, f"{key} is given twice, once as {name}; keep one"))
+                if key not in found or entry.origin != self.file:
+                    found[key] = entry
+            elif name in PYCIL_ONLY:
+                allowed, reason = PYCIL_ONLY[name]
+                if allowed is None or entry.value in allowed:
+                    self.notes.append(f"{name} is PyCIL's and changes nothing here: {reason}")
+                else:
+                    only = " or ".join(map(_as_json, allowed))
+                    self.problems.append((entry.origin, f"{name} can only be {only} here: {reason}"))
+            else:
+                near = difflib.get_close_matches(name, [*self.keys, *ours], n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else "; python main.py --help-config lists the keys"
+                self.problems.append((entry.origin, f"unknown key {name!r}{hint}"))
+        return found
+
+    def _resolved(self) -> dict[str, Given]:
+        """The values, with references such as ${dataset} replaced."""
+        referring = [n for n, entry in self.given.items() if isinstance(entry.value, str) and "${" in entry.value]
+        if not referring:
+            return self.given
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        plain = {name: key.default for name, key in self.keys.items() if key.default is not REQUIRED}
+        plain |= {name: entry.value for name, entry in self.given.items() if name not in referring}
+        known = OmegaConf.create(plain)
+        resolved = dict(self.given)
+        for step in (lambda name: known.update({name: self.given[name].value}), lambda name: known[name]):
+            for name in referring:
+                try:
+                    value = step(name)
+                    resolved[name] = self.given[name]._replace(value=value, typed=not isinstance(value, str))
+                except OmegaConfBaseException as error:
+                    said = str(error).strip().partition("\n")[0]
+                    self.refuse(f"{name}: {_as_json(self.given[name].value)} can't be read ({said})", name)
+                    self.broken.add(name)
+                    resolved.pop(name, None)
+        return resolved
+
+    def _checked(self, key: Key, entry: Given) -> Any:
+        """The value as its key's type, or the default where it is refused."""
+        value, choices = entry.value, self.choices.get(key.name)
+        if not entry.typed and value in ("null", "None") and _may_be_null(key.annotation):
+            value = None
+        try:
+            value = TypeAdapter(key.annotation).validate_python(value, strict=entry.typed)
+            if choices is None or value in choices:
+                return value
+            message = _not_among(choices, value)
+        except ValidationError as error:
+            message = _what_is_wrong(key.annotation, error, value)
+        self.refuse(f"{key.name} {message}", key.name)
+        self.broken.add(key.name)
+        return key.default
+
+    def _check(self, config: Config) -> None:
+        """What is wrong with the values together, as far as can be told without the data."""
+        uses_memory = self.method.uses_memory if self.method else True
+        real, synthetic, budget = config.real_per_class, config.syn_per_class, config.memory_per_class
+        if config.init_epoch == 0 and not config.pretrained:
+            self.refuse("init_epoch must be at least 1, unless pretrained is true", "init_epoch", "pretrained")
+        if uses_memory and not config.fixed_memory and not config.memory_size:
+            message = "memory_size must be given where fixed_memory is false: the units that all classes share"
+            self.refuse(message, "fixed_memory", "memory_size", "model_name")
+        # A prompt's cost depends on the images, and main.py checks it with them; that of real exemplars is known here.
+        if uses_memory and config.fixed_memory and real is not None and real > budget:
+            message = (
+                f"real_per_class: {real} real exemplars cost {real} units, more than memory_per_class = {budget:g}"
+            )
+            self.refuse(message, "real_per_class", "memory_per_class", "fixed_memory")
+        parts, size = config.accumulate_batches, config.batch_size
+        if parts > size:
+            message = f"accumulate_batches: a batch of {size} images can't be processed in {parts} parts"
+            self.refuse(message, "accumulate_batches", "batch_size")
+        probability, keys = config.augmentation_prob, ("syn_per_class", "augmentation_prob")
+        if (synthetic > 0 or probability > 0) and config.augmentations_per_image < 1:
+            message = "augmentations_per_image must be at least 1 where syn_per_class or augmentation_prob is above 0"
+            self.refuse(message, "augmentations_per_image", *keys)
+        if config.regenerate == "on_demand" and probability > 0 and config.augmentation_scope == "all":
+            advice = 'set augmentation_scope to "exemplars" or augmentation_prob to 0'
+            message = f"regenerate: on_demand makes copies of exemplars only; {advice}"
+            self.refuse(message, "regenerate", "augmentation_prob", "augmentation_scope")
+        if uses_memory and self.method and config.fixed_memory and real is not None:
+            least = self.method.least_exemplars
+            message = f"real_per_class + syn_per_class must be at least {least}: {self.method.name} needs exemplars"
+            if real + synthetic < least:
+                self.refuse(message, "real_per_class", "syn_per_class", "model_name", "fixed_memory")
+        if hasattr(config.settings, "check"):
+            for message in config.settings.check(config):
+                self.refuse(message, "model_name", message.partition(":")[0])
+
+
+def _fill_in(config: Config) -> None:
+    """Defaults that follow from other keys."""
+    if config.real_per_class is None and config.syn_per_class == 0:
+        # With a shared budget it is only a ratio, real : synthetic.
+        config.real_per_class = int(config.memory_per_class) or int(not config.fixed_memory)
+    if config.output_dir is None:
+        phases = f"{config.init_cls}+{config.increment}"
+        config.output_dir = f"outputs/{config.dataset}-{config.model_name}-{config.convnet_type}-{phases}"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file's one JSON object.  Raises UserError that says where it is not one."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_key_twice)
+    except FileNotFoundError:
+        raise UserError(f"no config file {file}; exps/config.json is one to start from.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not in UTF-8: byte {error.start} is {error.object[error.start]:#04x}.") from None
+    except (ValueError, RecursionError) as error:  # a key given twice, endless digits, endless brackets
+        raise UserError(f"{file} is not a config: {error}.") from None
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f'{file} must hold one JSON object, like {{"dataset": "Food101", ...}}.')
+    return values
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON would take the last one without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice} is given {keys.count(twice)} times; keep one")
+    return values
+
+
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "above"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def _may_be_null(annotation: Any) -> bool:
+    return types.NoneType in alternatives(annotation)
+
+
+def _what_is_wrong(annotation: Any, error: ValidationError, value: Any) -> str:
+    """Such as "must be at least 1, not 0"."""
+    for fault in error.errors():
+        if fault["type"] in _BOUNDS:
+            bound, words = _BOUNDS[fault["type"]]
+            return f"must be {words} {fault['ctx'][bound]:g}, not {_as_json(value)}"
+        if fault["type"] == "literal_error":
+            return _not_among(choices_of(annotation), value)
+        if fault["type"] == "value_error":
+            said = str(fault["ctx"]["error"])
+            return f"{said}, not {_as_json(value)}" if said.startswith("must") else f"{said}: {json.dumps(value)}"
+    return f"must be {in_words(annotation)}, not {_as_json(value)}"
+
+
+def _not_among(choices: Sequence[str], value: Any) -> str:
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"must be one of {', '.join(choices)}, not {_as_json(value)}{hint}"
+
+
+def _as_json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 100 else text[:100] + "..."

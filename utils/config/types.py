@@ -1,0 +1,153 @@
+"""The types of config keys: what a value must be, what other spellings are understood, and how to say so in words."""
+
+import json
+import math
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, BeforeValidator
+
+
+def _as_text(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, bool | int | float) else value
+
+
+def _encodable(text: str) -> str:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ValueError("has half a character in it, which no file's name can have") from None
+    if "\0" in text:
+        raise ValueError("has a zero byte in it, which no file's name can have")
+    return text
+
+
+def _folder(text: str) -> str:
+    if not text:
+        raise ValueError('must name a folder ("." is the current one)')
+    return os.path.expanduser(text)
+
+
+def _folder_name(text: str) -> str:
+    if not text or Path(text).name != text or text == "..":
+        raise ValueError("must be the name of a folder in data_dir")
+    return text
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError("must be a number")
+    return number
+
+
+def _listed(value: Any) -> Any:
+    """A list also from 1993, "1993,1994" and '["0", "1"]'."""
+    if isinstance(value, str) and value.strip():
+        parts = [part.strip().strip("\"'") for part in value.strip().removeprefix("[").removesuffix("]").split(",")]
+        return [int(part) if part.removeprefix("-").isdecimal() else part for part in parts if part]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _different(entries: list) -> list:
+    if not entries or len(set(entries)) < len(entries):
+        raise ValueError("must list one or more different values")
+    return entries
+
+
+def _numpy_seed(numbers: list[int]) -> list[int]:
+    if max(numbers) >= 2**32:
+        raise ValueError("must be below 2^32, as numpy.random.seed takes it")
+    return numbers
+
+
+def _device(value: Any) -> Any:
+    if value in ("auto", "cpu", "cuda"):
+        return value
+    entries = _listed(value)
+    texts = [str(entry).strip().removeprefix("cuda:") for entry in entries] if isinstance(entries, list) else []
+    if texts in (["-1"], ["cpu"]):
+        return "cpu"
+    if not texts or not all(text.isdecimal() for text in texts) or len(set(texts)) < len(texts):
+        raise ValueError('must be "auto", "cpu", "cuda" or CUDA devices like ["0"]')
+    return [int(text) for text in texts]
+
+
+Text = Annotated[str, BeforeValidator(_as_text), AfterValidator(_encodable)]
+"""A number or true stands for its digits or letters."""
+Folder = Annotated[Text, AfterValidator(_folder)]
+"""A path; ~ is the home folder."""
+FolderName = Annotated[Text, AfterValidator(_folder_name)]
+Number = Annotated[float, AfterValidator(_finite)]
+Positive = Annotated[Number, Gt(0)]
+NonNegative = Annotated[Number, Ge(0)]
+Fraction = Annotated[Number, Ge(0), Lt(1)]
+Probability = Annotated[Number, Ge(0), Le(1)]
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Epochs = Annotated[list[Count], BeforeValidator(_listed)]
+Seeds = Annotated[list[Natural], BeforeValidator(_listed), AfterValidator(_different), AfterValidator(_numpy_seed)]
+Device = Annotated[Any, AfterValidator(_device)]
+"""PyCIL's spellings and torch's: "0", ["0", "1"], [0], "cuda:0"; -1 is the CPU.  Becomes "auto", "cpu", "cuda" or a
+list of numbers."""
+
+
+def bare(annotation: Any) -> Any:
+    """An annotation without what `Annotated` adds."""
+    while typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    return annotation
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """The types of a union, or the one type, each bare."""
+    annotation = bare(annotation)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [kind for part in typing.get_args(annotation) for kind in alternatives(part)]
+    return [annotation]
+
+
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """The texts that a key may have, where its type lists them."""
+    return next((typing.get_args(k) for k in alternatives(annotation) if typing.get_origin(k) is typing.Literal), ())
+
+
+_WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    types.NoneType: "null",
+    Any: "text or a list",
+}
+_IN_LISTS = {str: "texts", int: "whole numbers", float: "numbers"}
+
+
+def in_words(annotation: Any) -> str:
+    """Such as "a list of whole numbers or null"."""
+    words = []
+    for kind in alternatives(annotation):
+        if typing.get_origin(kind) is list:
+            words.append("a list of " + " or ".join(_IN_LISTS[k] for k in alternatives(typing.get_args(kind)[0])))
+        elif typing.get_origin(kind) is typing.Literal:
+            words.append(", ".join(map(json.dumps, typing.get_args(kind))))
+        else:
+            words.append(_WORDS[kind])
+    return " or ".join(words)
+
+
+def bounds(annotation: Any) -> str:
+    """The range of a number, or of a list's numbers: "at least 0, below 1"; "" where there is none."""
+    words = []
+    if typing.get_origin(annotation) is Annotated:
+        annotation, *added = typing.get_args(annotation)
+        for entry in added:
+            for attribute, of_bound in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
+                if hasattr(entry, attribute):
+                    words.append(f"{of_bound} {getattr(entry, attribute):g}")
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, Annotated):
+        words += [inner for part in typing.get_args(annotation) if (inner := bounds(part))]
+    return ", ".join(words)
