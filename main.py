@@ -41,6 +41,7 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--config", metavar="FILE", help="a JSON config; exps/config.json is the paper's experiment")
     parser.add_argument("--help-config", action="store_true", help="list every config key and exit")
     parser.add_argument("--list", choices=("methods", "backbones", "datasets"), help="list what there is and exit")
+    parser.add_argument("--show-config", action="store_true", help="print the checked config as JSON and exit")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="replaces a key of the config; also --key value"
     )

@@ -63,23 +63,22 @@ def complaint(tmp_path, data_dir, monkeypatch, capsys):
     [
         # keys and types
         ({"memory_per_clas": 3}, ["unknown key 'memory_per_clas'", "did you mean 'memory_per_class'"]),
-        ({"xyzzy": 3}, ["unknown key 'xyzzy'", "README.md"]),
+        ({"xyzzy": 3}, ["unknown key 'xyzzy'", "--help-config"]),
         ({"batch_size": "16"}, ["batch_size must be a whole number", '"16"']),
         ({"batch_size": 16.5}, ["batch_size must be a whole number", "16.5"]),
         ({"init_cls": True}, ["init_cls must be a whole number", "true"]),
         ({"increment": None}, ["increment must be a whole number", "null"]),
-        ({"model_name": None}, ["model_name must be a text", "null"]),
+        ({"model_name": None}, ["model_name must be text", "null"]),
         ({"shuffle": "no"}, ["shuffle must be true or false", '"no"']),
-        ({"milestones": "80,120"}, ["milestones must be a list of whole numbers or null"]),
         ({"milestones": [80.5]}, ["milestones must be a list of whole numbers or null", "80.5"]),
-        ({"dataset": ["Shapes"]}, ["dataset must be a text"]),
-        ({"data_dir": 5}, ["data_dir must be a text or null"]),
+        ({"dataset": ["Shapes"]}, ["dataset must be text"]),
+        ({"data_dir": []}, ["data_dir must be text or null"]),
         ({"lrate": float("nan")}, ["lrate must be a number", "NaN"]),
         ({"init_lr": float("inf")}, ["init_lr must be a number", "Infinity"]),
         ({"weight_decay": HUGE}, ["weight_decay must be a number"]),
         ({"output_dir": "out/${nope}"}, ["output_dir", "nope"]),
         ({"output_dir": "out/${"}, ["output_dir", "can't be read"]),
-        ({"batch_size": "${prefix}", "prefix": "x"}, ["batch_size", "'x'"]),
+        ({"batch_size": "${prefix}", "prefix": "x"}, ["batch_size must be a whole number, not x"]),
         # ranges
         ({"batch_size": 0}, ["batch_size must be at least 1"]),
         ({"accumulate_batches": 17}, ["accumulate_batches", "16 images", "17 parts"]),
@@ -88,11 +87,11 @@ def complaint(tmp_path, data_dir, monkeypatch, capsys):
         ({"init_epoch": 0}, ["init_epoch must be at least 1"]),
         ({"lrate": 0}, ["lrate must be above 0"]),
         ({"momentum": 1.0}, ["momentum must be below 1"]),
-        ({"augmentation_prob": -0.1}, ["augmentation_prob must lie in 0..1"]),
+        ({"augmentation_prob": -0.1}, ["augmentation_prob must be at least 0"]),
         ({"T": 0}, ["T must be above 0"]),
-        ({"seed": []}, ["seed must list one or more different numbers"]),
-        ({"seed": [1, 1]}, ["seed must list one or more different numbers"]),
-        ({"seed": "1993"}, ["seed must be a list of whole numbers"]),
+        ({"seed": []}, ["seed must list one or more different values"]),
+        ({"seed": [1, 1]}, ["seed must list one or more different values"]),
+        ({"seed": "one"}, ["seed must be a list of whole numbers"]),
         ({"seed": [-1]}, ["seed must be at least 0"]),
         ({"seed": [2**32]}, ["seed must be below 2^32"]),
         ({"keep_checkpoints": -1}, ["keep_checkpoints must be at least 0"]),
@@ -171,9 +170,10 @@ def test_files_that_are_none(complaint, content, words):
     ("overrides", "words"),
     [
         (["epochs"], ["'epochs' is not of the form key=value"]),
+        (["--lrate"], ["--lrate needs a value"]),
         (["=3"], ["'=3' is not of the form key=value"]),
-        (["epochs=[1"], ["epochs", "'[1'"]),
-        (["epochs=ten"], ["epochs must be a whole number", '"ten"']),
+        (["epochs=[1"], ["epochs must be a whole number, not [1"]),
+        (["epochs=ten"], ["error: epochs=ten: epochs must be a whole number, not ten"]),
         (["epoch=10"], ["unknown key 'epoch'", "did you mean 'epochs'"]),
     ],
     ids=str,
@@ -201,7 +201,7 @@ def test_copies_that_are_not_there(complaint):
 def test_all_at_once(complaint):
     said = complaint({"lrate": -1, "momentun": 0.9, "seed": "x", "shuffle": 1}, "epochs", drop=["dataset"])
     first, *lines = said.splitlines()
-    assert first.endswith("6 problems")
+    assert "6 problems" in first
     for word in ("lrate", "momentun", "seed", "shuffle", "epochs", "dataset"):
         assert sum(word in line.split()[0] + line for line in lines) >= 1, word
     assert len(lines) == 6
@@ -209,7 +209,7 @@ def test_all_at_once(complaint):
 
 def test_more_processes_than_images_of_a_batch(complaint, monkeypatch):
     monkeypatch.setattr(devices, "launch", lambda *_: SimpleNamespace(world_size=17))
-    assert "batch_size 16 is less than an image for each of 17 processes" in complaint({})
+    assert "batch_size 16 is less than one image for each of 17 processes" in complaint({})
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path):

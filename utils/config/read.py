@@ -171,9 +171,9 @@ class _Reading:
             value = TypeAdapter(key.annotation).validate_python(value, strict=entry.typed)
             if choices is None or value in choices:
                 return value
-            message = _not_among(choices, value)
+            message = _not_among(choices, _as_json(value))
         except ValidationError as error:
-            message = _what_is_wrong(key.annotation, error, value)
+            message = _what_is_wrong(key.annotation, error, _as_json(value) if entry.typed else value)
         self.refuse(f"{key.name} {message}", key.name)
         self.broken.add(key.name)
         return key.default
@@ -266,24 +266,24 @@ def _may_be_null(annotation: Any) -> bool:
     return types.NoneType in alternatives(annotation)
 
 
-def _what_is_wrong(annotation: Any, error: ValidationError, value: Any) -> str:
-    """Such as "must be at least 1, not 0"."""
+def _what_is_wrong(annotation: Any, error: ValidationError, shown: str) -> str:
+    """Such as "must be at least 1, not 0"; shown: the value as it was written."""
     for fault in error.errors():
         if fault["type"] in _BOUNDS:
             bound, words = _BOUNDS[fault["type"]]
-            return f"must be {words} {fault['ctx'][bound]:g}, not {_as_json(value)}"
+            return f"must be {words} {fault['ctx'][bound]:g}, not {shown}"
         if fault["type"] == "literal_error":
-            return _not_among(choices_of(annotation), value)
+            return _not_among(choices_of(annotation), shown)
         if fault["type"] == "value_error":
             said = str(fault["ctx"]["error"])
-            return f"{said}, not {_as_json(value)}" if said.startswith("must") else f"{said}: {json.dumps(value)}"
-    return f"must be {in_words(annotation)}, not {_as_json(value)}"
+            return f"{said}, not {shown}" if said.startswith("must") else f"{said}: {json.dumps(shown)}"
+    return f"must be {in_words(annotation)}, not {shown}"
 
 
-def _not_among(choices: Sequence[str], value: Any) -> str:
-    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+def _not_among(choices: Sequence[str], shown: str) -> str:
+    near = difflib.get_close_matches(shown.strip('"'), choices, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"must be one of {', '.join(choices)}, not {_as_json(value)}{hint}"
+    return f"must be one of {', '.join(choices)}, not {shown}{hint}"
 
 
 def _as_json(value: Any) -> str:
