@@ -81,7 +81,8 @@ def run(config: Config) -> dict:
     classes = {key: getattr(config, key) for key in ("shuffle", "init_cls", "increment", "augmentation")}
     orders = {seed: DataManager(paths, seed=seed, **classes) for seed in config.seed}
     any_order = orders[config.seed[0]]
-    config, copies = check_exemplars(config, any_order, fabric.device)
+    form = exemplar_form(config, any_order)
+    config, copies = check_exemplars(config, any_order, form, fabric.device)
     if config.pretrained:
         fresh_backbone(config, any_order)
     if config.compile:
@@ -100,14 +101,15 @@ def run(config: Config) -> dict:
     pixels = open_cache(config.cache, config.cache_gib, cache.with_name("pixel_cache"), paths.root, local)
     for seed, data in orders.items():
         data.pixels = pixels
-        results = run_class_order(config, data, seed, fabric, output, cache, copies)
+        results = run_class_order(config, data, seed, fabric, output, cache, form, copies)
     fabric.barrier()  # wait until rank 0 has written: an early exit looks like a crash to the others
     log.info("\n%s\n\nresults: %s", report.table({config.model_name: results}), output.folder / "results.json")
     return results
 
 
-def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, copies) -> dict:
+def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, form, copies) -> dict:
     """One seed's phases.  Returns the results of all seeds so far."""
+    from compress.forms import Cost
     from utils.memory.exemplars import ExemplarMemory
     from utils.results.history import History
 
@@ -125,7 +127,7 @@ def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path
         total=None if config.fixed_memory else config.memory_size,
         selection=config.exemplar_selection,
         seed=config.model_seed,
-        cost=getattr(copies, "prompt_cost", None),
+        cost=Cost(form, data.paths).units,
     )
 
     def write(records: Sequence[dict]) -> dict:
@@ -143,14 +145,25 @@ def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path
         return write(records)
 
 
-def check_exemplars(config: Config, data, device):
+def exemplar_form(config: Config, data):
+    """The form in which exemplars that are not real are kept."""
+    from compress.options import parse_settings
+
+    try:
+        return parse_settings(config.regenerate_options, data.defaults.resolution)[0]
+    except UserError as error:
+        raise UserError(f"regenerate_options: {error}") from error
+
+
+def check_exemplars(config: Config, data, form, device):
     """Make sure, before any work, that the exemplars can be chosen, fit the budget and have, or can get, their copies.
 
     Returns the config with real_per_class filled in, and the copies, made ahead or to be made on demand; None where
     none is needed.
     """
     from compress.copies import CopiesAhead
-    from utils.memory.budget import check_budget, check_class_sizes, check_total, prompt_cost
+    from compress.forms import Cost
+    from utils.memory.budget import check_budget, check_class_sizes, check_total
 
     method = catalogue.methods()[config.model_name]
     synthetic = config.syn_per_class if method.uses_memory else 0
@@ -159,19 +172,19 @@ def check_exemplars(config: Config, data, device):
         config.real_per_class != 0 or config.augmentation_scope == "all"
     )
     needs_copies = synthetic > 0 or may_be_replaced
-    copies = on_demand = None
+    copies = None
     if needs_copies and config.regenerate == "on_demand":
         from compress.on_demand import OnDemand  # imports ControlNet: seconds that other runs need not spend
 
-        copies = on_demand = OnDemand(
+        copies = OnDemand(
             data.paths,
             config.regenerate_options,
             resolution=data.defaults.resolution,
             copies=config.augmentations_per_image,
             device=device,
         )
-    cost = on_demand.prompt_cost if on_demand else lambda image: prompt_cost(image, data.paths.find_edge_map(image))
-    typical = statistics.median(cost(of_class[0]) for of_class in images) if synthetic else 1 / 24
+    cost = Cost(form, data.paths)
+    typical = statistics.median(cost.units(of_class[0]) for of_class in images) if synthetic else 1 / 24
     if config.real_per_class is None:
         config = replace(config, real_per_class=max(0, int(config.memory_per_class - synthetic * typical + 1e-9)))
     if method.uses_memory:
@@ -184,8 +197,8 @@ def check_exemplars(config: Config, data, device):
             check_budget(real, synthetic, config.memory_per_class, typical)
         else:
             check_total(config.memory_size, data.nb_classes, real, synthetic, typical, method.least_exemplars)
-    if needs_copies and on_demand is None:
-        copies = CopiesAhead(data.paths, list(itertools.chain(*images)), config.augmentations_per_image)
+    if needs_copies and copies is None:
+        copies = CopiesAhead(data.paths, form, list(itertools.chain(*images)), config.augmentations_per_image)
     return config, copies
 
 

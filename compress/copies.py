@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from compress.records import DEFAULTS, recorded_settings
-from utils.data.classes import typical_size
-from utils.data.datasets import dataset_defaults
+from compress.forms import Form
+from compress.records import DEFAULTS, recorded_options, recorded_settings
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
@@ -58,14 +57,14 @@ class Copies(abc.ABC):
 class CopiesAhead(Copies):
     """Copies 0 ... K-1 of train images, made by compress/run.py before the training.
 
-    paths: the dataset; images: the train images whose copies the run may read; copies: K.
+    paths: the dataset; form: of the exemplars; images: the train images whose copies the run may read; copies: K.
     Raises UserError, with the command that makes them, where one is missing.
     """
 
-    def __init__(self, paths: DatasetPaths, images: Sequence[Path], copies: int):
-        check_copies(paths, images, copies)
+    def __init__(self, paths: DatasetPaths, form: Form, images: Sequence[Path], copies: int):
+        check_copies(paths, form, images, copies)
         labels = dict.fromkeys(image.parent.name for image in images)
-        self.made_by = by_settings(recorded_settings(paths.folder("exemplars"), labels).values())
+        self.made_by = by_settings(recorded_settings(paths.folder("copies"), labels).values())
         self._fingerprint = fingerprint(paths, images, copies)
 
     def make(self, images: Sequence[Path], with_copies: bool) -> None:
@@ -152,10 +151,10 @@ def _differences(before: Sequence[Mapping], now: Sequence[Mapping]) -> list[str]
     return [f"{name.replace('_', ' ')} {one!r} -> {other!r}" for name, (one, other) in pairs.items() if one != other]
 
 
-def check_copies(paths: DatasetPaths, images: Iterable[Path], augmentations_per_image: int) -> None:
+def check_copies(paths: DatasetPaths, form: Form, images: Iterable[Path], copies: int) -> None:
     """Raises UserError where one of the copies 0 ... K-1 of `images` is not on disk, with the command that makes them.
 
-    Lists the folder of each class once, and looks at no file itself.
+    Lists the folder of each class once, and opens no file.
     """
     on_disk: dict[str, frozenset[str]] = {}
     wanted, missing, first = 0, 0, None
@@ -164,20 +163,25 @@ def check_copies(paths: DatasetPaths, images: Iterable[Path], augmentations_per_
         if label not in on_disk:
             folder = paths.copies_folder(label)
             on_disk[label] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
-        wanted += augmentations_per_image
-        gaps = [
-            k for k, name in enumerate(paths.copy_names(image, augmentations_per_image)) if name not in on_disk[label]
-        ]
+        wanted += copies
+        gaps = [k for k, name in enumerate(paths.copy_names(image, copies)) if name not in on_disk[label]]
         missing += len(gaps)
         if gaps and first is None:
-            first = (image, gaps[0])
-    if first is None:
-        return
-    image, k = first
-    resolution = dataset_defaults(paths.dataset, typical_size([image])).resolution
-    raise UserError(
-        f"{missing} of {wanted} copies are missing, the first is {paths.copy(image, k)}. Make them with:\n"
-        f"python compress/run.py --data-dir {shlex.quote(str(paths.data_dir))} --dataset {shlex.quote(paths.dataset)} "
-        f"--resolution {resolution} --seeds {augmentations_per_image}"
-        + (f" --keep-apart {paths.variant}" if paths.variant else "")
-    )
+            first = paths.copy(image, gaps[0])
+    if first is not None:
+        raise UserError(
+            f"{missing} of {wanted} copies are missing, the first is {first}. Make them with:\n"
+            f"{command(paths, form, copies)}"
+        )
+
+
+def command(paths: DatasetPaths, form: Form, copies: int) -> str:
+    """The command that makes copies 0 ... K-1, with the recorded settings of those that are there already.
+
+    form: with the settings to make them with where nothing is recorded.
+    """
+    words = ["--data-dir", str(paths.data_dir), "--dataset", paths.dataset, "--seeds", str(copies)]
+    words += ["--keep-apart", paths.variant] * bool(paths.variant)
+    words += ["--form", form.name] * (form.name != "edges")
+    words += recorded_options(paths.folder("copies")) or ["--resolution", form.preset.name]
+    return f"python compress/run.py {shlex.join(words)}"

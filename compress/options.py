@@ -1,16 +1,31 @@
-"""The options of compress/run.py."""
+"""The options of compress/run.py, and the Job that they describe."""
 
 import argparse
 import math
 import re
 import shlex
+from dataclasses import dataclass
 
-from compress.presets import PRESETS, SAMPLERS, Preset
+from compress.forms import Form, examples, form_named
+from compress.job import Data, Job, Machine
+from compress.presets import PRESETS, SAMPLERS
+from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 MOST_COPIES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Action:
+    """What to do beside making what is missing: the options of the same names."""
+
+    dry_run: bool = False
+    verify: bool = False
+    repair: bool = False
+    download: bool = False
+    device: str = "auto"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,14 +38,55 @@ class _TextParser(argparse.ArgumentParser):
         raise UserError(f"{message} (compress/run.py --help lists the options)")
 
 
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Action]:
+    """The command line.  Leaves through SystemExit, with a message, where it is wrong."""
+    options = parser().parse_args(arguments)
+    return options, Action(options.dry_run, options.verify, options.repair, options.download, options.device)
+
+
+def make_job(options: argparse.Namespace) -> Job:
+    """The job that the options describe.  Raises UserError for impossible settings."""
+    form = _form(options)
+    paths = DatasetPaths(data_dir(options.data_dir), options.dataset, options.keep_apart, form.files)
+    classes = tuple(options.classes) if options.classes else None
+    data = Data(paths, tuple(options.seeds), classes, options.limit, options.shard)
+    existing = "replace" if options.replace else "overwrite" if options.overwrite else "refuse"
+    return Job(data, form, _machine(options), _words(options), existing)
+
+
+def parse_settings(text: str, resolution: str, form: str = "edges") -> tuple[Form, Machine, tuple[str, ...], bool]:
+    """(form, machine, options as a Job has them, whether to download) of the options in one text, as a config has it.
+
+    It may hold the options about settings and model alone.  resolution, form: where it names none.
+    Raises UserError for an option that is wrong or not one of these.
+    """
+    parser = _TextParser(prog="", add_help=False, allow_abbrev=False)
+    _add_settings(parser, resolution, form)
+    _add_machine(parser)
+    try:
+        options = parser.parse_args(shlex.split(text))
+    except ValueError as error:  # an unmatched quotation mark
+        raise UserError(f"{text!r}: {error}") from error
+    return _form(options), _machine(options), _words(options), options.download
+
+
 def parser() -> argparse.ArgumentParser:
     """All options with their meanings."""
     parser = _Parser(
         prog="compress/run.py",
-        description="Compress train images into prompts (edge map + class label) and regenerate copies from them.",
+        description="Store train images in an exemplar form (edge map + class label) and regenerate copies from it.",
         epilog="Exit codes: 0 done; 1 some images failed, listed at the end; 2 the command is wrong; 130 interrupted.",
         allow_abbrev=False,
     )
+    _add_data(parser)
+    _add_existing(parser)
+    _add_settings(parser, resolution=None, form="edges")
+    machine = _add_machine(parser)
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("the data")
     data.add_argument("--data-dir", metavar="D", help="folder of all datasets [$ESCORT_DATA_DIR, else ./data]")
     data.add_argument("--dataset", required=True, help="the dataset: its folder's name in the data folder")
@@ -45,10 +101,13 @@ def parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--shard", metavar="i/n", type=shard, default=(1, 1), help="only part i of n: 1/8 ... 8/8")
     data.add_argument("--dry-run", action="store_true", help="say how much there is to do, and write nothing")
-    there = parser.add_argument_group("what is there already (it is kept, if it was made with the same settings)")
+
+
+def _add_existing(parser: argparse.ArgumentParser) -> None:
+    there = parser.add_argument_group("files that are there (they are kept if they were made with the same settings)")
     how = there.add_mutually_exclusive_group()
-    how.add_argument("--replace", action="store_true", help="make again what was made with other settings")
-    how.add_argument("--overwrite", action="store_true", help="make everything again")
+    how.add_argument("--replace", action="store_true", help="make files of other settings again")
+    how.add_argument("--overwrite", action="store_true", help="make all files again")
     look = there.add_mutually_exclusive_group()
     look.add_argument("--verify", action="store_true", help="read every file and list what is wrong; needs no model")
     look.add_argument("--repair", action="store_true", help="the same, then make again what is wrong or missing")
@@ -58,22 +117,19 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="read and write edge_maps-NAME and exemplars-NAME; the trainer's key for them is variant=NAME",
     )
-    add_settings(parser, resolution=None)
-    machine = add_machine(parser)
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    return parser
 
 
-def add_settings(parser: argparse.ArgumentParser, resolution: str | None) -> None:
-    """The options that say what a copy is.  resolution: the preset where none is named; None: one must be."""
+def _add_settings(parser: argparse.ArgumentParser, resolution: str | None, form: str) -> None:
+    """The options that copies depend on.  resolution, form: where none is named; resolution None: one must be."""
     settings = parser.add_argument_group("the settings")
     settings.add_argument(
         "--resolution",
         required=resolution is None,
         default=resolution,
         choices=tuple(PRESETS),
-        help="the preset for the data's kind",
+        help="the preset that fits the size of the images",
     )
+    settings.add_argument("--form", default=form, help=f"what is kept of an image: {', '.join(examples())} [{form}]")
     settings.add_argument("--size", metavar="N", type=at_least_one, help="shorter side of the generated pictures")
     settings.add_argument("--sampler", choices=tuple(SAMPLERS), help="how latents are sampled [ddim]")
     settings.add_argument("--steps", metavar="N", type=at_least_one, help="steps of the sampler")
@@ -83,7 +139,7 @@ def add_settings(parser: argparse.ArgumentParser, resolution: str | None) -> Non
     settings.add_argument("--quality", metavar="Q", type=at_least_one, help="JPEG quality of copies, 1 to 100 [75]")
 
 
-def add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The options that say which model makes the copies, and how."""
     machine = parser.add_argument_group("the model and the machine")
     machine.add_argument(
@@ -106,31 +162,25 @@ def add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return machine
 
 
-def parse_settings(text: str, resolution: str) -> argparse.Namespace:
-    """The options about copies and model alone, from one text, as a config holds them.
-
-    resolution: the preset where none is named.  Raises UserError for an option that is wrong or not one of these.
-    """
-    parser = _TextParser(prog="", add_help=False, allow_abbrev=False)
-    add_settings(parser, resolution)
-    add_machine(parser)
-    try:
-        return parser.parse_args(shlex.split(text))
-    except ValueError as error:  # a quotation mark without its partner
-        raise UserError(f"{text!r}: {error}") from error
+_SETTINGS = ("size", "steps", "guidance", "sampler", "prompt_template", "negative_prompt", "quality")
 
 
-def chosen_preset(options: argparse.Namespace) -> Preset:
-    """The settings: a preset, and what the options change of it.  Raises UserError for what can't be."""
-    return PRESETS[options.resolution].changed(
-        size=options.size,
-        steps=options.steps,
-        guidance=options.guidance,
-        sampler=options.sampler,
-        prompt_template=options.prompt_template,
-        negative_prompt=options.negative_prompt,
-        quality=options.quality,
-    )
+def _words(options: argparse.Namespace) -> tuple[str, ...]:
+    """The options as they can be typed again, without the form's and without defaults."""
+    given = [("resolution", options.resolution), *((name, getattr(options, name)) for name in _SETTINGS)]
+    given += [("model", options.model)] * (options.model != "sd15") + [("base", options.base)]
+    named = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given if value is not None]
+    return tuple(word for pair in named for word in pair)
+
+
+def _form(options: argparse.Namespace) -> Form:
+    preset = PRESETS[options.resolution].changed(**{name: getattr(options, name) for name in _SETTINGS})
+    return form_named(options.form, preset)
+
+
+def _machine(options: argparse.Namespace) -> Machine:
+    names = ("model", "base", "precision", "batch_size", "low_memory", "compile")
+    return Machine(**{name: getattr(options, name) for name in names})
 
 
 def copy_numbers(text: str) -> list[int]:

@@ -5,11 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ControlNet.cldm.ddim import DDIMSampler
-from ControlNet.cldm.dpm_solver import DPMSolverSampler
 from utils.errors import UserError
 
-SAMPLERS = {"ddim": DDIMSampler, "dpm++2m": DPMSolverSampler}
+SAMPLERS = ("ddim", "dpm++2m")
 """What `Sampling.sampler` may be."""
 
 

@@ -1,4 +1,4 @@
-"""The settings of the edge maps and copies on disk, so that files of different settings are never mixed unnoticed.
+"""The settings of the kept files and copies on disk, so that files of different settings are never mixed unnoticed.
 
 A copy carries a mark in its JPEG comment: a digest of everything that it depends on beside its image and its number.
 File and mark are one atomic write.  The settings behind the marks are written beside the class folders before the first
@@ -9,8 +9,8 @@ copy: `settings.json`, then `settings-2.json`, ... whenever the settings change.
     exemplars/apple_pie/1_seed00.jpg   comment: "ESCORT 3f2a9c81d0b7"
 
 A settings file is written once, under a free number, and never changed, so processes that share the work can't
-overwrite each other's.  The newest one counts for each class.  Edge maps carry no mark, as their bytes count as memory;
-their settings are in `edge_maps/settings.json`, and a file is checked by its size or against its image.
+overwrite each other's.  The newest one counts for each class.  Kept files carry no mark, as their bytes count as
+memory; their settings are in `edge_maps/settings.json`, and a file is checked by its size or against its image.
 
 Precision is a setting: bf16 in place of fp32 changes a third of a copy's pixels.  Device and batch size are none: they
 change a few pixels in ten thousand by one level of 255.
@@ -21,11 +21,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
 
+from compress.forms import Form
 from compress.presets import Preset, Sampling
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
@@ -54,40 +55,20 @@ class State(Enum):
     OTHER = "the newest settings are others"
 
 
-def copy_settings(preset: Preset, model: str | None, precision: str | None) -> dict:
-    """All that a copy depends on, beside its image, its number and its class's text.
-
-    model: the weights' fingerprint; precision: "fp32", "bf16" or "fp16".  None: not known, and so not compared.
-    """
-    settings = asdict(preset)
-    del settings["name"]
-    return {**settings, "model": model, "precision": precision}
-
-
-def edge_map_settings(preset: Preset) -> dict:
-    """All that an edge map depends on, beside its image."""
-    names = ["edges_of_generated_size", "low_threshold", "high_threshold"]
-    names += ["shorter_side", "small_shorter_side"] * preset.edges_of_generated_size
-    return {name: getattr(preset, name) for name in names}
-
-
-def edge_map_size(preset: Preset, height: int, width: int) -> tuple[int, int]:
-    """(height, width) of the edge map of an image of this height and width."""
-    return preset.generated_size(height, width) if preset.edges_of_generated_size else (height, width)
-
-
 class Record:
     """The settings files of one folder, and the settings that are asked for.
 
-    folder: `edge_maps` or `exemplars`; settings: as JSON has it; texts: class label -> text, None where a class's text
-    makes no difference.  Raises UserError for a settings file that can't be read.
+    folder: of kept files or of copies; settings: as JSON has it; texts: class label -> text, None where a class's text
+    makes no difference; options: of compress/run.py, recorded for messages.
+    Raises UserError for a settings file that can't be read.
     """
 
-    def __init__(self, folder: Path, settings: Mapping, texts: Mapping[str, str | None]):
+    def __init__(self, folder: Path, settings: Mapping, texts: Mapping[str, str | None], options: Sequence[str] = ()):
         self.folder = folder
         self.settings = settings
         self.texts = texts
-        self._entries = self._read()
+        self.options = options
+        self.entries = self._read()
 
     def state(self, label: str) -> State:
         kinds = self._kinds(label)
@@ -123,11 +104,6 @@ class Record:
             if not _alike({name: value}, {name: old})
         ]
 
-    def only_by_size(self, label: str) -> bool:
-        """Whether all settings that this class has seen, and those asked for, differ in sizes alone."""
-        kinds = [*self._kinds(label), self._wanted(label)]
-        return all(kind[name] == kinds[0][name] for kind in kinds for name in ("low_threshold", "high_threshold"))
-
     def note(self, labels: Iterable[str]) -> None:
         """Record that these classes' files are made with the settings asked for from now on.
 
@@ -137,7 +113,7 @@ class Record:
         labels = set(labels)
         while True:
             before = {label: self._kinds(label)[-1:] for label in labels}
-            self._entries = self._read()
+            self.entries = self._read()
             missing = set()
             for label in labels:
                 newest = self._kinds(label)[-1:]
@@ -154,6 +130,10 @@ class Record:
                 return
             missing |= {label for label in self.texts if not self._kinds(label) and not (self.folder / label).exists()}
             self._add({label: self.texts[label] for label in sorted(missing)})
+
+    def kinds(self, label: str) -> list[dict]:
+        """All settings that a class's files may have: those recorded, oldest first, then those asked for."""
+        return [*self._kinds(label), self._wanted(label)]
 
     def newest(self, label: str) -> dict | None:
         """The newest recorded settings of a class's files, None where nothing is recorded."""
@@ -173,7 +153,7 @@ class Record:
 
     def _kinds(self, label: str) -> list[dict]:
         """What made a class's files, oldest first."""
-        return [_kind(entry["settings"], entry["texts"][label]) for entry in self._entries if label in entry["texts"]]
+        return [_kind(entry["settings"], entry["texts"][label]) for entry in self.entries if label in entry["texts"]]
 
     def _read(self) -> list[dict]:
         entries = []
@@ -181,7 +161,7 @@ class Record:
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
                 texts = content["class_texts"] if "class_texts" in content else dict.fromkeys(content["classes"])
-                entries.append({"settings": dict(content["settings"]), "texts": dict(texts)})
+                entries.append({**content, "settings": dict(content["settings"]), "texts": dict(texts)})
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{file}, which says how the files there were made, can't be read ({type(error).__name__}). "
@@ -191,8 +171,9 @@ class Record:
 
     def _add(self, texts: Mapping[str, str | None]) -> None:
         """Write the next settings file, unless somebody else does so first."""
-        without = None in texts.values()
-        content = {"settings": self.settings, **({"classes": list(texts)} if without else {"class_texts": texts})}
+        classes = {"classes": list(texts)} if None in texts.values() else {"class_texts": texts}
+        options = {"options": list(self.options)} if self.options else {}
+        content = {"settings": self.settings, **options, **classes}
         number = max((_number(file.name) for file in settings_files(self.folder)), default=0) + 1
         target = self.folder / ("settings.json" if number == 1 else f"settings-{number}.json")
         try:
@@ -210,20 +191,35 @@ class Record:
 
 
 class Records:
-    """The settings asked for of a dataset's edge maps and copies, and the recorded settings of those on disk.
+    """The settings asked for of a dataset's kept files and copies, and the recorded settings of those on disk.
 
-    preset: the settings; model: the weights' fingerprint (`weights_fingerprint`, or a loaded model's `fingerprint`);
-    precision: "fp32", "bf16" or "fp16".  A model or precision of None is not compared.
+    form: with the settings; model: the weights' fingerprint (`weights_fingerprint`, or a loaded model's `fingerprint`);
+    precision: "fp32", "bf16" or "fp16".  A model or precision of None is not compared.  options: those of
+    compress/run.py that give these settings.
     """
 
-    def __init__(self, paths: DatasetPaths, preset: Preset, model: str | None = None, precision: str | None = None):
+    def __init__(
+        self,
+        paths: DatasetPaths,
+        form: Form,
+        model: str | None = None,
+        precision: str | None = None,
+        options: Sequence[str] = (),
+    ):
         self.paths = paths
-        self.preset = preset
+        self.form = form
         self.precision = precision
         texts = paths.class_texts()
-        self.edge_maps = Record(paths.folder("edge_maps"), edge_map_settings(preset), dict.fromkeys(texts))
-        self.copies = Record(paths.folder("exemplars"), copy_settings(preset, model, precision), texts)
-        self.model_known = model is not None
+        self.kept = Record(paths.folder("kept"), form.settings(), dict.fromkeys(texts))
+        made_by = {"model": model, "precision": precision} if form.needs_model else {}
+        options = [*options, *(["--precision", precision] if precision and options else [])]
+        self.copies = Record(paths.folder("copies"), {**form.copy_settings(), **made_by}, texts, options)
+
+
+def recorded_options(folder: Path) -> list[str]:
+    """The options of compress/run.py that gave the newest recorded settings; empty where they are not recorded."""
+    entries = Record(folder, {}, {}).entries
+    return list(entries[-1].get("options", ())) if entries else []
 
 
 def recorded_settings(folder: Path, labels: Iterable[str]) -> dict[str, dict | None]:
@@ -239,12 +235,13 @@ def read_mark(copy: Path) -> str | None:
             head = file.read(1024)  # a tenth of the time that decoding the header takes, for a million files
     except OSError:
         return None
-    found = re.search(rb"\xff\xfe\x00.(ESCORT [0-9a-f]{12})", head, re.DOTALL)  # JPEG's comment segment
+    # In JPEG's comment segment, or in a PNG's text chunk.
+    found = re.search(rb"(?:\xff\xfe\x00.|tEXtComment\x00)(ESCORT [0-9a-f]{12})", head, re.DOTALL)
     return found and found[1].decode()
 
 
 def settings_files(folder: Path) -> list[Path]:
-    """The settings files of `edge_maps` or `exemplars`, oldest first."""
+    """The settings files of a folder of kept files or of copies, oldest first."""
     names = os.listdir(folder) if folder.is_dir() else []
     return [folder / name for name in sorted(filter(_number, names), key=_number)]
 

@@ -7,7 +7,8 @@ from typing import TypeVar
 import torch.distributed
 from lightning_fabric import Fabric
 
-from compress.plan import Plan, Result
+from compress.plan import Plan
+from compress.result import Result
 from utils.errors import UserError
 
 PATIENCE = timedelta(days=30)

@@ -5,23 +5,26 @@ from collections import Counter
 from pathlib import Path
 
 from compress.estimate import estimate
-from compress.plan import Plan, Result
+from compress.forms import plural
+from compress.plan import Plan
 from compress.regenerate import Regenerator
+from compress.result import Result
 from compress.verify import Findings
 
 
 def report_plan(todo: Plan, title: str) -> None:
-    """Print what there is to do, and what is kept though nobody knows how it was made."""
+    """Print what there is to do, and how many files are kept although their settings are not recorded."""
+    noun = plural(todo.records.form.noun)
     print(
         f"{title}: {len(todo.tasks):,} images\n"
-        f"edge maps: {todo.edge_maps_missing:,} to make, {todo.edge_maps_present:,} there already"
-        f"{_otherwise(todo.edge_maps_otherwise)}\n"
+        f"{noun}: {todo.kept_missing:,} to make, {todo.kept_present:,} there already"
+        f"{_otherwise(todo.kept_otherwise)}\n"
         f"copies: {todo.copies_missing:,} to make, {todo.copies_present:,} there already"
         f"{_otherwise(todo.copies_otherwise)}"
     )
     kept = [
         f"{count:,} {what}"
-        for count, what in ((todo.edge_maps_without_record, "edge maps"), (todo.copies_without_record, "copies"))
+        for count, what in ((todo.kept_without_record, noun), (todo.copies_without_record, "copies"))
         if count
     ]
     if kept:
@@ -32,10 +35,10 @@ def _otherwise(count: int) -> str:
     return f"; {count:,} of those to make are there, made otherwise" if count else ""
 
 
-def report_findings(findings: Findings) -> None:
-    """Print what --verify found."""
+def report_findings(findings: Findings, noun: str) -> None:
+    """Print what --verify found.  noun: of the form."""
     checked, faults = findings.checked, findings.faults
-    print(f"checked: {checked['edge map']:,} edge maps and {checked['copy']:,} copies of {checked['image']:,} images")
+    print(f"checked: {checked[noun]:,} {plural(noun)} and {checked['copy']:,} copies of {checked['image']:,} images")
     kinds = Counter((fault.what, fault.why) for fault in faults)
     for (what, why), count in kinds.items():
         print(f"  {_count(count, what)} {why}")
@@ -52,7 +55,7 @@ def report_findings(findings: Findings) -> None:
 
 
 MOST_LISTED = 50
-"""Lines of a list on the screen: a folder with everything wrong need not scroll for hours."""
+"""Lines of a list on the screen."""
 
 
 def _list(title: str, lines: list[str]) -> None:
@@ -62,8 +65,7 @@ def _list(title: str, lines: list[str]) -> None:
 
 def _count(count: int, noun: str) -> str:
     """1 copy, 2,000 copies."""
-    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{count:,} {noun if count == 1 else plural}"
+    return f"{count:,} {noun if count == 1 else plural(noun)}"
 
 
 def report_estimate(regenerator: Regenerator, todo: Plan) -> None:
@@ -71,35 +73,34 @@ def report_estimate(regenerator: Regenerator, todo: Plan) -> None:
     if todo.copies_missing:
         print("measuring one batch ...", flush=True)
     expected = estimate(regenerator, todo)
-    if math.isnan(expected.edge_map_bytes + expected.copy_bytes + expected.seconds):
+    if math.isnan(expected.kept_bytes + expected.copy_bytes + expected.seconds):
         print("expected: unknown, none of the sampled images could be read")
         return
-    time_needed = f", about {duration(expected.seconds)} for the copies" if todo.copies_missing else ""
-    print(
-        f"expected: {size(expected.edge_map_bytes)} of edge maps, {size(expected.copy_bytes)} of copies{time_needed}\n"
-        "dry run: nothing was written"
-    )
+    seconds = f", about {duration(expected.seconds)} for the copies" if todo.copies_missing else ""
+    kept = f"{size(expected.kept_bytes)} of {plural(todo.records.form.noun)}"
+    print(f"expected: {kept}, {size(expected.copy_bytes)} of copies{seconds}\ndry run: nothing was written")
 
 
-def report(result: Result, empty: list[Path], seconds: float) -> None:
-    """Print what a run did."""
+def report(result: Result, noun: str, empty: list[Path], seconds: float) -> None:
+    """Print what a run did.  noun: of the form."""
     speed = f" ({result.copies_made / seconds:.3g} copies/s)" if result.copies_made else ""
     print(
-        f"edge maps: {result.edge_maps_made:,} made, {result.edge_maps_skipped:,} skipped, "
-        f"{result.edge_maps_failed:,} failed\n"
+        f"{plural(noun)}: {result.kept_made:,} made, {result.kept_skipped:,} skipped, {result.kept_failed:,} failed\n"
         f"copies: {result.copies_made:,} made, {result.copies_skipped:,} skipped, {result.copies_failed:,} failed"
         f" in {duration(seconds)}{speed}"
     )
     if result.image_bytes:
         print(
-            f"on disk: images {size(result.image_bytes)}, their prompts {size(result.prompt_bytes)} "
-            f"({ratio(result.prompt_bytes, result.image_bytes)})\n"
-            f"raw bits: images {result.image_bits:,}, their edge maps {result.edge_map_bits:,} "
-            f"({ratio(result.edge_map_bits, result.image_bits)})"
+            f"on disk: images {size(result.image_bytes)}, {plural(noun)} and class texts {size(result.kept_bytes)} "
+            f"({ratio(result.kept_bytes, result.image_bytes)})"
         )
-    problems = [*(f"{folder}: no images" for folder in empty), *dict.fromkeys(map(str, result.failures))]
-    if problems:
-        print("failed:", *problems, sep="\n  ")
+    if result.raw_bits:
+        print(
+            f"raw bits: images {result.image_bits:,}, {plural(noun)} {result.raw_bits:,} "
+            f"({ratio(result.raw_bits, result.image_bits)})"
+        )
+    if problems := [*(f"{folder}: no images" for folder in empty), *dict.fromkeys(map(str, result.failures))]:
+        _list("failed:", problems)
 
 
 def size(count: float) -> str:
@@ -112,7 +113,9 @@ def size(count: float) -> str:
 
 
 def ratio(part: float, whole: float) -> str:
-    """How much one is of the other, as DESIGN writes it: "1/24.0", or "2.67 times" where it is more."""
+    """part / whole: "1/24.0", or "2.67 times" where it is more than 1; "none" of nothing."""
+    if not part:
+        return "none"
     return f"1/{whole / part:.1f}" if part <= whole else f"{part / whole:.2f} times"
 
 

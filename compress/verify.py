@@ -1,4 +1,4 @@
-"""Looking at every edge map and copy: `compress/run.py --verify`, and what `--repair` has to make again."""
+"""Reading every kept file and copy: `compress/run.py --verify`, and what `--repair` has to make again."""
 
 import os
 import re
@@ -10,20 +10,26 @@ from pathlib import Path
 
 import numpy as np
 
-from compress import prompt as prompts
+from compress.forms import OTHERWISE, WRONG_SIZE, pixels
+from compress.leftovers import temporary_files
 from compress.overlap import Budget, map_ahead
 from compress.plan import Plan, Task
 from compress.records import Records, State, read_mark
-from compress.regenerate import MOST_PIXELS, temporary_files
+from compress.regenerate import MOST_PIXELS, reason
 from utils.data.images import image_bits, read_image
+from utils.devices import nb_cores
 
-MISSING, UNREADABLE, WRONG_SIZE, OTHERWISE = "missing", "unreadable", "of the wrong size", "made otherwise"
-END_OF_JPEG = b"\xff\xd9"
+MISSING, UNREADABLE = "missing", "unreadable"
+ENDS = {".jpg": b"\xff\xd9", ".png": b"IEND\xaeB`\x82"}
+"""The last bytes of a whole copy, by its ending: decoders take a tail of zeros for a picture."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A file that is not as it should be.  what: "image", "edge map" or "copy"; why: one of the four above."""
+    """A file that is not as it should be.
+
+    what: "image", "copy", or the form's noun; why: MISSING, UNREADABLE, WRONG_SIZE or OTHERWISE.
+    """
 
     path: Path
     what: str
@@ -38,8 +44,8 @@ class Fault:
 class Findings:
     """What `verify` found, image by image.
 
-    tasks: for each image what there is to make again; unmarked: copies that don't say how they were made, and are
-    kept; half_written: temporary files of processes that are gone; orphans: files that belong to no train image.
+    tasks: for each image what there is to make again; unmarked: copies without recorded settings, which are kept;
+    half_written: temporary files of killed processes; orphans: files that belong to no train image.
     """
 
     tasks: list[Task] = field(default_factory=list)
@@ -60,7 +66,7 @@ class Findings:
         for task in todo.tasks:
             bad = found.get(task.image, task)
             numbers = tuple(sorted({*task.copy_numbers, *bad.copy_numbers}))
-            tasks.append(Task(task.image, task.edge_map and bad.edge_map, numbers))
+            tasks.append(Task(task.image, task.kept and bad.kept, numbers))
         return replace(todo, tasks=tuple(tasks))
 
 
@@ -70,25 +76,24 @@ def verify(
     copy_numbers: Sequence[int],
     progress: Callable[[int], object] = lambda images: None,
 ) -> Findings:
-    """Read the edge maps and copies of these images, whole, and compare them with their image and the settings.
+    """Read the kept files and copies of these images, whole, and compare them with their image and the settings.
 
-    An edge map is computed anew from its image and compared bit for bit; a published script's .bmp, of which the image
-    decoder is not known, by its size alone.  progress: called with the number of images just finished.
+    progress: called with the number of images just finished.
     """
     findings, images = Findings(), list(images)
     check = _Check(records, copy_numbers)
-    threads = os.cpu_count() or 4
+    threads = nb_cores()
     pool = ThreadPoolExecutor(threads)
     try:
         for task, faults, unmarked in map_ahead(pool, check, images, window=4 * threads):
             findings.tasks.append(task)
             findings.faults += faults
             findings.unmarked += unmarked
-            findings.checked.update({"image": 1, "edge map": 1, "copy": len(copy_numbers)})
+            findings.checked.update({"image": 1, records.form.noun: 1, "copy": len(copy_numbers)})
             progress(1)
     finally:
         pool.shutdown(cancel_futures=True)
-    for mode in ("edge_maps", "exemplars"):
+    for mode in ("kept", "copies"):
         findings.half_written += temporary_files(records.paths.folder(mode))
         for label in dict.fromkeys(image.parent.name for image in images):
             findings.half_written += temporary_files(records.paths.folder(mode) / label)
@@ -111,31 +116,26 @@ class _Check:
         try:
             width, height, _ = image_bits(image)
             with self.pixels.hold(width * height):
-                prompt = prompts.extract(np.asarray(read_image(image)), "", self.records.preset)
-                edge_map, edge_fault = self._edge_map(image, prompt.edge_map)
+                kept, kept_fault = self._kept(image, pixels(image))
                 faults, unmarked = self._copies(image, (width, height))
         except OSError as error:
-            fault = Fault(image, "image", UNREADABLE, _reason(error, image))
+            fault = Fault(image, "image", UNREADABLE, reason(error, image))
             return Task(image, None, ()), [fault], 0  # a repair will try it, and list it
         bad = tuple(faults)
-        if edge_fault and edge_fault.why in (WRONG_SIZE, OTHERWISE):
-            bad = tuple(self.copy_numbers)  # they came from this edge map
-        faults = [*([edge_fault] if edge_fault else []), *faults.values()]
-        return Task(image, None if edge_fault else edge_map, bad), faults, unmarked
+        if kept_fault and kept_fault.why in (WRONG_SIZE, OTHERWISE):
+            bad = tuple(self.copy_numbers)  # they came from this file
+        faults = [*([kept_fault] if kept_fault else []), *faults.values()]
+        return Task(image, None if kept_fault else kept, bad), faults, unmarked
 
-    def _edge_map(self, image: Path, expected: np.ndarray) -> tuple[Path | None, Fault | None]:
-        path = self.records.paths.find_edge_map(image)
+    def _kept(self, image: Path, picture: np.ndarray) -> tuple[Path | None, Fault | None]:
+        path, form = self.records.paths.find_kept(image), self.records.form
         if path is None:
-            return None, Fault(self.records.paths.edge_map(image), "edge map", MISSING)
+            return None, Fault(self.records.paths.kept(image), form.noun, MISSING)
         try:
-            found = prompts.load(path, "").edge_map
+            wrong = form.check(path.read_bytes(), picture)
         except OSError as error:
-            return path, Fault(path, "edge map", UNREADABLE, _reason(error, path))
-        if found.shape != expected.shape:
-            return path, Fault(path, "edge map", WRONG_SIZE, _sizes(found.shape[::-1], expected.shape[::-1]))
-        if path.suffix != ".bmp" and not np.array_equal(found, expected):
-            return path, Fault(path, "edge map", OTHERWISE, "its edges are not those of the image")
-        return path, None
+            return path, Fault(path, form.noun, UNREADABLE, reason(error, path))
+        return path, Fault(path, form.noun, *wrong) if wrong else None
 
     def _copies(self, image: Path, size: tuple[int, int]) -> tuple[dict[int, Fault], int]:
         """Number of each bad copy -> what is wrong with it; and how many good ones have no mark."""
@@ -145,21 +145,22 @@ class _Check:
             path = self.records.paths.copy(image, k)
             try:
                 with path.open("rb") as file:
-                    file.seek(max(0, os.fstat(file.fileno()).st_size - len(END_OF_JPEG)))
-                    if file.read() != END_OF_JPEG:  # decoders take a tail of zeros for a picture
+                    end = ENDS[path.suffix]
+                    file.seek(max(0, os.fstat(file.fileno()).st_size - len(end)))
+                    if file.read() != end:
                         raise OSError("the file is truncated")
                 found = read_image(path).size
             except FileNotFoundError:
                 faults[k] = Fault(path, "copy", MISSING)
                 continue
             except OSError as error:
-                faults[k] = Fault(path, "copy", UNREADABLE, _reason(error, path))
+                faults[k] = Fault(path, "copy", UNREADABLE, reason(error, path))
                 continue
             mark = read_mark(path)
-            nobody_knows = state is State.NEW and not wanted
+            unknown = state is State.NEW and not wanted
             if found != size:
                 faults[k] = Fault(path, "copy", WRONG_SIZE, _sizes(found, size))
-            elif nobody_knows or (mark is None and state is not State.MIXED):
+            elif unknown or (mark is None and state is not State.MIXED):
                 unmarked += 1
             elif mark not in wanted:
                 faults[k] = Fault(path, "copy", OTHERWISE, ", ".join(self.records.copies.differences(label)))
@@ -168,11 +169,12 @@ class _Check:
 
 def _orphans(records: Records, mode: str, label: str) -> list[Path]:
     """Files of a class that belong to none of its train images."""
-    folder = records.paths.folder(mode) / label
+    folder, files = records.paths.folder(mode) / label, records.form.files
     if not folder.is_dir():
         return []
-    stems = {records.paths.edge_map(image).stem for image in records.paths.images(label)}
-    form = r"(?s)(.+)_seed\d{2,}\.jpg" if mode == "exemplars" else r"(?s)(.+)\.(?:webp|png|bmp)"
+    stems = {records.paths.kept(image).stem for image in records.paths.images(label)}
+    endings = "|".join(re.escape(ending) for ending in files.kept_endings)
+    form = rf"(?s)(.+)_seed\d{{2,}}{re.escape(files.copy_ending)}" if mode == "copies" else rf"(?s)(.+)(?:{endings})"
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     return [folder / name for name in names if not (match := re.fullmatch(form, name)) or match[1] not in stems]
 
@@ -186,7 +188,3 @@ def _orphaned_folders(records: Records, mode: str) -> list[Path]:
 
 def _sizes(found: tuple[int, int], expected: tuple[int, int]) -> str:
     return f"{found[0]} x {found[1]} instead of {expected[0]} x {expected[1]} pixels"
-
-
-def _reason(error: OSError, path: Path) -> str:
-    return (error.strerror or str(error)).removeprefix(f"{path}: ") or type(error).__name__

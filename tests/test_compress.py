@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from compress import machine, run, summary
-from compress.generate import PictureGenerator
+from compress import run, summary
+from compress.generators import build as machine
+from compress.generators.controlnet import PictureGenerator
 from compress.options import copy_numbers
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.model import ModelError
@@ -48,7 +49,7 @@ def compress(paths, checkpoint, capsys):
 
 
 def made(paths: DatasetPaths) -> dict[str, bytes]:
-    files = [*paths.folder("edge_maps").rglob("*"), *paths.folder("exemplars").rglob("*")]
+    files = [*paths.folder("kept").rglob("*"), *paths.folder("copies").rglob("*")]
     return {str(file.relative_to(paths.root)): file.read_bytes() for file in files if file.is_file()}
 
 
@@ -61,8 +62,8 @@ def test_a_whole_run_and_its_rerun(paths, compress, monkeypatch):
     assert code == 0, err
     assert "edge maps: 9 made, 0 skipped, 0 failed" in out
     assert re.search(r"copies: 18 made, 0 skipped, 0 failed in [\d.]+ s \([\d.e+]+ copies/s\)", out)
-    assert re.search(r"on disk: images [\d.]+ kB, their prompts [\d.]+ kB \(1/[\d.]+\)", out)
-    assert f"raw bits: images {9 * 40 * 48 * 24:,}, their edge maps {9 * 40 * 48:,} (1/24.0)" in out
+    assert re.search(r"on disk: images [\d.]+ kB, edge maps and class texts [\d.]+ kB \(1/[\d.]+\)", out)
+    assert f"raw bits: images {9 * 40 * 48 * 24:,}, edge maps {9 * 40 * 48:,} (1/24.0)" in out
     assert "18/18" in err  # the progress bar counts copies
     assert len(made(paths)) == 9 + 18 + 2  # and the settings of both
     before = made(paths)
@@ -79,7 +80,7 @@ def test_the_low_resolution_preset(paths, compress):
     code, out, _ = compress("--resolution", "low", "--seeds", "1", "--limit", "1")
     assert code == 0
     with (
-        Image.open(paths.edge_map(paths.images("sushi")[0])) as edge_map,
+        Image.open(paths.kept(paths.images("sushi")[0])) as edge_map,
         Image.open(paths.images("sushi")[0]) as image,
     ):
         assert edge_map.size == (64, 64)
@@ -265,7 +266,7 @@ def test_control_c_gets_one_line(paths, compress, monkeypatch):
     monkeypatch.setattr(PictureGenerator, "__call__", interrupt)
     code, _, err = compress()
     assert code == 130
-    assert err.splitlines()[-1].startswith("interrupted")
+    assert err.splitlines()[-1].startswith("stopped")
     assert "Traceback" not in err
 
 
@@ -323,7 +324,7 @@ def test_sigkill_and_rerun_leave_the_tree_of_an_undisturbed_run(tmp_path, paths,
     assert process.wait() == -signal.SIGKILL
     assert 10 <= len(copies(paths)) < 108
     # A process that is killed while it writes leaves this behind.
-    leftover = paths.folder("exemplars") / "apple pie" / f".{process.pid}-half.tmp"
+    leftover = paths.folder("copies") / "apple pie" / f".{process.pid}-half.tmp"
     leftover.write_bytes(b"half")
     finished = subprocess.run(
         [*command(paths, checkpoint, "-m", "compress.run"), *arguments],

@@ -12,7 +12,9 @@ from PIL import Image
 import main
 from compress import copies
 from compress.copies import CopiesAhead
+from compress.presets import LOW
 from tests.little_run import command, little_dataset
+from tests.regenerating import edges
 from tests.shapes import make_shapes
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
@@ -65,7 +67,7 @@ def test_a_run_goes_on_with_the_copies_it_began_with(train, paths, tmp_path, cap
     assert copies_used(out) == [{"made_by": [{"classes": 6, "settings": None}], "files": 72, "digest": mine}
                                 for mine in [copies_used(out)[0]["digest"]] * 3]  # fmt: skip
     back_to_phase(0, out)
-    folder = paths.folder("exemplars")
+    folder = paths.folder("copies")
     kept = Path(shutil.copytree(folder, tmp_path / "kept", copy_function=shutil.copyfile))
     for copy in folder.glob("*/*.jpg"):
         blacken(copy)
@@ -120,10 +122,10 @@ def images(paths):
 def test_many_copies_are_told_apart_by_size_and_time(paths, images, monkeypatch):
     """Where there are too many to read them all: one file a class is read."""
     monkeypatch.setattr(copies, "MOST_READ", 1)
-    began_with = CopiesAhead(paths, images, 2).state([])
+    began_with = CopiesAhead(paths, edges(LOW), images, 2).state([])
 
     def check():
-        CopiesAhead(paths, images, 2).check(began_with, [])
+        CopiesAhead(paths, edges(LOW), images, 2).check(began_with, [])
 
     check()
     victim = paths.copy(images[3], 1)
@@ -132,7 +134,7 @@ def test_many_copies_are_told_apart_by_size_and_time(paths, images, monkeypatch)
     with pytest.raises(UserError, match="1 of 6 classes"):
         check()
     victim.write_bytes(content)
-    for copy in paths.folder("exemplars").glob("*/*.jpg"):  # a copy of the whole folder
+    for copy in paths.folder("copies").glob("*/*.jpg"):  # a copy of the whole folder
         os.utime(copy, ns=(1, 1))
     check()
     blacken(paths.copy(images[0], 0))
@@ -150,7 +152,7 @@ def test_copies_on_demand_are_remembered_too(train, tmp_path, checkpoint, capsys
     assert (first["files"], last["files"]) == (2, 2)  # after the last phase nobody reads copies
     assert first["made_by"][0]["settings"]["quality"] == 80
     back_to_phase(0, tmp_path / "out")
-    (copy, other) = sorted(paths.folder("exemplars").glob("*/*.jpg"))
+    (copy, other) = sorted(paths.folder("copies").glob("*/*.jpg"))
     copy.unlink()  # comes back
     assert train(**values) == 0
     phases = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["phases"]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from compress import generate
-from compress.generate import Job, PictureGenerator, default_batch_size
-from compress.presets import HIGH, SAMPLERS
+from compress.forms import Condition, Request
+from compress.generators import controlnet
+from compress.generators.controlnet import SAMPLERS, PictureGenerator, default_batch_size
+from compress.presets import HIGH
 from ControlNet.cldm import inference
 from ControlNet.cldm.ddim import DDIMSampler
 from tests.little_model import little_model
@@ -25,13 +26,14 @@ PARTS = ("cond_stage_model", "control_model", "first_stage_model", "model")
 def jobs(count, size=64, texts=("apple pie", "crème", "sushi")):
     rng = np.random.default_rng(0)
     return [
-        Job(
+        Request(
             image=Path(f"{i}.jpg"),
             copy_number=i % 3,
             text=texts[i % len(texts)],
-            hint=(rng.random((size, size)) > 0.9).astype(np.uint8) * 255,
-            original=(size, size),
+            condition=Condition((size, size), (rng.random((size, size)) > 0.9).astype(np.uint8) * 255),
+            size=(size, size),
             greyscale=False,
+            seed=i % 3,
         )
         for i in range(count)
     ]
@@ -232,5 +234,5 @@ def test_the_batch_size_of_a_gpu_depends_on_its_memory(gigabytes, dtype, expecte
 def test_the_batch_size_of_a_cpu_depends_on_the_model(monkeypatch):
     model = little_model()
     assert default_batch_size(model) == 8
-    monkeypatch.setattr(generate, "FULL_SIZE", 1000)
+    monkeypatch.setattr(controlnet, "FULL_SIZE", 1000)
     assert default_batch_size(model) == 1

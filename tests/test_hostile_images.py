@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from compress import prompt as prompts
+from compress import presets
+from compress.forms import Cost
+from compress.forms.edges import read as edges_of
+from compress.forms.edges import written
 from compress.presets import HIGH
 from compress.records import Records
-from compress.regenerate import Regenerator
 from compress.verify import verify
-from ControlNet.annotator import util
 from tests import hostile_images
 from tests.little_model import little_model
+from tests.regenerating import Maker, edges
 from utils.data.augment_large import FullSize
 from utils.data.batches import ImageSet
 from utils.data.images import MAX_PIXELS, UnreadableImage, image_bits, is_image, read_image
 from utils.data.paths import DatasetPaths
-from utils.memory.budget import prompt_cost
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # as utils.data.images does, whose filters pytest resets
 REPOSITORY = Path(__file__).parents[1]
@@ -99,10 +101,15 @@ def test_training_sees_the_same_pixels(pictures):
 
 def test_a_turned_picture_costs_its_edge_map_at_the_shown_size(pictures, tmp_path):
     turned = next(path for path in pictures if path.name == "turned 8.jpg")
-    prompt = prompts.extract(np.asarray(read_image(turned)), "", HIGH)
-    prompts.save(prompt, tmp_path / "x.webp")
-    assert prompt.edge_map.shape == (hostile_images.HEIGHT, hostile_images.WIDTH)
-    assert prompt_cost(turned, tmp_path / "x.webp") == pytest.approx(1 / 24, rel=1e-12)
+    edge_map = edges(HIGH).edges(np.asarray(read_image(turned)))
+    assert edge_map.shape == (hostile_images.HEIGHT, hostile_images.WIDTH)
+    paths = DatasetPaths(tmp_path, "Toy")
+    (paths.folder("train") / "a").mkdir(parents=True)
+    image = Path(shutil.copy(turned, paths.folder("train") / "a" / "x.jpg"))
+    assert Cost(edges(HIGH), paths).units(image) == pytest.approx(1 / 24, rel=1e-12)
+    paths.kept(image).parent.mkdir(parents=True)
+    paths.kept(image).write_bytes(written(edge_map))
+    assert Cost(edges(HIGH), paths).units(image) == pytest.approx(1 / 24, rel=1e-12)
 
 
 def test_a_broken_file_is_an_oserror_with_a_reason(broken):
@@ -224,7 +231,7 @@ def test_files_and_folders_that_may_not_be_read_are_refused(tmp_path):
 
 
 def test_one_run_makes_what_can_be_made_and_lists_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(util, "MAX_PIXELS", 64 * 512)  # 1x3000 pixels make 64x512, not 64x12288, which takes a minute
+    monkeypatch.setattr(presets, "MAX_PIXELS", 64 * 512)  # 1x3000 pixels make 64x512 in place of 64x12288
     paths = DatasetPaths(tmp_path / "data", "Hostile")
     folder = paths.folder("train") / "a class"
     shown = hostile_images.write_pictures(folder)
@@ -237,7 +244,7 @@ def test_one_run_makes_what_can_be_made_and_lists_the_rest(tmp_path, monkeypatch
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        result = Regenerator(paths, HIGH.changed(size=64, steps=1), little_model(), batch_size=4)(images, [0])
+        result = Maker(paths, HIGH.changed(size=64, steps=1), little_model(), batch_size=4)(images, [0])
     finally:
         torch.set_num_threads(threads)
 
@@ -247,18 +254,18 @@ def test_one_run_makes_what_can_be_made_and_lists_the_rest(tmp_path, monkeypatch
     assert reasons[folder / "loop.jpg"] == "Too many levels of symbolic links"
     assert reasons[folder / "valid.png"] == "more than 90,000,000 pixels"
     assert "too long" in reasons[folder / ("x" * 251 + ".jpg")]
-    assert (result.edge_maps_made, result.copies_made) == (len(shown), len(shown))
+    assert (result.kept_made, result.copies_made) == (len(shown), len(shown))
     for image, picture in shown.items():
-        edges = prompts.load(paths.edge_map(image), "").edge_map
-        assert edges.shape == picture.shape[:2], image.name
-        assert np.array_equal(edges, cv2.Canny(np.asarray(read_image(image)), 100, 200)), image.name
+        edge_map = edges_of(paths.kept(image).read_bytes())
+        assert edge_map.shape == picture.shape[:2], image.name
+        assert np.array_equal(edge_map, cv2.Canny(np.asarray(read_image(image)), 100, 200)), image.name
         with Image.open(paths.copy(image, 0)) as copy:
             assert (copy.height, copy.width) == picture.shape[:2], image.name
             assert (copy.mode == "L") == (image_bits(image)[2] != 24), image.name
-    left = [file for kind in ("edge_maps", "exemplars") for file in os.listdir(paths.folder(kind) / "a class")]
+    left = [file for kind in ("kept", "copies") for file in os.listdir(paths.folder(kind) / "a class")]
     assert not [name for name in left if name.endswith(".tmp")]
     lossless = [image for image in shown if image.name.startswith("turned") and image.suffix == ".png"]
-    maps = {prompts.load(paths.edge_map(image), "").edge_map.tobytes() for image in lossless}
+    maps = {edges_of(paths.kept(image).read_bytes()).tobytes() for image in lossless}
     assert maps == {cv2.Canny(hostile_images.PICTURE, 100, 200).tobytes()}  # however they are stored
 
 
@@ -286,6 +293,6 @@ def test_a_name_in_two_lines_belongs_to_its_image(tmp_path):
     image = paths.folder("train") / "a" / "two\nlines.png"
     image.parent.mkdir(parents=True)
     image.write_bytes(hostile_images.png())
-    Regenerator(paths, HIGH.changed(size=64, steps=1), None)([image], [])
-    findings = verify(Records(paths, HIGH.changed(size=64, steps=1)), [image], [])
+    Maker(paths, HIGH.changed(size=64, steps=1), None)([image], [])
+    findings = verify(Records(paths, edges(HIGH.changed(size=64, steps=1))), [image], [])
     assert not findings.orphans

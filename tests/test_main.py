@@ -12,6 +12,8 @@ from PIL import Image
 
 import main
 from compress import on_demand
+from compress.forms import Cost
+from compress.options import parse_settings
 from models.base import Learner
 from tests.shapes import SHAPES, make_shapes
 
@@ -209,15 +211,12 @@ def test_all_checkpoints_are_kept_on_request(train, tmp_path):
 def test_copies_on_demand(train, tmp_path, own_data_dir, monkeypatch, capsys):
     """Only the chosen exemplars are regenerated, in time for the next phase and not after the last one."""
     paths = make_shapes(own_data_dir, name="Bare", copies=0)
-    shutil.rmtree(paths.folder("edge_maps"))
+    shutil.rmtree(paths.folder("kept"))
     asked = []
 
     class Stub:
         def __init__(self, paths, options, *, resolution, copies, device):
-            assert (options, resolution, copies) == ("--model tiny", "low", 2)
-
-        def prompt_cost(self, image):
-            return 1 / 24
+            assert (options, resolution, copies) == ("--model tiny --resolution high", "low", 2)
 
         def state(self, exemplars):
             return {}
@@ -228,8 +227,8 @@ def test_copies_on_demand(train, tmp_path, own_data_dir, monkeypatch, capsys):
             asked.append((len(images), with_copies))
             made = 0
             for image in images:
-                paths.edge_map(image).parent.mkdir(parents=True, exist_ok=True)
-                Image.new("1", (32, 32)).save(paths.edge_map(image))
+                paths.kept(image).parent.mkdir(parents=True, exist_ok=True)
+                Image.new("1", (32, 32)).save(paths.kept(image))
                 for k in range(2 if with_copies else 0):
                     paths.copy(image, k).parent.mkdir(parents=True, exist_ok=True)
                     made += not paths.copy(image, k).exists()
@@ -238,7 +237,7 @@ def test_copies_on_demand(train, tmp_path, own_data_dir, monkeypatch, capsys):
 
     monkeypatch.setattr(on_demand, "OnDemand", Stub)
     values = {"data_dir": str(own_data_dir), "dataset": "Bare", "regenerate": "on_demand"}
-    values["regenerate_options"] = "--model tiny"
+    values["regenerate_options"] = "--model tiny --resolution high"
     assert train(**values, augmentation_prob=0, epochs=1, init_epoch=1) == 0
     # 2 new classes x 4 synthetic exemplars; after the last phase prompts alone, as nobody looks at copies any more
     assert asked == [(8, False), (8, True), (8, False), (8, True), (8, False), (8, False)]
@@ -253,17 +252,15 @@ def test_copies_on_demand(train, tmp_path, own_data_dir, monkeypatch, capsys):
     )  # real exemplars have copies too, and NME reads those of the last phase
 
 
-def test_on_demand_prompt_cost(own_data_dir):
-    """What an edge map will cost is known before it is made."""
+def test_the_cost_of_an_edge_map_is_known_before_it_is_made(own_data_dir):
     paths = make_shapes(own_data_dir, name="Bare", copies=0)
     image = paths.images("red disc")[0]
 
     def cost(resolution):
-        there = {"copies": 2, "device": torch.device("cpu")}
-        return on_demand.OnDemand(paths, "--model tiny", resolution=resolution, **there).prompt_cost(image)
+        return Cost(parse_settings("--model tiny", resolution)[0], paths).units(image)
 
-    assert cost("high") == pytest.approx(1 / 24)
-    shutil.rmtree(paths.folder("edge_maps"))
+    assert cost("high") == cost("low") == pytest.approx(1 / 24)  # of the one that is there
+    shutil.rmtree(paths.folder("kept"))
     assert cost("high") == pytest.approx(1 / 24)
     assert cost("low") == pytest.approx(256 * 256 / (32 * 32 * 24))
 

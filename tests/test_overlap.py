@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from compress import regenerate
-from compress.generate import PictureGenerator
+from compress.generators.controlnet import PictureGenerator
 from compress.overlap import Budget, map_ahead
 from compress.presets import HIGH
 from compress.regenerate import Regenerator
 from tests.folders import make_dataset
+from tests.regenerating import Maker
 
 PATIENCE = 30  # seconds: only a test that fails waits so long
 
@@ -71,7 +72,7 @@ def test_images_are_read_while_the_model_samples(paths, monkeypatch):
     """The first batch's pictures come only when images of later batches have been read."""
     read, enough = [], threading.Event()
 
-    def prompt(regenerator, task, of=Regenerator.prompt):
+    def kept(regenerator, task, of=Regenerator.kept):
         read.append(task.image)
         if len(read) > 2:
             enough.set()
@@ -79,11 +80,11 @@ def test_images_are_read_while_the_model_samples(paths, monkeypatch):
 
     def generate(generator, batch, steps=None):
         assert enough.wait(PATIENCE)
-        return [np.zeros((*job.hint.shape, 3), np.uint8) for job in batch]
+        return [np.zeros((*request.condition.size, 3), np.uint8) for request in batch]
 
-    monkeypatch.setattr(Regenerator, "prompt", prompt)
+    monkeypatch.setattr(Regenerator, "kept", kept)
     monkeypatch.setattr(PictureGenerator, "__call__", generate)
-    result = Regenerator(paths, HIGH.changed(size=64), None, batch_size=2)(paths.images("a"), [0])
+    result = Maker(paths, HIGH.changed(size=64), None, batch_size=2)(paths.images("a"), [0])
     assert result.copies_made == 40
 
 
@@ -97,10 +98,10 @@ def test_copies_are_written_while_the_model_samples(paths, monkeypatch):
             assert time.monotonic() < deadline
             time.sleep(0.001)
         batches.append(batch)
-        return [np.zeros((*job.hint.shape, 3), np.uint8) for job in batch]
+        return [np.zeros((*request.condition.size, 3), np.uint8) for request in batch]
 
     monkeypatch.setattr(PictureGenerator, "__call__", generate)
-    result = Regenerator(paths, HIGH.changed(size=64), None, batch_size=4)(paths.images("a"), [0])
+    result = Maker(paths, HIGH.changed(size=64), None, batch_size=4)(paths.images("a"), [0])
     assert (len(batches), result.copies_made) == (10, 40)
 
 
@@ -109,7 +110,7 @@ def test_neither_images_nor_pictures_pile_up(paths, monkeypatch):
     read, generated, written = [], [], []
     lock = threading.Lock()
 
-    def prompt(regenerator, task, of=Regenerator.prompt):
+    def kept(regenerator, task, of=Regenerator.kept):
         with lock:
             read.append(task.image)
             assert len(read) <= len(generated) + 2 * (4 + regenerate.THREADS) + 1
@@ -119,23 +120,23 @@ def test_neither_images_nor_pictures_pile_up(paths, monkeypatch):
         with lock:
             generated.extend(batch)
             assert len(generated) <= len(written) + 3 * 4
-        return [np.zeros((*job.hint.shape, 3), np.uint8) for job in batch]
+        return [np.zeros((*request.condition.size, 3), np.uint8) for request in batch]
 
-    def write_copy(regenerator, job, *rest, of=Regenerator._write_copy):
+    def write_copy(regenerator, request, *rest, of=Regenerator._write_copy):
         time.sleep(0.005)
-        result = of(regenerator, job, *rest)
+        result = of(regenerator, request, *rest)
         with lock:
-            written.append(job)
+            written.append(request)
         return result
 
-    monkeypatch.setattr(Regenerator, "prompt", prompt)
+    monkeypatch.setattr(Regenerator, "kept", kept)
     monkeypatch.setattr(Regenerator, "_write_copy", write_copy)
     monkeypatch.setattr(PictureGenerator, "__call__", generate)
-    result = Regenerator(paths, HIGH.changed(size=64), None, batch_size=4)(paths.images("a"), [0])
+    result = Maker(paths, HIGH.changed(size=64), None, batch_size=4)(paths.images("a"), [0])
     assert (result.copies_made, len(written), result.failures) == (40, 40, [])
 
 
-@pytest.mark.parametrize("where", ["prompt", "_write_copy"])
+@pytest.mark.parametrize("where", ["kept", "_write_copy"])
 def test_what_a_thread_raises_ends_the_run_and_leaves_no_thread(paths, monkeypatch, where):
     class Broken(BaseException):
         pass
@@ -145,9 +146,11 @@ def test_what_a_thread_raises_ends_the_run_and_leaves_no_thread(paths, monkeypat
 
     monkeypatch.setattr(Regenerator, where, fail)
     monkeypatch.setattr(
-        PictureGenerator, "__call__", lambda _, batch: [np.zeros((*job.hint.shape, 3), np.uint8) for job in batch]
+        PictureGenerator,
+        "__call__",
+        lambda _, batch: [np.zeros((*request.condition.size, 3), np.uint8) for request in batch],
     )
     before = threading.active_count()
     with pytest.raises(Broken):
-        Regenerator(paths, HIGH.changed(size=64), None, batch_size=4)(paths.images("a"), [0])
+        Maker(paths, HIGH.changed(size=64), None, batch_size=4)(paths.images("a"), [0])
     assert threading.active_count() == before

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compress import prompt as prompts
 from compress.copies import check_copies
-from compress.generate import PictureGenerator
+from compress.generators.controlnet import PictureGenerator
 from compress.presets import HIGH, LOW, MAX_PIXELS, generated_size
-from compress.regenerate import Regenerator
 from tests.folders import make_dataset
 from tests.little_run import LABELS, command, little_dataset, tree
+from tests.regenerating import Maker, edges
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
 
@@ -70,12 +69,12 @@ def test_a_copy_is_resized_back_and_saved_as_published(tmp_path, monkeypatch, wi
     generated = []
 
     def generate(generator, batch, steps=None):
-        shapes = [(*job.hint.shape, 3) for job in batch]
+        shapes = [(*request.condition.size, 3) for request in batch]
         generated.extend(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8) for shape in shapes)
         return generated
 
     monkeypatch.setattr(PictureGenerator, "__call__", generate)
-    Regenerator(paths, HIGH.changed(size=size), None, batch_size=1)(paths.images("a"), [0])
+    Maker(paths, HIGH.changed(size=size), None, batch_size=1)(paths.images("a"), [0])
     expected = cv2.resize(generated[0], (width, height), interpolation=resized)
     Image.fromarray(expected).save(tmp_path / "published.jpg")
     with Image.open(paths.copy(paths.images("a")[0], 0)) as copy, Image.open(tmp_path / "published.jpg") as published:
@@ -94,9 +93,9 @@ def test_a_copy_is_resized_back_and_saved_as_published(tmp_path, monkeypatch, wi
 )
 def test_the_low_preset_resizes_before_canny_as_published(width, height, generated, resized):
     image = np.asarray(photograph(width, height))
-    edges = cv2.Canny(cv2.resize(image, generated, interpolation=resized), 100, 200)
-    assert edges.any()
-    assert np.array_equal(prompts.extract(image, "", LOW).edge_map, edges)
+    expected = cv2.Canny(cv2.resize(image, generated, interpolation=resized), 100, 200)
+    assert expected.any()
+    assert np.array_equal(edges(LOW).edges(image), expected)
 
 
 def published_names(paths, seed: int) -> dict[Path, tuple[str, str]]:
@@ -119,8 +118,8 @@ def test_a_tree_of_the_published_scripts_is_taken_as_it_is(tmp_path, checkpoint,
                 Path(name).parent.mkdir(parents=True, exist_ok=True)
             with Image.open(image) as picture:
                 picture.rotate(180).save(names[0])
-                edges = cv2.Canny(np.array(picture.convert("RGB")), 100, 200)
-            Image.fromarray(edges).save(names[1])
+                edge_map = cv2.Canny(np.array(picture.convert("RGB")), 100, 200)
+            Image.fromarray(edge_map).save(names[1])
     before = tree(paths.root)
     compress = command(paths, checkpoint, capsys)
     code, out, _ = compress()
@@ -129,7 +128,9 @@ def test_a_tree_of_the_published_scripts_is_taken_as_it_is(tmp_path, checkpoint,
     assert "copies: 0 made, 8 skipped" in out
     code, out, _ = compress("--verify")
     assert (code, "nothing is wrong" in out) == (0, True)
-    check_copies(paths, [image for label in LABELS for image in paths.images(label)], 2)  # the trainer takes them
+    check_copies(
+        paths, edges(HIGH), [image for label in LABELS for image in paths.images(label)], 2
+    )  # the trainer takes them
     assert tree(paths.root) == before
 
 

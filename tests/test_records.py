@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 
 import main
-from compress import machine
 from compress import plan as plans
+from compress.generators import build as machine
 from compress.on_demand import OnDemand
 from compress.presets import HIGH, LOW
 from compress.records import MadeOtherwise, Records, State, read_mark
-from compress.regenerate import Regenerator
 from tests.folders import save_noise
 from tests.little_model import little_model, save_checkpoint
 from tests.little_run import LABELS, Killed, command, copies, kill_at, little_dataset, tree
+from tests.regenerating import Maker, edges
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
@@ -59,17 +59,17 @@ def no_model_from_now(monkeypatch):
 
 
 def marks(paths: DatasetPaths, label: str = "*") -> list[str | None]:
-    return [read_mark(file) for file in paths.folder("exemplars").glob(f"{label}/*.jpg")]
+    return [read_mark(file) for file in paths.folder("copies").glob(f"{label}/*.jpg")]
 
 
 def without_marks(paths: DatasetPaths) -> None:
     """Leave the files as earlier versions and the published scripts did: without records and marks."""
-    for file in paths.folder("exemplars").glob("*/*.jpg"):
+    for file in paths.folder("copies").glob("*/*.jpg"):
         with Image.open(file) as image:
             image.load()
         del image.info["comment"]
         image.save(file, quality="keep")
-    for mode in ("exemplars", "edge_maps"):
+    for mode in ("copies", "kept"):
         for file in paths.folder(mode).glob("settings*.json"):
             file.unlink()
 
@@ -80,13 +80,13 @@ def test_a_copy_and_its_folder_say_what_made_it(paths, compress):
     (mark,) = set(marks(paths, "sushi"))
     assert re.fullmatch(r"ESCORT [0-9a-f]{12}", mark)
     assert len(set(marks(paths))) == 2  # the class's text is part of it
-    record = json.loads((paths.folder("exemplars") / "settings.json").read_text())
+    record = json.loads((paths.folder("copies") / "settings.json").read_text())
     assert record["class_texts"] == {"apple pie": "apple pie", "sushi": "a plate of sushi"}
     settings = record["settings"]
     assert settings["sampling"]["steps"] == 1
     assert (settings["shorter_side"], settings["prompt_template"]) == (64, HIGH.prompt_template)
     assert re.fullmatch(r"[0-9a-f]{16}", settings["model"])
-    record = json.loads((paths.folder("edge_maps") / "settings.json").read_text())
+    record = json.loads((paths.folder("kept") / "settings.json").read_text())
     assert record["settings"] == {"edges_of_generated_size": False, "low_threshold": 100, "high_threshold": 200}
     assert record["classes"] == list(LABELS)
 
@@ -173,14 +173,14 @@ def test_copies_of_two_precisions_are_never_mixed(tmp_path, compress, capsys):
 def test_copies_of_a_version_without_precision_are_kept(paths, compress):
     """Their precision is unknown; what is added to them from now on is known."""
     compress()
-    file = paths.folder("exemplars") / "settings.json"
+    file = paths.folder("copies") / "settings.json"
     record = json.loads(file.read_text())
     del record["settings"]["precision"]
     file.write_text(json.dumps(record))
-    mark = Records(paths, SMALL).copies.mark("sushi")
-    for copy in paths.folder("exemplars").glob("*/*.jpg"):
+    mark = Records(paths, edges(SMALL)).copies.mark("sushi")
+    for copy in paths.folder("copies").glob("*/*.jpg"):
         (old,) = {read_mark(copy)}
-        new = Records(paths, SMALL).copies.mark(copy.parent.name)
+        new = Records(paths, edges(SMALL)).copies.mark(copy.parent.name)
         copy.write_bytes(copy.read_bytes().replace(old.encode(), new.encode()))
     code, out, _ = compress("--precision", "bf16")
     assert (code, "copies: 0 made, 8 skipped" in out) == (0, True)
@@ -197,7 +197,7 @@ def test_replacing_makes_again_what_was_made_otherwise_alone(tmp_path, paths, co
     compress(steps="2")
     compress("--classes", "sushi", "--replace")
     kept = copies(paths, "apple pie")
-    newer = {name: os.stat(paths.folder("exemplars") / name).st_mtime_ns for name in copies(paths, "sushi")}
+    newer = {name: os.stat(paths.folder("copies") / name).st_mtime_ns for name in copies(paths, "sushi")}
     code, _, err = compress()
     assert code == 2
     assert "in 1 of 2 classes" in err
@@ -208,7 +208,7 @@ def test_replacing_makes_again_what_was_made_otherwise_alone(tmp_path, paths, co
     assert code == 0
     assert "edge maps: 0 made, 4 skipped" in out
     assert "copies: 4 made, 4 skipped" in out
-    assert newer == {name: os.stat(paths.folder("exemplars") / name).st_mtime_ns for name in newer}
+    assert newer == {name: os.stat(paths.folder("copies") / name).st_mtime_ns for name in newer}
     fresh = little_dataset(tmp_path / "fresh")
     compress(data=fresh)
     assert copies(fresh) == copies(paths)
@@ -231,15 +231,13 @@ def test_a_replacement_that_was_killed_goes_on(tmp_path, paths, compress, monkey
     fresh = little_dataset(tmp_path / "fresh")
     compress(data=fresh, resolution="low")
     assert copies(fresh) == copies(paths)
-    assert (
-        tree(fresh.folder("edge_maps")).items() <= {**tree(paths.folder("edge_maps")), **only_settings(fresh)}.items()
-    )
+    assert tree(fresh.folder("kept")).items() <= {**tree(paths.folder("kept")), **only_settings(fresh)}.items()
     code, out, _ = compress(resolution="low")
     assert "copies: 0 made, 8 skipped" in out
 
 
 def only_settings(paths):
-    return {name: content for name, content in tree(paths.folder("edge_maps")).items() if name.endswith(".json")}
+    return {name: content for name, content in tree(paths.folder("kept")).items() if name.endswith(".json")}
 
 
 def test_an_overwriting_run_that_was_killed_goes_on(paths, compress, monkeypatch):
@@ -263,7 +261,7 @@ def test_keeping_apart(paths, compress):
     apart = DatasetPaths(paths.data_dir, paths.dataset, "two-steps")
     assert len(copies(apart)) == 8
     assert apart.copies_folder("sushi") == paths.root / "exemplars-two-steps" / "sushi"
-    assert apart.find_edge_map(paths.images("sushi")[0]).is_relative_to(paths.root / "edge_maps-two-steps")
+    assert apart.find_kept(paths.images("sushi")[0]).is_relative_to(paths.root / "edge_maps-two-steps")
     assert copies(apart) != copies(paths)
     assert compress("--keep-apart", "two-steps")[0] == 2  # the same rules hold there
     code, _, err = compress("--keep-apart", "../elsewhere")
@@ -321,7 +319,7 @@ def test_copies_without_a_record_are_adopted(paths, compress):
 
 def test_marks_without_a_record_still_tell(paths, compress):
     compress()
-    (paths.folder("exemplars") / "settings.json").unlink()
+    (paths.folder("copies") / "settings.json").unlink()
     code, _, err = compress("--seeds", "3", steps="2")
     assert code == 2
     assert "no record is left" in err
@@ -329,13 +327,13 @@ def test_marks_without_a_record_still_tell(paths, compress):
 
 
 def test_a_record_of_a_version_that_knew_fewer_settings(paths):
-    record = Records(paths, SMALL, "m").copies
+    record = Records(paths, edges(SMALL), "m").copies
     del record.settings["sampling"]["sampler"]
     record.note(LABELS)
     mark = record.mark("sushi")
-    assert Records(paths, SMALL, "m").copies.state("sushi") is State.SAME
-    assert Records(paths, SMALL, "m").copies.mark("sushi") == mark
-    other = Records(paths, SMALL.changed(sampler="dpm++2m"), "m").copies
+    assert Records(paths, edges(SMALL), "m").copies.state("sushi") is State.SAME
+    assert Records(paths, edges(SMALL), "m").copies.mark("sushi") == mark
+    other = Records(paths, edges(SMALL.changed(sampler="dpm++2m")), "m").copies
     assert other.state("sushi") is State.OTHER
     assert other.differences("sushi") == ["sampler 'ddim' -> 'dpm++2m'"]
     assert other.mark("sushi") != mark
@@ -343,10 +341,10 @@ def test_a_record_of_a_version_that_knew_fewer_settings(paths):
 
 def test_a_broken_record_is_said(paths, compress):
     compress()
-    (paths.folder("exemplars") / "settings.json").write_text("{")
+    (paths.folder("copies") / "settings.json").write_text("{")
     code, _, err = compress()
     assert code == 2
-    assert str(paths.folder("exemplars") / "settings.json") in err
+    assert str(paths.folder("copies") / "settings.json") in err
 
 
 SMALL = HIGH.changed(size=64, steps=1)
@@ -359,20 +357,20 @@ def images_of(paths):
 def test_shards_that_start_together_share_one_record(tmp_path, paths, checkpoint):
     """Both plan before either writes."""
     model = little_model()
-    regenerator = Regenerator(paths, SMALL, model, batch_size=2)
+    regenerator = Maker(paths, SMALL, model, batch_size=2)
     todo = [regenerator.plan(images_of(paths)[i::2], [0]) for i in (0, 1)]
     for part in todo:
         regenerator.run(part)
-    assert [file.name for file in paths.folder("exemplars").glob("*.json")] == ["settings.json"]
-    assert [file.name for file in paths.folder("edge_maps").glob("*.json")] == ["settings.json"]
+    assert [file.name for file in paths.folder("copies").glob("*.json")] == ["settings.json"]
+    assert [file.name for file in paths.folder("kept").glob("*.json")] == ["settings.json"]
     whole = little_dataset(tmp_path / "whole")
-    Regenerator(whole, SMALL, model, batch_size=2)(images_of(whole), [0])
+    Maker(whole, SMALL, model, batch_size=2)(images_of(whole), [0])
     assert tree(whole.root) == tree(paths.root)
 
 
 def test_shards_that_start_together_with_other_settings_do_not_mix(paths):
     model = little_model()
-    one, other = (Regenerator(paths, SMALL.changed(steps=steps), model, batch_size=2) for steps in (1, 2))
+    one, other = (Maker(paths, SMALL.changed(steps=steps), model, batch_size=2) for steps in (1, 2))
     mine, theirs = one.plan(images_of(paths)[::2], [0]), other.plan(images_of(paths)[1::2], [0])
     one.run(mine)
     before = tree(paths.root)
@@ -386,14 +384,14 @@ def test_a_file_system_without_links(paths, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)
-    record = Records(paths, SMALL, "0" * 16)
+    record = Records(paths, edges(SMALL), "0" * 16)
     record.copies.note(["sushi"])
-    assert Records(paths, SMALL, "0" * 16).copies.state("sushi") is State.SAME
-    assert [file.name for file in paths.folder("exemplars").iterdir()] == ["settings.json"]
+    assert Records(paths, edges(SMALL), "0" * 16).copies.state("sushi") is State.SAME
+    assert [file.name for file in paths.folder("copies").iterdir()] == ["settings.json"]
 
 
 def test_the_shares_of_a_plan_are_the_whole(paths):
-    regenerator = Regenerator(paths, SMALL, little_model(), batch_size=2)
+    regenerator = Maker(paths, SMALL, little_model(), batch_size=2)
     regenerator(paths.images("sushi"), [0])
     todo = regenerator.plan(images_of(paths), [0, 1])
     shares = [todo.share(rank, 3) for rank in range(3)]
@@ -402,21 +400,21 @@ def test_the_shares_of_a_plan_are_the_whole(paths):
     results = [regenerator.run(share) for share in shares]
     for other in results[1:]:
         results[0].add(other)
-    assert (results[0].copies_made, results[0].copies_skipped, results[0].edge_maps_made) == (6, 2, 2)
+    assert (results[0].copies_made, results[0].copies_skipped, results[0].kept_made) == (6, 2, 2)
     assert results[0].image_bytes == sum(image.stat().st_size for image in images_of(paths))
 
 
 def test_what_makes_no_difference_is_no_setting(paths):
     """Guess mode's sampling, for a class that has a text; and an edge map of the image's own size knows no size."""
-    texts = Records(paths, HIGH, "m")
+    texts = Records(paths, edges(HIGH), "m")
     texts.copies.note(LABELS)
-    texts.edge_maps.note(LABELS)
-    unguessed = Records(paths, replace(HIGH, guess=None), "m")
+    texts.kept.note(LABELS)
+    unguessed = Records(paths, edges(replace(HIGH, guess=None)), "m")
     assert unguessed.copies.state("sushi") is State.SAME
     (paths.root / "class_names.json").write_text('{"sushi": ""}')
-    assert Records(paths, replace(HIGH, guess=None), "m").copies.state("sushi") is State.OTHER
-    assert Records(paths, HIGH.changed(size=256), "m").edge_maps.state("sushi") is State.SAME
-    assert Records(paths, LOW, "m").edge_maps.state("sushi") is State.OTHER
+    assert Records(paths, edges(replace(HIGH, guess=None)), "m").copies.state("sushi") is State.OTHER
+    assert Records(paths, edges(HIGH.changed(size=256)), "m").kept.state("sushi") is State.SAME
+    assert Records(paths, edges(LOW), "m").kept.state("sushi") is State.OTHER
 
 
 def on_demand(paths, checkpoint, steps=1):
@@ -425,15 +423,15 @@ def on_demand(paths, checkpoint, steps=1):
 
 
 def test_the_trainer_keeps_the_same_records(paths, compress, checkpoint):
-    on_demand(paths, checkpoint)(paths.images("sushi"))
+    on_demand(paths, checkpoint).make(paths.images("sushi"))
     assert compress()[0] == 0  # goes on with what it made
     whole = tree(paths.root)
-    on_demand(paths, checkpoint)(images_of(paths))
+    on_demand(paths, checkpoint).make(images_of(paths))
     assert tree(paths.root) == whole
     with pytest.raises(UserError, match=r"steps 1 -> 2(?s:.*)variant=NAME"):  # before the first phase
         on_demand(paths, checkpoint, steps=2)
     apart = DatasetPaths(paths.data_dir, paths.dataset, "two")
-    on_demand(apart, checkpoint, steps=2)(paths.images("sushi"))
+    on_demand(apart, checkpoint, steps=2).make(paths.images("sushi"))
     assert len(copies(apart)) == 4
     assert {name: content for name, content in tree(paths.root).items() if "-two/" not in name} == whole
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from compress import generate, regenerate
-from compress.generate import batches, initial_noise
+from compress import regenerate
+from compress.generators import batches, controlnet
+from compress.generators.controlnet import initial_noise
 from compress.presets import HIGH, LOW
-from compress.regenerate import Regenerator
 from tests.folders import save_noise
 from tests.little_model import little_model
+from tests.regenerating import Maker
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
@@ -78,29 +79,29 @@ def files_of_classes(folder: Path) -> list[Path]:
 
 def test_everything_is_made_and_nothing_twice(paths, model):
     done = []
-    regenerator = Regenerator(paths, SMALL, model, batch_size=2)
+    regenerator = Maker(paths, SMALL, model, batch_size=2)
     todo = regenerator.plan(images_of(paths), [0, 2])
-    assert (todo.edge_maps_missing, todo.copies_missing, todo.edge_maps_present, todo.copies_present) == (5, 10, 0, 0)
+    assert (todo.kept_missing, todo.copies_missing, todo.kept_present, todo.copies_present) == (5, 10, 0, 0)
     result = regenerator.run(todo, done.append)
-    assert (result.edge_maps_made, result.copies_made, result.failures) == (5, 10, [])
+    assert (result.kept_made, result.copies_made, result.failures) == (5, 10, [])
     assert sum(done) == 10
-    assert len(list(paths.folder("edge_maps").rglob("*.*"))) == 5 + 1  # and their settings
-    assert {file.name for file in paths.folder("exemplars").rglob("*.jpg")} == {
+    assert len(list(paths.folder("kept").rglob("*.*"))) == 5 + 1  # and their settings
+    assert {file.name for file in paths.folder("copies").rglob("*.jpg")} == {
         f"{stem}_seed0{k}.jpg" for stem in ("a", "grey", "wide ü", "a.jpg", "a.png") for k in (0, 2)
     }
 
     before = {file: file.stat().st_mtime_ns for file in paths.root.rglob("*")}
-    again = Regenerator(paths, SMALL, None)(images_of(paths), [0, 2])  # no model is needed
-    assert (again.edge_maps_made, again.edge_maps_skipped) == (0, 5)
+    again = Maker(paths, SMALL, None)(images_of(paths), [0, 2])  # no model is needed
+    assert (again.kept_made, again.kept_skipped) == (0, 5)
     assert (again.copies_made, again.copies_skipped) == (0, 10)
     assert {file: file.stat().st_mtime_ns for file in paths.root.rglob("*")} == before
-    for name in ("image_bytes", "prompt_bytes", "image_bits", "edge_map_bits"):
+    for name in ("image_bytes", "kept_bytes", "image_bits", "raw_bits"):
         assert getattr(again, name) == getattr(result, name) > 0
 
 
 def test_copies_are_jpegs_that_stand_in_for_their_image(paths, model):
     images = images_of(paths)
-    Regenerator(paths, SMALL, model, batch_size=4)(images, [0])
+    Maker(paths, SMALL, model, batch_size=4)(images, [0])
     for image in images:
         with Image.open(image) as original, Image.open(paths.copy(image, 0)) as copy:
             assert copy.format == "JPEG"
@@ -112,23 +113,19 @@ def test_copies_are_jpegs_that_stand_in_for_their_image(paths, model):
 
 def test_sizes_are_counted(paths, model):
     images = images_of(paths)
-    result = Regenerator(paths, SMALL, None)(images, [])
+    result = Maker(paths, SMALL, None)(images, [])
     assert result.image_bits == (3 * 40 * 40 - 40 * 40 + 100 * 50 + 64 * 30) * 24 + 40 * 40 * 8
-    assert result.edge_map_bits == 3 * 40 * 40 + 100 * 50 + 64 * 30
+    assert result.raw_bits == 3 * 40 * 40 + 100 * 50 + 64 * 30
     assert result.image_bytes == sum(image.stat().st_size for image in images)
     texts = sum(len(image.parent.name.encode()) for image in images)
-    assert result.prompt_bytes == texts + sum(paths.edge_map(image).stat().st_size for image in images)
+    assert result.kept_bytes == texts + sum(paths.kept(image).stat().st_size for image in images)
 
 
 def test_copies_do_not_depend_on_their_batch(paths, model):
     """Batches of 1 and of 3: sums in another order, at most one level of 255 at fewer than 1 pixel in 100."""
     images = images_of(paths)
-    regenerators = {size: Regenerator(paths, SMALL, model, batch_size=size) for size in (1, 3)}
-    jobs = [
-        job
-        for task in regenerators[1].plan(images, range(3)).tasks
-        for job in regenerators[1].jobs_of(task, regenerators[1].prompt(task))
-    ]
+    regenerators = {size: Maker(paths, SMALL, model, batch_size=size) for size in (1, 3)}
+    jobs = [job for task in regenerators[1].plan(images, range(3)).tasks for job in regenerators[1].requests(task)]
     pictures = {
         size: {
             (job.image, job.copy_number): picture
@@ -146,26 +143,26 @@ def test_copies_do_not_depend_on_their_batch(paths, model):
 
 def test_copies_differ_between_numbers_images_and_texts(paths, model):
     images = images_of(paths)
-    regenerator = Regenerator(paths, SMALL, model, batch_size=4)
+    regenerator = Maker(paths, SMALL, model, batch_size=4)
     regenerator(images, [0, 1])
     same_size = [image for image in images if pixels(image).shape == (40, 40, 3)]
     for first, second in itertools.pairwise(same_size):
         assert abs(pixels(paths.copy(first, 0)) - pixels(paths.copy(second, 0))).mean() > 1
         assert abs(pixels(paths.copy(first, 0)) - pixels(paths.copy(first, 1))).mean() > 1
     task = regenerator.plan(images[:1], [9]).tasks[0]
-    (job,) = regenerator.jobs_of(task, regenerator.prompt(task))
+    (job,) = regenerator.requests(task)
     one, other = regenerator.generate([job, replace(job, text="another thing")])
     assert abs(one.astype(int) - other).mean() > 0.1
 
 
 def test_a_missing_copy_comes_back_byte_for_byte(paths, model):
-    regenerator = Regenerator(paths, SMALL, model, batch_size=4)
+    regenerator = Maker(paths, SMALL, model, batch_size=4)
     regenerator(images_of(paths), range(3))
     whole = tree(paths.root)
     paths.copy(paths.images("crème")[0], 1).unlink()
-    paths.edge_map(paths.images("apple pie")[0]).unlink()
+    paths.kept(paths.images("apple pie")[0]).unlink()
     result = regenerator(images_of(paths), range(3))
-    assert (result.edge_maps_made, result.copies_made, result.copies_skipped) == (1, 1, 14)
+    assert (result.kept_made, result.copies_made, result.copies_skipped) == (1, 1, 14)
     assert tree(paths.root) == whole
 
 
@@ -183,42 +180,42 @@ def test_a_run_that_ends_anywhere_goes_on_to_the_same_tree(tmp_path, paths, mode
             moved.append(target)
             move(source, target)
 
-    regenerator = Regenerator(paths, SMALL, model, batch_size=2)
+    regenerator = Maker(paths, SMALL, model, batch_size=2)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace_until_killed)
         with pytest.raises(Killed):
             regenerator(images_of(paths), range(4))
-    files = [*files_of_classes(paths.folder("edge_maps")), *files_of_classes(paths.folder("exemplars"))]
+    files = [*files_of_classes(paths.folder("kept")), *files_of_classes(paths.folder("copies"))]
     assert len(files) == moment
     regenerator(images_of(paths), range(4))
     undisturbed = DatasetPaths(tmp_path / "undisturbed", "Toy")
     for file, content in tree(paths.folder("train")).items():
         (undisturbed.folder("train") / file).parent.mkdir(parents=True, exist_ok=True)
         (undisturbed.folder("train") / file).write_bytes(content)
-    Regenerator(undisturbed, SMALL, model, batch_size=2)(images_of(undisturbed), range(4))
+    Maker(undisturbed, SMALL, model, batch_size=2)(images_of(undisturbed), range(4))
     assert tree(paths.root) == tree(undisturbed.root)
 
 
 def test_overwriting(paths, model):
     images = images_of(paths)
-    regenerator = Regenerator(paths, SMALL, model, batch_size=4)
+    regenerator = Maker(paths, SMALL, model, batch_size=4)
     regenerator(images, [0])
     whole = tree(paths.root)
     paths.copy(images[0], 0).write_bytes(b"something else")
     result = regenerator.run(regenerator.plan(images, [0], overwrite=True))
-    assert (result.edge_maps_made, result.copies_made, result.copies_skipped) == (5, 5, 0)
+    assert (result.kept_made, result.copies_made, result.copies_skipped) == (5, 5, 0)
     assert tree(paths.root) == whole
 
 
 def test_a_bmp_edge_map_is_used_and_not_made_again(paths, model):
     image = paths.images("apple pie")[0]
-    bmp = paths.edge_map(image).with_suffix(".bmp")
+    bmp = paths.kept(image).with_suffix(".bmp")
     bmp.parent.mkdir(parents=True)
     Image.new("L", (40, 40), 0).save(bmp)
-    regenerator = Regenerator(paths, SMALL, model, batch_size=1)
+    regenerator = Maker(paths, SMALL, model, batch_size=1)
     result = regenerator([image], [0])
-    assert (result.edge_maps_made, result.edge_maps_skipped, result.copies_made) == (0, 1, 1)
-    assert not paths.edge_map(image).exists()
+    assert (result.kept_made, result.kept_skipped, result.copies_made) == (0, 1, 1)
+    assert not paths.kept(image).exists()
     without_edges = paths.copy(image, 0).read_bytes()
     bmp.unlink()
     regenerator.run(regenerator.plan([image], [0], overwrite=True))
@@ -234,25 +231,25 @@ def test_bad_images_are_listed_and_the_others_made(paths, model):
     (folder / "folder.jpg").mkdir()
     (folder / "dangling.jpg").symlink_to(folder / "nothing.jpg")
     done = []
-    regenerator = Regenerator(paths, SMALL, model, batch_size=4)
+    regenerator = Maker(paths, SMALL, model, batch_size=4)
     result = regenerator.run(regenerator.plan(images_of(paths), [0, 1]), done.append)
     assert {failure.image.name for failure in result.failures} == {
         "truncated.jpg", "text.jpg", "empty.png", "folder.jpg", "dangling.jpg",
     }  # fmt: skip
     assert all(failure.reason and not failure.reason.startswith("/") for failure in result.failures)
-    assert (result.edge_maps_made, result.edge_maps_failed) == (5, 5)
+    assert (result.kept_made, result.kept_failed) == (5, 5)
     assert (result.copies_made, result.copies_failed) == (10, 10)
     assert sum(done) == 20
-    assert len(files_of_classes(paths.folder("exemplars"))) == 10
+    assert len(files_of_classes(paths.folder("copies"))) == 10
 
 
 def test_a_broken_edge_map_is_listed(paths, model):
     image, other = paths.images("apple pie")[:2]
-    paths.edge_map(image).parent.mkdir(parents=True)
-    paths.edge_map(image).write_bytes(b"\x89PNG")
-    result = Regenerator(paths, SMALL, model, batch_size=1)([image, other], [0])
+    paths.kept(image).parent.mkdir(parents=True)
+    paths.kept(image).write_bytes(b"\x89PNG")
+    result = Maker(paths, SMALL, model, batch_size=1)([image, other], [0])
     assert [failure.image for failure in result.failures] == [image]
-    assert str(paths.edge_map(image)) in result.failures[0].reason
+    assert str(paths.kept(image)) in result.failures[0].reason
     assert result.copies_made == 1
 
 
@@ -263,7 +260,7 @@ def test_a_full_disk_stops_the_run_and_a_bad_name_does_not(paths, model, monkeyp
 
         return write_atomically
 
-    regenerator = Regenerator(paths, SMALL, model, batch_size=4)
+    regenerator = Maker(paths, SMALL, model, batch_size=4)
     monkeypatch.setattr(regenerate, "write_atomically", refuse(errno.ENOSPC))
     with pytest.raises(UserError, match="No space left"):
         regenerator(images_of(paths), [0])
@@ -275,13 +272,13 @@ def test_a_full_disk_stops_the_run_and_a_bad_name_does_not(paths, model, monkeyp
 def test_half_written_files_of_dead_processes_are_removed(paths):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    folders = [paths.edge_map(images_of(paths)[0]).parent, paths.copy(images_of(paths)[0], 0).parent]
+    folders = [paths.kept(images_of(paths)[0]).parent, paths.copy(images_of(paths)[0], 0).parent]
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / f".{gone.pid}-abc.tmp").touch()
         (folder / f".{os.getppid()}-abc.tmp").touch()  # a process that runs may be writing it
         (folder / "mine.tmp").touch()
-    Regenerator(paths, SMALL, None)(images_of(paths), [])
+    Maker(paths, SMALL, None)(images_of(paths), [])
     left = {file.name for folder in folders for file in folder.iterdir() if file.suffix == ".tmp"}
     assert left == {f".{os.getppid()}-abc.tmp", "mine.tmp"}
 
@@ -309,7 +306,7 @@ class Recorder:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    monkeypatch.setitem(generate.SAMPLERS, "ddim", Recorder)
+    monkeypatch.setitem(controlnet.SAMPLERS, "ddim", Recorder)
     Recorder.calls = ()
     return Recorder
 
@@ -335,7 +332,7 @@ class Decoder(torch.nn.Module):
 
 def test_what_the_sampler_is_asked_for(paths, recorded):
     model = Decoder()
-    Regenerator(paths, LOW, model, batch_size=2)(images_of(paths), [0, 1, 4])
+    Maker(paths, LOW, model, batch_size=2)(images_of(paths), [0, 1, 4])
     assert sorted(model.encoded) == sorted(
         [LOW.negative_prompt, *(f"{label}, clean, clear, bright, neat" for label in ("apple pie", "crème"))]
     )
@@ -358,7 +355,7 @@ def test_what_the_sampler_is_asked_for(paths, recorded):
 def test_guess_mode(paths, recorded):
     (paths.root / "class_names.json").write_text('{"crème": ""}', encoding="utf-8")
     model = Decoder()
-    Regenerator(paths, HIGH, model, batch_size=3)(images_of(paths), [0])
+    Maker(paths, HIGH, model, batch_size=3)(images_of(paths), [0])
     guessing = [call for call in recorded.calls if call["unconditional_conditioning"]["c_concat"] is None]
     assert "best quality, extremely detailed" in model.encoded
     assert guessing
@@ -375,9 +372,9 @@ def test_guess_mode(paths, recorded):
 @pytest.mark.parametrize(("value", "level"), [(-3.0, 0), (-1.0, 0), (0.0, 127), (0.5, 191), (1.0, 255), (2.0, 255)])
 def test_decoded_values_become_levels(paths, recorded, value, level):
     image = paths.images("apple pie")[0]
-    regenerator = Regenerator(paths, SMALL, Decoder(value), batch_size=1)
+    regenerator = Maker(paths, SMALL, Decoder(value), batch_size=1)
     task = regenerator.plan([image], [0]).tasks[0]
-    (picture,) = regenerator.generate(regenerator.jobs_of(task, regenerator.prompt(task)))
+    (picture,) = regenerator.generate(regenerator.requests(task))
     assert picture.shape == (64, 64, 3)
     assert picture.dtype == np.uint8
     assert (picture == level).all()
@@ -385,8 +382,8 @@ def test_decoded_values_become_levels(paths, recorded, value, level):
 
 def test_values_that_are_no_numbers_stop_the_run(paths, recorded):
     with pytest.raises(UserError, match="--precision fp32"):
-        Regenerator(paths, SMALL, Decoder(float("nan")), batch_size=1)(images_of(paths), [0])
-    assert not files_of_classes(paths.folder("exemplars"))
+        Maker(paths, SMALL, Decoder(float("nan")), batch_size=1)(images_of(paths), [0])
+    assert not files_of_classes(paths.folder("copies"))
 
 
 def test_memory_that_runs_out_is_said_in_words(paths, monkeypatch):
@@ -394,6 +391,6 @@ def test_memory_that_runs_out_is_said_in_words(paths, monkeypatch):
         def sample(self, *args, **options):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(generate.SAMPLERS, "ddim", Sampler)
+    monkeypatch.setitem(controlnet.SAMPLERS, "ddim", Sampler)
     with pytest.raises(UserError, match="not even one picture of 64 x 64 pixels fits on cpu"):
-        Regenerator(paths, SMALL, Decoder(), batch_size=1)(images_of(paths), [0])
+        Maker(paths, SMALL, Decoder(), batch_size=1)(images_of(paths), [0])

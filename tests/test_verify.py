@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from compress import machine
+from compress.generators import build as machine
 from tests.folders import save_picture
 from tests.little_run import Killed, command, copies, kill_at, little_dataset, tree
 
@@ -43,8 +43,8 @@ def break_things(paths) -> dict[str, str]:
     with Image.open(paths.copy(other, 1)) as image:
         image.save(paths.copy(other, 0), comment=b"ESCORT 000000000000")
     damage(paths.copy(other, 1), "unreadable (the file is truncated)", b"")
-    damage(paths.find_edge_map(first), "unreadable", b"RIFF")
-    damage(paths.find_edge_map(second), "missing")
+    damage(paths.find_kept(first), "unreadable", b"RIFF")
+    damage(paths.find_kept(second), "missing")
     return broken
 
 
@@ -82,13 +82,13 @@ def test_an_edge_map_of_another_image_is_found_and_its_copies_made_again(paths, 
     compress()
     whole = tree(paths.root)
     first, second = paths.images("sushi")
-    shutil.copy(paths.find_edge_map(first), paths.find_edge_map(second))
+    shutil.copy(paths.find_kept(first), paths.find_kept(second))
     paths.copy(second, 0).unlink()
     assert compress()[0] == 0  # makes the copy from the wrong edge map
     assert tree(paths.root) != whole
     code, out, _ = compress("--verify")
     assert code == 1
-    assert f"{paths.find_edge_map(second)}: made otherwise (its edges are not those of the image)" in out
+    assert f"{paths.find_kept(second)}: made otherwise (its edges are not those of the image)" in out
     if moment is not None:
         with monkeypatch.context() as patch:
             kill_at(moment, patch)
@@ -102,7 +102,7 @@ def test_an_edge_map_of_another_image_is_found_and_its_copies_made_again(paths, 
 def test_an_edge_map_of_the_wrong_size(paths, compress):
     compress(resolution="low")
     image = paths.images("sushi")[0]
-    save_picture(paths.find_edge_map(image), size=(48, 40), mode="L")
+    save_picture(paths.find_kept(image), size=(48, 40), mode="L")
     code, out, _ = compress("--verify", resolution="low")
     assert code == 1
     assert "1 edge map of the wrong size" in out
@@ -121,7 +121,7 @@ def test_verifying_with_other_settings_says_how_they_differ(paths, compress, mon
 
 def test_a_bmp_of_the_published_scripts_is_held_to_its_size_alone(paths, compress):
     image = paths.images("sushi")[0]
-    bmp = paths.edge_map(image).with_suffix(".bmp")
+    bmp = paths.kept(image).with_suffix(".bmp")
     save_picture(bmp, size=(48, 40), mode="L")
     compress()
     assert compress("--verify")[0] == 0
@@ -137,7 +137,7 @@ def test_orphans_are_reported_and_never_deleted(paths, compress):
     orphans = [
         paths.copies_folder("sushi") / "gone_seed00.jpg",
         paths.copies_folder("sushi") / "notes.txt",
-        paths.edge_map(paths.images("sushi")[0]).parent / "gone.png",
+        paths.kept(paths.images("sushi")[0]).parent / "gone.png",
     ]
     for orphan in orphans:
         orphan.write_text("x")
@@ -146,7 +146,7 @@ def test_orphans_are_reported_and_never_deleted(paths, compress):
         code, out, _ = compress(option)
         assert code == 0
         assert all(f"\n  {orphan}\n" in out for orphan in orphans)
-        assert str(paths.folder("exemplars") / "apple pie") in out
+        assert str(paths.folder("copies") / "apple pie") in out
     assert all(orphan.exists() for orphan in orphans)
 
 

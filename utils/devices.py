@@ -85,3 +85,21 @@ def check_compiler(device: torch.device) -> None:
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = said[0] if said else type(error).__name__
         raise UserError(f"compile: torch.compile does not work here ({reason[:200]}). Set compile to false.") from error
+
+
+def nb_cores() -> int:
+    """CPU cores that this process may use (macOS only tells how many there are)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def accelerator(device: str) -> tuple[str, int | list[int]]:
+    """A device's name as Lightning Fabric's (accelerator, devices): auto, cpu, cuda, cuda:N.
+
+    Raises UserError for another.
+    """
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and index.isdecimal():
+        return "cuda", [int(index)]
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"a device is auto, cpu, cuda or cuda:N, not {device!r}.")
+    return device, 1

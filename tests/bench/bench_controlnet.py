@@ -8,7 +8,7 @@
 - published: the loop of the published scripts, on our networks with plain layers: one picture at a time, two passes a
   step for guidance, float32, both texts and (in every pass) the hint encoded each time, attention with all its scores
   in memory.
-- ours: `compress.generate.PictureGenerator`, as compress/run.py uses it.
+- ours: `compress.generators.controlnet.PictureGenerator`, as compress/run.py uses it.
 - diffusers: StableDiffusionControlNetPipeline, with text encodings made beforehand.
 
 "s once" is what does not depend on the steps: texts, hint, decoder.  "GPU peak" is on top of the weights.  The last
@@ -35,7 +35,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.generate import Job, PictureGenerator, initial_noise
+from compress.forms import Condition, Request
+from compress.generators.controlnet import PictureGenerator, initial_noise
 from compress.presets import HIGH, Preset
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.ddim import DDIMSampler
@@ -46,7 +47,7 @@ from ControlNet.ldm.schedule import ddim_timesteps
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXTS = ("digit four", "digit seven", "apple pie", "golden retriever")
 
-Contender = Callable[[Sequence[Job], int], list[np.ndarray]]  # jobs, steps -> pictures
+Contender = Callable[[Sequence[Request], int], list[np.ndarray]]  # jobs, steps -> pictures
 
 
 # --- models ------------------------------------------------------------------------------------------------------
@@ -100,15 +101,15 @@ def plain_attention() -> Iterator[None]:
 def published(model: ControlLDM, preset: Preset) -> Contender:
     """The published scripts' loop, on their interface."""
 
-    def picture(job: Job, steps: int) -> np.ndarray:
-        height, width = job.hint.shape
-        hint = torch.from_numpy(job.hint).to(model.device).float()[None, None].repeat(1, 3, 1, 1) / 255
+    def picture(job: Request, steps: int) -> np.ndarray:
+        height, width = job.condition.hint.shape
+        hint = torch.from_numpy(job.condition.hint).to(model.device).float()[None, None].repeat(1, 3, 1, 1) / 255
         cond, uncond = (
             {"c_concat": [hint], "c_crossattn": [model.get_learned_conditioning([text])]}
             for text in (preset.prompt_text(job.text), preset.negative_prompt)
         )
         sampler = DDIMSampler(model)
-        x = initial_noise(job.copy_number, height, width).to(model.device)
+        x = initial_noise(job.seed, height, width).to(model.device)
         for i, timestep in enumerate(sampler.make_schedule(steps)):
             t = torch.full((1,), timestep, device=model.device)
             eps, eps_uncond = model.apply_model(x, t, cond), model.apply_model(x, t, uncond)
@@ -116,7 +117,7 @@ def published(model: ControlLDM, preset: Preset) -> Contender:
         decoded = model.decode_first_stage(x)[0].permute(1, 2, 0)
         return (decoded * 127.5 + 127.5).clamp(0, 255).byte().cpu().numpy()
 
-    def pictures(jobs: Sequence[Job], steps: int) -> list[np.ndarray]:
+    def pictures(jobs: Sequence[Request], steps: int) -> list[np.ndarray]:
         with torch.no_grad(), plain_attention():
             return [picture(job, steps) for job in jobs]
 
@@ -147,9 +148,9 @@ def diffusers_pipeline(config: Path, model: ControlLDM, preset: Preset) -> Conte
                 contexts[text] = model.get_learned_conditioning([text])
         return torch.cat([contexts[text] for text in texts])
 
-    def pictures(jobs: Sequence[Job], steps: int) -> list[np.ndarray]:
-        hints = torch.from_numpy(np.stack([job.hint for job in jobs])).to(model.device, model.dtype) / 255
-        noise = torch.cat([initial_noise(job.copy_number, *job.hint.shape) for job in jobs])
+    def pictures(jobs: Sequence[Request], steps: int) -> list[np.ndarray]:
+        hints = torch.from_numpy(np.stack([job.condition.hint for job in jobs])).to(model.device, model.dtype) / 255
+        noise = torch.cat([initial_noise(job.seed, *job.condition.hint.shape) for job in jobs])
         made = pipeline(
             prompt_embeds=encode([preset.prompt_text(job.text) for job in jobs]),
             negative_prompt_embeds=encode([preset.negative_prompt] * len(jobs)),
@@ -167,11 +168,11 @@ def diffusers_pipeline(config: Path, model: ControlLDM, preset: Preset) -> Conte
 # --- measuring ---------------------------------------------------------------------------------------------------
 
 
-def make_jobs(count: int, size: int) -> list[Job]:
+def make_jobs(count: int, size: int) -> list[Request]:
     rng = np.random.default_rng(0)
     hints = (rng.random((count, size, size)) > 0.95).astype(np.uint8) * 255
     return [
-        Job(Path(f"{i}.jpg"), i, TEXTS[i % len(TEXTS)], hint, (size, size), greyscale=False)
+        Request(Path(f"{i}.jpg"), i, TEXTS[i % len(TEXTS)], Condition((size, size), hint), (size, size), False, seed=i)
         for i, hint in enumerate(hints)
     ]
 
@@ -191,7 +192,7 @@ def tflop_per_copy(config: Path, size: int, steps: int) -> float:
     return (steps * step.get_total_flops() + decoder.get_total_flops()) / 1e12
 
 
-def measure(contenders: Mapping[str, Contender], jobs: Mapping[str, Sequence[Job]], steps: list[int], rounds: int):
+def measure(contenders: Mapping[str, Contender], jobs: Mapping[str, Sequence[Request]], steps: list[int], rounds: int):
     """{contender: {steps: seconds a copy}}, the least of the rounds, and {contender: peak bytes on the GPU}.
 
     A contender whose batch does not fit the GPU is left out.

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from PIL import Image
 
-from compress import prompt as prompts
+from compress.forms.edges import Edges, written
 from compress.presets import PRESETS
 from utils.curate.command import read_digits
 from utils.data.images import is_image, read_image
@@ -53,7 +53,7 @@ def forms() -> dict[str, Write]:
         "WebP, method 4": pillow("WEBP", lossless=True, method=4, quality=100),
         "WebP, method 5": pillow("WEBP", lossless=True, method=5, quality=100),
         "WebP, method 6": pillow("WEBP", lossless=True, method=6, quality=100),
-        "as prompt.save writes it": lambda edges, file: prompts.write(prompts.Prompt(np.asarray(edges), ""), file),
+        "as compress/forms/edges.py writes it": lambda edges, file: file.write(written(np.asarray(edges))),
     }
     if importlib.util.find_spec("oxipng"):
         chosen["PNG, oxipng 6"] = oxipng
@@ -91,7 +91,7 @@ def main() -> None:
     taken = list(pictures(options.folder, options.limit))
     if not taken:
         parser.error(f"no images below {options.folder}")
-    maps = [Image.fromarray(prompts.extract(picture, "", preset).edge_map > 0) for picture, _ in taken]
+    maps = [Image.fromarray(Edges(preset).edges(picture) > 0) for picture, _ in taken]
     image_bytes = np.mean([size for _, size in taken])
     jpeg_bytes = np.mean([_size(pillow("JPEG", "RGB", quality=95), Image.fromarray(picture)) for picture, _ in taken])
     best_png = np.mean([_size(pillow("PNG", optimize=True), edges) for edges in maps])

@@ -5,7 +5,8 @@
     <data-dir>/<dataset>/edge_maps/<class-label>/<stem>.webp
     <data-dir>/<dataset>/exemplars/<class-label>/<stem>_seed00.jpg
 
-What is kept apart under a name lies beside them, in `edge_maps-<name>` and `exemplars-<name>`.
+Another exemplar form has folders of its own in the place of these two (`FormFiles`).  What is kept apart under a name
+lies beside them, in `edge_maps-<name>` and `exemplars-<name>`.
 Everything works on path parts, so a data folder that itself contains `train` does no harm.  Two images of a class that
 differ only in their ending (`a.jpg`, `a.png`) keep their whole name as the stem of what is derived from them.
 """
@@ -40,16 +41,32 @@ def find_dataset(folder: Path, name: str) -> str:
 
 
 @dataclass(frozen=True)
+class FormFiles:
+    """Where the files of an exemplar form lie, beside `train`; the defaults are those of edge maps.
+
+    kept: the folder of what is kept of train images; copies: that of their copies; kept_endings: of kept files, the
+    first of which is written and all of which are read; copy_ending: of copies.
+    """
+
+    kept: str = "edge_maps"
+    copies: str = "exemplars"
+    kept_endings: tuple[str, ...] = (".webp", ".png", ".bmp")
+    copy_ending: str = ".jpg"
+
+
+@dataclass(frozen=True)
 class DatasetPaths:
     """One dataset's folders.
 
-    data_dir: the folder of all datasets; dataset: the dataset's folder name in it; variant: the name of edge maps and
-    copies that are kept apart from others, "" for the ordinary ones.  Raises UserError for a name with odd characters.
+    data_dir: the folder of all datasets; dataset: the dataset's folder name in it; variant: the name of kept files and
+    copies that are kept apart from others, "" for the ordinary ones; files: those of the exemplar form.
+    Raises UserError for a name with odd characters.
     """
 
     data_dir: Path
     dataset: str
     variant: str = ""
+    files: FormFiles = FormFiles()
 
     def __post_init__(self):
         object.__setattr__(self, "data_dir", Path(self.data_dir))
@@ -61,9 +78,12 @@ class DatasetPaths:
         return self.data_dir / self.dataset
 
     def folder(self, mode: str) -> Path:
-        """The folder of a mode: "train", "test", "edge_maps" or "exemplars"."""
-        apart = self.variant and mode in ("edge_maps", "exemplars")
-        return self.root / (f"{mode}-{self.variant}" if apart else mode)
+        """The folder of a mode: "train", "test", or, of the exemplar form, "kept" or "copies"."""
+        mode = {"edge_maps": "kept", "exemplars": "copies"}.get(mode, mode)
+        if mode not in ("kept", "copies"):
+            return self.root / mode
+        name = getattr(self.files, mode)
+        return self.root / (f"{name}-{self.variant}" if self.variant else name)
 
     def classes(self, mode: str = "train") -> list[str]:
         """Sorted class labels: the names of the mode's sub-folders.  Raises UserError where there are none."""
@@ -99,22 +119,24 @@ class DatasetPaths:
             self._shared_stems[label] = frozenset(stem for stem, count in stems.items() if count > 1)
         return image.name if image.stem in self._shared_stems[label] else image.stem
 
-    def edge_map(self, image: Path) -> Path:
-        """Where the edge map of a train image is written."""
-        return self.folder("edge_maps") / image.parent.name / f"{self._stem(image)}.webp"
+    def kept(self, image: Path) -> Path:
+        """Where what is kept of a train image is written."""
+        return self.folder("kept") / image.parent.name / f"{self._stem(image)}{self.files.kept_endings[0]}"
 
-    def find_edge_map(self, image: Path, among: Container[str] | None = None) -> Path | None:
-        """The edge map of a train image that is on disk: the .webp, the .png of earlier versions, or a .bmp as the
-        published scripts wrote it.
+    def find_kept(self, image: Path, among: Container[str] | None = None) -> Path | None:
+        """What is kept of a train image, where it is on disk, in whichever of the form's endings.
 
-        among: the names in its folder, where somebody has listed it already.
+        An edge map is a .webp, a .png of earlier versions, or a .bmp of the published scripts.
+        among: the names in its folder, where the caller has listed it already.
         """
-        folder, stem = self.folder("edge_maps") / image.parent.name, self._stem(image)
-        for name in (f"{stem}.webp", f"{stem}.png", f"{stem}.bmp"):
+        folder, stem = self.folder("kept") / image.parent.name, self._stem(image)
+        for name in (f"{stem}{ending}" for ending in self.files.kept_endings):
             # isfile: False, not an error, for a name that is too long
             if name in among if among is not None else os.path.isfile(folder / name):
                 return folder / name
         return None
+
+    edge_map, find_edge_map = kept, find_kept  # the names that callers have not given up yet
 
     def copy(self, image: Path, k: int) -> Path:
         """Where copy number k (0, 1, ...) of a train image lies."""
@@ -126,16 +148,15 @@ class DatasetPaths:
 
     def copies_folder(self, label: str) -> Path:
         """Where the copies of a class's images lie."""
-        return self.folder("exemplars") / label
+        return self.folder("copies") / label
 
     def copy_names(self, image: Path, count: int) -> list[str]:
         """File names of copies 0 ... count-1 of a train image, within its class's `copies_folder`."""
         stem = self._stem(image)
         return [self._copy_name(stem, k) for k in range(count)]
 
-    @staticmethod
-    def _copy_name(stem: str, k: int) -> str:
-        return f"{stem}_seed{k:02d}.jpg"
+    def _copy_name(self, stem: str, k: int) -> str:
+        return f"{stem}_seed{k:02d}{self.files.copy_ending}"
 
     def class_texts(self) -> dict[str, str]:
         """Class label -> the text that prompts call it by: `class_names.json`'s where it has one, else the label."""

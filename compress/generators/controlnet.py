@@ -1,18 +1,20 @@
-"""Prompts -> pictures: one batch of copies at a time, through the diffusion model.  Nothing here touches the disk."""
+"""Pictures by ControlNet, a batch at a time.  Nothing here touches the disk."""
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from compress.presets import SAMPLERS, Preset
+from compress.forms import Request
+from compress.presets import Preset
+from ControlNet.cldm.ddim import DDIMSampler
+from ControlNet.cldm.dpm_solver import DPMSolverSampler
 from ControlNet.cldm.inference import make_ready, visiting
 from utils.errors import UserError
+
+SAMPLERS = {"ddim": DDIMSampler, "dpm++2m": DPMSolverSampler}
 
 FULL_SIZE = 300_000_000
 """A model of more parameters than this keeps a CPU busy with one picture at a time."""
@@ -24,22 +26,6 @@ PICTURE_BYTES = 1_500_000_000
 """What a picture of 512 x 512 takes of a GPU's memory in 2-byte numbers, most of it in the decoder; a careful guess."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One copy to make.
-
-    text: what the class is called; hint: the edge map at the generated size, HxW uint8, 0 or 255; original: (height,
-    width) of the image, and so of the copy; greyscale: whether the image is, and so the copy.
-    """
-
-    image: Path
-    copy_number: int
-    text: str
-    hint: np.ndarray
-    original: tuple[int, int]
-    greyscale: bool
 
 
 class PictureGenerator:
@@ -82,8 +68,8 @@ class PictureGenerator:
         self.batch_size = batch_size or default_batch_size(model)
 
     @torch.inference_mode()
-    def __call__(self, batch: Sequence[Job], steps: int | None = None) -> list[np.ndarray]:
-        """The pictures of jobs that share their generated size and sampling, each HxWx3 uint8 at the generated size.
+    def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray]:
+        """The pictures of requests of one group, each HxWx3 uint8 at the generated size.
 
         steps: the sampler's, the preset's if None.
         Raises UserError where a single picture does not fit the device, or comes out as no picture.
@@ -106,27 +92,26 @@ class PictureGenerator:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         if self.batch_size < asked:
-            height, width = batch[0].hint.shape
+            height, width = batch[0].condition.size
             log.warning(
                 "%d pictures of %d x %d pixels at a time don't fit on %s: %d at a time from now on (--batch-size)",
                 *(asked, height, width, self.device, self.batch_size),
             )
         return pictures
 
-    def _too_large(self, job: Job) -> str:
-        height, width = job.hint.shape
+    def _too_large(self, request: Request) -> str:
+        height, width = request.condition.size
         mend = "use a smaller --size" if self.low_memory else "use --low-memory, --precision bf16 or a smaller --size"
         return f"not even one picture of {height} x {width} pixels fits on {self.device}: {mend}."
 
-    def _pictures(self, batch: Sequence[Job], steps: int | None) -> list[np.ndarray]:
-        """Pictures of at most batch_size jobs."""
+    def _pictures(self, batch: Sequence[Request], steps: int | None) -> list[np.ndarray]:
+        """Pictures of at most batch_size requests."""
         model, sampling = self.model, self.preset.sampling_for(batch[0].text)
         filled = list(batch) + [batch[-1]] * (self.batch_size - len(batch))
-        height, width = batch[0].hint.shape
-        hints = torch.from_numpy(np.stack([job.hint for job in filled])).to(self.device)
-        hints = (hints.to(model.dtype) / 255)[:, None].expand(-1, 3, -1, -1)
-        noise = torch.cat([initial_noise(job.copy_number, height, width) for job in filled])
-        texts = [self.preset.prompt_text(job.text) for job in filled]
+        height, width = batch[0].condition.size
+        hints = self._hints(filled)
+        noise = torch.cat([initial_noise(request.seed, height, width) for request in filled])
+        texts = [self.preset.prompt_text(request.text) for request in filled]
         contexts = self._encode([self.preset.negative_prompt, *texts])
         model.control_scales = sampling.control_scales(len(model.control_scales))
         with self._at_work("model", "control_model"):
@@ -134,11 +119,11 @@ class PictureGenerator:
                 steps or sampling.steps,
                 len(filled),
                 tuple(noise.shape[1:]),
-                {"c_concat": [hints], "c_crossattn": [torch.cat([contexts[text] for text in texts])]},
+                {"c_concat": hints, "c_crossattn": [torch.cat([contexts[text] for text in texts])]},
                 eta=sampling.eta,
                 unconditional_guidance_scale=sampling.guidance,
                 unconditional_conditioning={
-                    "c_concat": [hints] if sampling.unconditional_control else None,
+                    "c_concat": hints if sampling.unconditional_control else None,
                     "c_crossattn": [contexts[self.preset.negative_prompt].expand(len(filled), -1, -1)],
                 },
                 x_T=noise.to(self.device),
@@ -155,6 +140,13 @@ class PictureGenerator:
         pictures = (decoded * 127.5 + 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return list(pictures)
 
+    def _hints(self, requests: Sequence[Request]) -> list[torch.Tensor] | None:
+        """[B x 3 x H x W, 0 to 1], or None where nothing controls the pictures."""
+        if requests[0].condition.hint is None:
+            return None
+        hints = torch.from_numpy(np.stack([request.condition.hint for request in requests])).to(self.device)
+        return [(hints.to(self.model.dtype) / 255)[:, None].expand(-1, 3, -1, -1)]
+
     def _encode(self, texts: Iterable[str]) -> dict[str, torch.Tensor]:
         """Text -> 1 x 77 x D.  Each is encoded once, and by itself: with others it might be rounded differently."""
         new = [text for text in dict.fromkeys(texts) if text not in self._contexts]
@@ -170,34 +162,17 @@ class PictureGenerator:
         return visiting(self.device, *(getattr(self.model, part) for part in parts))
 
 
-def precision_of(model) -> str:
-    """The precision that a model's networks run in: "fp32", "bf16" or "fp16"."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
-
-
 def _is_out_of_memory(error: Exception) -> bool:
     """A GPU's allocator has an error of its own; the CPU's says so in words."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def batches(jobs: Iterable[Job], batch_size: int) -> Iterator[list[Job]]:
-    """Jobs of one generated size, and alike in having a text or none, in groups of batch_size; the rest at the end."""
-    waiting: dict[tuple, list[Job]] = defaultdict(list)
-    for job in jobs:
-        group = waiting[job.hint.shape, bool(job.text)]
-        group.append(job)
-        if len(group) == batch_size:
-            yield list(group)
-            group.clear()
-    yield from (group for group in waiting.values() if group)
-
-
-def initial_noise(copy_number: int, height: int, width: int) -> torch.Tensor:
-    """The noise that copy number k of a picture of this generated size starts from: 1 x 4 x height/8 x width/8.
+def initial_noise(seed: int, height: int, width: int) -> torch.Tensor:
+    """The noise that a copy of this generated size starts from: 1 x 4 x height/8 x width/8.
 
     Drawn on the CPU by a generator of its own, so that it is the same in every batch, process and device.
     """
-    generator = torch.Generator().manual_seed(copy_number)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn((1, 4, height // 8, width // 8), generator=generator)
 
 

@@ -1,13 +1,15 @@
-"""Presets, and prompts: extracting, saving, loading."""
+"""Presets, and the forms of exemplars: what is kept of an image, and what comes back."""
+
+import io
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from compress import prompt as prompts
+from compress.forms import form_named
+from compress.forms.edges import read, written
 from compress.presets import HIGH, LOW
-from compress.prompt import Prompt
 from utils.errors import UserError
 
 
@@ -68,12 +70,16 @@ def test_settings_that_cannot_be(change, word):
         HIGH.changed(**change)
 
 
+def edges(preset):
+    return form_named("edges", preset)
+
+
 def test_high_resolution_edges_have_the_size_of_the_image():
     image = picture()
-    prompt = prompts.extract(image, "disc", HIGH)
-    assert prompt.text == "disc"
-    assert (prompt.edge_map == cv2.Canny(image, 100, 200)).all()
-    assert prompt.edge_map.any()
+    edge_map = read(edges(HIGH).encode(image, "disc"))
+    assert (edge_map == cv2.Canny(image, 100, 200)).all()
+    assert edge_map.any()
+    assert edges(HIGH).raw_bits(90, 120) == 90 * 120
 
 
 def test_low_resolution_edges_have_the_generated_size():
@@ -83,66 +89,68 @@ def test_low_resolution_edges_have_the_generated_size():
         ((600, 800), (512, 704), cv2.INTER_AREA),
     ):
         image = picture(*shape)
-        prompt = prompts.extract(image, "disc", LOW)
+        edge_map = read(edges(LOW).encode(image))
         resized = cv2.resize(image, generated[::-1], interpolation=interpolation)
-        assert prompt.edge_map.shape == generated
-        assert (prompt.edge_map == cv2.Canny(resized, 100, 200)).all()
+        assert edge_map.shape == generated
+        assert (edge_map == cv2.Canny(resized, 100, 200)).all()
+        assert edges(LOW).raw_bits(*shape) == edge_map.size
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize(("height", "width"), [(90, 120), (33, 17), (7, 8), (1, 1), (2, 2), (1, 3000), (16383, 1)])
-def test_an_edge_map_is_kept_bit_for_bit(tmp_path, height, width, density):
-    edges = np.where(np.random.default_rng(0).random((height, width)) < density, 255, 0).astype(np.uint8)
-    path = tmp_path / "a class" / "ü.webp"
-    prompts.save(Prompt(edges, "disc"), path)
-    with Image.open(path) as stored:
+def test_an_edge_map_is_kept_bit_for_bit(height, width, density):
+    edge_map = np.where(np.random.default_rng(0).random((height, width)) < density, 255, 0).astype(np.uint8)
+    kept = written(edge_map)
+    with Image.open(io.BytesIO(kept)) as stored:
         assert (stored.format, stored.size) == ("WEBP", (width, height))
-    loaded = prompts.load(path, "disc").edge_map
+    loaded = read(kept)
     assert loaded.dtype == np.uint8
-    assert np.array_equal(loaded, edges)
-    assert path.stat().st_size <= height * (width // 8 + 2) + 200  # no more than a bit a pixel, whatever it shows
+    assert np.array_equal(loaded, edge_map)
+    assert len(kept) <= height * (width // 8 + 2) + 200  # no more than a bit a pixel, whatever it shows
 
 
 @pytest.mark.parametrize(("height", "width"), [(3, 16384), (20000, 1)])
-def test_an_edge_map_too_long_for_a_webp_is_kept_bit_for_bit(tmp_path, height, width):
-    edges = np.where(np.random.default_rng(0).random((height, width)) < 0.2, 255, 0).astype(np.uint8)
-    prompts.save(Prompt(edges, "disc"), tmp_path / "x.webp")
-    with Image.open(tmp_path / "x.webp") as stored:
+def test_an_edge_map_too_long_for_a_webp_is_kept_bit_for_bit(height, width):
+    edge_map = np.where(np.random.default_rng(0).random((height, width)) < 0.2, 255, 0).astype(np.uint8)
+    kept = written(edge_map)
+    with Image.open(io.BytesIO(kept)) as stored:
         assert (stored.format, stored.mode, stored.size) == ("PNG", "1", (width, height))
-    assert np.array_equal(prompts.load(tmp_path / "x.webp", "disc").edge_map, edges)
+    assert np.array_equal(read(kept), edge_map)
 
 
 def test_real_edges_take_less_than_a_png_of_them(tmp_path):
-    prompt = prompts.extract(picture(224, 224), "disc", HIGH)
-    prompts.save(prompt, tmp_path / "x.webp")
-    Image.fromarray(prompt.edge_map > 0).save(tmp_path / "x.png", optimize=True)
-    assert (tmp_path / "x.webp").stat().st_size < 0.9 * (tmp_path / "x.png").stat().st_size
+    kept = edges(HIGH).encode(picture(224, 224))
+    Image.fromarray(read(kept) > 0).save(tmp_path / "x.png", optimize=True)
+    assert len(kept) < 0.9 * (tmp_path / "x.png").stat().st_size
 
 
-def test_png_edge_maps_of_earlier_versions_are_read(tmp_path):
-    edges = cv2.Canny(picture(), 100, 200)
-    Image.fromarray(edges > 0).save(tmp_path / "a.png", optimize=True)
-    assert np.array_equal(prompts.load(tmp_path / "a.png", "disc").edge_map, edges)
+def test_edge_maps_of_earlier_versions_and_of_the_published_scripts_are_read(tmp_path):
+    edge_map = cv2.Canny(picture(), 100, 200)
+    Image.fromarray(edge_map > 0).save(tmp_path / "a.png", optimize=True)
+    assert cv2.imwrite(str(tmp_path / "a.bmp"), edge_map)
+    for name in ("a.png", "a.bmp"):
+        loaded = read((tmp_path / name).read_bytes())
+        assert np.array_equal(loaded, edge_map)
+        assert loaded.dtype == np.uint8
 
 
-def test_edge_maps_of_the_published_scripts_are_read(tmp_path):
-    edges = cv2.Canny(picture(), 100, 200)
-    assert cv2.imwrite(str(tmp_path / "a.bmp"), edges)
-    loaded = prompts.load(tmp_path / "a.bmp", "disc")
-    assert (loaded.edge_map == edges).all()
-    assert loaded.edge_map.dtype == np.uint8
-    assert loaded.text == "disc"
-
-
-def test_a_broken_edge_map_is_an_oserror_with_its_path(tmp_path):
-    (tmp_path / "a.webp").write_bytes(b"RIFF\x10\0\0\0WEBPVP8L")
-    with pytest.raises(OSError, match=r"a\.webp"):
-        prompts.load(tmp_path / "a.webp", "disc")
+def test_a_broken_edge_map_is_an_oserror():
+    for broken in (b"RIFF\x10\0\0\0WEBPVP8L", b"", b"text"):
+        with pytest.raises(OSError, match=r"\w"):
+            edges(HIGH).condition(broken, (90, 120))
 
 
 def test_the_hint_is_resized_by_nearest_neighbour():
-    prompt = prompts.extract(picture(), "disc", HIGH)
-    hint = prompts.hint(prompt, 512, 704)
-    assert (hint == cv2.resize(prompt.edge_map, (704, 512), interpolation=cv2.INTER_NEAREST)).all()
-    assert set(np.unique(hint)) == {0, 255}
-    assert prompts.hint(prompt, 90, 120) is prompt.edge_map
+    kept = edges(HIGH).encode(picture())
+    condition = edges(HIGH).condition(kept, (90, 120))
+    assert condition.size == (512, 704)
+    assert (condition.hint == cv2.resize(read(kept), (704, 512), interpolation=cv2.INTER_NEAREST)).all()
+    assert set(np.unique(condition.hint)) == {0, 255}
+    same_size = edges(HIGH.changed(size=64)).encode(picture(64, 64))
+    assert np.array_equal(edges(HIGH.changed(size=64)).condition(same_size, (64, 64)).hint, read(same_size))
+
+
+@pytest.mark.parametrize("name", ["edge", "edges:3", "edges+", "", "Edges", "edges@64@3", "a b"])
+def test_names_of_no_form(name):
+    with pytest.raises(UserError, match="form"):
+        form_named(name, HIGH)

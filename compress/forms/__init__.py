@@ -1,0 +1,241 @@
+"""The forms in which exemplars are kept: what is stored of an image, and what pictures come back from it.
+
+One file each.  A form's module has a table FORMS: the head of its name ("edges" in "edges@64") -> a function of
+(Spec, Preset) that returns the form.  Everything else (plan, resume, verify, repair, copies on demand, records, budget)
+works through the contract of `Form`.
+"""
+
+import abc
+import importlib
+import io
+import pkgutil
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from compress.presets import Preset
+from utils.data.images import image_bits, read_image
+from utils.data.paths import DatasetPaths, FormFiles
+from utils.errors import UserError
+
+WRONG_SIZE, OTHERWISE = "of the wrong size", "made otherwise"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What copies are made from, in memory.
+
+    size: (height, width) of the generated pictures; hint: an edge map of that size (HxW uint8, 0 or 255), None for no
+    control; start: a picture (HxWx3 uint8) that copies start from, or, for forms without a model, that they are.
+    """
+
+    size: tuple[int, int]
+    hint: np.ndarray | None = None
+    start: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One copy to make.
+
+    text: the class's text; size: (height, width) of the image and so of the copy; greyscale: whether both are;
+    seed: of the initial noise.
+    """
+
+    image: Path
+    copy_number: int
+    text: str
+    condition: Condition
+    size: tuple[int, int]
+    greyscale: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A form's name in parts: "webp:10@64" is head "webp", argument "10" and side 64; plus: the Spec behind "+"."""
+
+    head: str
+    argument: str | None = None
+    side: int | None = None
+    plus: "Spec | None" = None
+
+
+class Form(abc.ABC):
+    """A form and its settings.  Immutable and picklable.
+
+    name: as users write it; noun: what messages call a kept file; files: where kept files and copies lie;
+    needs_model: whether copies come from a diffusion model; deterministic: whether all copies of an image are equal.
+    """
+
+    name: str
+    noun: str
+    preset: Preset
+    files: FormFiles
+    needs_model = True
+    deterministic = False
+
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What a kept file depends on beside its image: plain values."""
+
+    @abc.abstractmethod
+    def encode(self, image: np.ndarray, text: str = "") -> bytes:
+        """What is kept of an image (HxWx3 RGB or HxW greyscale, uint8) whose class is called `text`."""
+
+    @abc.abstractmethod
+    def condition(self, kept: bytes, size: tuple[int, int]) -> Condition:
+        """What copies are made from.  size: (height, width) of the image.  Raises OSError for broken bytes."""
+
+    def raw_bits(self, height: int, width: int, kept: Path | None = None) -> int | None:
+        """Bits that are kept of a height x width image as the paper counts them, before any coding; None where the form
+        has no such count.  kept: the file, where there is one; then it tells.  Raises OSError with its path.
+        """
+        return None
+
+    def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:
+        """(WRONG_SIZE or OTHERWISE, details) where a kept file is not what `encode` makes of its image.
+
+        Raises OSError for broken bytes.
+        """
+        return None if kept == self.encode(image) else (OTHERWISE, "the image gives another one")
+
+    def fits_by_size(self, kept: Path, size: tuple[int, int], kinds: Sequence[Mapping[str, Any]]) -> bool | None:
+        """Whether a kept file's size tells that it was made with these settings; None where sizes can't tell.
+
+        size: (height, width) of the image; kinds: all settings that the class's files may have, these ones last.
+        Raises OSError, with the path, for a file that can't be read.
+        """
+        return None
+
+    def copy_settings(self) -> dict[str, Any]:
+        """What a copy depends on beside image, number, class text, model and precision: plain values."""
+        settings = asdict(self.preset)
+        del settings["name"]
+        return settings
+
+    def requests(self, image: Path, kept: bytes, text: str, numbers: Sequence[int]) -> list[Request]:
+        """The copies with these numbers of a train image, of which `kept` is kept."""
+        width, height, bits_per_pixel = image_bits(image)
+        size, greyscale = (height, width), bits_per_pixel != 24
+        condition = self.condition(kept, size)
+        return [Request(image, k, text, condition, size, greyscale, self.seed(image, k)) for k in numbers]
+
+    def seed(self, image: Path, copy_number: int) -> int:
+        """Of the initial noise of an image's copy: as published, the copy's number."""
+        return copy_number
+
+    def save_copy(self, picture: np.ndarray, file: BinaryIO, greyscale: bool, mark: str | None = None) -> None:
+        """Write a copy (HxWx3 uint8) as a JPEG (4:2:0), with its mark (see `compress.records`) as the comment.
+
+        The copy of a greyscale image is greyscale: it stands in for its image.
+        """
+        image = Image.fromarray(picture).convert("L" if greyscale else "RGB")
+        image.save(file, "JPEG", quality=self.preset.quality, **({"comment": mark.encode()} if mark else {}))
+
+
+class Cost:
+    """What exemplars of one form cost and keep, for the trainer's memory.
+
+    form: None for real exemplars, which are kept as they are.
+    """
+
+    def __init__(self, form: Form | None, paths: DatasetPaths):
+        self.form = form
+        self.paths = paths
+
+    def units(self, image: Path) -> float | None:
+        """Cost of a train image's exemplar in units of one real image, whether it has been made or not.
+
+        None where the form has no such count.  Raises UserError, naming the file, for an image that can't be read.
+        """
+        if self.form is None:
+            return 1.0
+        try:
+            width, height, bits_per_pixel = image_bits(image)
+            raw_bits = self.form.raw_bits(height, width, self.paths.find_kept(image))
+        except OSError as error:
+            raise UserError(f"cannot read image {error}. Replace the file or take it away.") from error
+        return None if raw_bits is None else raw_bits / (width * height * bits_per_pixel)
+
+    def kept_bytes(self, image: Path) -> int | None:
+        """Bytes that are kept of a train image; None while they have not been made."""
+        path = image if self.form is None else self.paths.find_kept(image)
+        return path.stat().st_size if path else None
+
+    def expected_bytes(self, image: Path) -> int:
+        """The same, of what has not been made yet too: it is encoded in memory."""
+        there = self.kept_bytes(image)
+        return len(self.form.encode(pixels(image))) if there is None else there
+
+    def text_bytes(self, labels: Collection[str]) -> int:
+        """Bytes that are kept once for each of some classes: their texts in UTF-8."""
+        if self.form is None or not labels:
+            return 0
+        texts = self.paths.class_texts()
+        return sum(len(texts[label].encode()) for label in labels)
+
+
+def pixels(image: Path) -> np.ndarray:
+    """A train image as forms take it: HxWx3 uint8, HxW for a greyscale one.  Raises OSError with the path."""
+    picture = np.asarray(read_image(image))
+    return picture if image_bits(image)[2] == 24 else np.ascontiguousarray(picture[:, :, 0])
+
+
+def decoded(kept: bytes) -> np.ndarray:
+    """A kept picture (HxWx3 uint8).  Raises OSError for bytes that are none."""
+    try:
+        with Image.open(io.BytesIO(kept), formats=("WEBP", "PNG", "BMP", "JPEG", "AVIF")) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # a broken file makes decoders raise anything
+        reason = "not a picture that Pillow reads" if kept else "the file is empty"
+        raise OSError(reason if isinstance(error, Image.UnidentifiedImageError) else str(error)) from error
+
+
+def resize_back(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A generated picture (HxWx3 uint8) at its image's size, height x width.
+
+    The published rule: Lanczos where the generated picture's shorter side is at most the image's, else by area.
+    """
+    enlarge = min(picture.shape[:2]) <= min(height, width)
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LANCZOS4 if enlarge else cv2.INTER_AREA)
+
+
+def plural(noun: str) -> str:
+    """Of a word or a number of words: copy -> copies, edge map -> edge maps."""
+    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+
+
+def parsed(name: str) -> Spec:
+    """Raises UserError for what is no form's name."""
+    first, _, rest = name.partition("+")
+    match = re.fullmatch(r"([a-z0-9]+)(?::(\w+))?(?:@(\d{1,4}))?", first)
+    if not match or "+" in rest or name.endswith("+"):
+        raise UserError(f"{name!r} is no form's name; such as {', '.join(examples())}.")
+    return Spec(match[1], match[2], match[3] and int(match[3]), parsed(rest) if rest else None)
+
+
+def form_named(name: str, preset: Preset) -> Form:
+    """The form that a user names, with a preset's settings.  Raises UserError for an unknown or impossible one."""
+    spec = parsed(name)
+    if spec.head not in _table():
+        raise UserError(f"no form {spec.head!r}: choose one of {', '.join(examples())}.")
+    return _table()[spec.head](spec, preset)
+
+
+def examples() -> list[str]:
+    """Names of the forms, as --help lists them."""
+    return ["edges"]
+
+
+@cache
+def _table() -> Mapping[str, Any]:
+    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    return {head: make for module in modules for head, make in module.FORMS.items()}

@@ -1,0 +1,59 @@
+"""What turns requests for copies into pictures.
+
+A generator is called with a batch of requests that share their `group`, and returns their pictures (HxWx3 uint8) at the
+condition's size.  One file each, beside `build`, which makes the one that the command asks for.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from compress.forms import Form, Request, resize_back
+
+
+class Generator(Protocol):
+    """batch_size: requests that are generated together."""
+
+    batch_size: int
+
+    def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray]:
+        """Pictures of requests of one group.  steps: of the sampler, None for the preset's.  Raises UserError."""
+
+
+class Direct:
+    """For forms without a model: the condition's picture is the copy."""
+
+    batch_size = 1
+
+    def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray]:
+        return [request.condition.start for request in batch]
+
+
+def decode(
+    form: Form, kept: bytes, text: str, numbers: Sequence[int], size: tuple[int, int], generator: Generator
+) -> list[np.ndarray]:
+    """The copies with these numbers (HxWx3 uint8) of an image of size (height, width), of which `kept` is kept."""
+    condition = form.condition(kept, size)
+    requests = [Request(None, k, text, condition, size, False, k) for k in numbers]
+    pictures = [picture for batch in batches(requests, generator.batch_size) for picture in generator(batch)]
+    return [resize_back(picture, *size) for picture in pictures]
+
+
+def group(request: Request) -> Hashable:
+    """Requests of one group may share a batch: one generated size, alike in having a text, an edge map and a start."""
+    condition = request.condition
+    return condition.size, bool(request.text), condition.hint is None, condition.start is None
+
+
+def batches(requests: Iterable[Request], batch_size: int) -> Iterator[list[Request]]:
+    """Requests of one group in batches of batch_size; what is left over comes at the end."""
+    waiting: dict[Hashable, list[Request]] = defaultdict(list)
+    for request in requests:
+        batch = waiting[group(request)]
+        batch.append(request)
+        if len(batch) == batch_size:
+            yield list(batch)
+            batch.clear()
+    yield from (batch for batch in waiting.values() if batch)

@@ -1,0 +1,67 @@
+"""The model and the generator that a job asks for."""
+
+import torch
+
+from compress.forms import Form
+from compress.generators import Direct, Generator
+from compress.generators.controlnet import PictureGenerator
+from compress.job import Machine
+from ControlNet.cldm.cldm import ControlLDM
+from ControlNet.cldm.download import download_sd15
+from ControlNet.cldm.model import ModelError, load_model, weights_fingerprint
+from utils.errors import UserError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """The precision, with "auto" resolved: bf16 on a GPU that computes in it, fp16 on older GPUs, fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    if device.type == "cpu":
+        return "fp32"
+    # V100, T4 and RTX 20 only emulate bf16.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def download(spec: str) -> None:
+    """Fetch the official weights, unless they are there.  Raises UserError."""
+    if spec != "sd15":
+        raise UserError(f"--download fetches the weights of --model sd15, and not of {spec}.")
+    try:
+        download_sd15()
+    except ModelError as error:
+        raise UserError(str(error)) from error
+
+
+def fingerprint(machine: Machine) -> str:
+    """The fingerprint of the model's weights, without loading them.  Raises UserError where they can't be used."""
+    try:
+        return weights_fingerprint(machine.model, machine.base)
+    except ModelError as error:
+        raise UserError(str(error)) from error
+
+
+def load(machine: Machine, device: torch.device, precision: str) -> ControlLDM:
+    """The model.  precision: "fp32", "bf16" or "fp16".  Raises UserError where it can't be loaded."""
+    home = torch.device("cpu") if machine.low_memory else device  # from where the part at work visits the device
+    try:
+        return load_model(machine.model, home, PRECISIONS[precision], machine.base)
+    except ModelError as error:
+        raise UserError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the model does not fit on {device}: use --low-memory or --precision bf16.") from error
+
+
+def make_generator(form: Form, machine: Machine, device: torch.device, precision: str) -> Generator:
+    """The generator of a form's copies, with its model loaded where it needs one."""
+    if not form.needs_model:
+        return Direct()
+    return PictureGenerator(
+        form.preset,
+        load(machine, device, precision),
+        batch_size=machine.batch_size,
+        compile=machine.compile,
+        low_memory=machine.low_memory,
+        device=device,
+    )

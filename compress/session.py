@@ -1,0 +1,172 @@
+"""One run of compress/run.py: look at the disk, make what is missing, report."""
+
+import difflib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from tqdm import tqdm
+
+from compress.generators.build import choose_precision, download, fingerprint, make_generator
+from compress.job import Data, Job
+from compress.options import Action
+from compress.plan import Plan, plan
+from compress.records import MadeOtherwise, Records
+from compress.regenerate import Regenerator
+from compress.share import PATIENCE, by_first, deal, gather
+from compress.summary import report, report_estimate, report_findings, report_plan
+from compress.verify import Findings, verify
+from utils.devices import accelerator, launch
+from utils.errors import UserError
+
+DONE, SOME_FAILED = 0, 1
+MIXING = "Make those again with --replace, or put this run's beside them with --keep-apart NAME."
+
+
+def run(job: Job, action: Action) -> int:
+    """Returns the exit code; raises UserError for what the user can mend.
+
+    Of several processes the first one looks at the disk and talks; each makes its part; the first one sums up.
+    """
+    fabric = launch(*accelerator(action.device), patience=PATIENCE)
+    if action.verify:
+        return by_first(fabric, lambda: check(job)) or DONE
+    whole, empty = by_first(fabric, lambda: prepare(job, action, fabric.device)) or (None, [])
+    if action.dry_run and not fabric.is_global_zero:
+        return DONE
+    todo = whole if action.dry_run else deal(fabric, whole)
+    generator = make_generator_for(job, todo, fabric)
+    regenerator = Regenerator(job.data.paths, job.form, generator)
+    if action.dry_run:
+        report_estimate(regenerator, todo)
+        return DONE
+    start = time.perf_counter()
+    with progress_bar(todo.copies_missing, "copy", fabric) as bar:
+        result = regenerator.run(todo, bar.update)
+    result = gather(fabric, result)
+    if not fabric.is_global_zero:
+        return DONE
+    report(result, job.form.noun, empty, time.perf_counter() - start)
+    return SOME_FAILED if result.failures or empty else DONE
+
+
+def make_generator_for(job: Job, todo: Plan, fabric: Fabric):
+    """The generator of a plan's copies, announced by the first process; None where no copy is missing."""
+    if not todo.copies_missing:
+        return None
+    precision = todo.records.precision
+    generator = make_generator(job.form, job.machine, fabric.device, precision)
+    if job.form.needs_model and fabric.is_global_zero:
+        where = fabric.device if fabric.world_size == 1 else f"{fabric.world_size} processes ({fabric.device.type})"
+        at_a_time = f"{generator.batch_size} at a time"
+        print(f"model {job.machine.model} on {where} in {precision}, {at_a_time}", flush=True)
+    return generator
+
+
+def prepare(job: Job, action: Action, device: torch.device) -> tuple[Plan, list[Path]]:
+    """What there is to do, told and returned, and the class folders without images."""
+    if action.download:
+        download(job.machine.model)
+    images, empty = select(job.data)
+    todo = find_work(job, device, images, repair=action.repair)
+    report_plan(todo, f"{job.data.paths.dataset}, {job.form.preset.name} resolution")
+    return todo, empty
+
+
+def check(job: Job) -> int:
+    """`--verify`.  Returns the exit code."""
+    images, empty = select(job.data)
+    records = Records(job.data.paths, job.form, None, named(job.machine.precision))
+    return DONE if verified(records, images, job.data.copy_numbers).is_well and not empty else SOME_FAILED
+
+
+def find_work(job: Job, device: torch.device, images: list[Path], *, repair: bool) -> Plan:
+    """The plan for these images.  The model's weights, and what "auto" precision means, matter only to new copies.
+
+    Raises UserError where files on disk were made with other settings, and the options don't say what to do with them.
+    """
+    numbers, machine = job.data.copy_numbers, job.machine
+
+    def planned(model: str | None, precision: str | None) -> Plan:
+        records = Records(job.data.paths, job.form, model, precision, job.options)
+        again = {"replaced": job.existing == "replace", "overwrite": job.existing == "overwrite"}
+        return plan(records, images, numbers, **again)
+
+    def planned_to_make() -> Plan:
+        model = fingerprint(machine) if job.form.needs_model else None
+        return planned(model, choose_precision(machine.precision, device))
+
+    again = job.existing != "refuse"
+    try:
+        todo = planned_to_make() if again else planned(None, named(machine.precision))
+        findings = verified(todo.records, images, numbers) if repair else Findings()
+        if findings.repairs(todo).copies_missing and not again:
+            todo = planned_to_make()
+    except MadeOtherwise as error:
+        raise UserError(f"{error}.\n{MIXING}") from error
+    return findings.repairs(todo)
+
+
+def named(precision: str) -> str | None:
+    """The precision that the user has named; None for "auto"."""
+    return None if precision == "auto" else precision
+
+
+def verified(records: Records, images: list[Path], copy_numbers: Sequence[int]) -> Findings:
+    """What is wrong with the kept files and copies of these images, told and returned."""
+    with progress_bar(len(images), "image") as bar:
+        findings = verify(records, images, copy_numbers, bar.update)
+    report_findings(findings, records.form.noun)
+    return findings
+
+
+def progress_bar(total: int, unit: str, fabric: Fabric | None = None) -> tqdm:
+    """With the time left; in a log file, a line every half minute; of several processes, the first one's share."""
+    seldom = 0.1 if sys.stderr.isatty() else 30
+    many = fabric is not None and fabric.world_size > 1
+    return tqdm(
+        desc=f"process 1 of {fabric.world_size}" if many else None,
+        disable=not total or (many and not fabric.is_global_zero),
+        total=total,
+        unit=unit,
+        dynamic_ncols=True,
+        mininterval=seldom,
+        smoothing=0.05,
+    )
+
+
+def select(data: Data) -> tuple[list[Path], list[Path]]:
+    """The train images to work on, and the class folders that hold none.
+
+    Raises UserError for a missing folder, an unknown label, or where there is no image at all.
+    """
+    paths = data.paths
+    known = paths.classes()
+    labels = chosen_labels(data.classes, known) if data.classes else known
+    images, empty = [], []
+    for label in labels:
+        of_class = paths.images(label)
+        images += of_class[: data.limit]
+        if not of_class:
+            empty.append(paths.folder("train") / label)
+    if not images:
+        raise UserError(f"no images in {paths.folder('train')}: its class folders hold no file that Pillow could read.")
+    i, n = data.shard
+    return images[i - 1 :: n], empty
+
+
+def chosen_labels(classes: Sequence[str], known: list[str]) -> list[str]:
+    """The labels of --classes: each value is one label, or several with commas between them."""
+    labels = []
+    for value in classes:
+        labels += [value] if value in known else [label.strip() for label in value.split(",") if label.strip()]
+    for label in labels:
+        if label not in known:
+            near = difflib.get_close_matches(label, known, n=1)
+            some = ", ".join(known[:5]) + ", ..." * (len(known) > 5)
+            hint = f"did you mean {near[0]!r}?" if near else f"the dataset has {some}"
+            raise UserError(f"no class {label!r}: {hint}")
+    return sorted(set(labels))
