@@ -10,7 +10,6 @@ import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
 
 # isort: split
 import abc
-import itertools
 import logging
 import math
 import os
@@ -33,11 +32,12 @@ from models import phase0
 from models.networks import GrowingNet, IncrementalNet, Outputs
 from models.parts import parts
 from models.resume import Checkpoints, Place
-from models.stages import Schedule, Stage, learning_only
+from models.stages import Defaults, Schedule, Stage, learning_only
 from utils import log as logs
 from utils.config.schema import Config
 from utils.data.batches import ImageSet, TrainingSet, batch_loader
 from utils.data.classes import DataManager
+from utils.data.items import Item
 from utils.data.sampler import EpochBatchSampler
 from utils.errors import UserError
 from utils.memory.exemplars import ExemplarMemory
@@ -83,18 +83,14 @@ class Learner(abc.ABC):
 
     name = ""
     """What a config's `model_name` calls the method: `class ICaRL(Learner, name="icarl")`."""
-    milestones: Sequence[int] = ()
-    """Epochs of later phases after which the learning rate decays, where the config names none."""
-    scheduler = "steps"
-    """How the learning rate falls where the config does not say: "steps" or "cosine"."""
+    defaults: Defaults
+    """The method's own schedule, for the keys that the config leaves null."""
     uses_memory = True
     """Whether exemplars are kept at all."""
     least_exemplars = 1
     """How many exemplars of each class the method needs at least."""
     keeps_old_network = False
     """Whether the network as it was before a phase is kept, frozen, as `old_network`."""
-    uses_nme = False
-    """Whether the nearest mean of exemplars is evaluated beside the head."""
     plain_phase_0 = True
     """Whether phase 0 is a backbone and a linear head, trained by cross-entropy: all such methods share one network."""
 
@@ -124,7 +120,7 @@ class Learner(abc.ABC):
         self.records: list[dict[str, Any]] = []
         self.phase = -1
         self.nb_old = self.nb_new = self.nb_seen = 0
-        self.nb_images = 0  # in the present batch, all its parts and all processes together
+        self.epoch = self.step = 0  # of the present stage; of the present epoch
         self.old_network: GrowingNet | None = None
         self.state: dict[str, Any] = {}  # what a method takes into the next phase; changed in `after_training` alone
         self._seed_torch(0)
@@ -157,6 +153,9 @@ class Learner(abc.ABC):
         """The networks that training has changed since the phase began, by name: `network`, and what others there
         are; what else the phase needs, `stages` and `before_stage` make again."""
         return {"network": self.network}
+
+    def before_batch(self) -> None:
+        """Called before a batch's forward passes; the network is in training mode."""
 
     def backward(self, loss: Tensor, outputs: Outputs, targets: Tensor, share: float) -> None:
         """Add the gradients of share x loss; called for each part of a batch."""
@@ -234,16 +233,20 @@ class Learner(abc.ABC):
 
     def init_schedule(self) -> Schedule:
         """Phase 0's."""
-        c = self.config
-        return Schedule(c.init_epoch, c.init_lr, self._steps(c.init_milestones), c.init_lr_decay, c.init_weight_decay)
+        epochs, lr, weight_decay = map(self.own, ("init_epoch", "init_lr", "init_weight_decay"))
+        return Schedule(epochs, lr, self._steps("init_milestones"), self.config.init_lr_decay, weight_decay)
 
     def schedule(self) -> Schedule:
         """The present phase's."""
-        c = self.config
         if self.phase == 0:
             return self.init_schedule()
-        milestones = self.milestones if c.milestones is None else c.milestones
-        return Schedule(c.epochs, c.lrate, self._steps(milestones), c.lrate_decay, c.weight_decay)
+        epochs, lr, weight_decay = map(self.own, ("epochs", "lrate", "weight_decay"))
+        return Schedule(epochs, lr, self._steps("milestones"), self.config.lrate_decay, weight_decay)
+
+    def own(self, key: str) -> Any:
+        """A key of the schedule; the method's own value where the config has null."""
+        value = getattr(self.config, key)
+        return getattr(self.defaults, key) if value is None else value
 
     def train(self) -> dict[str, Any]:
         """Go through the stages, unless this very training has been done before.
@@ -296,7 +299,8 @@ class Learner(abc.ABC):
                 for _, images, targets in loader:
                     images, targets = self.to_device(images), fabric.to_device(targets)
                     sizes = sampler.sizes(place.step)
-                    self.nb_images = sizes[1]
+                    self.epoch, self.step = epoch, place.step
+                    self.before_batch()
                     optimizer.zero_grad()
                     for part in parts(images, targets, config.accumulate_batches, sizes, fabric.world_size):
                         with fabric.no_backward_sync(network, enabled=not part.last):
@@ -333,9 +337,13 @@ class Learner(abc.ABC):
                     seconds = time.perf_counter() - start
                     curves = {"learning_rate": rate, "loss": loss_mean, "accuracy": accuracy, "seconds": seconds}
                     self.history.epoch(self.phase, stage.name, of_phase, step=step, **curves)
-        if fabric.world_size > 1:  # each process has batch norm statistics of its own; evaluation takes one network
-            self.network.load_state_dict(fabric.broadcast(self.network.state_dict()))
+        self.share_network()
         return {"epochs": schedule.epochs, "loss": loss_mean, "accuracy": accuracy}
+
+    def share_network(self) -> None:
+        """Take the first process's network everywhere: each process has batch norm statistics of its own."""
+        if self.fabric.world_size > 1:
+            self.network.load_state_dict(self.fabric.broadcast(self.network.state_dict()))
 
     def choose_exemplars(self) -> int | None:
         """Choose among all real images of the new classes, then make copies.  Returns what `make_copies` does."""
@@ -362,7 +370,7 @@ class Learner(abc.ABC):
         """
         if self.copies is None or not self.uses_memory:
             return None
-        needed = phase + 1 < self.data.nb_phases or self.uses_nme
+        needed = phase + 1 < self.data.nb_phases or self.config.nme
         self._make([image for image in self.shown() if image not in there], with_copies=False)
         for target in self.memory.targets:  # edge maps cost what they cost; no copies of what is dropped
             self.memory.enforce_budget(target)
@@ -402,7 +410,7 @@ class Learner(abc.ABC):
         ends = [self.data.seen_targets(phase).stop for phase in range(self.phase + 1)]
         outputs = self.predict([image for of_class in images for image in of_class], "evaluating", again=True)
         nme = None
-        if self.uses_nme:
+        if self.config.nme and self.uses_memory:
             means = self.class_means(range(self.nb_seen))
             nme = phase_metrics(nearest_mean_scores(outputs.features, means), targets, ends)
         return {
@@ -430,15 +438,25 @@ class Learner(abc.ABC):
 
     # Small matters
 
-    def _steps(self, milestones: Sequence[int]) -> Sequence[int] | None:
-        """Milestones, or None where the learning rate is to fall along a cosine."""
-        return milestones if (self.config.scheduler or self.scheduler) == "steps" else None
+    def _steps(self, key: str) -> Sequence[int] | None:
+        """Milestones, or None where the learning rate is to fall along a cosine.
+
+        Milestones in the config mean steps, unless `scheduler` says otherwise.
+        """
+        given = getattr(self.config, key)
+        scheduler = self.config.scheduler or ("steps" if given is not None else self.defaults.scheduler)
+        return self.own(key) if scheduler == "steps" else None
 
     def training_loader(self, stage: Stage) -> tuple[DataLoader, EpochBatchSampler]:
         config, fabric = self.config, self.fabric
-        ends = list(itertools.accumulate([len(stage.items), *(len(group) for group in stage.rehearsed)]))
-        dataset = TrainingSet(
-            [*stage.items, *itertools.chain.from_iterable(stage.rehearsed)],
+        ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
+        sampler = EpochBatchSampler(len(stage.items), config.batch_size, config.model_seed, self.phase, **ranks)
+        return self._loader(self.training_set(stage.items), sampler), sampler
+
+    def training_set(self, items: Sequence[Item]) -> TrainingSet:
+        config = self.config
+        return TrainingSet(
+            items,
             self.data.paths,
             self.data.train_transform,
             config.augmentation_prob,
@@ -448,17 +466,6 @@ class Learner(abc.ABC):
             self.phase,
             self.data.pixels,
         )
-        sampler = EpochBatchSampler(
-            len(stage.items),
-            config.batch_size,
-            config.model_seed,
-            self.phase,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-            groups=[range(*bounds) for bounds in itertools.pairwise(ends)],
-            per_group=stage.nb_rehearsed,
-        )
-        return self._loader(dataset, sampler), sampler
 
     def _loader(self, dataset: ImageSet | TrainingSet, batches: Iterable[Sequence]) -> DataLoader:
         return batch_loader(dataset, batches, self._nb_workers(), pin_memory=self.fabric.device.type == "cuda")

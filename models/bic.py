@@ -1,7 +1,10 @@
 """BiC: Wu et al., "Large Scale Incremental Learning", CVPR 2019.
 
-A phase is learnt with distillation; then two numbers, learnt on held-out images of all classes alike, take the bias
-towards the new classes out of their logits.
+A phase is trained with distillation; then two numbers, trained on held-out images of all classes, correct the bias of
+the newest logits.
+
+As in PyCIL, this second stage takes the softmax twice and leaves batch norm in training mode, so that its running
+statistics move to the held-out images.  `bias_stage: paper` takes it once, with the network in evaluation mode.
 """
 
 from collections import Counter
@@ -13,21 +16,29 @@ from convs.resnet import ResNet
 from models.base import Learner
 from models.losses import distillation
 from models.networks import BiasedNet, Outputs
-from models.stages import Stage
+from models.stages import Defaults, Stage
 from utils.data.items import Item
 from utils.errors import UserError
 
 
 class BiC(Learner, name="bic"):
-    milestones = (60, 100, 140)
+    defaults = Defaults(
+        epochs=170,
+        milestones=(60, 100, 140),
+        init_epoch=170,
+        init_milestones=(60, 100, 140),
+        init_weight_decay=2e-4,
+    )
     keeps_old_network = True
     least_exemplars = 2  # of each class, one is held out
 
     def build_network(self, backbone: ResNet) -> BiasedNet:
-        return BiasedNet(backbone)
+        network = BiasedNet(backbone)
+        network.frozen_in_eval = self.config.bias_stage == "paper"
+        return network
 
     def stages(self) -> list[Stage]:
-        """Section 3: `training` of all but the bias layers on most items, `bias` of the newest one on the others."""
+        """Section 3: `training` of all but the bias layers, then `bias` of the newest one on held-out items."""
         (stage,) = super().stages()
         if self.phase == 0:
             return [stage]
@@ -45,7 +56,7 @@ class BiC(Learner, name="bic"):
         ]
 
     def split(self, items: list[Item]) -> tuple[list[Item], list[Item]]:
-        """(trained on, held out): of every class alike, split_ratio of the exemplars that the poorest one has."""
+        """(trained on, held out): of every class as many, split_ratio of the exemplars of the smallest one."""
         fewest = min(Counter(item.target for item in items).values())
         if fewest < 2:
             raise UserError("BiC holds exemplars of each class out: it needs at least 2 a class. Raise the budget.")
@@ -70,5 +81,6 @@ class BiC(Learner, name="bic"):
         return (1 - l) * classification + l * old
 
     def bias_loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
-        """Eq. 5: CE of the corrected logits."""
-        return F.cross_entropy(outputs.logits, targets)
+        """Eq. 5: CE of the corrected logits; of their softmax as in PyCIL."""
+        paper = self.config.bias_stage == "paper"
+        return F.cross_entropy(outputs.logits if paper else outputs.logits.softmax(dim=1), targets)

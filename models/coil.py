@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from models.base import Learner
 from models.losses import distillation, sinkhorn
 from models.networks import Outputs
+from models.stages import Defaults
 
 
 class Coil(Learner, name="coil"):
-    milestones = (80, 120)
+    defaults = Defaults(epochs=160, milestones=(80, 120), weight_decay=5e-4, init_epoch=160, init_milestones=(80, 120))
     keeps_old_network = True
 
     def before_training(self) -> None:

@@ -11,10 +11,11 @@ from convs.resnet import ResNet
 from models.base import Learner
 from models.losses import newest_or_old
 from models.networks import ExpandableNet, Outputs, der_net
+from models.stages import Defaults
 
 
 class DER(Learner, name="der"):
-    milestones = (80, 120, 150)
+    defaults = Defaults(epochs=170, milestones=(80, 120, 150))
 
     def build_network(self, backbone: ResNet) -> ExpandableNet:
         return der_net(backbone)

@@ -1,6 +1,9 @@
 """EWC: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017.
 
-No exemplars: each weight is held to its old value by a spring as stiff as the old classes need it to be.
+No exemplars: a quadratic penalty holds each weight to its old value, weighted by its Fisher information.
+
+As in PyCIL, the Fisher matrix is computed in training mode: with each batch's own batch norm statistics, and the
+running ones move along.  `fisher_mode: eval` computes it with the network that is evaluated, as the paper describes.
 """
 
 import torch
@@ -11,11 +14,11 @@ from models.base import Learner
 from models.losses import among_new, quadratic_penalty
 from models.networks import Outputs
 from models.parts import parts
-from models.stages import Stage
+from models.stages import Defaults, Stage
 
 
 class EWC(Learner, name="ewc"):
-    milestones = (70, 120, 150)
+    defaults = Defaults(epochs=180, milestones=(70, 120, 150))
     uses_memory = False
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
@@ -42,14 +45,14 @@ class EWC(Learner, name="ewc"):
         self.state = {"fisher": fisher, "weights": weights}
 
     def fisher(self) -> dict[str, Tensor]:
-        """The Fisher matrix's diagonal by parameter: the squared gradient of a batch's mean log-likelihood, averaged
-        over the batches of the new classes' images, at most `fishermax`."""
+        """The diagonal of the Fisher matrix by parameter: the squared gradient of a batch's mean log-likelihood over
+        all classes, averaged over the batches of the new classes' images, at most `fishermax`."""
         schedule = self.schedule()
         loader, sampler = self.training_loader(Stage("fisher", self.data.new_items(self.phase), schedule))
         sampler.set_epoch(schedule.epochs)
         names, weights = zip(*self.network.named_parameters(), strict=True)
         sums = [torch.zeros_like(weight) for weight in weights]
-        self.network.eval()
+        self.network.train(self.config.fisher_mode == "train")
         for step, (_, images, targets) in enumerate(loader):
             images, targets = self.to_device(images), self.fabric.to_device(targets)
             gradients = [torch.zeros_like(weight) for weight in weights]
@@ -61,6 +64,7 @@ class EWC(Learner, name="ewc"):
                     gradient += more
             for total, gradient in zip(sums, self.fabric.all_reduce(gradients, reduce_op="mean"), strict=True):
                 total += gradient.square()
+        self.share_network()
         return {
             name: (total / len(sampler)).clamp(max=self.config.fishermax)
             for name, total in zip(names, sums, strict=True)

@@ -5,10 +5,11 @@ from torch import Tensor
 from models.base import Learner
 from models.losses import among_new
 from models.networks import Outputs
+from models.stages import Defaults
 
 
 class Finetune(Learner, name="finetune"):
-    milestones = (40, 70)
+    defaults = Defaults(epochs=80, milestones=(40, 70))
     uses_memory = False
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:

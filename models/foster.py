@@ -12,11 +12,11 @@ from convs.heads import align_weights
 from models.base import Learner
 from models.losses import distillation, effective_number_weights
 from models.networks import BoostedNet, Outputs
-from models.stages import Stage
+from models.stages import Defaults, Stage
 
 
 class FOSTER(Learner, name="foster"):
-    scheduler = "cosine"
+    defaults = Defaults(epochs=170, weight_decay=5e-4, scheduler="cosine")
 
     def stages(self) -> list[Stage]:
         (stage,) = super().stages()

@@ -1,20 +1,30 @@
 """GEM: Lopez-Paz & Ranzato, "Gradient Episodic Memory for Continual Learning", NIPS 2017.
 
-Exemplars are not learnt from; they only forbid steps that would make the loss on an earlier phase's exemplars larger.
+The network is trained on the new classes alone.  A step that would increase the loss on an earlier phase's exemplars is
+replaced by the nearest one that does not.
+
+As in PyCIL: one head, of which each loss uses the rows of its own phase's classes; the exemplars are augmented once a
+phase; all exemplars of a phase make one forward pass, in training mode, before each step (so batch norm uses, and
+keeps, their statistics too).  `gem_memory_batch` draws some of them for each step instead, as large images need.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from models.base import Learner
-from models.losses import projected
+from models.losses import among_new
 from models.networks import Outputs
-from models.stages import Stage
+from models.stages import Defaults, Stage
 from utils.config.schema import Config
+from utils.data.sampler import seed_sequence
+
+_MEMORY = 2
+"""The stream of random numbers that draws exemplars."""
 
 
 @dataclass
@@ -25,67 +35,91 @@ class Settings:
         """What does not go together with other keys, each message beginning with one."""
         if config.precision == "16-mixed":
             yield "precision: 16-mixed scales gradients, which gem compares with others; take bf16-mixed or 32-true"
-        if config.compile:
-            yield (
-                "compile: gem takes several gradients of one pass, which a compiled network does not keep; "
-                "set it to false"
-            )
 
 
 class GEM(Learner, name="gem"):
-    milestones = (30, 50)
+    defaults = Defaults(epochs=100, milestones=(30, 60, 80))
 
     def stages(self) -> list[Stage]:
-        """Each batch brings `gem_memory_batch` exemplars of every earlier phase along."""
-        phases = [self.data.phase_targets(phase) for phase in range(self.phase)]
-        exemplars = [[item for item in self.memory.items() if item.target in targets] for targets in phases]
-        new, number = self.data.new_items(self.phase), self.config.gem_memory_batch
-        self.rehearsed = [min(number, len(group)) for group in exemplars]
-        return [Stage("training", new, self.schedule(), rehearsed=exemplars, nb_rehearsed=number)]
+        return [Stage("training", self.data.new_items(self.phase), self.schedule())]
 
     def before_stage(self, stage: Stage) -> None:
-        self.memory_gradients: list[Tensor | float] = [0.0] * self.phase
+        """Augment the exemplars of each earlier phase: (images: N x 3 x H x W of uint8, targets: N) each."""
+        self.memories = [self.pictures(self.data.phase_targets(phase)) for phase in range(self.phase)]
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
-        """CE over all classes, of the new classes' images: one head, where the paper has one a task."""
-        new = self.nb_images - sum(self.rehearsed)
-        return mean_of(range(self.nb_old, self.nb_seen), new / self.nb_images, outputs.logits, targets)
+        """CE over the new classes."""
+        return among_new(outputs.logits, targets, self.nb_old)
 
-    def backward(self, loss: Tensor, outputs: Outputs, targets: Tensor, share: float) -> None:
-        """Beside the loss's gradient, that of each earlier phase's exemplars."""
-        weights = self.weights()
-        for phase, number in enumerate(self.rehearsed):
-            classes, rate = self.data.phase_targets(phase), number / self.nb_images
-            memory_loss = share * mean_of(classes, rate, outputs.logits, targets)
-            self.memory_gradients[phase] += flat(torch.autograd.grad(memory_loss, weights, retain_graph=True))
-        super().backward(loss, outputs, targets, share)
+    def before_batch(self) -> None:
+        """The gradient of each earlier phase's exemplars, P numbers each; of this process's share of them."""
+        rank, world_size, weights = self.fabric.global_rank, self.fabric.world_size, self.weights()
+        self.memory_gradients = []
+        for phase, (images, targets) in enumerate(self.memories):
+            chosen = self.drawn(phase, len(targets))
+            own = chosen[rank::world_size]
+            share = world_size * len(own) / len(chosen)
+            if not len(own):  # batch norm needs an image; it does not count
+                own = chosen[:1]
+            classes = self.data.phase_targets(phase)
+            x, y = self.to_device(images[own]), self.fabric.to_device(targets[own] - classes.start)
+            with self.fabric.autocast():
+                loss = share * F.cross_entropy(self.network(x).logits[:, classes.start : classes.stop], y)
+            self.memory_gradients.append(flat(torch.autograd.grad(loss, weights)))
 
     def before_step(self) -> None:
         """Eq. 8-11: the gradient nearest to the loss's that has no negative product with any phase's."""
-        if self.phase == 0:
+        if not self.memory_gradients:
             return
         weights = self.weights()
         memory = self.fabric.all_reduce(torch.stack(self.memory_gradients), reduce_op="mean")
-        self.memory_gradients = [0.0] * self.phase
         step = projected(flat([weight.grad for weight in weights]), memory, self.config.gem_margin)
         for weight, part in zip(weights, step.split([weight.numel() for weight in weights]), strict=True):
             weight.grad.copy_(part.view_as(weight))
 
+    def pictures(self, targets: range) -> tuple[Tensor, Tensor]:
+        """The exemplars of some classes as a training set shows them in its first epoch."""
+        items = [item for item in self.memory.items() if item.target in targets]
+        keys = [(0, index) for index in range(len(items))]
+        size = self.config.batch_size
+        batches = self._loader(self.training_set(items), [keys[i : i + size] for i in range(0, len(keys), size)])
+        images, labels = zip(*((images, labels) for _, images, labels in batches), strict=True)
+        return torch.cat(images), torch.cat(labels)
+
+    def drawn(self, phase: int, number: int) -> Tensor:
+        """Indices of the exemplars of a phase that this step uses, of `number`: the same in every process."""
+        wanted = self.config.gem_memory_batch
+        if wanted is None or wanted >= number:
+            return torch.arange(number)
+        seeds = seed_sequence(self.config.model_seed, self.phase, self.epoch, _MEMORY, self.step, phase)
+        return torch.from_numpy(np.random.default_rng(seeds).permutation(number)[:wanted])
+
     def weights(self) -> list[Tensor]:
-        """All that is learnt."""
         return [weight for weight in self.network.parameters() if weight.requires_grad]
 
 
-def mean_of(classes: range, rate: float, logits: Tensor, targets: Tensor) -> Tensor:
-    """CE of those images that are of some classes, as they are of the batch's images at this rate (0: of none).
+def projected(gradient: Tensor, memory_gradients: Tensor, margin: float = 0.0) -> Tensor:
+    """The gradient nearest to `gradient` that increases no memory's loss: GEM's quadratic program.
 
-    Scaled so that its mean over all images of a batch, in however many parts, is the mean over those of the classes.
+    Lopez-Paz & Ranzato 2017, eq. 11: g' = G^T v + g, v = argmin 1/2 v^T G G^T v + g^T G^T v, v >= margin.  The paper
+    and PyCIL have margin 0; the authors' code has 0.5, which favours the memories.
+    gradient g: P; memory_gradients G: K x P.  Where no memory's loss would increase (G g >= 0), g is returned as it is.
     """
-    chosen = (targets >= classes.start) & (targets < classes.stop)
-    sum_of_losses = F.cross_entropy(logits[chosen], targets[chosen], reduction="sum")
-    return sum_of_losses / (rate * len(targets) or 1.0)
+    along = memory_gradients @ gradient
+    if (along >= 0).all():
+        return gradient
+    P, q = (memory_gradients @ memory_gradients.T).double().cpu(), along.double().cpu()
+    v = torch.full_like(q, margin)
+    active = P.diagonal() > 0  # a zero gradient constrains nothing
+    for _ in range(10_000):  # cyclic coordinate descent: K is the number of phases, so a sweep costs next to nothing
+        before = v.clone()
+        for k in active.nonzero()[:, 0].tolist():
+            v[k] = max(margin, float(v[k] - (P[k] @ v + q[k]) / P[k, k]))
+        if (v - before).abs().max() <= 1e-10 * (1 + v.abs().max()):
+            break
+    return gradient + memory_gradients.T @ v.to(gradient)
 
 
 def flat(tensors) -> Tensor:
-    """All numbers of several tensors in a row."""
+    """All numbers of several tensors in one vector."""
     return torch.cat([tensor.flatten() for tensor in tensors])

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from models.base import Learner
 from models.losses import distillation
 from models.networks import Outputs
+from models.stages import Defaults
 
 
 class ICaRL(Learner, name="icarl"):
-    milestones = (80, 120)
+    defaults = Defaults(epochs=170, milestones=(80, 120))
     keeps_old_network = True
-    uses_nme = True
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """Algorithm 3, with softmax for the paper's sigmoids as later work does: CE + KD on the old classes."""

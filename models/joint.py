@@ -5,10 +5,11 @@ from torch.nn import functional as F
 
 from models.base import Learner
 from models.networks import Outputs
-from models.stages import Stage
+from models.stages import Defaults, Stage
 
 
 class Joint(Learner, name="joint"):
+    defaults = Defaults(epochs=200)
     uses_memory = False
 
     def stages(self) -> list[Stage]:

@@ -108,26 +108,3 @@ def sinkhorn(cost: Tensor, regularisation: float, iterations: int = 1000, tolera
         if moved < tolerance:
             break
     return (scaled + f + g).exp().to(cost.dtype)
-
-
-def projected(gradient: Tensor, memory_gradients: Tensor, margin: float = 0.0) -> Tensor:
-    """The gradient nearest to `gradient` that makes no memory's loss larger: GEM's quadratic program.
-
-    Lopez-Paz & Ranzato 2017, eq. 11: g' = G^T v + g, v = argmin 1/2 v^T G G^T v + g^T G^T v, v >= 0; with a margin,
-    v >= margin, as its authors' code has it, which favours what is remembered.
-    gradient g: P; memory_gradients G: K x P.
-    Where no memory's loss would grow (G g >= 0), g is returned as it is.
-    """
-    along = memory_gradients @ gradient
-    if (along >= 0).all():
-        return gradient
-    P, q = (memory_gradients @ memory_gradients.T).double().cpu(), along.double().cpu()
-    v = torch.full_like(q, margin)
-    active = P.diagonal() > 0  # a memory that says nothing constrains nothing
-    for _ in range(10_000):  # cyclic coordinate descent: K is the number of phases, so a sweep costs next to nothing
-        before = v.clone()
-        for k in active.nonzero()[:, 0].tolist():
-            v[k] = max(margin, float(v[k] - (P[k] @ v + q[k]) / P[k, k]))
-        if (v - before).abs().max() <= 1e-10 * (1 + v.abs().max()):
-            break
-    return gradient + memory_gradients.T @ v.to(gradient)

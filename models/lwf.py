@@ -8,10 +8,11 @@ from torch import Tensor
 from models.base import Learner
 from models.losses import among_new, distillation
 from models.networks import Outputs
+from models.stages import Defaults
 
 
 class LwF(Learner, name="lwf"):
-    milestones = (60, 120, 180, 220)
+    defaults = Defaults(epochs=250, milestones=(60, 120, 180, 220), init_milestones=(60, 120, 160))
     uses_memory = False
     keeps_old_network = True
 

@@ -27,9 +27,13 @@ class Outputs(NamedTuple):
 class PartlyFrozenNet(nn.Module):
     """A network of which parts may be frozen, by `requires_grad`."""
 
+    frozen_in_eval = True
+    """Whether frozen parts stay in evaluation mode, with their batch norm statistics, while others are trained."""
+
     def train(self, mode: bool = True) -> Self:
-        """As every module's, but what does not learn stays in eval mode: its batch norm statistics belong to it."""
         super().train(mode)
+        if not self.frozen_in_eval:
+            return self
         for module in itertools.islice(self.modules(), 1, None):  # the first is the network itself
             parameters = list(module.parameters())
             if parameters and not any(parameter.requires_grad for parameter in parameters):

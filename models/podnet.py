@@ -13,15 +13,14 @@ from convs.resnet import ResNet
 from models.base import Learner
 from models.losses import nca, pod_flat, pod_spatial
 from models.networks import Outputs, ProxyNet
-from models.stages import Schedule, Stage
+from models.stages import Defaults, Schedule, Stage
 
 MARGIN = 0.6  # the paper's delta
 
 
 class PODNet(Learner, name="podnet"):
-    scheduler = "cosine"
+    defaults = Defaults(epochs=160, weight_decay=5e-4, init_epoch=160, scheduler="cosine")
     keeps_old_network = True
-    uses_nme = True
     plain_phase_0 = False
 
     def build_network(self, backbone: ResNet) -> ProxyNet:
@@ -48,7 +47,7 @@ class PODNet(Learner, name="podnet"):
             Stage(
                 "balanced",
                 [*picked, *exemplars],
-                Schedule(c.ft_epochs, c.ft_lrate, None, 1.0, c.weight_decay),
+                Schedule(c.ft_epochs, c.ft_lrate, None, 1.0, self.schedule().weight_decay),
                 parameters=list(network.head.parameters()),
             ),
         ]

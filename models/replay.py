@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from models.base import Learner
 from models.networks import Outputs
+from models.stages import Defaults
 
 
 class Replay(Learner, name="replay"):
-    milestones = (30, 50)
+    defaults = Defaults(epochs=70, milestones=(30, 50))
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """CE over all classes."""

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from convs.resnet import ResNet
 from models.base import Learner
 from models.networks import Outputs, PrototypeNet
-from models.stages import Stage
+from models.stages import Defaults, Stage
 
 
 class SimpleCIL(Learner, name="simplecil"):
+    defaults = Defaults(epochs=1, init_lr=0.01, scheduler="cosine")
     uses_memory = False
 
     def build_network(self, backbone: ResNet) -> PrototypeNet:

@@ -30,12 +30,28 @@ class Schedule(NamedTuple):
         return MultiStepLR(optimizer, list(self.milestones), self.decay)
 
 
+class Defaults(NamedTuple):
+    """A method's own schedule: what holds for each key of the config that is null.  These values are PyCIL's.
+
+    scheduler: "steps" or "cosine".
+    """
+
+    epochs: int
+    milestones: Sequence[int] = ()
+    weight_decay: float = 2e-4
+    init_epoch: int = 200
+    init_milestones: Sequence[int] = (60, 120, 170)
+    init_weight_decay: float = 5e-4
+    init_lr: float = 0.1
+    lrate: float = 0.1
+    scheduler: str = "steps"
+
+
 class Stage(NamedTuple):
     """One pass of the epoch loop.
 
-    name: unique within the phase; items: what is trained on; schedule: for how long and how fast; parameters: what
-    learns, None for all that is not frozen; loss: in place of the method's own, called alike; rehearsed: groups of
-    items of which each batch gets up to `nb_rehearsed` more, drawn anew.
+    name: unique within the phase; items: the training set; schedule: epochs, learning rate and weight decay;
+    parameters: what is trained, None for all that require gradients; loss: replaces the method's own, same signature.
 
     A phase's stages are a function of the phase, the config, the data and the memory alone, so that they can be told
     again after a restart: "phase, stage, epoch" is a place in a run.
@@ -46,8 +62,6 @@ class Stage(NamedTuple):
     schedule: Schedule
     parameters: Sequence[nn.Parameter] | None = None
     loss: Callable | None = None
-    rehearsed: Sequence[Sequence[Item]] = ()
-    nb_rehearsed: int = 0
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from convs.heads import align_weights
 from models.base import Learner
 from models.losses import distillation
 from models.networks import Outputs
+from models.stages import Defaults
 
 
 class WA(Learner, name="wa"):
-    milestones = (60, 100, 140)
+    defaults = Defaults(epochs=170, milestones=(60, 100, 140))
     keeps_old_network = True
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:

@@ -16,17 +16,19 @@ means 1e-7, PyCIL adds 1e-8 to norms) and keeps the same exemplars; 1: some run 
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+os.environ["TQDM_DISABLE"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
@@ -34,10 +36,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from models import METHODS
+from models import METHODS, catalogue
 from models.base import Learner
 from models.stages import Stage
-from utils.config.schema import Config, load_config
+from utils.config.read import load_config
+from utils.config.schema import Config, all_keys
 from utils.data.augment import SmallTest
 from utils.data.batches import batch_loader
 from utils.data.classes import DataManager
@@ -174,7 +177,7 @@ class StillData(DataManager):
 
     @property
     def train_transform(self) -> Still:
-        return Still(self.test_transform.form)
+        return Still()
 
     @property
     def normalise(self) -> Callable[[Tensor], Tensor]:
@@ -348,7 +351,7 @@ def fill_around(weight: Tensor, given: Tensor, rows: int, columns: int) -> None:
 def config_of(reference: Reference, folder: Path) -> Config:
     """PyCIL's keys as they are; of what its module says only the length, the rate and the place of the one decay."""
     ignored = {"prefix", "seed", "device", "memory_size", "memory_per_class", "scheduler", "milestones", "weight_decay"}
-    keys = {field.name for field in fields(Config)}
+    keys = all_keys([catalogue.methods()[reference.method]])
     ignored |= {"init_milestones", "init_weight_decay", "num_workers"}
     values = {key: value for key, value in reference.args.items() if key in keys and key not in ignored}
     rate = reference.setting("lrate", "lr", "init_lr")
@@ -368,7 +371,7 @@ def config_of(reference: Reference, folder: Path) -> Config:
         values["fixed_memory"] = True
     file = folder / f"{reference.name}.json"
     file.write_text(json.dumps(values))
-    return load_config(file, (), {})
+    return load_config(file, methods=catalogue.methods(), backbones=catalogue.backbones())
 
 
 @contextmanager

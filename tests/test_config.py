@@ -26,10 +26,8 @@ def load(tmp_path, values=None, *overrides, drop=()):
 
 def test_defaults_are_the_papers(tmp_path):
     config = load(tmp_path)
-    assert (config.init_epoch, config.init_lr, config.init_milestones) == (200, 0.1, [60, 120, 170])
-    assert (config.init_lr_decay, config.init_weight_decay) == (0.1, 5e-4)
-    assert (config.epochs, config.lrate, config.milestones) == (170, 0.1, None)
-    assert (config.lrate_decay, config.weight_decay) == (0.1, 2e-4)
+    assert config.init_epoch is config.milestones is config.weight_decay is config.scheduler is None, "the method's own"
+    assert (config.init_lr_decay, config.lrate_decay) == (0.1, 0.1)
     assert (config.batch_size, config.momentum, config.T, config.seed) == (128, 0.9, 2.0, [1993])
 
 
@@ -51,6 +49,13 @@ def test_every_example_is_valid(file):
 def test_every_method_has_an_example():
     for method in METHODS:
         assert read.load_config(EXPS[0].parent / f"{method}.json", **KNOWN).model_name == method
+
+
+def test_the_examples_write_out_the_methods_own_schedules():
+    for name, method in METHODS.items():
+        written = json.loads((EXPS[0].parent / f"{name}.json").read_text())
+        for key, value in method.defaults._asdict().items():
+            assert written.get(key, value) in (value, list(value) if isinstance(value, tuple) else value), (name, key)
 
 
 def test_overrides_have_types_and_reach_other_keys(tmp_path):
@@ -233,9 +238,9 @@ def test_differences_leave_out_what_changes_no_number(tmp_path):
 
 
 def test_a_key_that_is_younger_than_a_record_was_its_default_then(tmp_path):
-    older = {key: value for key, value in as_dict(load(tmp_path)).items() if key != "lrate"}
+    older = {key: value for key, value in as_dict(load(tmp_path)).items() if key != "batch_size"}
     assert differences(load(tmp_path), older) == []
-    assert differences(load(tmp_path, {"lrate": 0.2}), older) == ["lrate: 0.1 -> 0.2"]
+    assert differences(load(tmp_path, {"batch_size": 64}), older) == ["batch_size: 128 -> 64"]
 
 
 def test_help_names_every_key_and_fits_the_terminal():

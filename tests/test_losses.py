@@ -9,6 +9,7 @@ import torch
 
 from convs.heads import BiasLayer, ProxyHead
 from models import METHODS
+from models.gem import projected
 from models.losses import (
     distillation,
     effective_number_weights,
@@ -16,7 +17,6 @@ from models.losses import (
     newest_or_old,
     pod_flat,
     pod_spatial,
-    projected,
     quadratic_penalty,
     sinkhorn,
 )
@@ -42,24 +42,6 @@ def kd(z, old):
     return -(np.exp(log_softmax(old / T)) * log_softmax(z / T)).sum() / len(z)
 
 
-def loss_of(name, phase, loss="loss", targets=TARGETS, **more):
-    """The method's loss, called on a stand-in for its learner."""
-    method = METHODS[name]
-    learner = SimpleNamespace(
-        config=SimpleNamespace(T=T, lwf_lambda=3.0, ewc_lambda=7.0),
-        phase=phase,
-        nb_seen=OLD + NEW,
-        nb_images=B,
-        rehearsed=[np.sum(targets < OLD)] if phase else [],  # by gem
-        old_network=object() if phase and method.keeps_old_network else None,
-        old_logits=lambda images: torch.tensor(OLD_LOGITS),
-        **{"nb_old": OLD, "nb_new": NEW, **more},
-    )
-    aux = torch.tensor(AUX_LOGITS) if phase and name in ("der", "memo") else None
-    outputs = Outputs(torch.tensor(LOGITS), torch.zeros(B, 4), aux)
-    return getattr(method, loss)(learner, outputs, torch.zeros(B, 3, 4, 4), torch.tensor(targets)).item()
-
-
 def test_distillation():
     ours = distillation(torch.tensor(LOGITS[:, :OLD]), torch.tensor(OLD_LOGITS), T).item()
     assert ours == pytest.approx(kd(LOGITS[:, :OLD], OLD_LOGITS))
@@ -69,51 +51,6 @@ def test_auxiliary_targets():
     assert newest_or_old(torch.tensor(TARGETS), OLD).tolist() == [0, 2, 1, 0, 1, 0]
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.plain_phase_0])
-def test_phase_0_is_cross_entropy(name):
-    none_old = {"nb_old": 0, "nb_new": OLD + NEW}
-    assert loss_of(name, 0, **none_old) == pytest.approx(cross_entropy(LOGITS, TARGETS))
-
-
-@pytest.mark.parametrize("name", ["replay", "joint", "bic"])
-def test_methods_that_learn_all_classes_by_cross_entropy(name):
-    loss = "bias_loss" if name == "bic" else "loss"
-    assert loss_of(name, 1, loss) == pytest.approx(cross_entropy(LOGITS, TARGETS))
-
-
-def test_gem_learns_from_new_images_alone():
-    new = TARGETS >= OLD
-    assert loss_of("gem", 1) == pytest.approx(cross_entropy(LOGITS[new], TARGETS[new]))
-
-
-def test_icarl():
-    assert loss_of("icarl", 1) == pytest.approx(cross_entropy(LOGITS, TARGETS) + kd(LOGITS[:, :OLD], OLD_LOGITS))
-
-
-@pytest.mark.parametrize("name", ["wa", "bic"])
-def test_wa_and_bic(name):
-    part = OLD / (OLD + NEW)
-    expected = (1 - part) * cross_entropy(LOGITS, TARGETS) + part * kd(LOGITS[:, :OLD], OLD_LOGITS)
-    assert loss_of(name, 1) == pytest.approx(expected)
-
-
-NEW_TARGETS = np.array([3, 4, 3, 4, 3, 4])
-
-
-def test_finetune_and_lwf_learn_among_the_new_classes():
-    among_new = cross_entropy(LOGITS[:, OLD:], NEW_TARGETS - OLD)
-    assert loss_of("finetune", 1, targets=NEW_TARGETS) == pytest.approx(among_new)
-    expected = among_new + 3 * kd(LOGITS[:, :OLD], OLD_LOGITS)
-    assert loss_of("lwf", 1, targets=NEW_TARGETS) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("name", ["der", "memo"])
-def test_der_and_memo(name):
-    auxiliary = np.where(TARGETS < OLD, 0, TARGETS - OLD + 1)
-    expected = cross_entropy(LOGITS, TARGETS) + cross_entropy(AUX_LOGITS, auxiliary)
-    assert loss_of(name, 1) == pytest.approx(expected)
-
-
 def test_ewc_penalty():
     now, then, fisher = (RNG.normal(size=(3, 4)) for _ in range(3))
     grown = np.concatenate([now, RNG.normal(size=(2, 4))])  # a head with rows for new classes: those are free
@@ -121,18 +58,6 @@ def test_ewc_penalty():
     scalar = [torch.tensor(x) for x in (1.5, 1.0, 4.0)]
     ours = quadratic_penalty(*([tensor, number] for tensor, number in zip(tensors, scalar, strict=True))).item()
     assert ours == pytest.approx(0.5 * (fisher * (now - then) ** 2).sum() + 0.5 * 4 * 0.25)
-
-
-def test_ewc():
-    network = torch.nn.Linear(2, 5)
-    state = {
-        "weights": {name: torch.zeros_like(p)[:OLD] for name, p in network.named_parameters()},
-        "fisher": {name: torch.full_like(p[:OLD].detach(), 0.1) for name, p in network.named_parameters()},
-    }
-    ours = loss_of("ewc", 1, targets=NEW_TARGETS, network=network, state=state)
-    held = sum((p.detach().double().numpy()[:OLD] ** 2).sum() for p in network.parameters())
-    expected = cross_entropy(LOGITS[:, OLD:], NEW_TARGETS - OLD) + 7 / 2 * 0.1 * held
-    assert ours == pytest.approx(expected)
 
 
 def test_bias_layer():
@@ -316,36 +241,3 @@ def test_gem_s_projection_by_hand():
     assert projected(g, torch.tensor([[0.0, 2.0]])).tolist() == [1, 0], "what hurts the memory is taken out"
     assert projected(g, torch.tensor([[1.0, 0.0]])).tolist() == [1, -1], "what does not is left"
     assert projected(g, torch.tensor([[0.0, 0.0], [0.0, 2.0]])).tolist() == [1, 0], "no exemplars, no constraint"
-
-
-@pytest.mark.parametrize(("name", "aligned"), [("icarl", False), ("wa", True), ("der", True), ("memo", True)])
-def test_which_methods_align_the_head_and_when(name, aligned):
-    for phase in (0, 1):
-        head = torch.nn.Linear(4, OLD + NEW)
-        before = head.weight.detach().clone()
-        learner = SimpleNamespace(phase=phase, nb_new=NEW, network=SimpleNamespace(head=head))
-        METHODS[name].after_training(learner)
-        assert torch.equal(head.weight.detach(), before) != (aligned and phase > 0)
-        if aligned and phase > 0:
-            norms = head.weight.detach().norm(dim=1)
-            assert norms[:OLD].mean() == pytest.approx(norms[OLD:].mean().item(), rel=1e-5)
-
-
-def test_the_papers_milestones():
-    stepped = {name: method.milestones for name, method in METHODS.items() if method.scheduler == "steps"}
-    assert set(METHODS) - set(stepped) == {"podnet", "foster"}
-    assert stepped == {
-        "finetune": (40, 70),
-        "replay": (30, 50),
-        "joint": (),
-        "lwf": (60, 120, 180, 220),
-        "ewc": (70, 120, 150),
-        "gem": (30, 50),
-        "bic": (60, 100, 140),
-        "coil": (80, 120),
-        "simplecil": (),
-        "icarl": (80, 120),
-        "wa": (60, 100, 140),
-        "der": (80, 120, 150),
-        "memo": (80, 120, 150),
-    }

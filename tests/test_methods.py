@@ -85,8 +85,8 @@ def test_methods_that_remember(train, method):
     last = phases[-1]
     assert last["cnn"]["old"] > CHANCE + 5
     assert last["cnn"]["top1"] > CHANCE + 15
-    assert (last["nme"] is not None) == METHODS[method].uses_nme
     remembers = METHODS[method].uses_memory
+    assert (last["nme"] is not None) == remembers
     assert last["memory"]["nb_real"] == (12 if remembers else 0)
     assert last["memory"]["nb_synthetic"] == (48 if remembers else 0)
     assert last["memory"]["units_total"] == pytest.approx(6 * (2 + 8 / 8) if remembers else 0)
@@ -136,6 +136,36 @@ def test_methods_without_exemplars(train, folders, tmp_path):
     assert min(within["lwf"], within["ewc"]) > 50 + 25, within
 
 
+def test_the_schedule_is_the_methods_own_where_the_config_is_silent():
+    """PyCIL's values: of its module's constants, or of its exps/*.json."""
+    steps, cosine = ([60, 120, 170], 5e-4), ([], 5e-4)
+    expected = {  # (epochs, milestones, weight decay) of later phases; (epochs, milestones, weight decay) of phase 0
+        "finetune": (80, [40, 70], 2e-4, 200, *steps),
+        "replay": (70, [30, 50], 2e-4, 200, *steps),
+        "lwf": (250, [60, 120, 180, 220], 2e-4, 200, [60, 120, 160], 5e-4),
+        "ewc": (180, [70, 120, 150], 2e-4, 200, *steps),
+        "gem": (100, [30, 60, 80], 2e-4, 200, *steps),
+        "icarl": (170, [80, 120], 2e-4, 200, *steps),
+        "bic": (170, [60, 100, 140], 2e-4, 170, [60, 100, 140], 2e-4),
+        "wa": (170, [60, 100, 140], 2e-4, 200, *steps),
+        "der": (170, [80, 120, 150], 2e-4, 200, *steps),
+        "memo": (170, [80, 120, 150], 2e-4, 200, *steps),
+        "podnet": (160, [], 5e-4, 160, *cosine),
+        "foster": (170, [], 5e-4, 200, *cosine),
+        "coil": (160, [80, 120], 5e-4, 160, [80, 120], 5e-4),
+        "simplecil": (None, [], None, 200, *cosine),
+        "joint": (None, [], None, 200, *steps),
+    }
+    assert set(expected) == set(METHODS)
+    for name, numbers in expected.items():
+        own = METHODS[name].defaults
+        falls = own.scheduler == "steps"
+        found = (own.epochs, [*own.milestones] if falls else [], own.weight_decay, own.init_epoch)
+        found = (*found, [*own.init_milestones] if falls else [], own.init_weight_decay)
+        assert all(b is None or a == b for a, b in zip(found, numbers, strict=True)), (name, found, numbers)
+        assert (own.init_lr, own.lrate) == (0.01 if name == "simplecil" else 0.1, 0.1)
+
+
 SCHEDULE = Schedule(2, 0.1, None, 1.0, 0.0)
 ONE_DEVICE = SimpleNamespace(
     device=torch.device("cpu"),
@@ -144,49 +174,6 @@ ONE_DEVICE = SimpleNamespace(
     all_reduce=lambda x, reduce_op: x,
     world_size=1,
 )
-
-
-def test_ewc_s_fisher_is_the_mean_squared_gradient_and_merges_by_classes(monkeypatch):
-    torch.manual_seed(0)
-    head = linear_head(3, 4)
-    network = torch.nn.Sequential(head)
-    monkeypatch.setattr(network, "forward", lambda x: Outputs(head(x), x))
-    batches = [(torch.arange(2), torch.randn(2, 3), torch.tensor([2, 3])) for _ in range(3)]
-
-    class Sampler(list):
-        def set_epoch(self, epoch):
-            assert epoch == 2, "after those of training"
-
-        def sizes(self, step):
-            return 2, 2
-
-    old = {"0.weight": torch.rand(2, 3), "0.bias": torch.rand(2)}
-    learner = SimpleNamespace(
-        network=network,
-        fabric=ONE_DEVICE,
-        config=SimpleNamespace(fishermax=0.02, accumulate_batches=1),
-        data=SimpleNamespace(new_items=lambda phase: []),
-        phase=1,
-        nb_old=2,
-        nb_seen=4,
-        schedule=lambda: SCHEDULE,
-        training_loader=lambda stage: (batches, Sampler(range(3))),
-        to_device=lambda x: x,
-        state={"fisher": {key: value.clone() for key, value in old.items()}, "weights": {}},
-    )
-    expected = {"0.weight": np.zeros((4, 3)), "0.bias": np.zeros(4)}
-    for _, x, y in batches:
-        z = head(x).detach().double().numpy()
-        error = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) - np.eye(4)[y]  # d CE / d z
-        expected["0.weight"] += (error.T @ x.double().numpy() / 2) ** 2 / 3
-        expected["0.bias"] += error.mean(axis=0) ** 2 / 3
-    learner.fisher = lambda: METHODS["ewc"].fisher(learner)
-    METHODS["ewc"].after_training(learner)
-    for key, value in expected.items():
-        value = np.minimum(value, 0.02)
-        value[:2] = 0.5 * old[key].numpy() + 0.5 * value[:2]
-        np.testing.assert_allclose(learner.state["fisher"][key], value, rtol=1e-4)
-    assert torch.equal(learner.state["weights"]["0.bias"], head.bias)
 
 
 def test_bic_holds_out_the_same_number_of_every_class():

@@ -10,6 +10,7 @@ from utils.results.metrics import (
     average_incremental_accuracy,
     backward_transfer,
     forgetting,
+    forgetting_in_tens,
     nearest_mean_scores,
     phase_metrics,
 )
@@ -53,6 +54,18 @@ def test_over_phases_by_hand():
     assert backward_transfer([[90]]) is None
 
 
+def test_pycil_s_forgetting_by_hand():
+    """Phases of 10 classes: the best of all phases, the last one included, against the last."""
+    assert forgetting_in_tens([[90], [95, 80], [70, 85, 50]]) == pytest.approx((25 + 0) / 2)
+    assert forgetting_in_tens([[90]]) is None
+    # Phases of 6: the second ten begin in the second of three phases.
+    assert forgetting_in_tens([[90], [80, 70], [60, 40]]) == pytest.approx(30)
+    scores, targets = torch.eye(12).repeat(2, 1), torch.arange(12).repeat(2)
+    scores[11] = torch.eye(12)[0]
+    metrics = phase_metrics(scores, targets, [6, 12])
+    assert metrics["per_ten"] == [100, 75]
+
+
 def test_nearest_mean():
     means = torch.eye(2)
     scores = nearest_mean_scores(torch.tensor([[2.0, 0], [3, 4]]), means)
@@ -69,6 +82,7 @@ def entry(seed, first, second, nme=None):
             "top5": 100.0,
             "per_class": [top1] * width,
             "per_phase": per_phase,
+            "per_ten": per_phase,
             "confusion": confusion,
         }
 

@@ -118,6 +118,8 @@ class Config:
         "", 'on_demand: settings, model and machine, as options of compress/run.py: "--model tiny --steps 10"'
     )
 
+    nme: bool = setting(True, "evaluate the nearest mean of exemplars beside the head, where there are exemplars")
+
     # The schedule (PyCIL keeps these in its method files)
     model_seed: Natural = setting(1993, "initial weights, batch order, augmentation, choice of copies")
     batch_size: Count = setting(128, "images of a training step, over all devices together", source=PYCIL)
@@ -125,31 +127,51 @@ class Config:
         1, "parts in which a batch is processed one after another, so that large ones fit; one step for all of them"
     )
     momentum: Fraction = setting(0.9, "SGD's momentum", source=PYCIL)
-    init_epoch: Natural = setting(200, "phase 0: epochs", source=PYCIL, also=["init_epochs"])
-    init_lr: Positive = setting(0.1, "phase 0: learning rate", source=PYCIL)
-    init_milestones: Epochs = setting([60, 120, 170], "phase 0: epochs after which the rate decays", source=PYCIL)
+    init_epoch: Natural | None = setting(
+        None, "phase 0: epochs; null: the method's own", source=PYCIL, also=["init_epochs"]
+    )
+    init_lr: Positive | None = setting(None, "phase 0: learning rate; null: the method's own", source=PYCIL)
+    init_milestones: Epochs | None = setting(
+        None, "phase 0: epochs after which the rate decays; null: the method's own", source=PYCIL
+    )
     init_lr_decay: Positive = setting(0.1, "phase 0: factor of each decay", source=PYCIL)
-    init_weight_decay: NonNegative = setting(5e-4, "phase 0: weight decay", source=PYCIL)
-    epochs: Count = setting(170, "later phases: epochs", source=PYCIL, also=["boosting_epochs"])
-    lrate: Positive = setting(0.1, "later phases: learning rate", source=PYCIL, also=["lr"])
+    init_weight_decay: NonNegative | None = setting(None, "phase 0: weight decay; null: the method's own", source=PYCIL)
+    epochs: Count | None = setting(
+        None, "later phases: epochs; null: the method's own", source=PYCIL, also=["boosting_epochs"]
+    )
+    lrate: Positive | None = setting(
+        None, "later phases: learning rate; null: the method's own", source=PYCIL, also=["lr"]
+    )
     milestones: Epochs | None = setting(
         None, "later phases: epochs after which the rate decays; null: the method's own", source=PYCIL
     )
     scheduler: Annotated[
         Literal["steps", "cosine"] | None, BeforeValidator(lambda value: "steps" if value == "steplr" else value)
-    ] = setting(None, "how the rate falls, at milestones or along half a cosine; null: the method's own")
+    ] = setting(
+        None,
+        "how the rate falls, at milestones or along half a cosine; null: at milestones where they are given, else as "
+        "the method does",
+    )
     lrate_decay: Positive = setting(0.1, "later phases: factor of each decay", source=PYCIL)
-    weight_decay: NonNegative = setting(2e-4, "later phases: weight decay", source=PYCIL)
+    weight_decay: NonNegative | None = setting(None, "later phases: weight decay; null: the method's own", source=PYCIL)
 
     # The methods' own (PyCIL's names, where it has them)
     T: Positive = setting(2.0, "temperature of knowledge distillation", source=PYCIL)
     lwf_lambda: NonNegative = setting(3.0, "LwF: weight of distillation", source="LwF in PyCIL")
     ewc_lambda: NonNegative = setting(1000.0, "EWC: weight of the penalty", source="EWC in PyCIL")
     fishermax: NonNegative = setting(1e-4, "EWC: greatest importance of a weight", source="EWC in PyCIL")
-    gem_margin: NonNegative = setting(
-        0.5, "GEM: least weight of each earlier phase in a step that had to be corrected", source="the GEM paper's code"
+    fisher_mode: Literal["train", "eval"] = setting(
+        "train", "EWC: the network's mode for the Fisher matrix; train as in PyCIL, eval as in the paper"
     )
-    gem_memory_batch: Count = setting(64, "GEM: exemplars of each earlier phase in a step")
+    gem_margin: NonNegative = setting(
+        0.0, "GEM: least weight of an earlier phase in a corrected step; the authors' code has 0.5"
+    )
+    gem_memory_batch: Count | None = setting(
+        None, "GEM: exemplars of each earlier phase in a step; null: all of them, as in PyCIL"
+    )
+    bias_stage: Literal["pycil", "paper"] = setting(
+        "pycil", "BiC: second stage as in PyCIL (softmax twice, batch norm in training mode), or the paper's"
+    )
     split_ratio: Fraction = setting(
         0.1, "BiC: share of the exemplars that is held out for the bias layers", source="BiC in PyCIL"
     )

@@ -19,7 +19,7 @@ def phase_metrics(scores: "Tensor", targets: "Tensor", phase_ends: Sequence[int]
     phase 0, 1, ..., the last one C.  Returns
         top1, top5 (100 where C <= 5), old, new: accuracy over all images, over those of earlier phases (None in phase
         0), and over the newest phase's; per_class: C accuracies; per_phase: over the images of each phase's classes;
-        confusion: C x C counts, rows are true classes.
+        per_ten: over the images of each ten classes, in target order; confusion: C x C counts, rows are true classes.
     """
     nb_classes = phase_ends[-1]
     pairs = targets.numpy() * nb_classes + scores.argmax(dim=1).numpy()
@@ -39,6 +39,7 @@ def phase_metrics(scores: "Tensor", targets: "Tensor", phase_ends: Sequence[int]
         "new": accuracy(starts[-1], nb_classes),
         "per_class": (100 * right / total).tolist(),
         "per_phase": [accuracy(first, end) for first, end in zip(starts, phase_ends, strict=True)],
+        "per_ten": [accuracy(first, min(first + 10, nb_classes)) for first in range(0, nb_classes, 10)],
         "confusion": confusion.tolist(),
     }
 
@@ -58,6 +59,20 @@ def forgetting(per_phase: Sequence[Sequence[float]]) -> float | None:
     if last < 1:
         return None
     return float(np.mean([max(row[j] for row in per_phase[j:last]) - per_phase[last][j] for j in range(last)]))
+
+
+def forgetting_in_tens(per_ten: Sequence[Sequence[float]]) -> float | None:
+    """PyCIL's forgetting: mean over groups of (best accuracy after any phase) - (accuracy after the last one), >= 0.
+
+    The groups are of ten classes, whatever the phases are; those that appear in the last phase do not count.  In phases
+    of ten classes this is PyCIL's number; in others its table has rows of zeros, or does not hold the groups.
+    per_ten: after each phase, the accuracy on each ten classes seen.  None where there is but one phase.
+    """
+    if len(per_ten) < 2:
+        return None
+    final = per_ten[-1]
+    groups = range(len(per_ten[-2]))
+    return float(np.mean([max(row[j] for row in per_ten if j < len(row)) - final[j] for j in groups]))
 
 
 def backward_transfer(per_phase: Sequence[Sequence[float]]) -> float | None:

@@ -12,13 +12,14 @@ results.json (accuracies in percent, seconds, bytes):
                    loss, accuracy of the first stage, seconds of all, reused, stages: stage, epochs, loss, accuracy);
                    copies_on_demand (number made, null where all were made ahead); copies (what made those in use:
                    made_by, files, digest; null where none is used); seconds {train, exemplars, evaluate, total}
-        cnn, nme   average_incremental_accuracy; forgetting and backward_transfer (null after one phase); top1 (a list,
-                   by phase); per_class {label: [accuracy by phase, null before the class was learnt]}; or null
+        cnn, nme   average_incremental_accuracy; forgetting, forgetting_in_tens (PyCIL's) and backward_transfer
+                   (null after one phase); top1 (a list, by phase); per_class {label: [accuracy by phase, null before
+                   the class was learnt]}; or null
         memory     of the last phase
         seconds    of all phases; seconds_reused: what training the reused network of phase 0 had taken, not in it
     summary    over the finished seeds, null where there is none: seeds, classes_seen; cnn and nme (null where unused)
-               with average_incremental_accuracy, forgetting, backward_transfer and top1 by phase; units, bytes,
-               seconds.  Each figure is a mean and a std (standard deviation, n - 1; 0 for one seed).
+               with average_incremental_accuracy, both kinds of forgetting, backward_transfer and top1 by phase; units,
+               bytes, seconds.  Each figure is a mean and a std (standard deviation, n - 1; 0 for one seed).
 It is written anew after each phase; phases that are not done yet are not in it.
 
 phases.csv has the same figures for a spreadsheet, a row a phase: PHASE_COLUMNS below; empty where there is none.
@@ -38,7 +39,7 @@ import numpy as np
 from utils.data.images import write_atomically
 from utils.errors import UserError
 from utils.results.history import write_csv
-from utils.results.metrics import average_incremental_accuracy, backward_transfer, forgetting
+from utils.results.metrics import average_incremental_accuracy, backward_transfer, forgetting, forgetting_in_tens
 
 PHASE_COLUMNS = (
     *("seed", "phase", "classes_seen"),
@@ -86,6 +87,7 @@ def _over_phases(records: Sequence[Mapping], classifier: str, class_names: Seque
     return {
         "average_incremental_accuracy": average_incremental_accuracy(top1),
         "forgetting": forgetting(per_phase),
+        "forgetting_in_tens": forgetting_in_tens([of_phase.get("per_ten", []) for of_phase in metrics]),
         "backward_transfer": backward_transfer(per_phase),
         "top1": top1,
         "per_class": {name: list(curve) for name, curve in zip(class_names, curves, strict=False)},
@@ -109,7 +111,7 @@ def summary(runs: Sequence[Mapping]) -> dict[str, Any] | None:
         entries = [run[classifier] for run in runs]
         out[classifier] = None
         if None not in entries:
-            keys = ("average_incremental_accuracy", "forgetting", "backward_transfer", "top1")
+            keys = ("average_incremental_accuracy", "forgetting", "forgetting_in_tens", "backward_transfer", "top1")
             out[classifier] = {key: _mean_std([entry[key] for entry in entries]) for key in keys}
     out["units"] = _mean_std([run["memory"]["units_total"] for run in runs])
     out["bytes"] = _mean_std([run["memory"]["bytes_total"] for run in runs])

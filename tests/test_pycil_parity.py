@@ -1,0 +1,41 @@
+"""Every method against PyCIL's figures, step by step (`pycil_parity` says how)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models import METHODS
+from tests import pycil_parity
+
+FILE = Path(__file__).parent / "reference" / "pycil_steps.npz"
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return dict(np.load(FILE))
+
+
+@pytest.fixture(scope="module")
+def pictures(arrays, tmp_path_factory):
+    return pycil_parity.Pictures.write(arrays, tmp_path_factory.mktemp("pictures"))
+
+
+with np.load(FILE) as file:
+    RUNS = [name for name in pycil_parity.runs_of(file) if pycil_parity.Reference(file, name).method in METHODS]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_step_is_pycil_s(name, arrays, pictures):
+    row = pycil_parity.compare(arrays, name, pictures)
+    assert row.agrees, f"{row.first}; {row.differences}, exemplars {row.exemplars}"
+    assert {"loss", "grad_norm", "logits"} <= set(row.differences)
+
+
+def test_a_method_that_differs_is_reported(monkeypatch, capsys):
+    monkeypatch.setattr("models.gem.projected", lambda gradient, memory, margin: gradient)
+    assert pycil_parity.main([str(FILE), "--methods", "gem,acil"]) == 1
+    said = capsys.readouterr().out
+    assert "DIFFERS: phase 1: grad_norm" in said
+    assert "not in the project" in said
+    assert pycil_parity.main([str(FILE), "--methods", "nothing"]) == 2
