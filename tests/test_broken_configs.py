@@ -132,7 +132,6 @@ def complaint(tmp_path, data_dir, monkeypatch, capsys):
         ({"regenerate": "on_demand", "augmentation_prob": 0.4}, ["regenerate", "augmentation_scope", "exemplars"]),
         ({"pretrained": True}, ["pretrained", "large images", "false"]),
         ({"model_name": "gem", "precision": "16-mixed"}, ["precision: 16-mixed", "gem"]),
-        ({"model_name": "gem", "compile": True}, ["compile", "gem"]),
         ({"regenerate": "on_demand", "regenerate_options": "--stepz 3"}, ["regenerate_options", "--stepz"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

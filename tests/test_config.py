@@ -110,7 +110,6 @@ def test_overrides_have_types_and_reach_other_keys(tmp_path):
         ({"scheduler": "linear"}, r"scheduler must be one of steps, cosine"),
         ({"beta1": 1}, r"beta1 must be below 1"),
         ({"model_name": "gem", "precision": "16-mixed"}, r"precision: 16-mixed .*bf16-mixed"),
-        ({"model_name": "gem", "compile": True}, r"compile: gem .*false"),
         ({"accumulate_batches": 0}, r"accumulate_batches must be at least 1"),
         ({"accumulate_batches": 9, "batch_size": 8}, r"accumulate_batches: a batch of 8 images .* in 9 parts"),
         ({"split_ratio": -0.1}, r"split_ratio must be at least 0"),
