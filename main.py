@@ -82,6 +82,8 @@ def run(config: Config) -> dict:
     orders = {seed: DataManager(paths, seed=seed, **classes) for seed in config.seed}
     any_order = orders[config.seed[0]]
     form = exemplar_form(config, any_order)
+    for data in orders.values():
+        data.paths = replace(paths, files=form.files)
     config, copies = check_exemplars(config, any_order, form, fabric.device)
     if config.pretrained:
         fresh_backbone(config, any_order)
@@ -150,7 +152,7 @@ def exemplar_form(config: Config, data):
     from compress.options import parse_settings
 
     try:
-        return parse_settings(config.regenerate_options, data.defaults.resolution)[0]
+        return parse_settings(config.regenerate_options, data.defaults.resolution, config.syn_form)[0]
     except UserError as error:
         raise UserError(f"regenerate_options: {error}") from error
 
@@ -180,6 +182,7 @@ def check_exemplars(config: Config, data, form, device):
             data.paths,
             config.regenerate_options,
             resolution=data.defaults.resolution,
+            form=form.name,
             copies=config.augmentations_per_image,
             device=device,
         )

@@ -21,17 +21,19 @@ from utils.log import progress
 class OnDemand(Copies):
     """Copies 0 ... K-1 of exemplars, made where they are missing while training goes on.
 
-    options: settings, model and machine as compress/run.py takes them, in one text, "" for its defaults; resolution:
-    the preset where they name none; copies: K; device: where copies are made.  The model is in memory only during a
-    call: between calls the classifier has the device to itself.
+    options: settings, model and machine as compress/run.py takes them, in one text, "" for its defaults; resolution,
+    form: where they name none; copies: K; device: where copies are made.  The model is in memory only during a call:
+    between calls the classifier has the device to itself.
     Raises UserError, at once, for options that are wrong, a model that can't be used, and copies on disk that were
     made with other settings.
     """
 
-    def __init__(self, paths: DatasetPaths, options: str, *, resolution: str, copies: int, device: torch.device):
+    def __init__(
+        self, paths: DatasetPaths, options: str, *, resolution: str, form: str, copies: int, device: torch.device
+    ):
         self.device = device
         try:
-            form, machine, words, download = parse_settings(options, resolution)
+            form, machine, words, download = parse_settings(options, resolution, form)
             if download:
                 build.download(machine.model)
             self.job = Job(Data(paths, tuple(range(copies))), form, machine, words)

@@ -49,7 +49,8 @@ def make_job(options: argparse.Namespace) -> Job:
     form = _form(options)
     paths = DatasetPaths(data_dir(options.data_dir), options.dataset, options.keep_apart, form.files)
     classes = tuple(options.classes) if options.classes else None
-    data = Data(paths, tuple(options.seeds), classes, options.limit, options.shard)
+    numbers = (0,) if form.deterministic else tuple(options.seeds)  # all others would be equal to it
+    data = Data(paths, numbers, classes, options.limit, options.shard)
     existing = "replace" if options.replace else "overwrite" if options.overwrite else "refuse"
     return Job(data, form, _machine(options), _words(options), existing)
 

@@ -1,15 +1,17 @@
 """Presets, and the forms of exemplars: what is kept of an image, and what comes back."""
 
 import io
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from compress.forms import form_named
+from compress.forms import decoded, form_named, resize_back
 from compress.forms.edges import read, written
 from compress.presets import HIGH, LOW
+from compress.records import read_mark
 from utils.errors import UserError
 
 
@@ -150,7 +152,106 @@ def test_the_hint_is_resized_by_nearest_neighbour():
     assert np.array_equal(edges(HIGH.changed(size=64)).condition(same_size, (64, 64)).hint, read(same_size))
 
 
-@pytest.mark.parametrize("name", ["edge", "edges:3", "edges+", "", "Edges", "edges@64@3", "a b"])
+@pytest.mark.parametrize("name", ["edge", "edges+", "", "Edges", "edges@64@3", "a b"])
 def test_names_of_no_form(name):
     with pytest.raises(UserError, match="form"):
+        form_named(name, HIGH)
+
+
+# --- pictures, text, smaller edge maps ----------------------------------------------------------------------------
+
+
+def photograph(height=120, width=90):
+    """A smooth picture with some detail, as codecs expect it."""
+    noise = np.random.default_rng(0).normal(0, 1, (height, width, 3))
+    return (cv2.GaussianBlur(noise, (0, 0), 5) * 500 + 4 * noise + 128).clip(0, 255).astype(np.uint8)
+
+
+def psnr(one, other):
+    return 10 * np.log10(255**2 / np.square(one.astype(float) - other).mean())
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "webp", "avif"])
+def test_a_picture_comes_back_as_well_as_its_quality_and_size_allow(codec):
+    image, bounds = photograph(), {(None, 90): 33, (None, 20): 25, (60, 90): 22}
+    sizes = []
+    for (side, quality), bound in bounds.items():
+        form = form_named(f"{codec}:{quality}" + (f"@{side}" if side else ""), HIGH)
+        kept = form.encode(image)
+        assert kept == form.encode(image)
+        (request,) = [form.condition(kept, image.shape[:2])]
+        assert request.size == ((120, 90) if side is None else (80, 60))
+        back = resize_back(request.start, *image.shape[:2])
+        assert back.shape == image.shape
+        assert psnr(back, image) > bound
+        sizes.append(len(kept))
+        assert form.check(kept, image) is None
+        assert form.check(form.encode(255 - image), image)[0] == "made otherwise"
+        assert form.check(form.encode(image[:60]), image)[0] == "of the wrong size"
+        assert form.raw_bits(*image.shape[:2]) is None
+    assert sizes[0] > 1.5 * sizes[1]
+    assert sizes[0] > 1.5 * sizes[2]
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "webp", "avif"])
+def test_a_greyscale_picture_stays_grey(codec):
+    image = np.ascontiguousarray(photograph()[:, :, 0])
+    form = form_named(f"{codec}:80", HIGH)
+    back = form.condition(form.encode(image), image.shape).start
+    assert np.ptp(back.astype(int), axis=2).max() <= 3
+    assert psnr(back[:, :, 0], image) > 28
+
+
+def test_a_picture_is_never_enlarged():
+    image = photograph(40, 30)
+    assert decoded(form_named("webp:50@64", HIGH).encode(image)).shape == (40, 30, 3)
+
+
+def test_the_copy_of_a_picture_is_lossless(tmp_path):
+    form, picture = form_named("webp:10@20", HIGH), photograph()
+    with (tmp_path / "x.png").open("wb") as file:
+        form.save_copy(picture, file, False, "ESCORT 0123456789ab")
+    with Image.open(tmp_path / "x.png") as copy:
+        assert np.array_equal(np.asarray(copy), picture)
+    assert read_mark(tmp_path / "x.png") == "ESCORT 0123456789ab"
+
+
+def test_a_smaller_edge_map():
+    image = picture(90, 120)
+    form = form_named("edges@45", LOW)
+    small = cv2.Canny(cv2.resize(image, (60, 45), interpolation=cv2.INTER_AREA), 100, 200)
+    kept = form.encode(image)
+    assert np.array_equal(read(kept), small)
+    assert form.raw_bits(90, 120) == 45 * 60
+    hint = form.condition(kept, (90, 120)).hint
+    assert np.array_equal(hint, cv2.resize(small, (320, 256), interpolation=cv2.INTER_NEAREST))
+    assert form.check(kept, image) is None
+    assert form.settings() != form_named("edges@44", LOW).settings()
+
+
+def test_text_keeps_nothing_and_its_copies_differ_by_image():
+    form = form_named("text", LOW)
+    assert form.encode(picture(), "disc") == b""
+    assert form.raw_bits(90, 120) == 0
+    condition = form.condition(b"", (90, 120))
+    assert (condition.size, condition.hint, condition.start) == ((256, 320), None, None)
+    seeds = {form.seed(Path(f"{name}.jpg"), k) for name in "abcdef" for k in range(5)}
+    assert len(seeds) == 30
+    assert form.seed(Path("x/a.jpg"), 3) == form.seed(Path("y/a.jpg"), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("webp", "needs a quality"),
+        ("webp:101", "needs a quality"),
+        ("webp:x", "needs a quality"),
+        ("text@3", "takes no argument"),
+        ("edges:3", "takes a side alone"),
+        ("depth", "no form 'depth': choose one of edges"),
+        ("webp:10@0", "no form's name"),
+    ],
+)
+def test_wrong_names_say_what_is_right(name, words):
+    with pytest.raises(UserError, match=words):
         form_named(name, HIGH)

@@ -67,6 +67,13 @@ class Spec:
     side: int | None = None
     plus: "Spec | None" = None
 
+    @property
+    def name(self) -> str:
+        """As users write it."""
+        argument = "" if self.argument is None else f":{self.argument}"
+        side = "" if self.side is None else f"@{self.side}"
+        return f"{self.head}{argument}{side}" + (f"+{self.plus.name}" if self.plus else "")
+
 
 class Form(abc.ABC):
     """A form and its settings.  Immutable and picklable.
@@ -151,10 +158,10 @@ class Cost:
         self.form = form
         self.paths = paths
 
-    def units(self, image: Path) -> float | None:
+    def units(self, image: Path) -> float:
         """Cost of a train image's exemplar in units of one real image, whether it has been made or not.
 
-        None where the form has no such count.  Raises UserError, naming the file, for an image that can't be read.
+        Raises UserError for a form without such a count, and for an image that can't be read.
         """
         if self.form is None:
             return 1.0
@@ -163,7 +170,9 @@ class Cost:
             raw_bits = self.form.raw_bits(height, width, self.paths.find_kept(image))
         except OSError as error:
             raise UserError(f"cannot read image {error}. Replace the file or take it away.") from error
-        return None if raw_bits is None else raw_bits / (width * height * bits_per_pixel)
+        if raw_bits is None:
+            raise UserError(f"the form {self.form.name!r} has no cost in units, only in bytes.")
+        return raw_bits / (width * height * bits_per_pixel)
 
     def kept_bytes(self, image: Path) -> int | None:
         """Bytes that are kept of a train image; None while they have not been made."""
@@ -208,6 +217,18 @@ def resize_back(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LANCZOS4 if enlarge else cv2.INTER_AREA)
 
 
+def reduced(height: int, width: int, side: int | None) -> tuple[int, int]:
+    """(height, width) with the shorter side at most `side`; the longer one is rounded."""
+    scale = min(1.0, side / min(height, width)) if side else 1.0
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def files_named(name: str, kept_endings: tuple[str, ...], copy_ending: str) -> FormFiles:
+    """Where the files of a form of this name lie."""
+    folder = name.replace(":", "-")  # which is not allowed in names on all systems
+    return FormFiles(folder, f"{folder}-copies", kept_endings, copy_ending)
+
+
 def plural(noun: str) -> str:
     """Of a word or a number of words: copy -> copies, edge map -> edge maps."""
     return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
@@ -216,7 +237,7 @@ def plural(noun: str) -> str:
 def parsed(name: str) -> Spec:
     """Raises UserError for what is no form's name."""
     first, _, rest = name.partition("+")
-    match = re.fullmatch(r"([a-z0-9]+)(?::(\w+))?(?:@(\d{1,4}))?", first)
+    match = re.fullmatch(r"([a-z0-9]+)(?::(\w+))?(?:@([1-9]\d{0,3}))?", first)
     if not match or "+" in rest or name.endswith("+"):
         raise UserError(f"{name!r} is no form's name; such as {', '.join(examples())}.")
     return Spec(match[1], match[2], match[3] and int(match[3]), parsed(rest) if rest else None)
@@ -232,7 +253,7 @@ def form_named(name: str, preset: Preset) -> Form:
 
 def examples() -> list[str]:
     """Names of the forms, as --help lists them."""
-    return ["edges"]
+    return ["edges", "edges@SIDE", "text", "jpeg:Q", "webp:Q", "avif:Q (each also with @SIDE)"]
 
 
 @cache

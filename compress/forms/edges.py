@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from compress.forms import OTHERWISE, WRONG_SIZE, Condition, Form, Spec, decoded
+from compress.forms import OTHERWISE, WRONG_SIZE, Condition, Form, Spec, decoded, files_named, reduced
 from compress.presets import Preset
 from ControlNet.annotator.canny import CannyDetector
 from ControlNet.annotator.util import HWC3
@@ -23,20 +23,28 @@ WEBP_SIDE = 16_383
 
 FILES = FormFiles()
 
+THRESHOLDS = ("low_threshold", "high_threshold")
+
 _find_edges = CannyDetector()
 
 
 @dataclass(frozen=True)
 class Edges(Form):
-    """The edge map has the image's own size or, where the preset says so, the generated size."""
+    """The edge map has the image's own size, the generated size where the preset says so, or a smaller one.
+
+    side: shorter side of the smaller edge map in pixels, None for the preset's size.
+    """
 
     preset: Preset
     name: str = "edges"
     noun: str = "edge map"
     files: FormFiles = FILES
+    side: int | None = None
 
     def settings(self) -> dict[str, Any]:
-        names = ["edges_of_generated_size", "low_threshold", "high_threshold"]
+        if self.side is not None:
+            return {"side": self.side, **{name: getattr(self.preset, name) for name in THRESHOLDS}}
+        names = ["edges_of_generated_size", *THRESHOLDS]
         names += ["shorter_side", "small_shorter_side"] * self.preset.edges_of_generated_size
         return {name: getattr(self.preset, name) for name in names}
 
@@ -54,7 +62,12 @@ class Edges(Form):
 
     def edge_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the edge map of an image of this height and width."""
+        if self.side is not None:
+            return reduced(height, width, self.side)
         return self.preset.generated_size(height, width) if self.preset.edges_of_generated_size else (height, width)
+
+    def copy_settings(self) -> dict[str, Any]:
+        return super().copy_settings() | ({} if self.side is None else {"form": self.name, "side": self.side})
 
     def condition(self, kept: bytes, size: tuple[int, int]) -> Condition:
         """The edge map at the generated size, by nearest neighbour."""
@@ -78,7 +91,7 @@ class Edges(Form):
         return None
 
     def fits_by_size(self, kept: Path, size: tuple[int, int], kinds: Sequence[Mapping[str, Any]]) -> bool | None:
-        if any(kind[name] != kinds[0][name] for kind in kinds for name in ("low_threshold", "high_threshold")):
+        if any(kind[name] != kinds[0][name] for kind in kinds for name in THRESHOLDS):
             return None
         return image_bits(kept)[1::-1] == self.edge_size(*size)
 
@@ -103,9 +116,11 @@ def read(kept: bytes) -> np.ndarray:
 
 
 def edges(spec: Spec, preset: Preset) -> Edges:
-    if spec != Spec("edges"):
-        raise UserError("the form 'edges' takes no argument.")
-    return Edges(preset)
+    if spec.argument or spec.plus:
+        raise UserError("the form 'edges' takes a side alone: edges, edges@64.")
+    if spec.side is None:
+        return Edges(preset)
+    return Edges(preset, spec.name, files=files_named(spec.name, (".webp",), ".jpg"), side=spec.side)
 
 
 FORMS = {"edges": edges}

@@ -114,6 +114,9 @@ class Config:
         "ahead", "copies made beforehand by compress/run.py, or after each phase for the chosen exemplars only"
     )
     variant: Text = setting("", "edge maps and copies that compress/run.py --keep-apart made under this name")
+    syn_form: Text = setting(
+        "edges", "form in which synthetic exemplars are kept: edges, text, webp:10@64, ... (compress/run.py --form)"
+    )
     regenerate_options: Text = setting(
         "", 'on_demand: settings, model and machine, as options of compress/run.py: "--model tiny --steps 10"'
     )
