@@ -213,6 +213,50 @@ def test_sampling_agrees_with_diffusers_ddim(model, figures):
     assert_close(ours, x)
 
 
+# --- the published interface of the model ------------------------------------------------------------------------
+
+
+def test_one_string_is_one_text(model):
+    assert torch.equal(model.get_learned_conditioning(PROMPTS[0]), model.get_learned_conditioning(PROMPTS[:1]))
+    assert torch.equal(tokenize(PROMPTS[0]), tokenize([PROMPTS[0]]))
+    assert torch.equal(model.get_unconditional_conditioning(2), model.get_learned_conditioning(["", ""]))
+
+
+def test_the_text_encoder_has_a_tokenizer(model):
+    encoder = model.cond_stage_model
+    batch = encoder.tokenizer(
+        PROMPTS, truncation=True, max_length=encoder.max_length, padding="max_length", return_tensors="pt"
+    )
+    assert torch.equal(batch["input_ids"], tokenize(PROMPTS))
+    assert torch.equal(encoder.encode(PROMPTS), encoder(PROMPTS))
+
+
+def test_what_the_config_says_is_kept(model):
+    names = ("first_stage_key", "cond_stage_key", "control_key", "channels", "parameterization", "control_scales")
+    assert [getattr(model, name) for name in names] == ["jpg", "txt", "hint", 4, "eps", [1.0] * 13]
+    with pytest.raises(ModelError, match="parameterization must be eps"):
+        create_model(OmegaConf.merge(small_config(), {"model": {"params": {"parameterization": "v"}}}))
+
+
+def test_encoding_gives_a_distribution_over_unscaled_latents(model):
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    posterior = model.encode_first_stage(images)
+    mean, logvar = posterior.parameters.chunk(2, dim=1)
+    assert torch.equal(posterior.mode(), mean)
+    torch.manual_seed(5)
+    expected = 0.18215 * (mean + (logvar / 2).exp() * torch.randn(mean.shape))
+    torch.manual_seed(5)
+    assert_close(model.get_first_stage_encoding(posterior), expected, 1e-6)
+    assert torch.equal(model.get_first_stage_encoding(mean), 0.18215 * mean)
+
+
+def test_low_vram_shift_without_a_gpu_changes_nothing(model, figures):
+    cond, _ = conditions(figures)
+    model.low_vram_shift(is_diffusing=True)
+    assert_close(model.apply_model(figures["x"], figures["t"], cond), figures["eps"])
+    model.low_vram_shift(is_diffusing=False)
+
+
 # --- names, shapes, loading --------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,121 @@ def test_both_samplers_have_the_same_interface(model):
         assert torch.equal(again, latents)
 
 
+# --- the published sampler's arguments ---------------------------------------------------------------------------
+# Expected values come from DDIM's equation 12, written out below, with noise drawn where the published sampler draws.
+
+
+def reference(model, steps, *, seed, eta=0.0, scale=1.0, scales=None, temperature=1.0, mask=None, x0=None, factor=1.0):
+    _, cond, uncond = prompts(model)
+    torch.manual_seed(seed)
+    x = torch.randn(2, *SHAPE)
+    timesteps = list(range(1, 1000, 1000 // steps))
+    cumprod = model.alphas_cumprod.double()
+    for i, t in enumerate(reversed(timesteps)):
+        a, previous = cumprod[t], cumprod[0 if t == 1 else t - 1000 // steps]
+        sigma = eta * ((1 - previous) / (1 - a) * (1 - a / previous)).sqrt()
+        if mask is not None:
+            kept = cumprod[t].sqrt() * x0 + (1 - cumprod[t]).sqrt() * torch.randn(2, *SHAPE)
+            x = kept.float() * mask + (1 - mask) * x
+        on, off = (model.apply_model(x, torch.full((2,), t), c) for c in (cond, uncond))
+        eps = factor * (off + (scales[i] if scales else scale) * (on - off))
+        predicted = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        x = previous.sqrt() * predicted + (1 - previous - sigma**2).sqrt() * eps
+        x = (x + sigma * temperature * torch.randn(2, *SHAPE)).float()
+    return x, torch.rand(1)
+
+
+class Halve:
+    def modify_score(self, model, eps, x, t, conditioning, factor):
+        return factor * eps
+
+
+MASK = (torch.arange(8) < 4).float().expand(2, 1, 8, 8)
+KEPT = torch.linspace(-1, 1, 2 * 4 * 64).reshape(2, *SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"unconditional_guidance_scale": 3.0}, {"scale": 3.0}),
+        ({"eta": 1.0, "temperature": 0.7}, {"eta": 1.0, "temperature": 0.7}),
+        ({"mask": MASK, "x0": KEPT}, {"mask": MASK, "x0": KEPT}),
+        ({"ucg_schedule": [1.0, 2.0, 3.0, 0.5, 4.0]}, {"scales": [1.0, 2.0, 3.0, 0.5, 4.0]}),
+        ({"score_corrector": Halve(), "corrector_kwargs": {"factor": 0.5}}, {"factor": 0.5}),
+    ],
+)
+def test_the_published_arguments(model, ours, theirs):
+    _, cond, uncond = prompts(model)
+    torch.manual_seed(3)
+    latents, _ = DDIMSampler(model).sample(
+        5, 2, SHAPE, cond, verbose=False, unconditional_conditioning=uncond, **ours
+    )  # fmt: skip
+    draw = torch.rand(1)
+    expected, next_draw = reference(model, 5, seed=3, **theirs)
+    assert ((latents - expected).abs().max() / expected.abs().max()).item() < 1e-5
+    assert torch.equal(draw, next_draw)  # a script that goes on drawing gets the published numbers
+
+
+def test_callbacks_get_every_step(model):
+    seen = []
+    sample(DDIMSampler, model, 3, img_callback=lambda x0, i: seen.append((i, x0.shape)), noise_dropout=0.5)
+    assert seen == [(i, (2, *SHAPE)) for i in range(4)]  # 1000 // 3 = 333: four timesteps, as published
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"quantize_x0": True}, "codebook"),
+        ({"dynamic_threshold": 0.9}, "dynamic_threshold is not supported"),
+        ({"normals_sequence": [1]}, "normals_sequence is not supported"),
+        ({"ucg_schedule": [1.0]}, "1 scales for 5 steps"),
+        ({"mask": MASK}, "mask needs x0"),
+    ],
+)
+def test_arguments_that_can_not_be_used_are_refused(model, option, message):
+    with pytest.raises(ValueError, match=message):
+        sample(DDIMSampler, model, 5, **option)
+    with pytest.raises(ValueError, match="conditioning must be"):
+        DDIMSampler(model).sample(5, 2, SHAPE, torch.zeros(2, 77, 32))
+
+
+def test_a_script_with_a_loop_of_its_own_samples_the_same(model):
+    x, cond, uncond = prompts(model)
+    guided = {"unconditional_guidance_scale": 4.0, "unconditional_conditioning": uncond}
+    expected, _ = sample(DDIMSampler, model, 4, guidance=4.0)
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(ddim_num_steps=4, ddim_eta=0.0, verbose=False)
+    assert torch.equal(sampler.decode(x, cond, 4, **guided), expected)
+    for index in reversed(range(4)):
+        t = torch.full((2,), sampler.ddim_timesteps[index])
+        x, predicted = sampler.p_sample_ddim(x, cond, t, index, **guided)
+    assert torch.equal(x, expected)
+    assert predicted.shape == x.shape
+
+
+def test_inversion_leads_back(model):
+    _, cond, _ = prompts(model)
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(ddim_num_steps=200, verbose=False)
+    noisy, out = sampler.encode(KEPT, cond, 40, return_intermediates=2)
+    assert out["intermediate_steps"] == [0, 20, 38, 39]
+    assert torch.equal(out["x_encoded"], noisy)
+    back = sampler.decode(noisy, cond, 40)
+    assert (back - KEPT).norm() < 0.1 * (noisy - KEPT).norm()
+
+
+def test_latents_are_noised_as_the_schedule_says(model):
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(5)
+    noise = torch.randn(2, *SHAPE)
+    index = torch.tensor([4, 0])
+    a = model.alphas_cumprod[torch.tensor([801, 1])][:, None, None, None]
+    expected = a.sqrt() * KEPT + (1 - a).sqrt() * noise
+    assert torch.allclose(sampler.stochastic_encode(KEPT, index, noise=noise), expected, atol=1e-6)
+    original = sampler.stochastic_encode(KEPT, torch.tensor([801, 1]), use_original_steps=True, noise=noise)
+    assert torch.allclose(original, expected, atol=1e-6)
+
+
 def test_a_sampler_can_be_used_again(model):
     """What a multistep solver remembers belongs to one trajectory."""
     sampler = DPMSolverSampler(model)

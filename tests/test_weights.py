@@ -199,6 +199,16 @@ def test_a_pipelines_folder(how, networks, state, official, tmp_path):
     assert model.fingerprint == weights_fingerprint(folder) == weights_fingerprint(official)
 
 
+@pytest.mark.parametrize("how", [{}, {"variant": "fp16"}])
+def test_a_folder_in_shards(how, networks, state, official, tmp_path):
+    folder = save_folder(networks, tmp_path / "pipeline", max_shard_size="300KB", **how)
+    assert len(list((folder / "unet").glob("*-of-*.safetensors"))) > 1
+    assert load_model(folder).fingerprint == weights_fingerprint(official)
+    (folder / "unet" / next((folder / "unet").glob("*-00001-of-*")).name).unlink()
+    with pytest.raises(ModelError, match=r"no checkpoint at .*00001-of"):
+        load_model(folder)
+
+
 def test_a_pickled_text_encoder_of_a_folder(networks, state, tmp_path):
     folder = save_folder(networks, tmp_path / "pipeline")
     safe = next((folder / "text_encoder").glob("*.safetensors"))
@@ -333,6 +343,43 @@ def test_control_and_base_that_are_swapped_or_neither_are_refused(state, tmp_pat
         load_model(base, base=control)
     with pytest.raises(ModelError, match=r"the base .*control\.pth holds no Stable Diffusion"):
         load_model(control, base=control)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["lora_controlnet", "input_blocks.1.0.in_layers.2.up"], "it is a Control-LoRA"),
+        (["adapter.body.0.resnets.0.block1.weight"], "it is a T2I-Adapter"),
+        (["body.0.block1.weight", "conv_in.weight"], "it is a T2I-Adapter"),
+    ],
+)
+def test_other_kinds_of_control_are_named(names, message, state, tmp_path):
+    path = write(tmp_path / "control.safetensors", {name: torch.zeros(1) for name in names})
+    base = write(tmp_path / "base.pth", without(state, CONTROL))
+    for other in (None, base):
+        with pytest.raises(ModelError, match=message):
+            load_model(path, base=other)
+
+
+def test_a_file_of_a_distributed_training_loads(state, official, tmp_path):
+    path = write(tmp_path / "ddp.pth", {f"module.{name}": tensor for name, tensor in state.items()})
+    assert load_model(path).fingerprint == weights_fingerprint(official)
+
+
+def test_a_config_of_a_base_beside_it_is_no_model_config(state, tmp_path):
+    """Web UIs put v1-inference.yaml beside a base."""
+    base = write(tmp_path / "base.safetensors", without(state, CONTROL), config=False)
+    base.with_suffix(".yaml").write_text("model: {target: ldm.models.diffusion.ddpm.LatentDiffusion}")
+    with pytest.raises(ModelError, match="base model without control"):
+        load_model(base)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_a_gpu_that_is_not_there_is_said(ending, state, tmp_path):
+    path = write(tmp_path / f"model.{ending}", state)
+    with pytest.raises(ModelError, match="no CUDA device; use location='cpu'"):
+        load_state_dict(path, location="cuda")
 
 
 def test_a_control_networks_difference_to_its_base_is_refused(state, tmp_path):

@@ -52,9 +52,9 @@ def read_folder(path: Path) -> dict[str, Tensor]:
         state = {}
         for network in NETWORKS:
             if (path / network).is_dir():
-                state |= to_official(network, load_state_dict(_weights_file(path / network)))
+                state |= to_official(network, _read_network(path / network))
         return state
-    state = load_state_dict(_weights_file(path))
+    state = _read_network(path)
     if not is_controlnet(state):
         raise ModelError(
             f"{path} holds one network, and no ControlNet: name the folder that has unet/, vae/ and text_encoder/"
@@ -73,16 +73,32 @@ def _check_schedule(folder: Path) -> None:
         raise ModelError(f"{folder} was trained for {prediction}, and this is a model that predicts noise (epsilon)")
 
 
-def _weights_file(folder: Path) -> Path:
-    candidates = [folder / f"{stem}.{ending}" for ending in _ENDINGS for stem in _STEMS]
-    for path in candidates:
-        if path.is_file():
-            return path
+def _read_network(folder: Path) -> dict[str, Tensor]:
+    """The tensors of one network's folder: of one file, or of the shards that an index lists."""
+    names = [f"{stem}.{ending}" for ending in _ENDINGS for stem in _STEMS]
+    for name in names:
+        if (folder / name).is_file():
+            return load_state_dict(folder / name)
+        stem, *variant, kind = name.split(".")
+        index = folder / ".".join([stem, kind, "index", *variant, "json"])
+        if index.is_file():
+            return _read_shards(index)
     found = sorted(entry.name for entry in folder.iterdir())
     raise ModelError(
         f"{folder} is no folder of diffusers' layout: it has neither unet/, vae/ and text_encoder/ nor "
-        f"{candidates[0].name}, but {', '.join(found[:5]) or 'nothing'}{', ...' * (len(found) > 5)}"
+        f"{names[0]}, but {', '.join(found[:5]) or 'nothing'}{', ...' * (len(found) > 5)}"
     )
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index} does not list the files of the weights") from error
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= load_state_dict(index.parent / Path(file).name)
+    return state
 
 
 def is_controlnet(state: Iterable[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Reading one file of weights, and saying what it is where it is none.  Nothing in a file is ever run."""
+"""Load a weights file, or explain why it is not one.  No code in a file is ever run."""
 
 import os
 import pickle
@@ -26,6 +26,8 @@ def load_state_dict(path: str | os.PathLike, location: str | torch.device = "cpu
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"no checkpoint at {path}: put it there, or name another file")
+    if torch.device(location).type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"location={str(location)!r}: this machine has no CUDA device; use location='cpu'")
     try:
         kind = _kind(path)
         if kind == "safetensors":

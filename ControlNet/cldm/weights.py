@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,14 +48,14 @@ def find_weights(spec: str | os.PathLike, base: str | os.PathLike | None = None)
         control = {name: tensor for name, tensor in state.items() if name.startswith(CONTROL)}
         rest = {name: tensor for name, tensor in _read(base_path).items() if not name.startswith(CONTROL)}
         if not control:
-            raise ModelError(f"{path} holds no ControlNet ({_first(sorted(state))}): it looks like the base of one")
+            what = _other_control(state) or "it looks like the base of one"
+            raise ModelError(f"{path} holds no ControlNet ({_first(sorted(state))}): {what}")
         if not any(name.startswith(UNET) for name in rest):
             raise ModelError(
                 f"the base {base_path} holds no Stable Diffusion ({_first(sorted(rest)) or 'only a ControlNet'})"
             )
         state, name = control | rest, f"{path} with base {base_path}"
-        if config is None and base_config is not None and b"control_stage_config" in base_config.read_bytes():
-            config = base_config  # one that describes Stable Diffusion alone says nothing about a ControlNet
+        config = config or base_config
     state = {name: tensor for name, tensor in state.items() if not name.startswith(HARMLESS)}
     return Weights(state, config or MODELS_FOLDER / BUNDLED["sd15"][0], name)
 
@@ -71,7 +71,9 @@ def _locate(spec: str | os.PathLike) -> tuple[Path, Path | None]:
     if not path.exists():
         raise ModelError(f"no checkpoint at {path}: name a file, a diffusers folder, or one of {', '.join(BUNDLED)}")
     config = path / "model.yaml" if path.is_dir() else path.with_suffix(".yaml")
-    return path, config if config.is_file() else None
+    # A config of Stable Diffusion alone, as web UIs put beside a base, does not describe a ControlNet.
+    described = config.is_file() and b"control_stage_config" in config.read_bytes()
+    return path, config if described else None
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -79,6 +81,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         return diffusers_layout.read_folder(path)
     state = load_state_dict(path)
+    if state and all(name.startswith("module.") for name in state):  # saved from a DistributedDataParallel wrapper
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if "difference" in state:
         raise ModelError(
             f"{path} holds what a ControlNet adds to its base model, not the ControlNet: take the plain file"
@@ -155,6 +159,9 @@ def _likely_reason(state: Mapping[str, Tensor], misshapen: Sequence[str]) -> str
     def has(*beginnings: str) -> bool:
         return any(name.startswith(beginnings) for name in state)
 
+    other = _other_control(state)
+    if other and not has(UNET):
+        return other
     if any(part in name for name in state for part in ("lora_", ".lora.", "hada_w", "lokr_")):
         return "it is a LoRA, which changes a model and is none: merge it into a Stable Diffusion 1.5 checkpoint first"
     if has("conditioner.", CONTROL + "label_emb", UNET + "label_emb") or any(".add_embedding." in n for n in state):
@@ -184,6 +191,18 @@ def _likely_reason(state: Mapping[str, Tensor], misshapen: Sequence[str]) -> str
             return f"it lacks the {what}: take a whole checkpoint, not a part of one"
     if not has(*diffusers_layout.NETWORKS.values()):
         return "it holds nothing of a Stable Diffusion checkpoint"
+    return None
+
+
+def _other_control(state: Iterable[str]) -> str | None:
+    """What these weights are, if another kind of control than a ControlNet."""
+    names = list(state)
+    if "lora_controlnet" in names:
+        return "it is a Control-LoRA, which is not supported: use a full ControlNet for Stable Diffusion 1.5"
+    if any(name.startswith(("adapter.", "body.0.", "conv_in.")) for name in names) and not any(
+        name.startswith(("down_blocks.", "encoder.", "decoder.")) for name in names
+    ):
+        return "it is a T2I-Adapter, which is not supported: use a ControlNet for Stable Diffusion 1.5"
     return None
 
 

@@ -219,23 +219,51 @@ def measure(contenders: Mapping[str, Contender], jobs: Mapping[str, Sequence[Req
     return seconds, peaks
 
 
-def whole_copy(seconds: Mapping[int, float], steps: int) -> tuple[float, float, float]:
+def real_steps(name: str, steps: int) -> int:
+    """How many steps a contender makes when asked for `steps`: every (1000 // steps)-th timestep.
+
+    The published schedule takes all of them, which may be more (4 for 3); diffusers takes the first `steps`.
+    """
+    return steps if name == "diffusers" else len(ddim_timesteps(steps))
+
+
+def whole_copy(name: str, seconds: Mapping[int, float], steps: int) -> tuple[float, float, float]:
     """(seconds of a copy, of a step, of what is done once); from two numbers of steps, or from the whole copy alone."""
     if len(seconds) == 1:
         (whole,) = seconds.values()
-        return whole, whole / len(ddim_timesteps(steps)), float("nan")
-    (few, less), (many, more) = ((len(ddim_timesteps(count)), time) for count, time in sorted(seconds.items()))
+        return whole, whole / real_steps(name, steps), float("nan")
+    (few, less), (many, more) = ((real_steps(name, count), time) for count, time in sorted(seconds.items()))
     step = (more - less) / (many - few)
     once = less - few * step
-    return once + len(ddim_timesteps(steps)) * step, step, once
+    return once + real_steps(name, steps) * step, step, once
 
 
-def compare(pictures: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> str:
-    """How far apart two sets of pictures are."""
+SAME_PSNR = {"fp32": 40, "bf16": 20, "fp16": 30}
+"""dB to the published way's float32 pictures, above which two sets of pictures differ by rounding alone."""
+
+
+def compare(pictures: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> tuple[float, str]:
+    """How far apart two sets of pictures are: PSNR in dB, and in words."""
     difference = np.abs(np.stack(pictures).astype(float) - np.stack(others))
     mean_square = np.square(difference).mean()
     psnr = 10 * np.log10(255**2 / mean_square) if mean_square else float("inf")
-    return f"mean {difference.mean():.3f} and at most {difference.max():.0f} levels of 255, PSNR {psnr:.1f} dB"
+    return psnr, f"mean {difference.mean():.3f} and at most {difference.max():.0f} levels of 255, PSNR {psnr:.1f} dB"
+
+
+def comparable(contenders: Mapping[str, Contender], jobs: Sequence[Job], steps: int, least: float) -> set[str]:
+    """Contenders that make the same pictures as the first one; says how far each is from it.  Others are not ranked."""
+    first, *others = contenders
+    expected = contenders[first](jobs[:1], steps)
+    same = {first}
+    for name in others:
+        psnr, words = compare(contenders[name](jobs[:1], steps), expected)
+        counts = real_steps(name, steps), real_steps(first, steps)
+        if psnr >= least and counts[0] == counts[1]:
+            same.add(name)
+        else:
+            words += f": other pictures ({counts[0]} steps against {counts[1]}), not ranked"
+        print(f"{name} against {first}, {steps} steps: {words}")
+    return same
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -300,6 +328,7 @@ def main() -> None:
     print(f"{machine()}\n{what}, {size}x{size}, {steps} DDIM steps, {options.precision}, {tflop:.3g} TFLOP a copy")
     if few:
         print(f"a copy is added up: what is done once and {steps} steps, from copies of 1 and of {few} steps")
+    ranked = comparable(contenders, make_jobs(1, size), measured[-1], SAME_PSNR[options.precision])
     row = "{:>5}  {:15} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8} {:>9}"
     print(row.format("batch", "", "s/copy", "s/step", "s once", "copies/s", "speed-up", "TFLOP/s", "GPU peak"))
     baseline = float("nan")
@@ -312,17 +341,12 @@ def main() -> None:
         taking_part = {name: run for name, run in contenders.items() if name != "published" or batch_size == sizes[0]}
         seconds, peaks = measure(taking_part, work, measured, options.rounds)
         for name in seconds:
-            whole, step, once = whole_copy(seconds[name], steps)
+            whole, step, once = whole_copy(name, seconds[name], steps)
             baseline = whole if name == "published" else baseline
             figures = [f"{whole:.4g}", f"{step:.3g}", f"{once:.3g}" if few else "", f"{1 / whole:.3g}"]
-            figures.append(f"x{baseline / whole:.2f}" if baseline > 0 else "")
+            figures.append(f"x{baseline / whole:.2f}" if baseline > 0 and name in ranked else "")
             peak = f"{peaks[name] / 1e9:.2f} GB" if peaks[name] else ""
             print(row.format(len(work[name]), name, *figures, f"{tflop / whole:.3g}", peak).rstrip(), flush=True)
-    jobs = make_jobs(sizes[0], size)
-    made = {name: run(jobs if name != "published" else jobs[:1], measured[-1]) for name, run in contenders.items()}
-    if "ours" in made:
-        for name in made.keys() - {"ours"}:
-            print(f"ours against {name}: {compare(made['ours'][: len(made[name])], made[name])}")
 
 
 if __name__ == "__main__":
