@@ -250,7 +250,7 @@ def compare(pictures: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> tup
     return psnr, f"mean {difference.mean():.3f} and at most {difference.max():.0f} levels of 255, PSNR {psnr:.1f} dB"
 
 
-def comparable(contenders: Mapping[str, Contender], jobs: Sequence[Job], steps: int, least: float) -> set[str]:
+def comparable(contenders: Mapping[str, Contender], jobs: Sequence[Request], steps: int, least: float) -> set[str]:
     """Contenders that make the same pictures as the first one; says how far each is from it.  Others are not ranked."""
     first, *others = contenders
     expected = contenders[first](jobs[:1], steps)
