@@ -111,7 +111,6 @@ def run(config: Config) -> dict:
 
 def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, form, copies) -> dict:
     """One seed's phases.  Returns the results of all seeds so far."""
-    from compress.forms import Cost
     from utils.memory.exemplars import ExemplarMemory
     from utils.results.history import History
 
@@ -122,14 +121,13 @@ def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path
         log.info("%s keeps no exemplars: the memory's keys change nothing", config.model_name)
     memory = ExemplarMemory(
         data.paths,
-        config.real_per_class,
-        config.syn_per_class,
+        quotas(config, form),
+        costs(form, data.paths),
         config.memory_per_class,
         config.augmentations_per_image,
         total=None if config.fixed_memory else config.memory_size,
         selection=config.exemplar_selection,
         seed=config.model_seed,
-        cost=Cost(form, data.paths).units,
     )
 
     def write(records: Sequence[dict]) -> dict:
@@ -157,6 +155,18 @@ def exemplar_form(config: Config, data):
         raise UserError(f"regenerate_options: {error}") from error
 
 
+def quotas(config: Config, form) -> list[tuple[str, int]]:
+    """How many exemplars a class has in each form, in order of choice."""
+    return [("real", config.real_per_class), (form.name, config.syn_per_class)]
+
+
+def costs(form, paths: DatasetPaths) -> dict:
+    """What exemplars cost and keep, by form."""
+    from compress.forms import Cost
+
+    return {"real": Cost(None, paths), form.name: Cost(form, paths)}
+
+
 def check_exemplars(config: Config, data, form, device):
     """Make sure, before any work, that the exemplars can be chosen, fit the budget and have, or can get, their copies.
 
@@ -164,8 +174,7 @@ def check_exemplars(config: Config, data, form, device):
     none is needed.
     """
     from compress.copies import CopiesAhead
-    from compress.forms import Cost
-    from utils.memory.budget import check_budget, check_class_sizes, check_total
+    from utils.memory.budget import check_budget, check_total, warn_of_small_classes
 
     method = catalogue.methods()[config.model_name]
     synthetic = config.syn_per_class if method.uses_memory else 0
@@ -186,20 +195,22 @@ def check_exemplars(config: Config, data, form, device):
             copies=config.augmentations_per_image,
             device=device,
         )
-    cost = Cost(form, data.paths)
-    typical = statistics.median(cost.units(of_class[0]) for of_class in images) if synthetic else 1 / 24
+    of_form = costs(form, data.paths)[form.name]
+    units = {"real": 1.0, form.name: 1 / 24}
+    if synthetic:
+        units[form.name] = statistics.median(of_form.units(of_class[0]) for of_class in images)
     if config.real_per_class is None:
-        config = replace(config, real_per_class=max(0, int(config.memory_per_class - synthetic * typical + 1e-9)))
+        left = config.memory_per_class - synthetic * units[form.name]
+        config = replace(config, real_per_class=max(0, int(left + 1e-9)))
     if method.uses_memory:
-        real = config.real_per_class
-        if real + synthetic < method.least_exemplars:
+        if config.real_per_class + synthetic < method.least_exemplars:
             what = f"real_per_class + syn_per_class must be at least {method.least_exemplars}"
             raise UserError(f"{config.model_name} needs exemplars of each class: {what}.")
         if config.fixed_memory:
-            check_class_sizes({of_class[0].parent.name: len(of_class) for of_class in images}, real, synthetic)
-            check_budget(real, synthetic, config.memory_per_class, typical)
+            check_budget(quotas(config, form), config.memory_per_class, units)
+            warn_of_small_classes({of_class[0].parent.name: len(of_class) for of_class in images}, quotas(config, form))
         else:
-            check_total(config.memory_size, data.nb_classes, real, synthetic, typical, method.least_exemplars)
+            check_total(config.memory_size, data.nb_classes, quotas(config, form), units, method.least_exemplars)
     if needs_copies and copies is None:
         copies = CopiesAhead(data.paths, form, list(itertools.chain(*images)), config.augmentations_per_image)
     return config, copies

@@ -360,8 +360,8 @@ class Learner(abc.ABC):
 
     def shown(self) -> list[Path]:
         """The exemplars of which copies are looked at."""
-        roles = ("synthetic", "real") if self.config.augmentation_prob > 0 else ("synthetic",)
-        return [item.image for item in self.memory.items() if item.role in roles]
+        replaced = self.config.augmentation_prob > 0
+        return [item.image for item in self.memory.items() if replaced or item.regenerated]
 
     def make_copies(self, phase: int, there: Collection[Path] = ()) -> int | None:
         """Make what is missing of the exemplars' edge maps and, where copies are read again, of their copies.

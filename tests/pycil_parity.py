@@ -36,6 +36,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from compress.forms import Cost
 from models import METHODS, catalogue
 from models.base import Learner
 from models.stages import Stage
@@ -473,7 +474,14 @@ def train(reference: Reference, pictures: Pictures, measured: Measured, scratch:
     sizes = {"init_cls": config.init_cls, "increment": config.increment}
     data = StillData(pictures.paths, shuffle=False, seed=0, **sizes)
     total = None if config.fixed_memory else config.memory_size
-    memory = ExemplarMemory(pictures.paths, config.real_per_class, 0, config.memory_per_class, 1, total=total)
+    memory = ExemplarMemory(
+        pictures.paths,
+        [("real", config.real_per_class)],
+        {"real": Cost(None, pictures.paths)},
+        config.memory_per_class,
+        1,
+        total=total,
+    )
     learner = fed(METHODS[reference.method], reference, pictures, measured)
     fabric = launch("cpu", 1)
     learner(config, data, memory, fabric, scratch / "checkpoints", scratch / "phase0").run()

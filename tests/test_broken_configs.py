@@ -122,8 +122,7 @@ def complaint(tmp_path, data_dir, monkeypatch, capsys):
         # what does not go together
         ({"init_cls": 7}, ["init_cls is 7", "6 classes", "choose 1 to 6"]),
         ({"real_per_class": 4}, ["real_per_class", "memory_per_class = 3"]),
-        ({"real_per_class": 3}, ["budget", "3 real + 4 synthetic x 1/24 = 3.17 units > 3", "memory_per_class"]),
-        ({"memory_per_class": 20, "real_per_class": 10}, ["12 train images", "10 real + 4 synthetic", "Lower real_"]),
+        ({"real_per_class": 3}, ["budget", "3 real + 4 edges x 1/24 = 3.17 units > 3", "memory_per_class"]),
         ({"real_per_class": 0, "syn_per_class": 0}, ["wa needs exemplars", "real_per_class + syn_per_class"]),
         ({"real_per_class": 1, "syn_per_class": 0, "model_name": "bic"}, ["real_per_class", "at least 2", "bic"]),
         ({"fixed_memory": False}, ["memory_size must be given"]),

@@ -191,7 +191,7 @@ def chi2(counts, expected):
 
 
 def test_a_synthetic_exemplar_is_always_a_copy_and_each_is_as_likely(greys):
-    numbers = shown(training_set(greys, "synthetic", 0.0), 80)
+    numbers = shown(training_set(greys, "edges", 0.0), 80)
     assert numbers.min() == 0
     assert chi2(np.bincount(numbers.ravel(), minlength=K), [numbers.size / K] * K) < CHI2_999[K - 1]
     # An epoch's choice says nothing about the next one's, nor an item's about its neighbour's.
@@ -216,7 +216,7 @@ def test_a_real_image_is_replaced_with_probability_p_by_any_of_its_copies(greys,
     [
         ("exemplars", "new", 1.0, False),
         ("exemplars", "real", 1.0, True),
-        ("exemplars", "synthetic", 0.0, True),
+        ("exemplars", "edges", 0.0, True),
         ("all", "new", 1.0, True),
         ("all", "new", 0.0, False),
         ("all", "real", 0.0, False),
@@ -227,19 +227,19 @@ def test_scope_says_which_images_are_replaced(greys, scope, role, p, replaced):
 
 
 def test_copies_beyond_k_are_never_shown(greys):
-    assert set(shown(training_set(greys, "synthetic", 0.0, copies=2), 10).ravel()) == {0, 1}
+    assert set(shown(training_set(greys, "edges", 0.0, copies=2), 10).ravel()) == {0, 1}
 
 
 @pytest.mark.parametrize("change", [{"model_seed": 2}, {"phase": 1}])
 def test_seed_and_phase_change_the_choices(greys, change):
-    numbers = shown(training_set(greys, "synthetic", 0.0), 5)
-    others = shown(training_set(greys, "synthetic", 0.0, **change), 5)
+    numbers = shown(training_set(greys, "edges", 0.0), 5)
+    others = shown(training_set(greys, "edges", 0.0, **change), 5)
     assert 0.02 < (numbers == others).mean() < 0.45  # one in five by chance
 
 
 def test_without_copies_only_unreplaced_images_can_be_trained_on(greys):
     assert len(training_set(greys, "new", 0.0, copies=0)) == 24
-    for role, p in (("synthetic", 0.0), ("real", 0.1)):
+    for role, p in (("edges", 0.0), ("real", 0.1)):
         with pytest.raises(UserError, match="augmentations_per_image"):
             training_set(greys, role, p, copies=0)
 
@@ -271,9 +271,7 @@ def photos(tmp_path_factory):
 def photo_set(paths, model_seed=7, phase=2, pixels=None):
     data = manager(paths, init_cls=2)
     items = [
-        Item(image, target, role)
-        for target, role in ((0, "new"), (1, "synthetic"))
-        for image in data.train_images(target)
+        Item(image, target, role) for target, role in ((0, "new"), (1, "edges")) for image in data.train_images(target)
     ]
     return TrainingSet(items, paths, data.train_transform, 0.5, 2, "all", model_seed, phase, pixels)
 
@@ -421,7 +419,7 @@ def test_an_unreadable_picture_is_named_in_one_line(tmp_path, kind, workers):
 def test_a_copy_that_went_missing_is_named(greys, tmp_path):
     paths = DatasetPaths(tmp_path, "Gone")
     image = save_picture(paths.folder("train") / "a" / "0.png")
-    dataset = TrainingSet([Item(image, 0, "synthetic")], paths, Level(), 0.0, 1, "all", 1, 0)
+    dataset = TrainingSet([Item(image, 0, "edges")], paths, Level(), 0.0, 1, "all", 1, 0)
     with pytest.raises(UserError, match=re.escape(str(paths.copy(image, 0)))):
         dataset[0, 0]
 

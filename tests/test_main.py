@@ -288,10 +288,9 @@ ON_DEMAND = ["regenerate=on_demand", "augmentation_prob=0"]
     [
         (["bach_size=3"], ["bach_size", "batch_size"]),
         (["batch_size=many"], ["batch_size must be a whole number"]),
-        (["real_per_class=3"], ["over the memory budget", "3 real + 4 synthetic x 1/24 = 3.17 units > 3"]),
+        (["real_per_class=3"], ["over the memory budget", "3 real + 4 edges x 1/24 = 3.17 units > 3"]),
         (["init_cls=7"], ["init_cls is 7", "6 classes"]),
         (["augmentations_per_image=3"], ["72 of 216 copies are missing", "compress/run.py", "--seeds 3"]),
-        (["real_per_class=9", "memory_per_class=9.5"], ["12 train images, fewer than 9 real + 4 synthetic"]),
         (["real_per_class=0", "syn_per_class=0"], ["wa needs exemplars", "real_per_class + syn_per_class"]),
         (["pretrained=true"], ["pretrained", "large images"]),
         (["fixed_memory=false", "memory_size=1"], ["memory_size = 1", "each of 6 classes"]),

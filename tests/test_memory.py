@@ -1,4 +1,4 @@
-"""Herding, costs, the budget, and the exemplar memory (utils/memory.py)."""
+"""Herding, the budget, and the exemplar memory with a budget for each class (utils/memory)."""
 
 import json
 import logging
@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from compress.forms import Cost, form_named
+from compress.presets import HIGH
 from tests.folders import save_noise, save_picture
 from utils.data.items import Item
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory.budget import check_budget, check_class_sizes, prompt_cost
+from utils.memory.budget import check_budget, warn_of_small_classes
 from utils.memory.exemplars import ExemplarMemory
 from utils.memory.selection import herding
 
@@ -121,6 +123,10 @@ def test_diverged_features_are_a_message(value):
 # --- costs and budget ---
 
 
+def edges_cost(paths):
+    return Cost(form_named("edges", HIGH), paths)
+
+
 @pytest.mark.parametrize(
     ("mode", "image_size", "map_mode", "map_size", "units"),
     [
@@ -133,29 +139,33 @@ def test_diverged_features_are_a_message(value):
     ],
 )
 def test_a_prompt_costs_its_bits_over_the_image_s(tmp_path, mode, image_size, map_mode, map_size, units):
-    image = save_picture(tmp_path / "x.png", 0, image_size, mode)
-    edge_map = save_picture(tmp_path / "e.png", 0, map_size, map_mode)
-    assert prompt_cost(image, edge_map) == pytest.approx(units, rel=1e-12)
+    paths = DatasetPaths(tmp_path, "Toy")
+    image = save_picture(paths.folder("train") / "a" / "x.png", 0, image_size, mode)
+    save_picture(paths.edge_map(image), 0, map_size, map_mode)
+    assert edges_cost(paths).units(image) == pytest.approx(units, rel=1e-12)
 
 
 @pytest.mark.parametrize(("mode", "units"), [("RGB", 1 / 24), ("L", 1 / 8)])
 def test_without_an_edge_map_a_prompt_costs_as_if_it_had_the_image_s_size(tmp_path, mode, units):
-    assert prompt_cost(save_picture(tmp_path / "x.png", 0, (9, 7), mode)) == pytest.approx(units, rel=1e-12)
+    paths = DatasetPaths(tmp_path, "Toy")
+    image = save_picture(paths.folder("train") / "a" / "x.png", 0, (9, 7), mode)
+    assert edges_cost(paths).units(image) == pytest.approx(units, rel=1e-12)
 
 
 def test_costs_come_from_the_headers(tmp_path):
-    image = save_noise(tmp_path / "x.png", 0, (64, 64))
+    paths = DatasetPaths(tmp_path, "Toy")
+    image = save_noise(paths.folder("train") / "a" / "x.png", 0, (64, 64))
     image.write_bytes(image.read_bytes()[:100])
-    assert prompt_cost(image) == pytest.approx(1 / 24)
+    assert edges_cost(paths).units(image) == pytest.approx(1 / 24)
     image.write_text("no picture")
     with pytest.raises(UserError, match=r"x\.png"):
-        prompt_cost(image)
+        edges_cost(paths).units(image)
 
 
 @pytest.mark.parametrize(
     ("real", "synthetic", "budget", "cost", "fits"),
     [
-        (18, 48, 20, 1 / 24, True),  # the seed's experiment, exactly on budget
+        (18, 48, 20, 1 / 24, True),  # the paper's experiment, exactly on budget
         (18, 49, 20, 1 / 24, False),
         (19, 48, 20, 1 / 24, False),
         (20, 0, 20, 1 / 24, True),
@@ -170,36 +180,42 @@ def test_costs_come_from_the_headers(tmp_path):
     ],
 )
 def test_budget_arithmetic(real, synthetic, budget, cost, fits):
+    quotas, costs = [("real", real), ("edges", synthetic)], {"real": 1.0, "edges": cost}
     if fits:
-        check_budget(real, synthetic, budget, cost)
+        check_budget(quotas, budget, costs)
     else:
         with pytest.raises(UserError, match="budget"):
-            check_budget(real, synthetic, budget, cost)
+            check_budget(quotas, budget, costs)
 
 
-def test_over_budget_shows_the_arithmetic():
-    with pytest.raises(UserError, match=r"18 real \+ 72 synthetic x 1/24 = 21\.00 units > 20\b"):
-        check_budget(18, 72, 20, 1 / 24)
-    with pytest.raises(UserError, match=r"18 real \+ 48 synthetic x 1/8 = 24\.00 units > 20\b"):
-        check_budget(18, 48, 20, 1 / 8)
-    with pytest.raises(UserError, match=r"2 real \+ 3 synthetic x 8/3 = 10\.00 units > 9\.5\b"):
-        check_budget(2, 3, 9.5, 64 / 24)
+@pytest.mark.parametrize(
+    ("quotas", "budget", "costs", "words"),
+    [
+        ([("real", 18), ("edges", 72)], 20, {"edges": 1 / 24}, r"18 real \+ 72 edges x 1/24 = 21\.00 units > 20\b"),
+        ([("real", 18), ("edges", 48)], 20, {"edges": 1 / 8}, r"18 real \+ 48 edges x 1/8 = 24\.00 units > 20\b"),
+        ([("real", 2), ("edges", 3)], 9.5, {"edges": 64 / 24}, r"2 real \+ 3 edges x 8/3 = 10\.00 units > 9\.5\b"),
+        ([("real", 1), ("webp", 4), ("edges", 24)], 2, {"edges": 1 / 24, "webp": 0.1}, r"4 webp x 1/10 \+ 24 edges"),
+    ],
+)
+def test_over_budget_shows_the_arithmetic(quotas, budget, costs, words):
+    with pytest.raises(UserError, match=words):
+        check_budget(quotas, budget, {"real": 1.0, **costs})
 
 
-@pytest.mark.parametrize(("real", "synthetic", "name"), [(-1, 5, "real_per_class"), (5, -1, "syn_per_class")])
-def test_numbers_of_exemplars_are_not_negative(real, synthetic, name):
-    with pytest.raises(UserError, match=f"{name} is -1"):
-        check_budget(real, synthetic, None)
-    with pytest.raises(UserError, match=f"{name} is -1"):
-        ExemplarMemory(DatasetPaths(".", "X"), real, synthetic, 20, 5)
+def test_numbers_of_exemplars_are_not_negative():
+    with pytest.raises(UserError, match="-1 exemplars of form 'edges'"):
+        check_budget([("real", 5), ("edges", -1)], None, {"real": 1.0, "edges": 0.1})
+    with pytest.raises(UserError, match="-1 exemplars of form 'real'"):
+        ExemplarMemory(DatasetPaths(".", "X"), [("real", -1)], {}, 20, 5)
 
 
-def test_a_class_needs_r_plus_s_images():
-    check_class_sizes({"a": 66, "b": 70}, 18, 48)
-    with pytest.raises(UserError, match=r"'b' has 65 train images.*18 real \+ 48 synthetic"):
-        check_class_sizes({"a": 66, "b": 65}, 18, 48)
-    with pytest.raises(UserError, match=r"'c' has 3 .*2 classes"):
-        check_class_sizes({"a": 66, "b": 65, "c": 3}, 18, 48)
+def test_classes_smaller_than_the_quotas_are_warned_about(caplog):
+    quotas = [("real", 18), ("edges", 48)]
+    warn_of_small_classes({"a": 66, "b": 70}, quotas)
+    assert not caplog.records
+    warn_of_small_classes({"a": 66, "b": 65, "c": 3}, quotas)
+    (warning,) = caplog.records
+    assert "'c' has 3 train images, fewer than 18 real + 48 edges exemplars (2 classes" in warning.message
 
 
 # --- the memory ---
@@ -221,8 +237,12 @@ def features_of(seed):
     return np.random.default_rng(seed).normal(size=(8, 5))
 
 
-def filled(paths, budget=20, synthetic=S):
-    memory = ExemplarMemory(paths, R, synthetic, budget, K)
+def memory_of(paths, quotas=(("real", R), ("edges", S)), budget=20, **options):
+    return ExemplarMemory(paths, quotas, {"real": Cost(None, paths), "edges": edges_cost(paths)}, budget, K, **options)
+
+
+def filled(paths, **options):
+    memory = memory_of(paths, **options)
     memory.add_class(1, paths.images("ü"), features_of(1))
     memory.add_class(0, paths.images("a b"), torch.from_numpy(features_of(0)))
     return memory
@@ -238,27 +258,67 @@ def test_the_first_r_of_herding_stay_real_and_the_next_s_are_prompts(paths):
     first, second = expected_images(paths, "a b", 0), expected_images(paths, "ü", 1)
     assert memory.items() == [
         *(Item(image, 0, "real") for image in first[:R]),
-        *(Item(image, 0, "synthetic") for image in first[R:]),
+        *(Item(image, 0, "edges") for image in first[R:]),
         *(Item(image, 1, "real") for image in second[:R]),
-        *(Item(image, 1, "synthetic") for image in second[R:]),
+        *(Item(image, 1, "edges") for image in second[R:]),
     ]
     assert memory.targets == [0, 1]
     assert [memory.nb_exemplars(target) for target in (0, 1)] == [5, 5]
+    assert [item.regenerated for item in memory.items()] == ([False] * R + [True] * S) * 2
 
 
 @pytest.mark.parametrize(("real", "synthetic"), [(0, 5), (5, 0), (0, 0), (4, 4)])
-def test_memories_of_one_kind_only_and_of_whole_classes(paths, real, synthetic):
-    memory = ExemplarMemory(paths, real, synthetic, 20, K)
+def test_memories_of_one_form_only_and_of_whole_classes(paths, real, synthetic):
+    memory = memory_of(paths, [("real", real), ("edges", synthetic)])
     memory.add_class(0, paths.images("ü"), features_of(1))
-    roles = [item.role for item in memory.items()]
-    assert roles == ["real"] * real + ["synthetic"] * synthetic
+    assert [item.role for item in memory.items()] == ["real"] * real + ["edges"] * synthetic
 
 
-def test_a_class_too_small_is_named_and_leaves_no_trace(paths):
-    memory = ExemplarMemory(paths, 4, 5, 20, K)
-    with pytest.raises(UserError, match="'ü' has 8"):
-        memory.add_class(0, paths.images("ü"), features_of(0))
-    assert memory.items() == []
+class Fixed:
+    """A form of fixed cost and size, which keeps 5 bytes for each class."""
+
+    def __init__(self, units, size):
+        self.cost, self.size = units, size
+
+    def units(self, image):
+        return self.cost
+
+    def kept_bytes(self, image):
+        return self.size
+
+    def text_bytes(self, labels):
+        return 5 * len(labels)
+
+
+def test_any_number_of_forms_cut_one_list_and_each_has_its_row(paths):
+    forms = {"real": Cost(None, paths), "webp": Fixed(0.25, 70), "text": Fixed(0.0, 0)}
+    memory = ExemplarMemory(paths, [("real", 1), ("webp", 2), ("text", 4)], forms, 1.5, K)
+    memory.add_class(0, paths.images("ü"), features_of(1))
+    chosen = expected_images(paths, "ü", 1, 7)
+    roles = ["real", "webp", "webp", "text", "text", "text", "text"]
+    assert [(item.image, item.role) for item in memory.items()] == list(zip(chosen, roles, strict=True))
+    assert memory.units(0) == 1.5
+    real, webp, text = memory.report()["forms"]
+    assert real == {"form": "real", "exemplars": 1, "units": 1.0, "bytes": chosen[0].stat().st_size, "missing": 0}
+    assert webp == {"form": "webp", "exemplars": 2, "units": 0.5, "bytes": 2 * 70 + 5, "missing": 0}
+    assert text == {"form": "text", "exemplars": 4, "units": 0.0, "bytes": 5, "missing": 0}
+    report = memory.report()
+    assert (report["nb_real"], report["nb_synthetic"]) == (1, 6)
+    assert report["bytes_prompts"] == 150
+    other = ExemplarMemory(paths, [("real", 1), ("webp", 2), ("text", 4)], forms, 1.5, K)
+    other.load_state_dict(memory.state_dict())
+    assert other.items() == memory.items()
+    with pytest.raises(UserError, match=r"forms real, webp, text, this run's real, edges"):
+        memory_of(paths).load_state_dict(memory.state_dict())
+
+
+def test_a_small_class_keeps_what_it_has(paths):
+    memory = memory_of(paths, [("real", 4), ("edges", 9)])
+    memory.add_class(0, paths.images("ü"), features_of(1))
+    assert [item.role for item in memory.items()] == ["real"] * 4 + ["edges"] * 4
+    memory = memory_of(paths, [("real", 9), ("edges", 9)])
+    memory.add_class(0, paths.images("ü"), features_of(1))
+    assert [item.role for item in memory.items()] == ["real"] * 8
 
 
 def test_a_class_is_added_once_with_a_feature_per_image(paths):
@@ -281,7 +341,7 @@ def test_evaluation_weighs_each_exemplar_alike(paths):
 
 def test_units_and_bytes_are_those_of_the_files(paths):
     memory = filled(paths)
-    prompts = [item.image for item in memory.items() if item.role == "synthetic"]
+    prompts = [item.image for item in memory.items() if item.role == "edges"]
     real = [item.image for item in memory.items() if item.role == "real"]
     report = memory.report()
     assert report["units_per_class_mean"] == pytest.approx(R + S / 24)
@@ -289,7 +349,7 @@ def test_units_and_bytes_are_those_of_the_files(paths):
     assert report["units_total"] == pytest.approx(2 * (R + S / 24))
     assert report["units_budget"] == 20
     assert (report["nb_real"], report["nb_synthetic"]) == (2 * R, 2 * S)
-    labels = S * len("a b") + S * len("ü".encode())
+    labels = len("a b") + len("ü".encode())  # once a class
     assert report["bytes_real"] == sum(len(image.read_bytes()) for image in real)
     assert report["bytes_prompts"] == labels + sum(len(paths.edge_map(image).read_bytes()) for image in prompts)
     assert report["bytes_total"] == report["bytes_real"] + report["bytes_prompts"]
@@ -301,13 +361,14 @@ def test_units_and_bytes_are_those_of_the_files(paths):
 def test_the_report_counts_the_text_that_class_names_json_gives(paths):
     before = filled(paths).report()["bytes_prompts"]
     (paths.root / "class_names.json").write_text(json.dumps({"ü": "a long name"}))
-    assert filled(paths).report()["bytes_prompts"] == before + S * (len("a long name") - 2)
+    assert filled(paths).report()["bytes_prompts"] == before + len("a long name") - 2
 
 
 def test_an_empty_memory_has_a_report_too(paths):
-    report = ExemplarMemory(paths, R, S, None, K).report()
+    report = memory_of(paths, budget=None).report()
     assert report["units_total"] == report["units_per_class_max"] == report["bytes_total"] == 0
     assert report["units_budget"] is None
+    assert [row["exemplars"] for row in report["forms"]] == [0, 0]
 
 
 def test_costs_differ_from_class_to_class(paths):
@@ -320,7 +381,7 @@ def test_costs_differ_from_class_to_class(paths):
     assert memory.report()["units_per_class_max"] == pytest.approx(R + 4 * S / 24)
 
 
-def test_prompts_over_the_true_budget_are_dropped_from_the_end_with_a_warning(paths, caplog):
+def test_exemplars_over_the_true_budget_are_dropped_from_the_end_with_a_warning(paths, caplog):
     for image in paths.images("ü"):
         save_picture(paths.edge_map(image), 0, (48, 48), "1")  # 4/24 units each
     with caplog.at_level(logging.WARNING):
@@ -331,7 +392,7 @@ def test_prompts_over_the_true_budget_are_dropped_from_the_end_with_a_warning(pa
     assert memory.units(1) == pytest.approx(R + 8 / 24)
     (warning,) = caplog.records
     assert "'ü'" in warning.message
-    assert "last 1 of 3" in warning.message
+    assert "last 1 of 5" in warning.message
 
 
 def test_a_memory_exactly_on_budget_keeps_all(paths, caplog):
@@ -362,18 +423,15 @@ def test_edge_maps_made_after_the_choice_count_from_then_on(paths, caplog):
     assert memory.report()["edge_maps_missing"] == 0
 
 
-def test_more_real_exemplars_than_the_budget_are_refused_at_once(paths):
-    with pytest.raises(UserError, match="21 real"):
-        ExemplarMemory(paths, 21, 0, 20, K)
-
-
 def test_the_state_goes_through_json_and_torch_and_moves_with_the_data(paths, tmp_path):
     memory = filled(paths)
     state = memory.state_dict()
-    assert state["real"]["0"] == [f"a b/{image.name}" for image in expected_images(paths, "a b", 0)[:R]]
+    assert state["forms"] == ["real", "edges"]
+    chosen = [f"a b/{image.name}" for image in expected_images(paths, "a b", 0)]
+    assert state["classes"]["0"] == {"images": chosen, "counts": [R, S]}
     torch.save(state, tmp_path / "state.pt")
     for copy in (json.loads(json.dumps(state)), torch.load(tmp_path / "state.pt", weights_only=True)):
-        other = ExemplarMemory(paths, R, S, 20, K)
+        other = memory_of(paths)
         other.add_class(5, paths.images("ü"), features_of(3))
         other.load_state_dict(copy)
         assert other.items() == memory.items()
@@ -381,7 +439,7 @@ def test_the_state_goes_through_json_and_torch_and_moves_with_the_data(paths, tm
         assert other.state_dict() == state
     moved = tmp_path / "moved"
     paths.data_dir.rename(moved)
-    other = ExemplarMemory(DatasetPaths(moved, "Toy"), R, S, 20, K)
+    other = memory_of(DatasetPaths(moved, "Toy"))
     other.load_state_dict(state)
     assert all(item.image.is_file() for item in other.items())
     assert [item.target for item in other.items()] == [item.target for item in memory.items()]

@@ -1,8 +1,10 @@
-"""A total for all classes, and the ways to choose exemplars (utils/memory.py)."""
+"""A total for all classes, and the ways to choose exemplars (utils/memory)."""
 
 import numpy as np
 import pytest
 
+from compress.forms import Cost, form_named
+from compress.presets import HIGH
 from tests.folders import save_noise, save_picture
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
@@ -28,8 +30,20 @@ def features_of(target):
     return np.random.default_rng(target).normal(size=(N, 5))
 
 
-def shared(paths, total, real=2, synthetic=6, **options):
-    return ExemplarMemory(paths, real, synthetic, None, 2, total=total, **options)
+COSTS = {"real": 1.0, "edges": 1 / 24}
+
+
+def quotas(real=2, synthetic=6):
+    return [("real", real), ("edges", synthetic)]
+
+
+def edges_cost(paths):
+    return Cost(form_named("edges", HIGH), paths)
+
+
+def shared(paths, total, **options):
+    forms = {"real": Cost(None, paths), "edges": edges_cost(paths)}
+    return ExemplarMemory(paths, quotas(), forms, options.pop("budget", None), 2, total=total, **options)
 
 
 def filled(paths, memory, phases=(1, 1, 1, 1)):
@@ -58,15 +72,26 @@ def filled(paths, memory, phases=(1, 1, 1, 1)):
     ],
 )
 def test_a_share_is_whole_exemplars_in_the_ratio_given(units, real, synthetic, cost, expected):
-    assert share(units, real, synthetic, cost) == expected
+    assert share(units, quotas(real, synthetic), {"real": 1.0, "edges": cost}) == list(expected)
     assert expected[0] + expected[1] * cost <= units + 1e-9
 
 
+def test_a_share_of_many_forms_keeps_their_ratio():
+    """50 units: 2.5 times 20, of 10 real + 20 x 1/4 + 120 x 1/24 each."""
+    three, costs = [("real", 10), ("webp", 20), ("edges", 120)], {"real": 1.0, "webp": 0.25, "edges": 1 / 24}
+    assert share(20, three, costs) == [10, 20, 120]
+    assert share(50, three, costs) == [25, 50, 300]
+    assert share(1, three, costs) == [0, 1, 6]
+
+
 def test_every_class_must_get_an_exemplar():
-    check_total(100, 100, 1, 0)
-    check_total(5, 100, 0, 1, 1 / 24)
+    check_total(100, 100, quotas(1, 0), COSTS)
+    check_total(5, 100, quotas(0, 1), COSTS)
     with pytest.raises(UserError, match=r"memory_size = 99 units are 0\.99 for each of 100 classes.*Raise memory_size"):
-        check_total(99, 100, 1, 0)
+        check_total(99, 100, quotas(1, 0), COSTS)
+    check_total(200, 100, quotas(1, 0), COSTS, least=2)
+    with pytest.raises(UserError, match=r"less than the 2 exemplars that the method needs"):
+        check_total(199, 100, quotas(1, 0), COSTS, least=2)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
@@ -76,12 +101,12 @@ def test_classes_shrink_in_the_order_of_choice_and_end_as_if_chosen_at_once(path
     for seen in (1, 2, 3, 4):
         memory.make_room(seen)
         memory.add_class(seen - 1, paths.images(LABELS[seen - 1]), features_of(seen - 1))
-        real, synthetic = share(total / seen, 2, 6, 1 / 24)
+        real, synthetic = share(total / seen, quotas(), COSTS)
         assert memory.report()["units_total"] <= total
         for target in range(seen):
             items = [item for item in memory.items() if item.target == target]
             chosen = [item.image for item in items]
-            assert [item.role for item in items] == (["real"] * real + ["synthetic"] * synthetic)[:N]
+            assert [item.role for item in items] == (["real"] * real + ["edges"] * synthetic)[:N]
             assert chosen == before.get(target, chosen)[: len(chosen)]
             before[target] = chosen
     at_once = filled(paths, shared(paths, total, selection=selection, seed=3), (4,))
@@ -98,8 +123,8 @@ def test_the_report_tells_the_share_at_each_phase(paths):
         assert report["units_budget"] == pytest.approx(6 / seen)
         assert report["units_budget_total"] == 6
         assert report["units_per_class_max"] <= report["units_budget"] + 1e-9
-        assert (report["nb_real"], report["nb_synthetic"]) == tuple(seen * n for n in share(6 / seen, 2, 6, 1 / 24))
-    own = ExemplarMemory(paths, 2, 6, 3, 2)
+        assert (report["nb_real"], report["nb_synthetic"]) == tuple(seen * n for n in share(6 / seen, quotas(), COSTS))
+    own = shared(paths, None, budget=3)
     assert filled(paths, own).report()["units_budget_total"] == 12
     assert own.report()["units_budget"] == 3
 
@@ -112,10 +137,10 @@ def test_a_small_class_gives_what_it_has(paths):
 def test_prompts_that_cost_more_than_was_foreseen_are_dropped_without_a_word(tmp_path, caplog):
     paths = DatasetPaths(tmp_path, "Toy")
     images = [save_noise(paths.folder("train") / "a" / f"{i:02d}.png", i, (12, 12)) for i in range(N)]
-    memory = shared(paths, 3, cost=lambda image: 1 / 12)
+    memory = shared(paths, 3)
     memory.make_room(1)
     memory.add_class(0, images, features_of(0))
-    assert memory.nb_exemplars(0) == 2 + 7  # 3 / (2 + 6/12) times 2 and 6, whole ones
+    assert memory.nb_exemplars(0) == 2 + 8  # 3 / (2 + 6/24) times 2 and 6, whole ones
     for image in images:
         save_picture(paths.edge_map(image), 0, (24, 24), "1")  # 4/24 units each
     memory.enforce_budget(0)
@@ -148,16 +173,21 @@ def test_closest_to_the_mean():
         closest_to_mean(np.full((5, 2), np.nan), 2)
 
 
+def own_budget(paths, selection, seed):
+    forms = {"real": Cost(None, paths), "edges": edges_cost(paths)}
+    return ExemplarMemory(paths, quotas(2, 3), forms, None, 2, selection=selection, seed=seed)
+
+
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_each_way_to_choose_keeps_real_and_synthetic_exemplars(paths, selection):
     images = paths.images("b")
-    memory = ExemplarMemory(paths, 2, 3, None, 2, selection=selection, seed=5)
+    memory = own_budget(paths, selection, 5)
     memory.add_class(1, images, features_of(1))
     items = memory.items()
-    assert [item.role for item in items] == ["real"] * 2 + ["synthetic"] * 3
+    assert [item.role for item in items] == ["real"] * 2 + ["edges"] * 3
     chosen = [images.index(item.image) for item in items]
     if selection == "random":
-        again, other = (ExemplarMemory(paths, 2, 3, None, 2, selection=selection, seed=seed) for seed in (5, 6))
+        again, other = (own_budget(paths, selection, seed) for seed in (5, 6))
         for each in (again, other):
             each.add_class(1, images, features_of(9))
         assert again.items() == items, "a function of the seed and the class alone"

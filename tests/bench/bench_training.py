@@ -170,7 +170,7 @@ def measure_training(data: DataManager, items: Sequence[Item], name: str, option
     def ours(workers: int) -> Callable[[], int]:
         config = Config(dataset=name, init_cls=10, increment=10, model_name="finetune", convnet_type=convnet)
         config.batch_size, config.num_workers, config.checkpoint_every = options.batch_size, workers, 0.0
-        memory = ExemplarMemory(data.paths, 0, 0, None, 0)
+        memory = ExemplarMemory(data.paths, [], {}, None, 0)
         learner = METHODS["finetune"](config, data, memory, fabric, folder, folder)
         learner.start_phase(0)
         stage = Stage("training", items, Schedule(1, 0.01, (), 0.1, 5e-4))

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils.data.augment import TestTransform, TrainTransform, random_bits, uniform
 from utils.data.cache import PixelCache
 from utils.data.images import read_prepared
-from utils.data.items import Item
+from utils.data.items import NEW, REAL, Item
 from utils.data.paths import DatasetPaths
 from utils.data.sampler import seed_sequence
 from utils.errors import UserError
@@ -46,9 +46,9 @@ class Batched(Dataset, abc.ABC):
 class TrainingSet(Batched):
     """The training set of a phase; what an item shows is drawn anew in each epoch.
 
-    A synthetic exemplar becomes its copy number k, uniform in 0 ... K-1.  A real image is replaced by one of its K
-    copies with probability p: new images and real exemplars alike where the scope is "all", real exemplars alone where
-    it is "exemplars".
+    An exemplar that is not kept as an image becomes its copy number k, uniform in 0 ... K-1.  An image is replaced by
+    one of its K copies with probability p: new images and real exemplars with scope "all", real exemplars alone with
+    "exemplars".
 
     items: what is trained on; augmentation_prob: p; augmentations_per_image: K; pixels: where decoded pictures are
     kept, None to decode them each time.
@@ -78,14 +78,12 @@ class TrainingSet(Batched):
         self.transform = transform
         self.augmentations_per_image = augmentations_per_image
         self.pixels = pixels
-        replaced = ("new", "real") if augmentation_scope == "all" else ("real",)
-        chances = {role: augmentation_prob if role in replaced else 0.0 for role in ("new", "real")}
-        chances["synthetic"] = 1.0
-        self._copy_prob = np.array([chances[item.role] for item in items])
+        chances = {NEW: augmentation_prob if augmentation_scope == "all" else 0.0, REAL: augmentation_prob}
+        self._copy_prob = np.array([chances.get(item.role, 1.0) for item in items])
         self._targets = np.array([item.target for item in items], np.int64)
         self._seeds = (model_seed, phase)
         self._seen: dict[tuple[int, int], np.ndarray] = {}
-        copied = {item.image.parent: item.image for item in items if chances[item.role] > 0}
+        copied = {item.image.parent: item.image for item in items if chances.get(item.role, 1.0) > 0}
         if copied and augmentations_per_image < 1:
             raise UserError("augmentations_per_image is 0, but exemplars are to be regenerated: it needs at least 1.")
         for image in copied.values():

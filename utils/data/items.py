@@ -1,10 +1,10 @@
-"""One entry of a training set."""
+"""The entries of a training set."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-Role = Literal["new", "real", "synthetic"]
+NEW, REAL = "new", "real"
+"""Roles of the items that are image files themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,9 +12,14 @@ class Item:
     """One entry of a phase's training set.
 
     image: the train image; target: its class's place in the class order; role: "new" for an image of the phase's new
-    classes, "real" for a real exemplar, "synthetic" for an exemplar of which only the prompt is kept.
+    classes, otherwise the form in which an exemplar is kept: "real" for the image itself, "edges", ...
     """
 
     image: Path
     target: int
-    role: Role
+    role: str
+
+    @property
+    def regenerated(self) -> bool:
+        """Whether training sees copies alone, as the image itself is not kept."""
+        return self.role not in (NEW, REAL)

@@ -1,81 +1,88 @@
-"""What exemplars cost in units, and how many of them a budget holds."""
+"""How many exemplars of each form a budget holds.
 
-from collections.abc import Mapping
+A quota is (form, exemplars of a class in that form); the quotas of a class, such as [("real", 18), ("edges", 48)], cut
+its exemplars in order of choice: the first 18 stay real, the next 48 are kept as edge maps.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
 
-from utils.data.images import image_bits
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Quotas = Sequence[tuple[str, int]]
 
 ROUNDING = 1e-9  # of a sum of costs, in units
 
 
-def share(units: float, real: int, synthetic: int, cost: float) -> tuple[int, int]:
-    """How many (real, synthetic) exemplars `units` hold, in the ratio R : S and no more than whole ones.
+def share(units: float, quotas: Quotas, costs: Mapping[str, float]) -> list[int]:
+    """How many whole exemplars of each form `units` hold, in the ratio of the quotas.
 
-    real: R; synthetic: S; cost: units of one synthetic exemplar.  With f = units / (R + S x cost) these are
-    floor(R f) and floor(S f): 2,000 units over 100 classes are 20 each, for R = 18, S = 48 and 1/24 exactly 18 and 48;
-    over 40 classes they are 50 each, 45 and 120.
+    costs: units of one exemplar, by form.  With f = units / sum(n x cost) it is floor(n f) for each quota n: 2,000
+    units over 100 classes are 20 each, for 18 real and 48 edges (1/24) exactly 18 and 48; over 40 classes they are 50
+    each, 45 and 120.
     """
-    factor = units / (real + synthetic * cost) if real or synthetic else 0.0
-    return int(real * factor + ROUNDING), int(synthetic * factor + ROUNDING)
+    whole = _units(quotas, costs)
+    factor = units / whole if whole else 0.0
+    return [int(number * factor + ROUNDING) for _, number in quotas]
 
 
-def prompt_cost(image: Path, edge_map: Path | None = None) -> float:
-    """Units that an image's prompt costs: bits of its edge map over bits of the image, from the headers of both files.
+def check_budget(quotas: Quotas, budget: float | None, costs: Mapping[str, float]) -> None:
+    """Raises UserError, with the arithmetic, if the quotas cost more than the budget.
 
-    An edge map has one bit per pixel, also where an older file spends eight on it.  Without an edge map, the cost is
-    that of one as large as the image.
-    Raises UserError naming a file that can't be read.
+    budget: units per class, None for no limit; costs: units of one exemplar, by form.
     """
-    try:
-        width, height, depth = image_bits(image)
-        if edge_map is None:
-            return 1 / depth
-        map_width, map_height, _ = image_bits(edge_map)
-    except OSError as error:
-        raise UserError(f"cannot read image {error}. Replace the file or take it away.") from error
-    return map_width * map_height / (width * height * depth)
-
-
-def check_budget(real: int, synthetic: int, budget: float | None, cost: float = 1 / 24) -> None:
-    """Raises UserError, with the arithmetic, where R + S x cost > B.
-
-    real: R; synthetic: S; budget: B in units per class, None for no limit; cost: units of one synthetic exemplar.
-    """
-    for name, number in (("real_per_class", real), ("syn_per_class", synthetic)):
+    for form, number in quotas:
         if number < 0:
-            raise UserError(f"{name} is {number}: it can't be less than 0.")
-    units = real + synthetic * cost
-    if budget is None or units <= budget + ROUNDING:
-        return
-    asked = f"{real} real + {synthetic} synthetic x {Fraction(cost).limit_denominator(10_000)}"
-    raise UserError(
-        f"over the memory budget of a class: {asked} = {units:.2f} units > {budget:g}. "
-        "Lower real_per_class or syn_per_class, or raise memory_per_class."
-    )
-
-
-def check_total(total: float, nb_classes: int, real: int, synthetic: int, cost: float = 1 / 24, least: int = 1) -> None:
-    """Raises UserError where `total` units, shared by `nb_classes` classes, leave less than `least` exemplars each."""
-    if sum(share(total / nb_classes, real, synthetic, cost)) < least:
-        few = "not one exemplar" if least == 1 else f"less than {least} exemplars, which the method needs,"
+            raise UserError(f"{number} exemplars of form {form!r}: the number can't be negative.")
+    units = _units(quotas, costs)
+    if budget is not None and units > budget + ROUNDING:
         raise UserError(
-            f"memory_size = {total:g} units are {total / nb_classes:.3g} for each of {nb_classes} classes: {few} "
-            f"in the ratio of {real} real to {synthetic} synthetic. Raise memory_size."
+            f"over the memory budget of a class: {_in_words(quotas, costs)} = {units:.2f} units > {budget:g}. "
+            "Lower real_per_class or syn_per_class, or raise memory_per_class."
         )
 
 
-def check_class_sizes(sizes: Mapping[str, int], real: int, synthetic: int) -> None:
-    """Raises UserError where a class has fewer than R + S train images, so that this shows before any training.
+def check_total(total: float, nb_classes: int, quotas: Quotas, costs: Mapping[str, float], least: int = 1) -> None:
+    """Raises UserError if `total` units, shared by `nb_classes` classes, hold less than `least` exemplars for each."""
+    if sum(share(total / nb_classes, quotas, costs)) < least:
+        few = "not one exemplar" if least == 1 else f"less than the {least} exemplars that the method needs"
+        ratio = " to ".join(f"{number} {form}" for form, number in quotas)
+        raise UserError(
+            f"memory_size = {total:g} units are {total / nb_classes:.3g} for each of {nb_classes} classes: {few} in "
+            f"the ratio of {ratio}. Raise memory_size."
+        )
+
+
+def warn_of_small_classes(sizes: Mapping[str, int], quotas: Quotas) -> None:
+    """Log a warning if classes have fewer train images than exemplars: all of their images are kept then.
 
     sizes: number of train images by class label.
     """
-    short = sorted((count, label) for label, count in sizes.items() if count < real + synthetic)
+    wanted = sum(number for _, number in quotas)
+    short = sorted((count, label) for label, count in sizes.items() if count < wanted)
     if short:
         count, label = short[0]
-        more = f" ({len(short)} classes are too small)" if len(short) > 1 else ""
-        raise UserError(
-            f"class {label!r} has {count} train images, fewer than {real} real + {synthetic} synthetic exemplars{more}."
-            " Lower real_per_class or syn_per_class."
+        more = f" ({len(short)} classes are smaller than that)" if len(short) > 1 else ""
+        asked = " + ".join(f"{number} {form}" for form, number in quotas)
+        log.warning(
+            "class %r has %d train images, fewer than %s exemplars%s: it keeps what it has.", label, count, asked, more
         )
+
+
+def _units(quotas: Quotas, costs: Mapping[str, float]) -> float:
+    return sum(number * costs[form] for form, number in quotas if number)
+
+
+def _in_words(quotas: Quotas, costs: Mapping[str, float]) -> str:
+    """Such as "18 real + 48 edges x 1/24"."""
+    return " + ".join(
+        f"{number} {form}" if costs.get(form, 1) == 1 else f"{number} {form} x {_fraction(costs[form])}"
+        for form, number in quotas
+    )
+
+
+def _fraction(cost: float) -> Fraction:
+    return Fraction(cost).limit_denominator(10_000)

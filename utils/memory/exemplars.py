@@ -1,116 +1,118 @@
-"""The exemplar memory: which images of a class are remembered, what each one costs, and what the whole takes on disk.
-
-A real exemplar costs one unit.  A synthetic exemplar keeps its prompt alone, a 1-bit edge map and the class label, and
-costs the edge map's bits over its image's bits: 1/24 for an RGB image of the same size (DESIGN section 6, "Budget").
-"""
+"""The exemplar memory: which images of a class are kept, in which form, and what they cost."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from utils.data.items import Item
+from utils.data.items import REAL, Item
 from utils.data.paths import DatasetPaths
-from utils.memory.budget import ROUNDING, check_budget, check_class_sizes, prompt_cost, share
-from utils.memory.selection import SELECTIONS, closest_to_mean, herding
+from utils.errors import UserError
+from utils.memory.budget import ROUNDING, Quotas, share
+from utils.memory.forms import ExemplarForm
+from utils.memory.selection import SELECTIONS, select
 
 log = logging.getLogger(__name__)
 
 
 class ExemplarMemory:
-    """The exemplars of all classes seen, by target.
+    """The exemplars of all classes seen.  Each class has one list of images in order of choice, cut by quotas.
 
-    paths: the dataset's folders; real_per_class: R; syn_per_class: S; budget: B in units per class, None for no limit;
-    augmentations_per_image: K, the copies of each synthetic exemplar; total: units of all classes together, None where
-    each has its own budget; selection: one of `SELECTIONS`; seed: of the random one; cost: tells the units of an
-    image's prompt before its edge map is made.
+    paths: the dataset's folders; quotas: (form, exemplars of a class) in order, such as [("real", 18), ("edges", 48)];
+    forms: what each form costs and keeps, by name; budget: units per class, None for no limit; copies: K, the pictures
+    that come back from an exemplar that is not real; total: units of all classes together, None if each class has its
+    own budget; selection: one of `SELECTIONS`; seed: for selection "random".
 
-    With a total, n classes have total / n units each and R : S is but a ratio (`share`).  As classes come, each keeps
-    the first of its exemplars in the order of choice: real ones that no longer fit become the first of the prompts, and
-    the last prompts are forgotten, so that a class holds what it would had it been given its present share at once.
+    With a total, n classes have total / n units each, and the quotas are but a ratio (`share`).  As classes arrive,
+    each keeps the start of its list and the boundaries between forms move towards the start: an exemplar that no longer
+    fits in its form passes to the next one, and the last are dropped.  A class thus holds what it would hold had it
+    been given its present share at once.
     """
 
     def __init__(
         self,
         paths: DatasetPaths,
-        real_per_class: int,
-        syn_per_class: int,
+        quotas: Quotas,
+        forms: Mapping[str, ExemplarForm],
         budget: float | None,
-        augmentations_per_image: int,
+        copies: int,
         *,
         total: float | None = None,
         selection: str = "herding",
         seed: int = 0,
-        cost: Callable[[Path], float] | None = None,
     ):
         if selection not in SELECTIONS:
             raise ValueError(f"selection {selection!r} is none of {', '.join(SELECTIONS)}")
-        if total is None:
-            check_budget(real_per_class, syn_per_class, budget, cost=0)  # what a prompt costs shows class by class
+        for form, number in quotas:
+            if number < 0:
+                raise UserError(f"{number} exemplars of form {form!r}: the number can't be negative.")
         self.paths = paths
-        self.real_per_class = real_per_class
-        self.syn_per_class = syn_per_class
+        self.quotas = list(quotas)
+        self.forms = forms
+        self.copies = copies
         self.total = total
         self.selection = selection
         self.seed = seed
         self._class_budget = budget
         self._nb_classes = 1  # that share the total
-        self._cost_to_come = cost
-        self.augmentations_per_image = augmentations_per_image
-        self._real: dict[int, list[Path]] = {}
-        self._synthetic: dict[int, list[Path]] = {}
-        self._costs: dict[Path, float] = {}  # of prompts whose edge map is on disk
+        self._images: dict[int, list[Path]] = {}  # in order of choice
+        self._counts: dict[int, list[int]] = {}  # how many of them each quota holds
+        self._units: dict[tuple[str, Path], float] = {}  # of exemplars that have been made
 
     def add_class(self, target: int, images: Sequence[Path], features: np.ndarray | torch.Tensor) -> None:
-        """Choose a class's exemplars: the first R stay real, the next S are kept as prompts.
+        """Choose a class's exemplars.
 
-        images: the class's real train images, n of them; features: n x d, in the same order.  With a total, call
-        `make_room` first; R and S are the class's share, of which a small class has as much as there are images.
-        Raises UserError where n < R + S without a total.
+        images: the class's train images, n of them; features: n x d, in the same order.  A class of fewer images than
+        the quotas ask for keeps all.  With a total, call `make_room` first.
         """
-        if target in self._real:
+        if target in self._images:
             raise ValueError(f"class {target} is in memory already")
         if len(images) != len(features):
             raise ValueError(f"{len(images)} images, {len(features)} features")
-        label = images[0].parent.name if images else str(target)
-        real, synthetic = self._share(images)
-        if self.total is None:
-            check_class_sizes({label: len(images)}, real, synthetic)
-        chosen = self._select(target, features, min(real + synthetic, len(images)))
-        self._keep(target, [images[i] for i in chosen], real)
+        counts = self._share(images)
+        chosen = self.select(target, features, min(sum(counts), len(images)))
+        self._keep(target, [images[i] for i in chosen], counts)
+
+    def select(self, target: int, features: np.ndarray | torch.Tensor, m: int) -> list[int]:
+        """m indices of a class's rows of features in order of choice; the first m - 1 are the choice of m - 1."""
+        return select(self.selection, features, m, seed=(self.seed, target))
 
     def make_room(self, nb_classes: int) -> None:
-        """With a total, share it among `nb_classes` from now on; the classes in memory give up what is too much."""
+        """With a total, share it among `nb_classes` from now on; classes in memory drop what no longer fits."""
         self._nb_classes = max(nb_classes, 1)
         if self.total is None:
             return
         for target in self.targets:
-            chosen = [*self._real[target], *self._synthetic[target]]
-            if chosen:
-                real, synthetic = self._share(chosen)
-                self._keep(target, chosen[: real + synthetic], min(real, len(self._real[target])))
+            if images := self._images[target]:
+                before, after = np.cumsum(self._counts[target]), np.cumsum(self._share(images))
+                self._keep(target, images, np.diff(np.minimum(before, after), prepend=0).tolist())
 
     @property
     def budget(self) -> float | None:
-        """Units that a class may take at present; None for no limit."""
+        """Units of a class at present; None for no limit."""
         return self._class_budget if self.total is None else self.total / self._nb_classes
 
     def enforce_budget(self, target: int) -> None:
-        """Drop the last prompts of a class until its true cost is within the budget; a warning where it is its own.
+        """Drop the last exemplars of a class that are not real until its true cost is within the budget.
 
-        `add_class` does so; call it again where edge maps were made only after the exemplars were chosen.
+        `add_class` does so; call it again after making what was only estimated then.  Warns if the class has a budget
+        of its own.
         """
-        kept = self._synthetic[target]
-        before, label = len(kept), kept[0].parent.name if kept else ""
-        while self.budget is not None and kept and self.units(target) > self.budget + ROUNDING:
-            kept.pop()
-        if len(kept) < before and self.total is None:
+        images, counts, before = self._images[target], self._counts[target], len(self._images[target])
+        while self.budget is not None and self.units(target) > self.budget + ROUNDING:
+            last = max((i for i, count in enumerate(counts) if count), default=0)
+            if self.quotas[last][0] == REAL or not images:
+                break
+            images.pop()
+            counts[last] -= 1
+        if len(images) < before and self.total is None:
             log.warning(
-                "class %r: the last %d of %d prompts are dropped, with them it takes more than its %g units",
-                label,
-                before - len(kept),
+                "class %r: the last %d of %d exemplars are dropped, with them it takes more than its %g units",
+                images[0].parent.name if images else target,
+                before - len(images),
                 before,
                 self.budget,
             )
@@ -118,109 +120,137 @@ class ExemplarMemory:
     @property
     def targets(self) -> list[int]:
         """The classes in memory, in target order."""
-        return sorted(self._real)
+        return sorted(self._images)
 
     def items(self) -> list[Item]:
-        """The exemplars as items of a training set, by target, real ones first."""
-        return [
-            Item(image, target, role)
-            for target in self.targets
-            for role, images in (("real", self._real[target]), ("synthetic", self._synthetic[target]))
-            for image in images
-        ]
+        """The exemplars as items of a training set, by target, in order of choice; an item's role is its form."""
+        return [Item(image, target, form) for target in self.targets for form, image in self._of(target)]
 
     def nb_exemplars(self, target: int) -> int:
-        """Number of a class's exemplars, real and synthetic."""
-        return len(self._real[target]) + len(self._synthetic[target])
+        """Number of a class's exemplars in all forms."""
+        return len(self._images[target])
 
     def evaluation_images(self, target: int) -> list[tuple[Path, float]]:
-        """The pictures that stand for a class's exemplars, with their weights in the mean of NME.
+        """The pictures that represent a class's exemplars, with their weights in the class mean of NME.
 
-        A real exemplar weighs 1, each of a synthetic exemplar's K copies 1/K.
+        A real exemplar weighs 1, each of another exemplar's K copies 1/K.
         """
-        copies = self.augmentations_per_image
-        return [(image, 1.0) for image in self._real[target]] + [
-            (self.paths.copy(image, k), 1 / copies) for image in self._synthetic[target] for k in range(copies)
-        ]
+        pictures = []
+        for form, image in self._of(target):
+            if form == REAL:
+                pictures.append((image, 1.0))
+            else:
+                pictures += [(self.paths.copy(image, k), 1 / self.copies) for k in range(self.copies)]
+        return pictures
 
     def units(self, target: int) -> float:
-        """What a class's exemplars cost.  A prompt whose edge map isn't on disk yet counts as large as its image."""
-        return len(self._real[target]) + sum(self._cost(image) for image in self._synthetic[target])
+        """What a class's exemplars cost; what has not been made yet is estimated by its form."""
+        return sum(self._cost(form, image) for form, image in self._of(target))
 
-    def report(self) -> dict[str, int | float | None]:
+    def report(self) -> dict[str, Any]:
         """What the memory takes, in units and in bytes on disk.
 
         units_per_class_mean, units_per_class_max, units_total, units_budget (per class at present, None for no limit),
-        units_budget_total (of all classes in memory); nb_real, nb_synthetic; bytes_real: the real exemplars' files;
-        bytes_prompts: edge map files and the label text (UTF-8) of every prompt; bytes_total: both; bytes_if_all_real:
-        the files of all exemplars, were they all kept as images; edge_maps_missing: prompts without an edge map on
-        disk, whose edge maps therefore add no bytes.
+        units_budget_total (of all classes in memory); forms: for each form its name, number of exemplars, units, bytes
+        and how many are missing on disk, which therefore add no bytes; bytes_total; bytes_if_all_real: were all kept as
+        image files.  As sums over the forms: nb_real, bytes_real, and of all others nb_synthetic, bytes_prompts,
+        edge_maps_missing.
         """
         units = [self.units(target) for target in self.targets]
-        real = [image for images in self._real.values() for image in images]
-        prompts = [image for images in self._synthetic.values() for image in images]
-        edge_maps = [self.paths.find_edge_map(image) for image in prompts]
-        texts = self.paths.class_texts()
-        bytes_real = sum(image.stat().st_size for image in real)
-        bytes_prompts = sum(len(texts[image.parent.name].encode()) for image in prompts)
-        bytes_prompts += sum(edge_map.stat().st_size for edge_map in edge_maps if edge_map)
+        rows = [self._row(form) for form in dict.fromkeys(form for form, _ in self.quotas)]
+        real, other = ([row for row in rows if (row["form"] == REAL) == is_real] for is_real in (True, False))
+
+        def total(of_forms: list[dict[str, Any]], key: str) -> int:
+            return sum(row[key] for row in of_forms)
+
         return {
             "units_per_class_mean": sum(units) / len(units) if units else 0.0,
             "units_per_class_max": max(units, default=0.0),
             "units_total": float(sum(units)),
             "units_budget": self.budget,
             "units_budget_total": self.budget * len(units) if self.total is None and self.budget else self.total,
-            "nb_real": len(real),
-            "nb_synthetic": len(prompts),
-            "bytes_real": bytes_real,
-            "bytes_prompts": bytes_prompts,
-            "bytes_total": bytes_real + bytes_prompts,
-            "bytes_if_all_real": bytes_real + sum(image.stat().st_size for image in prompts),
-            "edge_maps_missing": edge_maps.count(None),
+            "forms": rows,
+            "nb_real": total(real, "exemplars"),
+            "nb_synthetic": total(other, "exemplars"),
+            "bytes_real": total(real, "bytes"),
+            "bytes_prompts": total(other, "bytes"),
+            "bytes_total": total(rows, "bytes"),
+            "bytes_if_all_real": sum(image.stat().st_size for images in self._images.values() for image in images),
+            "edge_maps_missing": total(other, "missing"),
         }
 
-    def state_dict(self) -> dict[str, dict[str, list[str]]]:
-        """Plain lists of paths relative to the train folder, in order of choice, under "real" and "synthetic" and the
-        target as a string: fit for JSON and for `torch.load(weights_only=True)`."""
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON and for `torch.load(weights_only=True)`.
+
+        forms: their names in the order of the quotas; classes: for each target, as a string, its images in order of
+        choice ("<class>/<file>", undecodable bytes escaped as Python does in paths) and how many each form holds.
+        """
         train = self.paths.folder("train")
         return {
-            kind: {
-                str(target): [image.relative_to(train).as_posix() for image in chosen[target]]
+            "forms": [form for form, _ in self.quotas],
+            "classes": {
+                str(target): {
+                    "images": [image.relative_to(train).as_posix() for image in self._images[target]],
+                    "counts": list(self._counts[target]),
+                }
                 for target in self.targets
-            }
-            for kind, chosen in (("real", self._real), ("synthetic", self._synthetic))
+            },
         }
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
-        """Put the memory back as `state_dict` described it; what it held before is forgotten."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; the present content is dropped.
+
+        Raises UserError for exemplars of other forms than the quotas have.
+        """
+        forms = [form for form, _ in self.quotas]
+        if state["forms"] != forms:
+            kept, asked = (", ".join(names) for names in (state["forms"], forms))
+            raise UserError(f"the checkpoint's exemplars have the forms {kept}, this run's {asked}.")
         train = self.paths.folder("train")
-        self._real, self._synthetic = (
-            {int(target): [train / image for image in images] for target, images in state[kind].items()}
-            for kind in ("real", "synthetic")
-        )
-        self._nb_classes = max(len(self._real), 1)
+        self._images = {
+            int(target): [train / image for image in of_class["images"]]
+            for target, of_class in state["classes"].items()
+        }
+        self._counts = {int(target): list(of_class["counts"]) for target, of_class in state["classes"].items()}
+        self._nb_classes = max(len(self._images), 1)
 
-    def _share(self, images: Sequence[Path]) -> tuple[int, int]:
-        """(R, S) of a class at present; images: of the class, the first of which tells what a prompt costs."""
+    def _of(self, target: int) -> list[tuple[str, Path]]:
+        """(form, image) of a class's exemplars in order of choice."""
+        forms = [form for (form, _), count in zip(self.quotas, self._counts[target], strict=True) for _ in range(count)]
+        return list(zip(forms, self._images[target], strict=True))
+
+    def _share(self, images: Sequence[Path]) -> list[int]:
+        """How many exemplars of each form a class has at present; the first image tells what each form costs."""
         if self.total is None or not images:
-            return self.real_per_class, self.syn_per_class
-        return share(self.budget, self.real_per_class, self.syn_per_class, self._cost(images[0]))
+            return [number for _, number in self.quotas]
+        costs = {form: self._cost(form, images[0]) for form, number in self.quotas if number}
+        return share(self.budget, self.quotas, costs)
 
-    def _select(self, target: int, features: np.ndarray | torch.Tensor, m: int) -> list[int]:
-        """m indices in the order of choice; the first m - 1 are the choice of m - 1."""
-        if self.selection == "random":
-            return np.random.default_rng([self.seed, target]).permutation(len(features))[:m].tolist()
-        return (herding if self.selection == "herding" else closest_to_mean)(features, m)
-
-    def _keep(self, target: int, chosen: Sequence[Path], real: int) -> None:
-        self._real[target], self._synthetic[target] = list(chosen[:real]), list(chosen[real:])
+    def _keep(self, target: int, images: Sequence[Path], counts: Sequence[int]) -> None:
+        """Keep the start of `images`, cut into forms by `counts` as far as there are images."""
+        ends = np.minimum(np.cumsum(counts), len(images))
+        self._images[target] = list(images[: ends[-1] if len(ends) else 0])
+        self._counts[target] = np.diff(ends, prepend=0).tolist()
         self.enforce_budget(target)
 
-    def _cost(self, image: Path) -> float:
-        if image not in self._costs:
-            edge_map = self.paths.find_edge_map(image)
-            cost = prompt_cost(image, edge_map)
-            if edge_map is None:
-                return self._cost_to_come(image) if self._cost_to_come else cost
-            self._costs[image] = cost
-        return self._costs[image]
+    def _cost(self, form: str, image: Path) -> float:
+        """Units of an exemplar; asked of the form once the exemplar has been made, and each time before."""
+        if (form, image) not in self._units:
+            units = self.forms[form].units(image)
+            if form != REAL and self.forms[form].kept_bytes(image) is None:
+                return units
+            self._units[form, image] = units
+        return self._units[form, image]
+
+    def _row(self, form: str) -> dict[str, Any]:
+        """A form's row of the report."""
+        images = [image for target in self.targets for its_form, image in self._of(target) if its_form == form]
+        sizes = [self.forms[form].kept_bytes(image) for image in images]
+        texts = self.forms[form].text_bytes({image.parent.name for image in images})
+        return {
+            "form": form,
+            "exemplars": len(images),
+            "units": float(sum(self._cost(form, image) for image in images)),
+            "bytes": sum(size for size in sizes if size is not None) + texts,
+            "missing": sizes.count(None),
+        }

@@ -1,12 +1,11 @@
-"""Which images of a class become its exemplars, in order of choice."""
+"""Which images of a class become its exemplars, in which order."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from utils.errors import UserError
-
-SELECTIONS = ("herding", "random", "closest")
-"""How a class's exemplars are chosen, in order: `herding`, at random, or by the distance to the class mean."""
 
 _TIE = 1e-10  # scores closer than this are the same: rounding differs between equal rows, and between machines
 
@@ -14,8 +13,8 @@ _TIE = 1e-10  # scores closer than this are the same: rounding differs between e
 def herding(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
     """Indices of m rows in the order in which iCaRL's herding picks them (Rebuffi et al. 2017, Algorithm 4).
 
-    features: n x d, one row per image of a class; rows are L2-normalised here.  Each time, the row is picked that
-    brings the mean of the picked closest to the mean of all; each row at most once; of equals, the first.
+    features: n x d, one row per image of a class; rows are L2-normalised here.  Each pick brings the mean of the
+    picked rows closest to the mean of all; each row is picked at most once; of equals, the first.
 
     Raises ValueError for m outside 0 ... n, and UserError for features that aren't finite.
     """
@@ -23,9 +22,9 @@ def herding(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
     if not 0 <= m <= n:
         raise ValueError(f"can't pick {m} of {n}")
     x, norms = _unit_rows(features)
-    # |mean - (picked + x_i)/k| is least where 2 x_i.(k mean - picked) - |x_i|^2 is greatest: one product per pick,
-    # and nothing larger than the features is ever held.  Row by row (vecdot), as BLAS's matrix-vector product would
-    # start threads for a fraction of a millisecond's work, and sum up otherwise with another number of them.
+    # |mean - (picked + x_i)/k| is smallest where 2 x_i.(k mean - picked) - |x_i|^2 is largest: one product per pick,
+    # and nothing larger than the features is held.  vecdot instead of BLAS's matrix-vector product, which would start
+    # threads for a fraction of a millisecond's work and round differently with another number of them.
     twice_along_mean = 2 * np.vecdot(x, x.mean(axis=0))
     score = -(norms > 0).astype(np.float64)
     chosen = []
@@ -39,7 +38,7 @@ def herding(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
 
 
 def closest_to_mean(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
-    """Indices of the m rows nearest to the mean of all, the nearest first; of equals, the first.
+    """Indices of the m rows nearest to the mean of all (L2-normalised) rows, nearest first; of equals, the first.
 
     features and errors as for `herding`.
     """
@@ -59,3 +58,14 @@ def _unit_rows(features: np.ndarray | torch.Tensor) -> tuple[np.ndarray, np.ndar
         raise UserError("features are not finite numbers: training has diverged. Lower the learning rate.")
     norms = np.linalg.norm(x, axis=1)
     return x / np.where(norms > 0, norms, 1)[:, None], norms
+
+
+SELECTIONS = ("herding", "random", "closest")
+"""How a class's exemplars are chosen: `herding`, at random, or by the distance to the class mean."""
+
+
+def select(name: str, features: np.ndarray | torch.Tensor, m: int, *, seed: Sequence[int]) -> list[int]:
+    """Indices of m rows in order of choice, by one of `SELECTIONS`; seed: of "random"."""
+    if name == "random":
+        return np.random.default_rng(seed).permutation(len(features))[:m].tolist()
+    return {"herding": herding, "closest": closest_to_mean}[name](features, m)

@@ -1,0 +1,24 @@
+"""The forms in which exemplars are kept, as far as the memory must know them.
+
+The forms themselves are in compress/forms/; main.py hands them to the memory, by name.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Protocol
+
+
+class ExemplarForm(Protocol):
+    """What one form of exemplar costs and keeps (`compress.forms.Cost`)."""
+
+    def units(self, image: Path) -> float:
+        """Cost of a train image's exemplar, in units of one real image; before it is made, what it will cost.
+
+        Raises UserError naming a file that can't be read.
+        """
+
+    def kept_bytes(self, image: Path) -> int | None:
+        """Bytes on disk that are kept of a train image; None while they have not been made."""
+
+    def text_bytes(self, labels: Collection[str]) -> int:
+        """Bytes that are kept once for each of some classes, such as their labels' texts in UTF-8."""
