@@ -1,0 +1,118 @@
+"""Methods and their settings read from source: what a new method file needs, and that torch stays out."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from models import METHODS, catalogue
+from utils.config.read import load_config
+from utils.config.schema import as_dict
+from utils.config.show import help_text
+from utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+METHOD = '''
+"""A method in a file of its own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import a_module_that_is_not_there
+from utils.config.schema import Config, setting
+from utils.config.types import Positive
+
+
+@dataclass
+class Settings:
+    heat: Positive = setting(2.0, "how hot it is", source="its paper", also=["temperature"])
+    way: Literal["up", "down"] = setting("up", "where it goes")
+
+    def check(self, config: Config) -> Iterator[str]:
+        if self.way == "down" and config.epochs > 5:
+            yield "way: down needs at most 5 epochs"
+
+
+class Own(a_module_that_is_not_there.Base, name="own"):
+    uses_memory = False
+
+
+class Child(Own, name="child"):
+    least_exemplars = 3
+'''
+
+
+@pytest.fixture
+def load(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "own.py").write_text(textwrap.dedent(METHOD))
+    methods = catalogue.methods(tmp_path / "models")
+    (tmp_path / "c.json").write_text(
+        '{"dataset": "D", "init_cls": 2, "increment": 2, "model_name": "own", "convnet_type": "resnet8", "epochs": 9}'
+    )
+
+    def call(*overrides):
+        return load_config(tmp_path / "c.json", overrides, methods=methods, backbones=["resnet8"])
+
+    call.methods = methods
+    return call
+
+
+def test_a_methods_own_keys(load):
+    assert load().settings.heat == 2
+    assert load("temperature=3").settings.heat == 3
+    assert as_dict(load("heat=1"))["heat"] == 1
+    assert "how hot it is [its paper]" in help_text(load.methods, ["resnet8"])
+    for override, words in (
+        ("heat=0", "heat must be above 0"),
+        ("way=left", "way must be one of up, down"),
+        ("way=down", "way=down: way: down needs at most 5 epochs"),
+        ("heet=3", "did you mean 'heat'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load(override)
+
+
+def test_what_a_class_says(load):
+    own, child = load.methods["own"], load.methods["child"]
+    assert (own.uses_memory, own.least_exemplars) == (False, 1)
+    assert (child.uses_memory, child.least_exemplars) == (False, 3)
+    assert child.settings is own.settings
+
+
+def test_the_catalogue_is_what_the_classes_say():
+    assert set(catalogue.methods()) == {file.stem for file in (ROOT / "exps").glob("*.json")} - {
+        "config",
+        "cifar10",
+        "demo",
+    }
+    for name, info in catalogue.methods().items():
+        assert (METHODS[name].name, METHODS[name].uses_memory) == (name, info.uses_memory)
+        assert METHODS[name].least_exemplars == info.least_exemplars
+
+
+HEAVY = ("torch", "transformers", "scipy", "torchmetrics", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"),
+    [
+        ("main", ["--help"]),
+        ("main", ["--help-config"]),
+        ("main", ["--list", "backbones"]),
+        ("main", ["--config", "exps/der.json", "epochz=3"]),
+        ("main", ["--config", "exps/der.json", "--show-config"]),
+        ("utils.results.report", ["--help"]),
+        ("utils.results.gallery", ["--help"]),
+        ("exps.compare", ["--help"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_commands_that_answer_without_torch(code, arguments):
+    script = f"import sys, {code} as command; sys.argv[0] = 'command'\nprint(command.main({arguments}))\n"
+    script += f"print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
