@@ -23,6 +23,7 @@ from utils import log as logs
 from utils.config.schema import differences
 from utils.errors import UserError
 from utils.results import report
+from utils.results.show import curves
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 MEMORIES = {
@@ -97,7 +98,7 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     header = ["method", *(f"{memory}: {column}" for memory in MEMORIES for column in columns)]
     lines: dict[str, dict[str, tuple]] = {}
     for memory, of_memory in results.items():
-        for name, (summary, classifier) in report.curves(of_memory).items():
+        for name, (summary, classifier) in curves(of_memory).items():
             metrics = summary[classifier]
             values = (metrics["average_incremental_accuracy"], metrics["forgetting"], summary["seconds"])
             lines.setdefault(name, {})[memory] = values

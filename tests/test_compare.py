@@ -1,88 +1,103 @@
-"""`python -m exps.compare`, with a stand-in for main.py that writes results as it does."""
+"""`python -m exps.compare` and class orders in one folder, with the real main.py on a tiny dataset."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from exps import compare
-from utils.results import report
+from tests.shapes import make_shapes
 
-STAND_IN = """
-import json, sys
-from pathlib import Path
-words = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
-folder, method = Path(words["output_dir"]), words["model_name"]
-with open(folder.parent / "calls.txt", "a") as calls:
-    calls.write(" ".join([folder.name, words.get("real_per_class", "-"), words.get("lrate", "-")]) + "\\n")
-if method == "wa":
-    sys.exit("Traceback\\nerror: lrate: wa diverged")
-number = {"finetune": 10.0, "icarl": 20.0}[method] + (5.0 if folder.name.endswith("mix") else 0.0)
-spread = lambda value: {"mean": value, "std": 1.0}
-metrics = {"average_incremental_accuracy": spread(number), "forgetting": spread(number / 2), "top1": spread([number])}
-summary = {
-    "seeds": [1, 2], "classes_seen": [2], "cnn": metrics, "nme": metrics if method == "icarl" else None,
-    "units": spread(0.0 if method == "finetune" else 4.0), "bytes": spread(1.0), "seconds": spread(1234.0),
-}
-folder.mkdir(parents=True, exist_ok=True)
-(folder / "results.json").write_text(json.dumps({"config": {}, "summary": summary}))
-"""
+ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Calls the command; -> (exit code, stdout, stderr, the runs of main.py that it made)."""
-    (tmp_path / "main.py").write_text(STAND_IN)
-    (tmp_path / "small.json").write_text(json.dumps({"memory_per_class": 4, "seed": [1, 2]}))
-    (tmp_path / "out").mkdir()
-    monkeypatch.setattr(compare, "MAIN", tmp_path / "main.py")
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config with a seed that is no list and without memory_per_class."""
+    folder = tmp_path_factory.mktemp("compare")
+    make_shapes(folder / "data", train=4, test=1, copies=1)
+    values = {
+        **{"dataset": "Shapes", "data_dir": str(folder / "data"), "init_cls": 3, "increment": 3, "seed": 1993},
+        **{"model_name": "replay", "convnet_type": "resnet8", "device": "cpu", "num_workers": 0, "batch_size": 16},
+        **{"real_per_class": 1, "syn_per_class": 2, "augmentations_per_image": 1, "init_epoch": 1, "epochs": 1},
+    }
+    (folder / "small.json").write_text(json.dumps(values))
+    return folder / "small.json"
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    """Calls the command as a user does; -> the finished process."""
 
     def call(*arguments):
-        calls = tmp_path / "out" / "calls.txt"
-        calls.unlink(missing_ok=True)
-        code = compare.main([str(tmp_path / "small.json"), "--output", str(tmp_path / "out"), *arguments])
-        made = sorted(calls.read_text().splitlines()) if calls.exists() else []
-        return code, *capsys.readouterr(), made
+        command = [sys.executable, "-m", "exps.compare", str(config), "--output", str(config.parent / "out")]
+        return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
     return call
 
 
-def test_real_exemplars_alone_and_the_mix(run, tmp_path):
-    code, table, _, made = run("--methods", "icarl,finetune", "--jobs", "2", "lrate=0.2")
-    assert code == 0
-    # Without exemplars there is one run only; with real ones alone they take the whole budget.
-    assert made == ["finetune-real 4 0.2", "icarl-mix - 0.2", "icarl-real 4 0.2"]
-    assert table.splitlines() == [
-        "| method | real: average | real: forgetting | real: s | mix: average | mix: forgetting | mix: s |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| finetune | 10.0 ± 1.0 | 5.0 ± 1.0 | 1,234 |  |  |  |",
-        "| icarl (CNN) | 20.0 ± 1.0 | 10.0 ± 1.0 | 1,234 | 25.0 ± 1.0 | 12.5 ± 1.0 | 1,234 |",
-        "| icarl (NME) | 20.0 ± 1.0 | 10.0 ± 1.0 | 1,234 | 25.0 ± 1.0 | 12.5 ± 1.0 | 1,234 |",
+def when_written(config):
+    return {path: path.stat().st_mtime_ns for path in config.parent.glob("out/*/seed*/checkpoints/*.pt")}
+
+
+def used(config, folder):
+    return json.loads((config.parent / "out" / folder / "config.json").read_text())
+
+
+def test_one_budget_for_both_then_reused_named_or_extended(run, config):
+    everything = ("--methods", "finetune,replay", "--jobs", "2", "memory_per_class=3")
+    first = run(*everything)
+    assert first.returncode == 0, first.stderr
+    rows = first.stdout.splitlines()
+    assert (
+        rows[0] == "| method | real: average | real: forgetting | real: s | mix: average | mix: forgetting | mix: s |"
+    )
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| finetune", "| replay (CNN)", "| replay (NME)"]
+    assert "|  |  |  |" in rows[2], "finetune keeps no exemplars: one run"
+    assert (config.parent / "out" / "table.md").read_text() == first.stdout
+    real, mix = used(config, "replay-real"), used(config, "replay-mix")
+    assert (real["memory_per_class"], real["real_per_class"], real["syn_per_class"]) == (3, 3, 0)
+    assert (mix["memory_per_class"], mix["real_per_class"], mix["syn_per_class"]) == (3, 1, 2)
+
+    before = when_written(config)
+    again = run(*everything)
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+    assert when_written(config) == before, "what is finished is reused"
+
+    finetune = ("--methods", "finetune", "--only", "real", "memory_per_class=3")
+    other = run(*finetune, "--epochs", "2")
+    assert other.returncode == 1
+    assert other.stdout == ""
+    assert "finetune, real: " in other.stderr
+    assert "epochs: 1 -> 2" in other.stderr
+    assert when_written(config) == before
+
+    assert run(*finetune, "seed=5").stdout.count("\n") == 3
+    results = json.loads((config.parent / "out" / "finetune-real" / "results.json").read_text())
+    assert results["summary"]["seeds"] == [5, 1993]
+
+
+def test_class_orders_side_by_side(config, tmp_path):
+    command = [sys.executable, "main.py", "--config", str(config), f"output_dir={tmp_path}", "syn_per_class=0"]
+    orders = [
+        subprocess.Popen([*command, f"seed={seed}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for seed in (3, 4)
     ]
-    assert (tmp_path / "out" / "table.md").read_text() == table
+    for order in orders:
+        assert order.wait() == 0, order.stderr.read()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [run["seed"] for run in results["runs"]] == results["summary"]["seeds"] == [3, 4]
+    assert (tmp_path / "phases.csv").read_text().count("\n") == 5
 
 
-def test_what_is_finished_is_not_done_again(run, tmp_path):
-    run("--methods", "icarl", "--only", "real")
-    assert run("--methods", "icarl")[3] == ["icarl-mix - -"]
-    assert run("--methods", "icarl")[3] == []
-    half = report.load_results(tmp_path / "out" / "icarl-mix")
-    half["summary"]["seeds"] = [1]
-    report.write_json(tmp_path / "out" / "icarl-mix" / "results.json", half)
-    assert run("--methods", "icarl")[3] == ["icarl-mix - -"]
-
-
-def test_a_run_that_fails_leaves_the_others(run):
-    code, table, said, made = run("--methods", "wa,icarl")
-    assert code == 1
-    assert "icarl" in table
-    assert "wa" not in table
-    assert made == ["icarl-mix - -", "icarl-real 4 -", "wa-mix - -", "wa-real 4 -"]
-    assert said.splitlines()[-2:] == ["wa, real: error: lrate: wa diverged", "wa, mix: error: lrate: wa diverged"]
-
-
-def test_mistakes(run, tmp_path):
-    code, _, said, made = run("--methods", "icarl,lcarl")
-    assert (code, made) == (2, [])
-    assert "lcarl is not among" in said
-    assert set(compare.all_methods()) >= {"der", "finetune", "simplecil"}
-    assert compare.main([str(tmp_path / "none.json")]) == 2
+def test_mistakes(run, capsys):
+    wrong = run("--methods", "replay,lcarl")
+    assert wrong.returncode == 2
+    assert "lcarl is not among" in wrong.stderr
+    wrong = run("--methods", "replay", "epochs=ten")
+    assert wrong.returncode == 2
+    assert "epochs must be a whole number or null, not ten" in wrong.stderr
+    assert compare.main(["/nowhere/none.json", "--methods", "replay"]) == 2
+    assert "no config file /nowhere/none.json" in capsys.readouterr().err

@@ -5,19 +5,21 @@ python -m utils.results.gallery --data-dir data --dataset Food101 --copies 5 exe
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from utils import cli
 from utils.data.images import read_image, write_atomically
-from utils.data.paths import DatasetPaths, data_dir
+from utils.data.paths import DatasetPaths, data_dir, find_dataset
 from utils.errors import UserError
 
 
 def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: int = 20) -> None:
     """Write the picture, with the first prompt of each class (the first most_classes of them).
 
-    Copies that are not on disk stay empty.  Raises UserError where no class has an edge map.
+    Shows the first `copies` copies as far as they are on disk.  Raises UserError where there is no edge map or no copy.
     """
     from matplotlib.figure import Figure  # slow to import, and needed here alone
 
@@ -29,21 +31,23 @@ def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: i
             rows.append((texts[label], image))
     if not rows:
         raise UserError(f"{paths.folder('edge_maps')} has no edge maps yet: run compress/run.py first.")
-    columns = ["image", "edge map", *(f"copy {k}" for k in range(copies))]
+    there = [[copy for k in range(copies) if (copy := paths.copy(image, k)).is_file()] for _, image in rows]
+    if copies and not any(there):
+        raise UserError(f"{paths.folder('exemplars')} has no copies yet: run compress/run.py first, or set --copies 0.")
+    columns = ["image", "edge map", *(f"copy {k}" for k in range(max(map(len, there))))]
     figure = Figure(figsize=(1.1 * len(columns) + 0.6, 1.1 * len(rows) + 0.3), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    for axes in grid.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
     for axes, title in zip(grid[0], columns, strict=True):
         axes.set_title(title, fontsize=9)
-    for row, (text, image) in zip(grid, rows, strict=True):
-        row[0].set_ylabel(text, fontsize=9)
-        row[0].imshow(_picture(image))
-        row[1].imshow(_picture(paths.find_edge_map(image)))
-        for k, axes in enumerate(row[2:]):
-            if paths.copy(image, k).is_file():
-                axes.imshow(_picture(paths.copy(image, k)))
+    for row, (text, image), of_image in zip(grid, rows, there, strict=True):
+        row[0].set_ylabel(text.replace("$", r"\$"), fontsize=9)
+        files = [image, paths.find_edge_map(image), *of_image]
+        for axes, path in zip(row, files, strict=False):
+            axes.imshow(_picture(path))
+            axes.set_xticks([])
+            axes.set_yticks([])
+        for axes in row[len(files) :]:
+            axes.set_axis_off()
     write_atomically(file, lambda f: figure.savefig(f, format="png", dpi=100))
 
 
@@ -54,22 +58,22 @@ def _picture(path: Path) -> Image.Image:
         raise UserError(f"cannot read image {error}") from error
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command.  Returns its exit code (`utils.cli`)."""
+    return cli.run(lambda: command(arguments))
+
+
+def command(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="python -m utils.results.gallery", description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", help="folder of all datasets (default: $ESCORT_DATA_DIR, else ./data)")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--variant", metavar="NAME", default="", help="copies that --keep-apart NAME made")
-    parser.add_argument("--copies", type=int, default=5, help="copies a row (default: 5)")
+    parser.add_argument("--copies", type=int, default=5, help="most copies a row (default: 5)")
     parser.add_argument("file", type=Path, help="the picture to write, a .png")
     options = parser.parse_args(arguments)
-    try:
-        paths = DatasetPaths(data_dir(options.data_dir), options.dataset, options.variant)
-        plot_exemplars(paths, options.copies, options.file)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(options.file)
-    return 0
+    folder, file = data_dir(options.data_dir), options.file.expanduser()
+    plot_exemplars(DatasetPaths(folder, find_dataset(folder, options.dataset), options.variant), options.copies, file)
+    print(file)
 
 
 if __name__ == "__main__":

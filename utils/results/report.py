@@ -36,10 +36,12 @@ from typing import Any
 
 import numpy as np
 
+from utils import cli
 from utils.data.images import write_atomically
 from utils.errors import UserError
 from utils.results.history import write_csv
 from utils.results.metrics import average_incremental_accuracy, backward_transfer, forgetting, forgetting_in_tens
+from utils.results.show import CLASSIFIERS, plot, table
 
 PHASE_COLUMNS = (
     *("seed", "phase", "classes_seen"),
@@ -49,16 +51,14 @@ PHASE_COLUMNS = (
 """Accuracies in percent; units and bytes of the exemplar memory; loss and train_accuracy of the last training epoch;
 seconds of training and of the whole phase."""
 
-_COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#444444")
-
 
 def run_entry(seed: int, class_names: Sequence[str], records: Sequence[Mapping], nb_phases: int) -> dict[str, Any]:
     """One seed's part of results.json, from the records of its learner."""
     phases = []
     for record in records:
         entry = dict(record)
-        for classifier in ("cnn", "nme"):
-            if (metrics := record[classifier]) is not None:
+        for classifier in CLASSIFIERS:
+            if (metrics := record.get(classifier)) is not None:
                 named = dict(zip(class_names, metrics["per_class"], strict=False))
                 entry[classifier] = {**metrics, "per_class": named}
                 del entry[classifier]["confusion"]
@@ -71,10 +71,19 @@ def run_entry(seed: int, class_names: Sequence[str], records: Sequence[Mapping],
         "phases": phases,
         "cnn": _over_phases(records, "cnn", class_names),
         "nme": _over_phases(records, "nme", class_names),
+        **_of_student(records, class_names),
         "memory": records[-1]["memory"],
         "seconds": sum(record["seconds"]["total"] for record in records),
         "seconds_reused": sum(training["seconds"] for training in trainings if training["reused"]),
     }
+
+
+def _of_student(records: Sequence[Mapping], class_names: Sequence[str]) -> dict[str, Any]:
+    """The figures of FOSTER's student, which in phase 0 is the network itself; nothing for other methods."""
+    if not any("student" in record for record in records):
+        return {}
+    filled = [{"student": record.get("student", record["cnn"])} for record in records]
+    return {"student": _over_phases(filled, "student", class_names)}
 
 
 def _over_phases(records: Sequence[Mapping], classifier: str, class_names: Sequence[str]) -> dict[str, Any] | None:
@@ -107,7 +116,9 @@ def summary(runs: Sequence[Mapping]) -> dict[str, Any] | None:
         "seeds": [run["seed"] for run in runs],
         "classes_seen": [phase["classes_seen"] for phase in runs[0]["phases"]],
     }
-    for classifier in ("cnn", "nme"):
+    for classifier in CLASSIFIERS:
+        if classifier == "student" and not all("student" in run for run in runs):
+            continue
         entries = [run[classifier] for run in runs]
         out[classifier] = None
         if None not in entries:
@@ -161,115 +172,65 @@ def write_phases(path: Path, runs: Sequence[Mapping]) -> None:
 
 
 def load_results(folder: Path) -> dict[str, Any]:
-    """results.json of an output folder (or the file itself).  Raises UserError where there is none that is finished."""
+    """results.json of an output folder (or the file itself).
+
+    Where no class order is finished, `summary` is over those that are farthest, and `unfinished` is the number of their
+    phases.  Raises UserError where no phase is finished.
+    """
     path = folder / "results.json" if folder.is_dir() else folder
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"no results in {folder}: {error}") from None
-    if not isinstance(content, dict) or not content.get("summary"):
-        raise UserError(f"{path} has no finished run yet.")
+    runs = content.get("runs") if isinstance(content, dict) else None
+    if not runs:
+        raise UserError(f"{path} has no finished phase yet.")
+    if not content.get("summary"):
+        phases = max(len(run["phases"]) for run in runs)
+        farthest = [run for run in runs if len(run["phases"]) == phases]
+        content = {**content, "summary": summary(farthest), "unfinished": phases}
     return content
 
 
-def curves(runs: Mapping[str, Mapping]) -> dict[str, tuple[Mapping, str]]:
-    """Name -> (summary, classifier) for each line of a table or a plot: NME gets its own beside CNN."""
-    lines = {}
-    for name, content in runs.items():
-        for classifier in ("cnn", "nme"):
-            if content["summary"][classifier] is not None:
-                has_both = content["summary"]["nme"] is not None
-                lines[f"{name} ({classifier.upper()})" if has_both else name] = (content["summary"], classifier)
-    return lines
+def named_folders(arguments: Sequence[str]) -> dict[str, Path]:
+    """The output folders by the names that a table gives them.
 
-
-def table(runs: Mapping[str, Mapping]) -> str:
-    """A text table of several runs' results.json, by name.
-
-    For each: top-1 accuracy after each phase and their average in %, forgetting and backward transfer, memory in units
-    and bytes, seconds (with phase 0's training also where a network was reused); mean +- standard deviation where there
-    are several seeds.
+    [NAME=]FOLDER each; without a name it is the folder's, with as many of the folders above as make it unique.
     """
-    lines = curves(runs)
-    nb_phases = max(len(entry["classes_seen"]) for entry, _ in lines.values())
-    phases = [f"phase {phase}" for phase in range(nb_phases)]
-    header = ["", *phases, "average", "forgetting", "transfer", "units", "bytes", "seconds"]
-    rows = []
-    for name, (entry, classifier) in lines.items():
-        several = len(entry["seeds"]) > 1
-        top1 = entry[classifier]["top1"]
-        cells = [_number(*pair, several) for pair in zip(top1["mean"], top1["std"], strict=True)]
-        cells += [""] * (nb_phases - len(cells))
-        for values, digits in (
-            (entry[classifier]["average_incremental_accuracy"], 1),
-            (entry[classifier]["forgetting"], 1),
-            (entry[classifier].get("backward_transfer"), 1),  # not in results of earlier versions
-            (entry["units"], 1),
-            (entry["bytes"], 0),
-            (entry["seconds"], 0),
-        ):
-            cells.append("-" if values is None else _number(values["mean"], values["std"], several, digits))
-        rows.append([name, *cells])
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    name_width, *cell_widths = widths
-    printed = [
-        "  ".join(
-            [name.ljust(name_width), *(cell.rjust(width) for cell, width in zip(cells, cell_widths, strict=True))]
-        )
-        for name, *cells in [header, *rows]
-    ]
-    return "\n".join([printed[0], rule, *printed[1:]])
-
-
-def _number(mean: float, std: float, several: bool, digits: int = 1) -> str:
-    text = f"{mean:,.{digits}f}"
-    return f"{text} ± {std:,.{digits}f}" if several and std > 0 else text
-
-
-def plot(runs: Mapping[str, Mapping], path: Path) -> None:
-    """Top-1 accuracy over the number of classes seen, a line a run; a band of one standard deviation over its seeds."""
-    from matplotlib.figure import Figure  # slow to import, and needed here alone
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for number, (name, (entry, classifier)) in enumerate(curves(runs).items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        seen, metrics = entry["classes_seen"], entry[classifier]
-        mean, std = np.array(metrics["top1"]["mean"]), np.array(metrics["top1"]["std"])
-        average = metrics["average_incremental_accuracy"]["mean"]
-        style = "o-" if classifier == "cnn" else "s--"
-        axes.plot(seen, mean, style, color=colour, markersize=5, label=f"{name}: average {average:.1f} %")
-        if len(entry["seeds"]) > 1:
-            axes.fill_between(seen, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
-    configs = [content["config"] for content in runs.values()]
-    titles = [dict.fromkeys(c[key] for c in configs) for key in ("dataset", "model_name", "convnet_type")]
-    axes.set_title(", ".join(" / ".join(names) for names in titles), fontsize=10)
-    axes.set_xlabel("classes seen")
-    axes.set_ylabel("top-1 accuracy (%)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    folders = []
+    for text in arguments:
+        name, equals, path = text.partition("=")
+        named = equals and not Path(text).expanduser().exists()
+        folders.append((name if named else None, Path(path if named else text).expanduser()))
+    named: dict[str, Path] = {}
+    for given, folder in folders:
+        alike = [other for name, other in folders if name is None and other.resolve().name == folder.resolve().name]
+        parts, depth = folder.resolve().parts, 1
+        while len({other.resolve().parts[-depth:] for other in alike}) < len(set(map(Path.resolve, alike))):
+            depth += 1
+        name = base = given or "/".join(parts[-depth:])
+        number = 1
+        while name in named:
+            number += 1
+            name = f"{base} ({number})"
+        named[name] = folder
+    return named
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare the results of several output folders.  Exit code 0, or 2 where one has none."""
+    """Compare the results of several output folders.  Returns the exit code (`utils.cli`)."""
+    return cli.run(lambda: command(argv))
+
+
+def command(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="python -m utils.results.report", description="Compare runs of main.py.")
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help="an output folder of main.py")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the accuracy curves")
     arguments = parser.parse_args(argv)
-    try:
-        named = [text.partition("=") if "=" in text else (Path(text).name, "=", text) for text in arguments.runs]
-        runs = {name: load_results(Path(folder)) for name, _, folder in named}
-        print(table(runs))
-        if arguments.plot:
-            plot(runs, arguments.plot)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    runs = {name: load_results(folder) for name, folder in named_folders(arguments.runs).items()}
+    print(table(runs))
+    if arguments.plot:
+        plot(runs, arguments.plot.expanduser())
 
 
 if __name__ == "__main__":

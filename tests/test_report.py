@@ -1,0 +1,131 @@
+"""Tables, plots and galleries from results on disk."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.shapes import make_shapes
+from utils.results import gallery, report, show
+
+
+def metrics(top1, names):
+    """A classifier's part of a phase's record: as good on every class."""
+    seen = len(names)
+    return {
+        **{"top1": top1, "top5": 100.0, "old": top1 if seen > 2 else None, "new": top1, "per_class": [top1] * seen},
+        **{"per_phase": [top1] * (seen // 2), "per_ten": [top1], "confusion": np.eye(seen).tolist()},
+    }
+
+
+def write(folder: Path, seeds=(1,), phases=3, done=3, nme=False, student=False, top1=90.0, config=None):
+    """An output folder whose class orders have `done` of `phases` phases of two classes."""
+    names = [f"c{i}" for i in range(2 * phases)]
+    entries = []
+    for seed in seeds:
+        records = []
+        for phase in range(done):
+            accuracy = top1 - 10 * phase + seed
+            record = {"phase": phase, "classes_seen": 2 * phase + 2, "cnn": metrics(accuracy, names[: 2 * phase + 2])}
+            record["nme"] = metrics(accuracy - 5, names[: 2 * phase + 2]) if nme else None
+            if student and phase:
+                record["student"] = metrics(accuracy - 1, names[: 2 * phase + 2])
+            record |= {"memory": {"units_total": 4.0, "bytes_total": 1234}, "parameters": 5, "copies_on_demand": None}
+            record["training"] = {"seconds": 1.0, "reused": False, "loss": 0.5, "accuracy": 99.0}
+            records.append({**record, "seconds": {"total": 2.0, "train": 1.0}})
+        entries.append(report.run_entry(seed, names, records, phases))
+    described = {"dataset": "D", "model_name": "m", "convnet_type": "r", **(config or {})}
+    report.write_json(folder / "results.json", report.results(described, entries))
+    return folder
+
+
+@pytest.fixture
+def command(capsys):
+    def call(*arguments):
+        code = report.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_runs_of_the_same_name_are_all_shown(command, tmp_path):
+    a, b = write(tmp_path / "a" / "outputs"), write(tmp_path / "b" / "outputs", top1=80.0)
+    odd = write(tmp_path / "lr=0.1")
+    code, table, _ = command(a, b, odd, f"mine={a}", f"mine={b}")
+    assert code == 0
+    names = [line.split("  ")[0] for line in table.split("\n\n")[0].splitlines()[2:]]
+    assert names == ["a/outputs", "b/outputs", "lr=0.1", "mine", "mine (2)"]
+
+
+def test_unfinished_runs_as_far_as_they_are(command, tmp_path):
+    half = write(tmp_path / "half", done=2)
+    code, table, _ = command(half, write(tmp_path / "whole"))
+    assert code == 0
+    (row,) = [line for line in table.split("\n\n")[0].splitlines() if line.startswith("half")]
+    assert "half, unfinished: 2 phases" in row
+    assert row.split()[-2:] == ["-", "86.0"] or "86.0" in row
+    report.write_json(tmp_path / "none" / "results.json", {"runs": [], "summary": None})
+    code, _, said = command(half, tmp_path / "none")
+    assert code == 2
+    assert "no finished phase" in said
+
+
+def test_every_classifier_has_a_line(command, tmp_path):
+    _, table, _ = command(write(tmp_path / "run", nme=True, student=True))
+    for name in ("run (CNN)", "run (NME)", "run (student)"):
+        assert name in table
+    content = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert content["summary"]["student"]["top1"]["mean"] == pytest.approx([91, 80, 70])
+
+
+def test_80_columns(tmp_path):
+    runs = {f"method {n}": report.load_results(write(tmp_path / f"{n}", (1, 2, 3), 10, 10)) for n in range(3)}
+    text = show.table(runs, width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    for word in ("phase 0", "average", "forgetting", "units", "bytes", "seconds"):
+        assert word in text
+    assert "transfer" not in text, "minus the forgetting says nothing new"
+    assert "phase 9" in show.table(runs, width=400)
+
+
+def test_a_plot_of_many_runs_with_odd_names(tmp_path):
+    runs = {f"run $x_{n}$ $": report.load_results(write(tmp_path / f"{n}")) for n in range(18)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        show.plot(runs, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").size[0] > 1000
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    return make_shapes(tmp_path / "data", train=1, test=1, copies=2, name="Shapes")
+
+
+def draw(paths, file, *options):
+    return gallery.main(["--data-dir", str(paths.data_dir), "--dataset", "shapes", *options, str(file)])
+
+
+def test_a_gallery_shows_what_there_is(shapes, tmp_path, capsys):
+    (shapes.folder("train") / "red disc").rename(shapes.folder("train") / "cost in $ and $")
+    (shapes.folder("edge_maps") / "red disc").rename(shapes.folder("edge_maps") / "cost in $ and $")
+    sizes = []
+    for copies in ("0", "1", "2", "5"):
+        assert draw(shapes, tmp_path / "g.png", "--copies", copies) == 0
+        sizes.append(Image.open(tmp_path / "g.png").size[0])
+    assert sizes[0] < sizes[1] < sizes[2] == sizes[3], "no columns for copies that are not there"
+    for copy in shapes.folder("exemplars").rglob("*.jpg"):
+        copy.unlink()
+    assert draw(shapes, tmp_path / "g.png") == 2
+    assert "no copies yet" in capsys.readouterr().err
+
+
+def test_a_pipe_that_closes_early():
+    script = f"{sys.executable} main.py --help-config | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.stdout.splitlines()[1] == "0"
+    assert done.stderr == ""
