@@ -1,5 +1,8 @@
 """What the named backbones do to torchvision's residual blocks: no last ReLU, attention, or branches that fold away."""
 
+import torchvision_compat  # noqa: F401  (before torchvision)
+
+# isort: split
 import copy
 
 import torch

@@ -1,5 +1,8 @@
 """torchvision's ImageNet weights, from where torch keeps its downloads; nothing is fetched."""
 
+import torchvision_compat  # noqa: F401  (before torchvision)
+
+# isort: split
 import re
 from pathlib import Path
 

@@ -5,6 +5,9 @@ He et al., "Deep Residual Learning for Image Recognition", CVPR 2016: sections 4
 apart (MEMO) and loaded with torchvision's weights: their names are torchvision's.
 """
 
+import torchvision_compat  # noqa: F401  (before torchvision)
+
+# isort: split
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from convs import BACKBONES
 from convs.blocks import LINEAR, attend, branch
 from convs.pretrained import load_pretrained
 
@@ -22,18 +26,7 @@ _LARGE = {
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }
-_CIFAR = ("resnet8", "resnet14", "resnet20", "resnet26", "resnet32", "resnet38", "resnet44", "resnet56", "resnet110")
-_VARIANTS = (
-    *("cosine_resnet18", "cosine_resnet32", "cosine_resnet34", "cosine_resnet50"),
-    *("resnet18_cbam", "resnet34_cbam", "resnet50_cbam", "resnet18_rep", "memo_resnet18", "memo_resnet32"),
-)
-
-CONVNETS = (*_LARGE, *_CIFAR, *_VARIANTS)
-"""The backbones that `build_backbone` knows.
-
-cosine_: no ReLU at the end, for heads that compare directions; _cbam: attention in every block; _rep: 1x1 branches
-beside the 3x3 convolutions; memo_: PyCIL's name for a backbone that MEMO cuts, which every backbone here can be.
-"""
+CONVNETS = BACKBONES
 
 
 class PadShortcut(nn.Module):

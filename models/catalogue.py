@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from convs import BACKBONES
 from utils.config.schema import MethodInfo
 from utils.config.show import markdown
 
@@ -73,10 +74,6 @@ def load(name: str) -> type:
 
 def backbones() -> tuple[str, ...]:
     """The allowed values of convnet_type."""
-    try:
-        from convs import BACKBONES
-    except ImportError:
-        from convs.resnet import CONVNETS as BACKBONES
     return tuple(BACKBONES)
 
 
