@@ -84,7 +84,7 @@ def run(config: Config) -> dict:
     form = exemplar_form(config, any_order)
     for data in orders.values():
         data.paths = replace(paths, files=form.files)
-    config, copies = check_exemplars(config, any_order, form, fabric.device)
+    config, copies = check_exemplars(config, any_order, form, fabric)
     if config.pretrained:
         fresh_backbone(config, any_order)
     if config.compile:
@@ -167,7 +167,7 @@ def costs(form, paths: DatasetPaths) -> dict:
     return {"real": Cost(None, paths), form.name: Cost(form, paths)}
 
 
-def check_exemplars(config: Config, data, form, device):
+def check_exemplars(config: Config, data, form, fabric):
     """Make sure, before any work, that the exemplars can be chosen, fit the budget and have, or can get, their copies.
 
     Returns the config with real_per_class filled in, and the copies, made ahead or to be made on demand; None where
@@ -179,6 +179,8 @@ def check_exemplars(config: Config, data, form, device):
     method = catalogue.methods()[config.model_name]
     synthetic = config.syn_per_class if method.uses_memory else 0
     images = [data.train_images(target) for target in range(data.nb_classes)]
+    if form.deterministic:  # all copies of an image would be equal
+        config = replace(config, augmentations_per_image=1)
     may_be_replaced = config.augmentation_prob > 0 and (
         config.real_per_class != 0 or config.augmentation_scope == "all"
     )
@@ -193,7 +195,7 @@ def check_exemplars(config: Config, data, form, device):
             resolution=data.defaults.resolution,
             form=form.name,
             copies=config.augmentations_per_image,
-            device=device,
+            fabric=fabric,
         )
     of_form = costs(form, data.paths)[form.name]
     units = {"real": 1.0, form.name: 1 / 24}

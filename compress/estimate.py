@@ -20,7 +20,8 @@ SAMPLE = 64
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the missing files will take: bytes on disk, and seconds.  NaN where no image can be read."""
+    """What the missing files will take: bytes on disk, and seconds, 0 without a generator.  NaN where no image can be
+    read."""
 
     kept_bytes: float
     copy_bytes: float
@@ -48,7 +49,7 @@ def estimate(regenerator: Regenerator, plan: Plan) -> Estimate:
     return Estimate(
         plan.kept_missing * _mean(kept_bytes) if plan.kept_missing else 0.0,
         plan.copies_missing * _mean(copy_bytes) if plan.copies_missing else 0.0,
-        plan.copies_missing * _seconds_per_copy(regenerator, requests) if plan.copies_missing else 0.0,
+        plan.copies_missing * _seconds_per_copy(regenerator, requests) if regenerator.generator else 0.0,
     )
 
 

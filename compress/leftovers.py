@@ -10,10 +10,11 @@ def temporary_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [(file, re.match(r"\.(\d+)-", file.name)) for file in folder.glob(".*.tmp")]
-    return [file for file, process in found if process and not _is_running(int(process[1]))]
+    return [file for file, process in found if process and not is_running(int(process[1]))]
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether another process of this number runs on this machine."""
     if process == os.getpid():
         return False  # this process has not begun to write: another machine or container had the same number
     try:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning_fabric import Fabric
 
 from compress.copies import Copies, by_settings, fingerprint
 from compress.generators import build
@@ -13,6 +13,7 @@ from compress.options import parse_settings
 from compress.plan import Plan, plan
 from compress.records import MadeOtherwise, Records
 from compress.regenerate import Regenerator
+from compress.share import by_first, run_shared
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.log import progress
@@ -22,16 +23,14 @@ class OnDemand(Copies):
     """Copies 0 ... K-1 of exemplars, made where they are missing while training goes on.
 
     options: settings, model and machine as compress/run.py takes them, in one text, "" for its defaults; resolution,
-    form: where they name none; copies: K; device: where copies are made.  The model is in memory only during a call:
-    between calls the classifier has the device to itself.
+    form: where they name none; copies: K; fabric: the processes, which share the work.  The model is in memory only
+    during a call: between calls the classifier has the device to itself.
     Raises UserError, at once, for options that are wrong, a model that can't be used, and copies on disk that were
     made with other settings.
     """
 
-    def __init__(
-        self, paths: DatasetPaths, options: str, *, resolution: str, form: str, copies: int, device: torch.device
-    ):
-        self.device = device
+    def __init__(self, paths: DatasetPaths, options: str, *, resolution: str, form: str, copies: int, fabric: Fabric):
+        self.fabric = fabric
         try:
             form, machine, words, download = parse_settings(options, resolution, form)
             if download:
@@ -39,7 +38,7 @@ class OnDemand(Copies):
             self.job = Job(Data(paths, tuple(range(copies))), form, machine, words)
             # A wrong path, and below copies of other settings, show now and not after the first phase.
             self.model = build.fingerprint(machine) if form.needs_model else None
-            self.precision = build.choose_precision(machine.precision, device)
+            self.precision = fabric.broadcast(build.choose_precision(machine.precision, fabric.device))
         except UserError as error:
             raise UserError(f"regenerate_options: {error}") from error
         todo = self._plan((image for label in paths.classes() for image in paths.images(label)[:1]), with_copies=True)
@@ -47,13 +46,18 @@ class OnDemand(Copies):
         self._forget()
 
     def make(self, images: Sequence[Path], with_copies: bool = True) -> int:
-        """Raises UserError where something could not be made."""
-        todo, job = self._plan(images, with_copies), self.job
+        """To be called by all processes, which share the work.  Returns the number of copies that all have made.
+
+        Raises UserError where something could not be made.
+        """
+        fabric, job = self.fabric, self.job
+        todo = fabric.broadcast(by_first(fabric, lambda: self._plan(images, with_copies)))
         generator = None
         if todo.copies_missing:
-            generator = build.make_generator(job.form, job.machine, self.device, self.precision)
-        with progress(todo.copies_missing, "copies") as bar:
-            result = Regenerator(job.data.paths, job.form, generator).run(todo, bar.update)
+            generator = build.make_generator(job.form, job.machine, fabric.device, self.precision)
+        with progress(todo.copies_missing, "copies", quiet=not fabric.is_global_zero) as bar:
+            result = run_shared(fabric, Regenerator(job.data.paths, job.form, generator), todo, bar.update)
+        result = fabric.broadcast(result)
         if result.failures:
             more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
             raise UserError(f"an exemplar could not be stored or regenerated: {result.failures[0]}{more}")

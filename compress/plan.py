@@ -4,7 +4,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
@@ -70,11 +70,26 @@ class Plan:
     def copies_present(self) -> int:
         return len(self.tasks) * self.copies_per_image - self.copies_missing
 
-    def share(self, rank: int, world_size: int) -> "Plan":
-        """The part of process `rank` of `world_size`, an even part of what is to be made and of what is there."""
-        to_do = [task for task in self.tasks if not task.is_done][rank::world_size]
-        done = [task for task in self.tasks if task.is_done][rank::world_size]
-        return replace(self, tasks=(*to_do, *done))
+
+@dataclass
+class Survey:
+    """A part of the images asked for, compared with what is on disk.
+
+    tasks: by image; counts: of ("kept" or "copy", Found); conflicts: for "kept" and "copies", the labels of classes
+    with files of other settings; classes: number of classes.
+    """
+
+    tasks: dict[Path, Task] = field(default_factory=dict)
+    counts: Counter[tuple[str, Found]] = field(default_factory=Counter)
+    conflicts: dict[str, list[str]] = field(default_factory=lambda: {"kept": [], "copies": []})
+    classes: int = 0
+
+    def add(self, other: "Survey") -> None:
+        """Join another part."""
+        self.tasks |= other.tasks
+        self.counts += other.counts
+        self.conflicts = {what: labels + other.conflicts[what] for what, labels in self.conflicts.items()}
+        self.classes += other.classes
 
 
 def plan(
@@ -91,12 +106,38 @@ def plan(
     Raises MadeOtherwise where files of these classes were made with other settings, unless either is given.
     """
     images = list(images)
+    found = survey(records, images, copy_numbers, replaced=replaced, overwrite=overwrite)
+    return to_plan(records, images, copy_numbers, found)
+
+
+def to_plan(records: Records, images: Sequence[Path], copy_numbers: Sequence[int], found: Survey) -> Plan:
+    """The plan for images that have been surveyed.  Raises MadeOtherwise as `plan` does."""
+    if any(found.conflicts.values()):
+        raise MadeOtherwise(_in_words(records, found.conflicts, found.classes))
+    return Plan(
+        records,
+        tuple(found.tasks[image] for image in images),
+        len(copy_numbers),
+        copies_otherwise=found.counts["copy", Found.OTHERWISE],
+        kept_otherwise=found.counts["kept", Found.OTHERWISE],
+        copies_without_record=found.counts["copy", Found.UNKNOWN],
+        kept_without_record=found.counts["kept", Found.UNKNOWN],
+    )
+
+
+def survey(
+    records: Records,
+    images: Iterable[Path],
+    copy_numbers: Sequence[int],
+    *,
+    replaced: bool = False,
+    overwrite: bool = False,
+) -> Survey:
+    """Compare these images' files on disk with the settings, class by class; arguments as `plan` has them."""
     by_label: dict[str, list[Path]] = defaultdict(list)
     for image in images:
         by_label[image.parent.name].append(image)
-    tasks: dict[Path, Task] = {}
-    counts: Counter[tuple[str, Found]] = Counter()
-    conflicts: dict[str, list[str]] = {"kept": [], "copies": []}
+    whole = Survey(classes=len(by_label))
     with ThreadPoolExecutor(READERS) as pool:
         for label, of_class in by_label.items():
             kept, copies = {}, {}
@@ -108,27 +149,17 @@ def plan(
                 ("copies", records.copies, copies.values()),
             ):
                 if not replaced and record.state(label) is not State.MIXED and Found.OTHERWISE in found:
-                    conflicts[what].append(label)
+                    whole.conflicts[what].append(label)
             for image in of_class:
                 file, kind = kept.get(image, (None, Found.MISSING))
                 found = {k: copies.get(records.paths.copy_name(image, k), Found.MISSING) for k in copy_numbers}
-                counts.update([("kept", kind), *(("copy", kind) for kind in found.values())])
-                tasks[image] = Task(
+                whole.counts.update([("kept", kind), *(("copy", kind) for kind in found.values())])
+                whole.tasks[image] = Task(
                     image,
                     file if kind in (Found.GOOD, Found.UNKNOWN) else None,
                     tuple(k for k in copy_numbers if found[k] in (Found.MISSING, Found.OTHERWISE)),
                 )
-    if any(conflicts.values()):
-        raise MadeOtherwise(_in_words(records, conflicts, len(by_label)))
-    return Plan(
-        records,
-        tuple(tasks[image] for image in images),
-        len(copy_numbers),
-        copies_otherwise=counts["copy", Found.OTHERWISE],
-        kept_otherwise=counts["kept", Found.OTHERWISE],
-        copies_without_record=counts["copy", Found.UNKNOWN],
-        kept_without_record=counts["kept", Found.UNKNOWN],
-    )
+    return whole
 
 
 def _kept(

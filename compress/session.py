@@ -13,12 +13,12 @@ from tqdm import tqdm
 from compress.generators.build import choose_precision, download, fingerprint, make_generator
 from compress.job import Data, Job
 from compress.options import Action
-from compress.plan import Plan, plan
+from compress.plan import Plan, Survey, survey, to_plan
 from compress.records import MadeOtherwise, Records
 from compress.regenerate import Regenerator
-from compress.share import PATIENCE, by_first, deal, gather
+from compress.share import PATIENCE, by_all, by_first, own_part, run_shared, together
 from compress.summary import report, report_estimate, report_findings, report_plan
-from compress.verify import Findings, verify
+from compress.verify import Findings, look_around, verify
 from utils.devices import accelerator, launch
 from utils.errors import UserError
 
@@ -29,28 +29,44 @@ MIXING = "Make those again with --replace, or put this run's beside them with --
 def run(job: Job, action: Action) -> int:
     """Returns the exit code; raises UserError for what the user can mend.
 
-    Of several processes the first one looks at the disk and talks; each makes its part; the first one sums up.
+    Of several processes each looks at its part of the disk and makes its part of the files; the first one talks.
     """
     fabric = launch(*accelerator(action.device), patience=PATIENCE)
+    if action.download:
+        by_first(fabric, lambda: download(job.machine.model))
+    images, empty = together(fabric, lambda: select(job.data))
     if action.verify:
-        return by_first(fabric, lambda: check(job)) or DONE
-    whole, empty = by_first(fabric, lambda: prepare(job, action, fabric.device)) or (None, [])
-    if action.dry_run and not fabric.is_global_zero:
-        return DONE
-    todo = whole if action.dry_run else deal(fabric, whole)
+        records = Records(job.data.paths, job.form, None, named(job.machine.precision))
+        is_well = verified(fabric, records, images, job.data.copy_numbers).is_well
+        return DONE if (is_well and not empty) or not fabric.is_global_zero else SOME_FAILED
+    todo = together(fabric, lambda: find_work(fabric, job, images, action))
+    if fabric.is_global_zero:
+        report_plan(todo, f"{job.data.paths.dataset}, {job.form.preset.name} resolution")
+    if action.dry_run:
+        return dry_run(job, todo, fabric)
     generator = make_generator_for(job, todo, fabric)
     regenerator = Regenerator(job.data.paths, job.form, generator)
-    if action.dry_run:
-        report_estimate(regenerator, todo)
-        return DONE
     start = time.perf_counter()
     with progress_bar(todo.copies_missing, "copy", fabric) as bar:
-        result = regenerator.run(todo, bar.update)
-    result = gather(fabric, result)
+        result = run_shared(fabric, regenerator, todo, bar.update)
     if not fabric.is_global_zero:
         return DONE
     report(result, job.form.noun, empty, time.perf_counter() - start)
     return SOME_FAILED if result.failures or empty else DONE
+
+
+def dry_run(job: Job, todo: Plan, fabric: Fabric) -> int:
+    """Tell what the plan will take.  Without weights the copies are counted and their time is unknown."""
+    if not fabric.is_global_zero:
+        return DONE
+    try:
+        generator, missing = make_generator_for(job, todo, fabric), None
+    except UserError as error:
+        generator, missing = None, error
+    report_estimate(Regenerator(job.data.paths, job.form, generator), todo)
+    if missing:
+        print(f"the time is unknown: {missing}")
+    return DONE
 
 
 def make_generator_for(job: Job, todo: Plan, fabric: Fabric):
@@ -66,43 +82,31 @@ def make_generator_for(job: Job, todo: Plan, fabric: Fabric):
     return generator
 
 
-def prepare(job: Job, action: Action, device: torch.device) -> tuple[Plan, list[Path]]:
-    """What there is to do, told and returned, and the class folders without images."""
-    if action.download:
-        download(job.machine.model)
-    images, empty = select(job.data)
-    todo = find_work(job, device, images, repair=action.repair)
-    report_plan(todo, f"{job.data.paths.dataset}, {job.form.preset.name} resolution")
-    return todo, empty
-
-
-def check(job: Job) -> int:
-    """`--verify`.  Returns the exit code."""
-    images, empty = select(job.data)
-    records = Records(job.data.paths, job.form, None, named(job.machine.precision))
-    return DONE if verified(records, images, job.data.copy_numbers).is_well and not empty else SOME_FAILED
-
-
-def find_work(job: Job, device: torch.device, images: list[Path], *, repair: bool) -> Plan:
+def find_work(fabric: Fabric, job: Job, images: list[Path], action: Action) -> Plan:
     """The plan for these images.  The model's weights, and what "auto" precision means, matter only to new copies.
 
     Raises UserError where files on disk were made with other settings, and the options don't say what to do with them.
     """
     numbers, machine = job.data.copy_numbers, job.machine
+    labels = list(dict.fromkeys(image.parent.name for image in images))
+    mine = set(own_part(fabric, labels))
 
     def planned(model: str | None, precision: str | None) -> Plan:
         records = Records(job.data.paths, job.form, model, precision, job.options)
         again = {"replaced": job.existing == "replace", "overwrite": job.existing == "overwrite"}
-        return plan(records, images, numbers, **again)
+        own = [image for image in images if image.parent.name in mine]
+        found = Survey()
+        for part in by_all(fabric, lambda: survey(records, own, numbers, **again)):
+            found.add(part)
+        return to_plan(records, images, numbers, found)
 
     def planned_to_make() -> Plan:
-        model = fingerprint(machine) if job.form.needs_model else None
-        return planned(model, choose_precision(machine.precision, device))
+        return planned(*fabric.broadcast(by_first(fabric, lambda: made_by(job, fabric.device, action.dry_run))))
 
     again = job.existing != "refuse"
     try:
         todo = planned_to_make() if again else planned(None, named(machine.precision))
-        findings = verified(todo.records, images, numbers) if repair else Findings()
+        findings = verified(fabric, todo.records, images, numbers) if action.repair else Findings()
         if findings.repairs(todo).copies_missing and not again:
             todo = planned_to_make()
     except MadeOtherwise as error:
@@ -110,25 +114,42 @@ def find_work(job: Job, device: torch.device, images: list[Path], *, repair: boo
     return findings.repairs(todo)
 
 
+def made_by(job: Job, device: torch.device, without_weights: bool) -> tuple[str | None, str]:
+    """(fingerprint of the model's weights, precision).  Raises UserError without weights, unless they don't matter."""
+    precision = choose_precision(job.machine.precision, device)
+    try:
+        return fingerprint(job.machine) if job.form.needs_model else None, precision
+    except UserError:
+        if without_weights:
+            return None, precision
+        raise
+
+
 def named(precision: str) -> str | None:
     """The precision that the user has named; None for "auto"."""
     return None if precision == "auto" else precision
 
 
-def verified(records: Records, images: list[Path], copy_numbers: Sequence[int]) -> Findings:
-    """What is wrong with the kept files and copies of these images, told and returned."""
-    with progress_bar(len(images), "image") as bar:
-        findings = verify(records, images, copy_numbers, bar.update)
-    report_findings(findings, records.form.noun)
+def verified(fabric: Fabric, records: Records, images: list[Path], copy_numbers: Sequence[int]) -> Findings:
+    """What is wrong with the kept files and copies of these images, told by the first process and returned in all."""
+    own = own_part(fabric, images)
+    with progress_bar(len(own), "image", fabric) as bar:
+        parts = by_all(fabric, lambda: verify(records, own, copy_numbers, bar.update))
+    findings = look_around(records, dict.fromkeys(image.parent.name for image in images))
+    for part in parts:
+        findings.add(part)
+    place = {image: i for i, image in enumerate(images)}
+    findings.tasks.sort(key=lambda task: place[task.image])
+    if fabric.is_global_zero:
+        report_findings(findings, records.form.noun)
     return findings
 
 
 def progress_bar(total: int, unit: str, fabric: Fabric | None = None) -> tqdm:
-    """With the time left; in a log file, a line every half minute; of several processes, the first one's share."""
+    """With the time left; in a log file, a line every half minute; of several processes, in the first one alone."""
     seldom = 0.1 if sys.stderr.isatty() else 30
     many = fabric is not None and fabric.world_size > 1
     return tqdm(
-        desc=f"process 1 of {fabric.world_size}" if many else None,
         disable=not total or (many and not fabric.is_global_zero),
         total=total,
         unit=unit,

@@ -70,13 +70,13 @@ def _count(count: int, noun: str) -> str:
 
 def report_estimate(regenerator: Regenerator, todo: Plan) -> None:
     """Print what --dry-run tells: bytes and time."""
-    if todo.copies_missing:
+    if regenerator.generator:
         print("measuring one batch ...", flush=True)
     expected = estimate(regenerator, todo)
     if math.isnan(expected.kept_bytes + expected.copy_bytes + expected.seconds):
         print("expected: unknown, none of the sampled images could be read")
         return
-    seconds = f", about {duration(expected.seconds)} for the copies" if todo.copies_missing else ""
+    seconds = f", about {duration(expected.seconds)} for the copies" if regenerator.generator else ""
     kept = f"{size(expected.kept_bytes)} of {plural(todo.records.form.noun)}"
     print(f"expected: {kept}, {size(expected.copy_bytes)} of copies{seconds}\ndry run: nothing was written")
 

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,11 @@ class Findings:
     def is_well(self) -> bool:
         return not self.faults and not self.half_written
 
+    def add(self, other: "Findings") -> None:
+        """Join what was found of other images."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
     def repairs(self, todo: Plan) -> Plan:
         """That plan, and what was found to make again beside it."""
         found = {task.image: task for task in self.tasks}
@@ -80,7 +85,7 @@ def verify(
 
     progress: called with the number of images just finished.
     """
-    findings, images = Findings(), list(images)
+    findings = Findings()
     check = _Check(records, copy_numbers)
     threads = nb_cores()
     pool = ThreadPoolExecutor(threads)
@@ -93,9 +98,15 @@ def verify(
             progress(1)
     finally:
         pool.shutdown(cancel_futures=True)
+    return findings
+
+
+def look_around(records: Records, labels: Iterable[str]) -> Findings:
+    """Half-written files, and files of these classes that belong to no train image."""
+    findings, labels = Findings(), list(labels)
     for mode in ("kept", "copies"):
         findings.half_written += temporary_files(records.paths.folder(mode))
-        for label in dict.fromkeys(image.parent.name for image in images):
+        for label in labels:
             findings.half_written += temporary_files(records.paths.folder(mode) / label)
             findings.orphans += _orphans(records, mode, label)
         findings.orphans += _orphaned_folders(records, mode)

@@ -371,15 +371,10 @@ class Learner(abc.ABC):
         if self.copies is None or not self.uses_memory:
             return None
         needed = phase + 1 < self.data.nb_phases or self.config.nme
-        self._make([image for image in self.shown() if image not in there], with_copies=False)
+        self.copies.make([image for image in self.shown() if image not in there], with_copies=False)
         for target in self.memory.targets:  # edge maps cost what they cost; no copies of what is dropped
             self.memory.enforce_budget(target)
-        return self._make([image for image in self.shown() if image not in there], with_copies=needed)
-
-    def _make(self, images: Sequence[Path], *, with_copies: bool) -> int | None:
-        """`Copies.make` by the first process, and what it returns in all."""
-        made = self.copies.make(images, with_copies) if self.fabric.is_global_zero else None
-        return self.fabric.broadcast(made)
+        return self.copies.make([image for image in self.shown() if image not in there], with_copies=needed)
 
     def predict(self, images: Sequence[Path], purpose: str, *, again: bool = False) -> Outputs:
         """The network's logits and features for pictures, with the test transform, on the CPU in the order given.

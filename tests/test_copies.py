@@ -146,7 +146,12 @@ def test_copies_on_demand_are_remembered_too(train, tmp_path, checkpoint, capsys
     paths = little_dataset(tmp_path / "data")
     options = f"--model {shlex.quote(str(checkpoint))} --size 64 --steps 1 --batch-size 4 --quality 80"
     values = {"dataset": paths.dataset, "init_cls": 1, "increment": 1, "real_per_class": 1, "syn_per_class": 1}
-    values |= {"regenerate": "on_demand", "augmentation_scope": "exemplars", "regenerate_options": options}
+    values |= {
+        "nme": False,
+        "regenerate": "on_demand",
+        "augmentation_scope": "exemplars",
+        "regenerate_options": options,
+    }
     assert train(**values) == 0
     first, last = copies_used(tmp_path / "out")
     assert (first["files"], last["files"]) == (2, 2)  # after the last phase nobody reads copies
@@ -168,7 +173,12 @@ def test_copies_that_are_there_are_not_counted_as_made(train, tmp_path, checkpoi
     options = f"--model {shlex.quote(str(checkpoint))} --size 64 --steps 1 --batch-size 4 --resolution high"
     assert command(paths, checkpoint, capsys)()[0] == 0
     values = {"dataset": paths.dataset, "init_cls": 1, "increment": 1, "real_per_class": 1, "syn_per_class": 1}
-    values |= {"regenerate": "on_demand", "augmentation_scope": "exemplars", "regenerate_options": options}
+    values |= {
+        "nme": False,
+        "regenerate": "on_demand",
+        "augmentation_scope": "exemplars",
+        "regenerate_options": options,
+    }
     assert train(**values) == 0
     phases = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["phases"]
     assert [phase["copies_on_demand"] for phase in phases] == [0, 0]

@@ -106,6 +106,20 @@ def train(paths, out, capsys, **values):
     return main.main(["--config", str(file)]), capsys.readouterr()
 
 
+@pytest.mark.parametrize("regenerate", ["ahead", "on_demand"])
+def test_training_on_text(paths, compress, checkpoint, tmp_path, capsys, regenerate):
+    options = f"--model {checkpoint} --size 64 --steps 1 --batch-size 4 --resolution high"
+    if regenerate == "ahead":
+        assert compress("--form", "text")[0] == 0
+    code, said = train(
+        paths, tmp_path / "out", capsys, syn_form="text", regenerate=regenerate, regenerate_options=options
+    )
+    assert code == 0, said.err
+    phase = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["phases"][0]
+    assert phase["copies"]["made_by"][0]["settings"]["form"] == "text"
+    assert phase["memory"]["units_total"] == 1  # the real exemplar: a text costs nothing
+
+
 def test_a_form_without_a_cost_in_units_is_refused_by_a_budget_in_units(paths, compress, tmp_path, capsys):
     code, said = train(paths, tmp_path / "out", capsys, syn_form="webp:10")
     assert code == 2

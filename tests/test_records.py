@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from lightning_fabric import Fabric
 from PIL import Image
 
 import main
@@ -390,20 +390,6 @@ def test_a_file_system_without_links(paths, monkeypatch):
     assert [file.name for file in paths.folder("copies").iterdir()] == ["settings.json"]
 
 
-def test_the_shares_of_a_plan_are_the_whole(paths):
-    regenerator = Maker(paths, SMALL, little_model(), batch_size=2)
-    regenerator(paths.images("sushi"), [0])
-    todo = regenerator.plan(images_of(paths), [0, 1])
-    shares = [todo.share(rank, 3) for rank in range(3)]
-    assert sorted(task.image for share in shares for task in share.tasks) == images_of(paths)
-    assert [sum(not task.is_done for task in share.tasks) for share in shares] == [2, 1, 1]
-    results = [regenerator.run(share) for share in shares]
-    for other in results[1:]:
-        results[0].add(other)
-    assert (results[0].copies_made, results[0].copies_skipped, results[0].kept_made) == (6, 2, 2)
-    assert results[0].image_bytes == sum(image.stat().st_size for image in images_of(paths))
-
-
 def test_what_makes_no_difference_is_no_setting(paths):
     """Guess mode's sampling, for a class that has a text; and an edge map of the image's own size knows no size."""
     texts = Records(paths, edges(HIGH), "m")
@@ -419,7 +405,8 @@ def test_what_makes_no_difference_is_no_setting(paths):
 
 def on_demand(paths, checkpoint, steps=1):
     options = f"--model {shlex.quote(str(checkpoint))} --size 64 --steps {steps} --batch-size 4"
-    return OnDemand(paths, options, resolution="high", form="edges", copies=2, device=torch.device("cpu"))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    return OnDemand(paths, options, resolution="high", form="edges", copies=2, fabric=fabric)
 
 
 def test_the_trainer_keeps_the_same_records(paths, compress, checkpoint):
