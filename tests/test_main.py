@@ -238,7 +238,7 @@ def test_copies_on_demand(train, tmp_path, own_data_dir, monkeypatch, capsys):
     monkeypatch.setattr(on_demand, "OnDemand", Stub)
     values = {"data_dir": str(own_data_dir), "dataset": "Bare", "regenerate": "on_demand"}
     values["regenerate_options"] = "--model tiny --resolution high"
-    assert train(**values, augmentation_prob=0, epochs=1, init_epoch=1) == 0
+    assert train(**values, augmentation_prob=0, epochs=1, init_epoch=1, nme=False) == 0
     # 2 new classes x 4 synthetic exemplars; after the last phase prompts alone, as nobody looks at copies any more
     assert asked == [(8, False), (8, True), (8, False), (8, True), (8, False), (8, False)]
     assert (
