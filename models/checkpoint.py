@@ -69,12 +69,26 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def fingerprint(settings: Mapping[str, Any], files: Iterable[Path], root: Path) -> str:
-    """A short name for everything that a phase-0 network depends on: settings, and files by name and size.
+    """A short name for everything that a phase-0 network depends on: settings, and files by name, size and time of
+    modification.
 
-    Files that are not there count as such: copies may be missing where they are drawn with probability 0.
+    Each folder is listed once.  Files that are not there count as such: copies may be missing where they are drawn with
+    probability 0.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    folder, there = None, {}
     for file in files:
-        size = file.stat().st_size if file.is_file() else -1
-        digest.update(f"{file.relative_to(root).as_posix()}\0{size}\0".encode())
+        if file.parent != folder:
+            folder, there = file.parent, _stamps(file.parent)
+            digest.update(os.fsencode(f"{folder.relative_to(root).as_posix()}\0"))
+        digest.update(os.fsencode(f"{file.name}\0{there.get(file.name, -1)}\0"))
     return digest.hexdigest()[:24]
+
+
+def _stamps(folder: Path) -> dict[str, str]:
+    """Size and time of modification of the files in a folder, by name."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        stats = ((entry.name, entry.stat()) for entry in entries if entry.is_file())
+        return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats}

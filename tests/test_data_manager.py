@@ -3,6 +3,7 @@
 import pickle
 import re
 import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch.utils.data import BatchSampler
 
 from compress.copies import check_copies
+from compress.forms import form_named
+from compress.presets import HIGH
 from tests.folders import make_dataset, save_noise, save_picture
 from utils.data.augment_large import FullSize
 from utils.data.batches import ImageSet, TrainingSet, batch_loader
@@ -23,6 +26,7 @@ from utils.errors import UserError
 
 DEFAULTS = dataset_defaults("Toy", (32, 32))
 TRANSFORM = DEFAULTS.train_transform
+EDGES = form_named("edges", HIGH)
 LABELS = ["crème brûlée", "apple pie", "b", "d", "e", "f", "g"]
 
 
@@ -387,6 +391,23 @@ def test_image_set_gives_pictures_in_order(photos):
         ImageSet(images, [1] * 6, data.test_transform)
 
 
+def test_a_small_shared_memory_is_noticed_before_workers_die_of_it(photos, monkeypatch, caplog):
+    dataset = photo_set(photos)
+    sampler = EpochBatchSampler(len(dataset), 4, 7, 2)
+    expected = list(batch_loader(dataset, sampler))
+    for free, workers, words in ((200_000, 2, 0), (50_000, 0, 1)):  # 2 workers, 3 batches of 4 x 3072 bytes each
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        loader = batch_loader(dataset, sampler, 2)
+        assert loader.num_workers == workers
+        assert len(caplog.records) == words
+    assert "--shm-size" in caplog.text
+    assert all(
+        torch.equal(a, b)
+        for ours, theirs in zip(loader, expected, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
 # --- unreadable pictures ---
 
 
@@ -510,10 +531,10 @@ def test_a_batch_needs_an_image_for_each_process():
 
 def test_complete_copies_pass_and_missing_ones_are_counted_with_the_command(photos, tmp_path):
     images = photos.images("a") + photos.images("b")
-    check_copies(photos, images, 2)
-    check_copies(photos, images, 0)
+    check_copies(photos, EDGES, images, 2)
+    check_copies(photos, EDGES, images, 0)
     with pytest.raises(UserError) as error:
-        check_copies(photos, images, 3)
+        check_copies(photos, EDGES, images, 3)
     message = str(error.value)
     assert message.startswith("14 of 42 copies are missing")
     assert str(photos.copy(images[0], 2)) in message
@@ -523,7 +544,7 @@ def test_complete_copies_pass_and_missing_ones_are_counted_with_the_command(phot
     assert arguments == {
         "--data-dir": str(photos.data_dir),
         "--dataset": "Toy",
-        "--resolution": "low",
+        "--resolution": "high",
         "--seeds": "3",
     }
 
@@ -534,18 +555,18 @@ def test_the_first_missing_copy_is_the_one_that_is_gone(tmp_path):
     for image in images:
         for k in range(2):
             save_picture(paths.copy(image, k))
-    check_copies(paths, images, 2)
+    check_copies(paths, EDGES, images, 2)
     gone = paths.copy(images[4], 1)
     gone.unlink()
     with pytest.raises(UserError, match=f"^1 of 12 .*{re.escape(str(gone))}") as error:
-        check_copies(paths, images, 2)
+        check_copies(paths, EDGES, images, 2)
     command = shlex.split(str(error.value).splitlines()[-1])
     assert command[command.index("--data-dir") + 1] == str(paths.data_dir)
     assert command[command.index("--resolution") + 1] == "high"
-    check_copies(paths, images[:4], 2)
+    check_copies(paths, EDGES, images[:4], 2)
     paths.copies_folder("ü").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=f"^6 of 12 .*{re.escape(str(paths.copy(images[3], 0)))}"):
-        check_copies(paths, images, 2)
+        check_copies(paths, EDGES, images, 2)
 
 
 def test_groups_bring_their_items_into_every_batch():

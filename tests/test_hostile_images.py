@@ -126,6 +126,13 @@ def test_a_broken_file_is_an_oserror_with_a_reason(broken):
             ImageSet([path], [0], AsTheyAre())[0]
 
 
+@pytest.mark.parametrize("size", [(20_000, 1), (2, 9_000)])
+def test_a_picture_too_elongated_to_be_resized_is_named(tmp_path, size):
+    Image.new("1", size).save(tmp_path / "thin.png")
+    with pytest.raises(UnreadableImage, match=r"thin\.png: \d+ x \d+ pixels are too elongated"):
+        ImageSet([tmp_path / "thin.png"], [0], AsTheyAre())[0]
+
+
 def test_a_file_cut_anywhere_shows_its_picture_or_is_refused(tmp_path):
     refused = 0
     for name, (content, shown) in hostile_images.pictures().items():

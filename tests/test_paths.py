@@ -1,7 +1,9 @@
 """Paths on disk and image files (utils/data/paths.py, utils/data/images.py)."""
 
 import io
+import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,55 @@ def test_stems_that_collide_stay_apart(tmp_path):
     assert paths.copy(png, 1).name == "x.png_seed01.jpg"
     assert paths.copy(other, 1).name == "y_seed01.jpg"
     assert paths.copy(elsewhere, 1).name == "x_seed01.jpg"
+
+
+def test_no_two_images_of_a_class_share_what_is_derived_from_them(tmp_path):
+    folder = tmp_path / "D" / "train" / "a"
+    names = ["a.jpg", "a.png", "a.jpg.png", "B.jpg", "b.jpg", "c.jpg", "a.jpg.png.webp"]
+    images = [save_picture(folder / name) for name in names]
+    if len(list(folder.iterdir())) < len(names):
+        pytest.skip("this disk does not distinguish case")
+    paths = DatasetPaths(tmp_path, "D")
+    for derived in ([paths.edge_map(image).name for image in images], [paths.copy(image, 0).name for image in images]):
+        assert len({name.casefold() for name in derived}) == len(names)
+    assert paths.edge_map(images[0]).name == "a.jpg.webp"
+    assert paths.edge_map(images[5]).name == "c.webp"
+
+
+@pytest.mark.parametrize("name", ["../Z", "a/b", "..", ".", "", "/tmp/x"])
+def test_a_dataset_is_one_folder_of_the_data_folder(tmp_path, name):
+    with pytest.raises(UserError, match="one folder of the data folder"):
+        DatasetPaths(tmp_path, name)
+
+
+def test_pictures_in_folders_within_a_class_are_mentioned(tmp_path, caplog):
+    paths = DatasetPaths(tmp_path, "D")
+    save_picture(paths.folder("train") / "a" / "1.png")
+    (paths.folder("train") / "a" / "notes").mkdir()
+    paths.warn_of_nested(["a"])
+    assert not caplog.records
+    save_picture(paths.folder("train") / "a" / "more" / "2.png")
+    paths.warn_of_nested(["a"])
+    assert f"{paths.folder('train') / 'a' / 'more'}: pictures in folders within" in caplog.text
+
+
+def test_class_names_match_however_accents_are_composed_and_what_matches_no_class_is_said(tmp_path, caplog):
+    paths = DatasetPaths(tmp_path, "D")
+    for label in (unicodedata.normalize("NFD", "crème"), "tart"):
+        (paths.folder("train") / label).mkdir(parents=True)
+    texts = json.dumps({unicodedata.normalize("NFC", "crème"): "cream", "tartt": "a tart"})
+    (paths.root / "class_names.json").write_text(texts, encoding="utf-8-sig")  # with a BOM
+    assert paths.class_texts() == {unicodedata.normalize("NFD", "crème"): "cream", "tart": "tart"}
+    assert "1 of its 2 entries match no class folder, such as 'tartt'" in caplog.text
+    paths.class_texts()
+    assert len(caplog.records) == 1, "said once"
+
+
+def test_a_label_that_is_not_utf_8_has_a_text(tmp_path):
+    paths = DatasetPaths(tmp_path, "D")
+    label = os.fsdecode(b"caf\xe9")
+    (paths.folder("train") / label).mkdir(parents=True)
+    assert paths.class_texts() == {label: "caf?"}
 
 
 @pytest.mark.parametrize("label", ["hot dog", "crème brûlée", "寿司", "a.b.c", "50% off [x]", "-dash"])

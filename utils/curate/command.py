@@ -146,7 +146,8 @@ def write_class_names(paths: DatasetPaths, texts: Mapping[str, str]) -> bool:
     file = paths.root / "class_names.json"
     if not file.exists():
         content = json.dumps(dict(texts), indent=1, ensure_ascii=False) + "\n"
-        write_atomically(file, lambda f: f.write(content.encode("utf-8")))
+        # What is not UTF-8 in a folder's name is written as JSON's escapes.
+        write_atomically(file, lambda f: f.write(content.encode("utf-8", "backslashreplace")))
         return True
     return False
 

@@ -8,6 +8,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,14 +72,24 @@ def _torchvision(name: str, root: Path, **arguments):
     """A dataset of torchvision, downloaded into `root` unless it is there.  Raises UserError where neither works."""
     from torchvision import datasets
 
+    there = set(root.rglob("*")) if root.is_dir() else None
     try:
         return getattr(datasets, name)(str(root), download=True, **arguments)
     except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
         reason = str(error).strip().partition("\n")[0]
+        _remove_empty_folders(root, there)
         raise UserError(
             f"{name} is not in {root} and can't be downloaded ({reason}). "
             f"Bring it there, packed or unpacked as torchvision keeps it, or name the place with --source."
         ) from None
+
+
+def _remove_empty_folders(root: Path, there: set[Path] | None) -> None:
+    """Remove the empty folders that a failed download has made; `there`: what was in root before, None for no root."""
+    folders = [path for path in root.rglob("*") if path.is_dir() and (there is None or path not in there)]
+    for folder in [*sorted(folders, reverse=True), *([root] if there is None else [])]:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def cifar(name: str, root: Path) -> list[Picture]:
@@ -145,6 +156,12 @@ def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None
             modes = {"train": train, "test": folder / name}
             break
     else:
+        for name in _TEST_FOLDERS if has_train else ():
+            if (folder / name).is_dir() and any(is_image(path) for path in (folder / name).iterdir()):
+                raise UserError(
+                    f"{folder / name} holds pictures without class folders. Sort them into class folders, or rename "
+                    f"{folder / name} to divide {train} instead."
+                )
         return divide({label: _images(train / label) for label in taken}, split)
     pictures = []
     for mode, place in modes.items():

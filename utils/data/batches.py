@@ -6,6 +6,8 @@ resumed, nor what else is in a batch changes what is drawn.
 """
 
 import abc
+import logging
+import shutil
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,8 +26,15 @@ from utils.data.paths import DatasetPaths
 from utils.data.sampler import seed_sequence
 from utils.errors import UserError
 
+log = logging.getLogger(__name__)
+
 Batch = tuple[Tensor, Tensor, Tensor]
 """(indices: B, images: B x 3 x S x S of uint8, targets: B)."""
+
+AMPLE_SHARED_MEMORY = 2 << 30
+"""Bytes of free shared memory from which on nobody asks how much the workers need."""
+PREFETCHED = 2
+"""Batches that a worker makes ahead: DataLoader's default."""
 
 _ITSELF = -1  # in place of a copy's number
 
@@ -165,8 +174,10 @@ def batch_loader(
 ) -> DataLoader:
     """The dataset's batches, of the keys that `batches` lists (each time it is gone through).
 
-    workers: processes, which stay for as long as the loader does; 0: the batches are made when they are asked for.
+    workers: processes, which stay for as long as the loader does; 0: the batches are made when they are asked for, as
+    also, with a warning, where the batches of all workers don't fit in the machine's shared memory.
     """
+    workers = _fitting_workers(dataset, batches, workers)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -176,6 +187,31 @@ def batch_loader(
         collate_fn=_as_it_is,
         generator=torch.Generator(),
     )
+
+
+def _fitting_workers(dataset: Batched, batches: Iterable[Sequence], workers: int) -> int:
+    """The number of workers, or 0 where a small /dev/shm (Docker's has 64 MB) can't hold their batches.
+
+    A worker that finds it full dies of SIGBUS.
+    """
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return workers
+    first = next(iter(batches), None) if workers and free < AMPLE_SHARED_MEMORY else None
+    if first is None:
+        return workers
+    needed = workers * (PREFETCHED + 1) * len(first) * dataset[first[0]][1].nbytes
+    if needed <= free:
+        return workers
+    log.warning(
+        "num_workers: %d workers need up to %d MB of shared memory, /dev/shm has %d: going on without workers. "
+        "Enlarge it (docker run --shm-size=2g), or lower batch_size or num_workers.",
+        workers,
+        needed >> 20,
+        free >> 20,
+    )
+    return 0
 
 
 def _as_it_is(batch: Batch) -> Batch:

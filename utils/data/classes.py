@@ -59,6 +59,7 @@ class DataManager:
         self._train = [paths.images(label, "train") for label in self.class_names]
         self._test = [paths.images(label, "test") for label in self.class_names]
         self._check_no_class_is_empty()
+        paths.warn_of_nested(labels)
 
     @property
     def nb_classes(self) -> int:

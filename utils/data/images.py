@@ -89,9 +89,16 @@ class UnreadableImage(UserError):
 
 
 def read_prepared(path: Path, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-    """A picture, decoded in full and prepared for a transform: H x W x 3, uint8.  Raises UnreadableImage."""
+    """A picture, decoded in full and prepared for a transform: H x W x 3, uint8.
+
+    Raises UnreadableImage, also for one so elongated that resizing its shorter side to 256 takes over MAX_PIXELS.
+    """
     try:
-        return prepare(read_image(path))
+        image = read_image(path)
+        shorter, longer = sorted(image.size)
+        if longer / shorter * 256**2 > MAX_PIXELS:
+            raise OSError(f"{path}: {image.width} x {image.height} pixels are too elongated to be resized")
+        return prepare(image)
     except OSError as error:
         raise UnreadableImage(f"cannot read image {error}. Replace the file or take it away.") from error
 

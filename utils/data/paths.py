@@ -11,17 +11,23 @@ Everything works on path parts, so a data folder that itself contains `train` do
 differ only in their ending (`a.jpg`, `a.png`) keep their whole name as the stem of what is derived from them.
 """
 
+import hashlib
 import json
+import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Container
+import unicodedata
+from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from utils.data.images import is_image
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_WARNED: set[tuple[Path, str]] = set()  # what has been said of a dataset in this process
 
 
 def data_dir(chosen: str | os.PathLike | None = None) -> Path:
@@ -70,6 +76,8 @@ class DatasetPaths:
 
     def __post_init__(self):
         object.__setattr__(self, "data_dir", Path(self.data_dir))
+        if self.dataset in ("", ".", "..") or re.search(r"[/\\\0]", self.dataset):
+            raise UserError(f"a dataset is one folder of the data folder, not {self.dataset!r} (see --data-dir).")
         if not re.fullmatch(r"[\w.-]*", self.variant):
             raise UserError(f"a variant's name has letters, digits, '.', '-' and '_' alone, unlike {self.variant!r}.")
 
@@ -109,15 +117,14 @@ class DatasetPaths:
         return sorted(path for path in _entries(folder) if is_image(path))
 
     @cached_property
-    def _shared_stems(self) -> dict[str, frozenset[str]]:
+    def _other_stems(self) -> dict[str, dict[str, str]]:
         return {}
 
     def _stem(self, image: Path) -> str:
         label = image.parent.name
-        if label not in self._shared_stems:
-            stems = Counter(path.stem for path in self.images(label))
-            self._shared_stems[label] = frozenset(stem for stem, count in stems.items() if count > 1)
-        return image.name if image.stem in self._shared_stems[label] else image.stem
+        if label not in self._other_stems:
+            self._other_stems[label] = _distinct_stems([path.name for path in self.images(label)])
+        return self._other_stems[label].get(image.name, image.stem)
 
     def kept(self, image: Path) -> Path:
         """Where what is kept of a train image is written."""
@@ -159,17 +166,81 @@ class DatasetPaths:
         return f"{stem}_seed{k:02d}{self.files.copy_ending}"
 
     def class_texts(self) -> dict[str, str]:
-        """Class label -> the text that prompts call it by: `class_names.json`'s where it has one, else the label."""
+        """Class label -> the text that prompts call it by: `class_names.json`'s if it has one, else the label.
+
+        Labels match however their accents are composed.  Bytes of a label that are not UTF-8 become "?".  Logs a
+        warning for entries that match no class.
+        """
+        given = self._class_names()
+        labels = self.classes()
+        texts = {
+            label: given.get(unicodedata.normalize("NFC", label), label).encode("utf-8", "replace").decode()
+            for label in labels
+        }
+        unused = given.keys() - {unicodedata.normalize("NFC", label) for label in labels}
+        if unused and self._warn_once("class_names.json"):
+            log.warning(
+                "%s: %d of its %d entries match no class folder, such as %r",
+                self.root / "class_names.json",
+                len(unused),
+                len(given),
+                min(unused),
+            )
+        return texts
+
+    def _class_names(self) -> dict[str, str]:
+        """What class_names.json says, by label in composed form (NFC)."""
         file = self.root / "class_names.json"
-        texts = {}
-        if file.is_file():
-            try:
-                texts = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{file} is not valid JSON: {error}") from error
-            if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
-                raise UserError(f'{file} must be one object of texts, like {{"n01440764": "tench"}}.')
-        return {label: texts.get(label, label) for label in self.classes()}
+        if not file.is_file():
+            return {}
+        try:
+            texts = json.loads(file.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is not valid JSON: {error}") from error
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise UserError(f'{file} must be one object of texts, like {{"n01440764": "tench"}}.')
+        return {unicodedata.normalize("NFC", label): text for label, text in texts.items()}
+
+    def _warn_once(self, what: str) -> bool:
+        first = (self.root, what) not in _WARNED
+        _WARNED.add((self.root, what))
+        return first
+
+    def warn_of_nested(self, labels: Iterable[str]) -> None:
+        """Log a warning if class folders of `train` have folders in them that hold pictures: those are not used."""
+        nested = []
+        for label in labels:
+            with os.scandir(self.folder("train") / label) as entries:
+                nested += [Path(e.path) for e in entries if e.is_dir() and not e.name.startswith(".")]
+        holding = [folder for folder in nested if any(is_image(path) for path in _entries(folder))]
+        if holding and self._warn_once("nested"):
+            more = f" (and {len(holding) - 1} more folders)" if len(holding) > 1 else ""
+            log.warning("%s%s: pictures in folders within a class folder are not used", holding[0], more)
+
+
+def _distinct_stems(names: Collection[str]) -> dict[str, str]:
+    """File name -> the stem of what is derived from it, for names whose plain stem another one has too.
+
+    Such a file takes its whole name (a.jpg, a.png), and where that is taken as well, or differs in case alone, which
+    some disks do not distinguish, its name and a digest of it.
+    """
+    choices = {name: (os.path.splitext(name)[0], name, f"{name}-{_digest(name)}") for name in names}
+    level = dict.fromkeys(names, 0)
+    while True:
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(choices[name][level[name]].casefold(), []).append(name)
+        colliding = [group for group in groups.values() if len(group) > 1]
+        if not colliding:
+            return {name: choices[name][level[name]] for name in names if level[name]}
+        for group in colliding:
+            lowest = min(level[name] for name in group)
+            for name in group:
+                level[name] += level[name] == lowest
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
 
 
 def _entries(folder: Path) -> list[Path]:

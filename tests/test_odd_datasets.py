@@ -1,0 +1,98 @@
+"""Datasets that are odd but valid, through main.py: names that are not UTF-8, changed files, classes of few images."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import main
+from tests.folders import save_noise
+from utils.data.paths import DatasetPaths
+
+CONFIG = {
+    "dataset": "Odd",
+    "init_cls": 2,
+    "increment": 1,
+    "model_name": "replay",
+    "convnet_type": "resnet8",
+    "device": "cpu",
+    "memory_per_class": 2,
+    "real_per_class": 2,
+    "init_epoch": 1,
+    "epochs": 1,
+    "init_lr": 0.01,
+    "lrate": 0.01,
+    "batch_size": 8,
+    "num_workers": 0,
+}
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Calls main.py; -> (exit code, stdout, stderr)."""
+
+    def call(output="out", **changes):
+        config = {**CONFIG, "data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / output), **changes}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        code = main.main(["--config", str(tmp_path / "config.json")])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def make(tmp_path, labels, names=("0.png", "1.png", "2.png")):
+    paths = DatasetPaths(tmp_path / "data", "Odd")
+    for number, label in enumerate(labels):
+        for i, name in enumerate(names):
+            for mode in ("train", "test"):
+                target = paths.folder(mode) / label / name
+                made = save_noise(tmp_path / "made.png", 100 * number + i)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                made.rename(target)
+    return paths
+
+
+def test_names_that_are_not_utf_8_go_through_training_checkpoints_and_reports(run, tmp_path):
+    odd = [os.fsdecode(name) for name in (b"caf\xe9", b"$x_", b"two\nlines")]
+    try:
+        make(tmp_path, odd, [os.fsdecode(b"caf\xe9.png"), "b.png", "c d.png"])
+    except OSError:
+        pytest.skip("this disk takes no such names")
+    code, _, said = run()
+    assert code == 0, said
+    code, _, said = run()  # from the checkpoint
+    assert code == 0, said
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert len(results["runs"][0]["phases"]) == 2
+
+
+def test_phase_0_is_trained_again_where_pixels_have_changed(run, tmp_path):
+    """Uncompressed pictures of the same names and sizes."""
+    names = ("0.bmp", "1.bmp", "2.bmp")
+    paths = DatasetPaths(tmp_path / "data", "Odd")
+    for mode in ("train", "test"):
+        for number, label in enumerate("abc"):
+            for i, name in enumerate(names):
+                save_noise(paths.folder(mode) / label / name, 100 * number + i)
+    shared = str(tmp_path / "shared")
+    assert run("one", phase0_cache=shared)[0] == 0
+    assert "not trained again" in run("two", phase0_cache=shared)[1]
+    for i, file in enumerate(sorted(paths.folder("train").rglob("*.bmp"))):
+        size = file.stat().st_size
+        save_noise(file, 5000 + i)
+        assert file.stat().st_size == size
+    code, said, _ = run("three", phase0_cache=shared)
+    assert code == 0
+    assert "not trained again" not in said
+
+
+def test_a_small_class_under_a_fixed_budget_keeps_what_it_has(run, tmp_path, caplog):
+    paths = make(tmp_path, "abc")
+    for i in range(2):
+        Path(paths.folder("train") / "b" / f"{i}.png").unlink()
+    code, said, errors = run()
+    assert code == 0, errors
+    assert "'b' has 1 train images, fewer than 2 real" in said + errors + caplog.text
+    phases = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["phases"]
+    assert phases[-1]["memory"]["nb_real"] == 5
