@@ -13,7 +13,7 @@ import json
 import logging
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,9 @@ from utils.results.output import Output
 
 log = logging.getLogger("main")
 
+CLASS_KEYS = ("shuffle", "init_cls", "increment", "class_order", "class_sort", "augmentation")
+"""Keys that decide which classes a phase has and how their images are read."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command.  Returns its exit code (`utils.cli`)."""
@@ -40,7 +43,9 @@ def command(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="main.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="a JSON config; exps/config.json is the paper's experiment")
     parser.add_argument("--help-config", action="store_true", help="list every config key and exit")
-    parser.add_argument("--list", choices=("methods", "backbones", "datasets"), help="list what there is and exit")
+    parser.add_argument(
+        "--list", choices=("methods", "backbones", "datasets", "forms"), help="list what there is and exit"
+    )
     parser.add_argument("--show-config", action="store_true", help="print the checked config as JSON and exit")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="replaces a key of the config; also --key value"
@@ -51,8 +56,7 @@ def command(argv: Sequence[str] | None) -> None:
         print(help_text(methods, backbones))
     elif arguments.list:
         values = dict(override.partition("=")[::2] for override in arguments.overrides)
-        there = {"methods": methods, "backbones": backbones, "datasets": datasets(data_dir(values.get("data_dir")))}
-        print("\n".join(there[arguments.list]))
+        print("\n".join(what_there_is(arguments.list, values.get("data_dir"))))
     elif arguments.config is None:
         raise UserError("no config: python main.py --config exps/config.json [key=value ...]")
     else:
@@ -61,6 +65,17 @@ def command(argv: Sequence[str] | None) -> None:
             print(json.dumps(as_dict(config), indent=2, ensure_ascii=False))
         else:
             run(config)
+
+
+def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
+    """The names of the methods, backbones, exemplar forms, or datasets in a data folder."""
+    if kind == "datasets":
+        return datasets(data_dir(folder))
+    if kind == "forms":
+        from compress.forms import examples
+
+        return examples()
+    return catalogue.methods() if kind == "methods" else catalogue.backbones()
 
 
 def run(config: Config) -> dict:
@@ -78,7 +93,7 @@ def run(config: Config) -> dict:
         )
     folder = data_dir(config.data_dir)
     paths = DatasetPaths(folder, find_dataset(folder, config.dataset), config.variant)
-    classes = {key: getattr(config, key) for key in ("shuffle", "init_cls", "increment", "augmentation")}
+    classes = {key: getattr(config, key) for key in CLASS_KEYS}
     orders = {seed: DataManager(paths, seed=seed, **classes) for seed in config.seed}
     any_order = orders[config.seed[0]]
     form = exemplar_form(config, any_order)

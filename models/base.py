@@ -65,7 +65,9 @@ class Copies(Protocol):
 
 def fresh_backbone(c: Config, data: DataManager) -> ResNet:
     """A run's backbone at its start.  Raises UserError where pretrained weights are asked for and not there."""
-    phases = {"init_cls": c.init_cls, "increment": c.increment}
+    increments = c.increment if isinstance(c.increment, list) else [c.increment]
+    unequal = [increment for increment in increments if increment != c.init_cls]
+    phases = {"init_cls": c.init_cls, "increment": [*unequal, c.init_cls][0]}
     try:
         return build_backbone(c.convnet_type, data.image_kind, **phases, pretrained=c.pretrained)
     except (FileNotFoundError, ValueError) as error:
@@ -323,10 +325,12 @@ class Learner(abc.ABC):
                 place.next_epoch()
                 loss_mean, accuracy = loss_sum / seen, 100 * nb_right / seen
                 if not math.isfinite(loss_mean):
+                    self.checkpoints.forget_unfinished()
                     key = "init_lr" if self.phase == 0 else "lrate"
+                    where = " and choose another output_dir" if self.phase else ""
                     raise UserError(
                         f"training diverged: the loss is {loss_mean} in epoch {epoch + 1} of phase {self.phase}. "
-                        f"Lower {key} ({schedule.lr:g} now)."
+                        f"Lower {key} ({schedule.lr:g} now){where}."
                     )
                 progress = f"epoch {epoch + 1}/{schedule.epochs}, loss {loss_mean:.3f}, train {accuracy:.1f} %"
                 bar.set_postfix_str(progress, refresh=False)

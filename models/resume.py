@@ -140,6 +140,11 @@ class Checkpoints:
         learner.fabric.barrier()
         self.clock.restart()
 
+    def forget_unfinished(self) -> None:
+        """Remove the checkpoint within the phase: training from it would diverge again."""
+        if self.learner.fabric.is_global_zero:
+            checkpoint.unfinished_path(self.folder).unlink(missing_ok=True)
+
     def place(self) -> Place:
         """Where the training of the phase that has just started goes on: its beginning, or where a killed run was."""
         state, self._unfinished = self._unfinished, None

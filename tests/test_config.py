@@ -257,3 +257,19 @@ def test_the_page_of_keys_is_the_schemas():
     assert (EXPS[0].parent.parent / "docs" / "config.md").read_text() == markdown(**KNOWN), (
         "run: python -m models.catalogue > docs/config.md"
     )
+
+
+def test_increments_and_class_orders(tmp_path):
+    assert load(tmp_path, {"increment": [3, 1]}).increment == [3, 1]
+    assert load(tmp_path, None, "increment=3,1").increment == load(tmp_path, None, "increment=[3, 1]").increment
+    assert load(tmp_path, None, "increment=3").increment == 3
+    assert load(tmp_path, None, "increment=3,1").output_dir == "outputs/D-der-resnet8-2+3+1"
+    assert load(tmp_path, None, "class_order=[b, a]").class_order == ["b", "a"]
+    assert load(tmp_path, {"class_order": [1, 0]}).class_order == [1, 0]
+    for values, words in (
+        ({"increment": [3, 0]}, "increment must be at least 1"),
+        ({"class_order": [1, 1]}, "class_order must list one or more different values"),
+        ({"class_order": [1, 0], "seed": [1, 2]}, "class_order is one order of classes"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load(tmp_path, values)

@@ -581,3 +581,24 @@ def test_groups_bring_their_items_into_every_batch():
     assert [[index for _, index in batch] for batch in whole] == batches, "a function of the epoch and the step"
     ranks = [list(EpochBatchSampler(10, 4, 7, 1, rank=r, world_size=2, groups=groups, per_group=3)) for r in (0, 1)]
     assert [sorted(i for _, i in [*a, *b]) for a, b in zip(*ranks, strict=True)] == [sorted(b) for b in batches]
+
+
+def test_increments_and_orders_as_lists(tmp_path):
+    paths = make_dataset(tmp_path, ["10", "2", "1", "33"], train=1, test=1)
+    common = {"shuffle": False, "seed": 0, "init_cls": 1}
+
+    def sizes(increment):
+        data = DataManager(paths, increment=increment, **common)
+        return [len(data.phase_targets(phase)) for phase in range(data.nb_phases)]
+
+    assert sizes([2, 1]) == [1, 2, 1]
+    assert sizes([1]) == [1, 1, 1, 1]
+    assert sizes([1, 9]) == [1, 1, 2]
+    assert DataManager(paths, increment=1, **common).class_names == ["1", "10", "2", "33"]
+    assert DataManager(paths, increment=1, class_sort="number", **common).class_names == ["1", "2", "10", "33"]
+    order = ["33", "2", "10", "1"]
+    assert DataManager(paths, increment=1, class_order=[33, 2, 10, 1], **common).class_names == order
+    assert DataManager(paths, increment=1, class_order=[3, 2, 1, 0], **common).class_names == ["33", "2", "10", "1"]
+    for wrong in ([33, 2], [33, 2, 10, 5]):
+        with pytest.raises(UserError, match="class_order must hold each of the 4 classes once"):
+            DataManager(paths, increment=1, class_order=wrong, **common)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 import main
@@ -311,6 +312,26 @@ def test_bad_configs(train, capsys, overrides, words):
     for word in words:
         assert word in said
     assert "Traceback" not in said
+
+
+def test_a_lower_rate_goes_on_in_the_folder_of_a_run_that_diverged(train, tmp_path, capsys):
+    short = {"init_epoch": 1, "epochs": 1, "checkpoint_every": 1e-9}
+    assert train(**short, init_lr=1e30) == 2
+    assert "Lower init_lr" in capsys.readouterr().err
+    assert train(**short, init_lr=0.01) == 0
+    assert results(tmp_path / "out")["config"]["init_lr"] == 0.01
+    assert train(**short, init_lr=0.02) == 2
+    said = capsys.readouterr().err
+    assert "init_lr: 0.01 -> 0.02" in said
+    assert "Choose another output_dir, such as" in said
+    assert "delete" not in said
+
+
+def test_two_runs_on_one_class_order(train, tmp_path, capsys):
+    (tmp_path / "out" / "seed1993").mkdir(parents=True)
+    with FileLock(tmp_path / "out" / "seed1993" / ".lock"):
+        assert train(init_epoch=1, epochs=1) == 2
+    assert "another process is working on seed 1993" in capsys.readouterr().err
 
 
 def test_no_config(capsys, tmp_path):

@@ -210,6 +210,9 @@ class _Reading:
             message = f"real_per_class + syn_per_class must be at least {least}: {self.method.name} needs exemplars"
             if real + synthetic < least:
                 self.refuse(message, "real_per_class", "syn_per_class", "model_name", "fixed_memory")
+        if config.class_order and len(config.seed) > 1:
+            message = f"class_order is one order of classes; seed must be one number, not {config.seed}"
+            self.refuse(message, "class_order", "seed")
         if hasattr(config.settings, "check"):
             for message in config.settings.check(config):
                 self.refuse(message, "model_name", message.partition(":")[0])
@@ -221,7 +224,8 @@ def _fill_in(config: Config) -> None:
         # With a shared budget it is only a ratio, real : synthetic.
         config.real_per_class = int(config.memory_per_class) or int(not config.fixed_memory)
     if config.output_dir is None:
-        phases = f"{config.init_cls}+{config.increment}"
+        increments = config.increment if isinstance(config.increment, list) else [config.increment]
+        phases = "+".join(map(str, [config.init_cls, *increments]))
         config.output_dir = f"outputs/{config.dataset}-{config.model_name}-{config.convnet_type}-{phases}"
 
 

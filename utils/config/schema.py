@@ -16,12 +16,14 @@ from annotated_types import Ge
 from pydantic import BeforeValidator
 
 from utils.config.types import (
+    ClassOrder,
     Count,
     Device,
     Epochs,
     Folder,
     FolderName,
     Fraction,
+    Increments,
     Natural,
     NonNegative,
     Number,
@@ -78,7 +80,18 @@ class Config:
     exemplar_selection: Literal["herding", "random", "closest"] = setting("herding", "how exemplars are chosen")
     shuffle: bool = setting(True, "shuffle the class order with seed", source=PYCIL)
     init_cls: Count = setting(REQUIRED, "classes of phase 0", source=PYCIL)
-    increment: Count = setting(REQUIRED, "classes of each later phase; the last one takes what is left", source=PYCIL)
+    increment: Increments = setting(
+        REQUIRED,
+        "classes of each later phase; a list: of phase 1, 2, ..., its last number repeats; the last phase takes what "
+        "is left",
+        source=PYCIL,
+    )
+    class_order: ClassOrder | None = setting(
+        None, "the classes in the order of a run, as labels or as places in the sorted labels, in place of shuffle"
+    )
+    class_sort: Literal["text", "number"] = setting(
+        "text", "how class labels are sorted: as text, as PyCIL does, or by the numbers in them (2 before 10)"
+    )
     model_name: str = setting(REQUIRED, "the method", source=PYCIL)
     convnet_type: str = setting(REQUIRED, "the backbone", source=PYCIL)
     pretrained: bool = setting(False, "start from torchvision's ImageNet weights, where torch's cache has them")

@@ -52,6 +52,10 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _number_or_list(value: Any) -> Any:
+    return _listed(value) if isinstance(value, str) and ("," in value or "[" in value) else value
+
+
 def _different(entries: list) -> list:
     if not entries or len(set(entries)) < len(entries):
         raise ValueError("must list one or more different values")
@@ -89,6 +93,8 @@ Probability = Annotated[Number, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 Epochs = Annotated[list[Count], BeforeValidator(_listed)]
+Increments = Annotated[Count | list[Count], BeforeValidator(_number_or_list)]
+ClassOrder = Annotated[list[int | str], BeforeValidator(_listed), AfterValidator(_different)]
 Seeds = Annotated[list[Natural], BeforeValidator(_listed), AfterValidator(_different), AfterValidator(_numpy_seed)]
 Device = Annotated[Any, AfterValidator(_device)]
 """PyCIL's spellings and torch's: "0", ["0", "1"], [0], "cuda:0"; -1 is the CPU.  Becomes "auto", "cpu", "cuda" or a
@@ -150,4 +156,4 @@ def bounds(annotation: Any) -> str:
                     words.append(f"{of_bound} {getattr(entry, attribute):g}")
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, Annotated):
         words += [inner for part in typing.get_args(annotation) if (inner := bounds(part))]
-    return ", ".join(words)
+    return ", ".join(dict.fromkeys(words))

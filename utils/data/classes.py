@@ -1,8 +1,10 @@
 """From folders of images to classes in the order of a run: class order, phases, and the images of each class."""
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -20,7 +22,9 @@ class DataManager:
 
     paths: the dataset's folders; shuffle: whether the order is `np.random.seed(seed); np.random.permutation(n)` over
     the sorted class labels, or the sorted labels themselves; init_cls: number of classes of phase 0; increment: number
-    of classes of every later phase, of which the last one has what is left.
+    of classes of every later phase, or a list of them whose last number repeats; the last phase has what is left.
+    class_order: labels, or places in the sorted labels, in place of shuffle; class_sort: "text", or "number" for labels
+    sorted by the numbers in them.
 
     Raises UserError for a missing folder, a class without images, train and test classes that differ, or a split
     into phases that the classes don't allow.  All folders are listed here, once.
@@ -36,26 +40,36 @@ class DataManager:
         shuffle: bool,
         seed: int,
         init_cls: int,
-        increment: int,
+        increment: int | Sequence[int],
+        class_order: Sequence[int | str] | None = None,
+        class_sort: Literal["text", "number"] = "text",
         augmentation: Augmentation = "pescr",
     ):
         self.paths = paths
         self.augmentation = augmentation
         labels = paths.classes("train")
+        if class_sort == "number":
+            labels.sort(key=_by_numbers)
         _check_same_classes(paths, labels, paths.classes("test"))
         n = len(labels)
         if not 1 <= init_cls <= n:
             raise UserError(f"init_cls is {init_cls}, but dataset {paths.dataset!r} has {n} classes: choose 1 to {n}.")
-        if init_cls < n and increment < 1:
+        increments = [increment] if isinstance(increment, int) else list(increment)
+        if init_cls < n and min(increments, default=0) < 1:
             raise UserError(
                 f"increment is {increment}, with {n - init_cls} classes left after phase 0: choose at least 1."
             )
         self.class_order: list[int] = list(range(n))
-        if shuffle:
+        if class_order is not None:
+            self.class_order = _places(class_order, labels)
+        elif shuffle:
             # The numbers of np.random.seed(seed); np.random.permutation(n), without touching the global generator.
             self.class_order = np.random.RandomState(seed).permutation(n).tolist()
         self.class_names: list[str] = [labels[i] for i in self.class_order]
-        self._starts = [0, *range(init_cls, n, max(increment, 1)), n]
+        self._starts = [0, init_cls]
+        while self._starts[-1] < n:
+            size = increments[min(len(self._starts) - 2, len(increments) - 1)]
+            self._starts.append(min(self._starts[-1] + size, n))
         self._train = [paths.images(label, "train") for label in self.class_names]
         self._test = [paths.images(label, "test") for label in self.class_names]
         self._check_no_class_is_empty()
@@ -125,6 +139,27 @@ class DataManager:
         if empty:
             more = f" (and {len(empty) - 1} more class folders)" if len(empty) > 1 else ""
             raise UserError(f"no images in {min(empty)}{more}: every class needs train and test images.")
+
+
+def _by_numbers(label: str) -> list[tuple[int, str]]:
+    """Sorts "2" before "10", and "a2" before "a10"."""
+    parts = re.findall(r"\d+|\D+", label)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def _places(class_order: Sequence[int | str], labels: list[str]) -> list[int]:
+    """A class order as places in the labels.  Raises UserError where it does not hold each class once."""
+    place = {label: i for i, label in enumerate(labels)}
+    texts = [str(entry) for entry in class_order]
+    if sorted(texts) == sorted(labels):
+        return [place[text] for text in texts]
+    if sorted(texts) == sorted(map(str, range(len(labels)))):
+        return [int(text) for text in texts]
+    unknown = [text for text in texts if text not in place]
+    raise UserError(
+        f"class_order must hold each of the {len(labels)} classes once, as labels or numbers 0 to {len(labels) - 1}; "
+        + (f"{unknown[0]!r} is none of the labels." if unknown else f"it has {len(texts)} entries.")
+    )
 
 
 def _check_same_classes(paths: DatasetPaths, train: list[str], test: list[str]) -> None:
