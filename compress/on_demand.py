@@ -4,8 +4,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_fabric import Fabric
-
 from compress.copies import Copies, by_settings, fingerprint
 from compress.generators import build
 from compress.job import Data, Job
@@ -16,6 +14,7 @@ from compress.regenerate import Regenerator
 from compress.share import by_first, run_shared
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
+from utils.fabric import Fabric
 from utils.log import progress
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from tqdm import tqdm
 
 from compress.generators.build import choose_precision, download, fingerprint, make_generator
@@ -21,6 +20,7 @@ from compress.summary import report, report_estimate, report_findings, report_pl
 from compress.verify import Findings, look_around, verify
 from utils.devices import accelerator, launch
 from utils.errors import UserError
+from utils.fabric import Fabric
 
 DONE, SOME_FAILED = 0, 1
 MIXING = "Make those again with --replace, or put this run's beside them with --keep-apart NAME."

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed
-from lightning_fabric import Fabric
 
 from compress.leases import BEAT, LIFETIME, Chunks
 from compress.leftovers import is_running
@@ -25,6 +24,7 @@ from compress.result import Failure, Result
 from utils.data.images import write_atomically
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
+from utils.fabric import Fabric
 
 PATIENCE = timedelta(days=30)
 """How long a process may wait for the others before the work begins: they look at disks of unequal speed."""

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -40,6 +39,7 @@ from utils.data.classes import DataManager
 from utils.data.items import Item
 from utils.data.sampler import EpochBatchSampler
 from utils.errors import UserError
+from utils.fabric import Fabric
 from utils.memory.exemplars import ExemplarMemory
 from utils.results.history import History
 from utils.results.metrics import nearest_mean_scores, phase_metrics

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -21,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from models import checkpoint
 from utils.config.schema import as_dict, differences
 from utils.errors import UserError
+from utils.fabric import Fabric
 
 if TYPE_CHECKING:
     from models.base import Learner

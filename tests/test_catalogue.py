@@ -1,5 +1,6 @@
 """Methods and their settings read from source: what a new method file needs, and that torch stays out."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from models import METHODS, catalogue
+from tests.shapes import make_shapes
 from utils.config.read import load_config
 from utils.config.schema import as_dict
 from utils.config.show import help_text
@@ -116,5 +118,18 @@ HEAVY = ("torch", "transformers", "scipy", "torchmetrics", "matplotlib")
 def test_commands_that_answer_without_torch(code, arguments):
     script = f"import sys, {code} as command\ntry:\n    command.main({arguments})\nexcept SystemExit:\n    pass\n"
     script += f"print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_training_imports_no_more_than_it_needs(tmp_path):
+    make_shapes(tmp_path / "data", train=2, test=1, copies=0)
+    values = {
+        **{"dataset": "Shapes", "data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out"), "init_cls": 3},
+        **{"increment": 3, "model_name": "finetune", "convnet_type": "resnet8", "device": "cpu", "num_workers": 0},
+    }
+    (tmp_path / "c.json").write_text(json.dumps({**values, "init_epoch": 1, "epochs": 1}))
+    script = f"import sys, main\nassert main.main(['--config', {str(tmp_path / 'c.json')!r}]) == 0\n"
+    script += "print([name for name in ('transformers', 'scipy', 'torchmetrics') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

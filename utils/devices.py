@@ -8,11 +8,13 @@ import os
 from datetime import timedelta
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments import SLURMEnvironment
-from lightning_fabric.strategies import DDPStrategy
 
 from utils.errors import UserError
+from utils.fabric import Fabric
+
+# isort: split
+from lightning_fabric.plugins.environments import SLURMEnvironment
+from lightning_fabric.strategies import DDPStrategy
 
 
 def launch(
