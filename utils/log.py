@@ -41,13 +41,6 @@ def start(file: Path | None, *, quiet: bool = False) -> None:
             logger.addHandler(handler)
 
 
-def tolerate_odd_names() -> None:
-    """Let a name that the terminal's encoding does not know be printed escaped, instead of ending the command."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def progress(total: int, description: str, *, done: int = 0, quiet: bool = False) -> tqdm:
     """A bar on stderr with the time left; where stderr is no terminal, a line every half minute.
 

@@ -28,7 +28,6 @@ import gzip
 import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -36,6 +35,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from utils import cli
 from utils import log as logs
 from utils.curate.sources import (
     Picture,
@@ -159,14 +159,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=WHAT)
     parser.add_argument("--data-dir", help="folder of all datasets (default: $ESCORT_DATA_DIR, else ./data)")
-    parser.add_argument("--source", type=Path, metavar="DIR", help=(
+    parser.add_argument("--source", type=_path, metavar="DIR", help=(
         "folder: the folder of class folders; else where torchvision keeps or puts its archives "
         "(default: downloads in the data folder)"
     ))  # fmt: skip
     parser.add_argument("--dataset", metavar="NAME", help="the dataset's folder in the data folder (default: its name)")
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="only these classes; the list may have texts too")
+    parser.add_argument("--classes", type=_path, metavar="FILE", help="only these classes; the list may have texts too")
     parser.add_argument(
-        "--texts", type=Path, metavar="FILE", help="texts of classes, such as imagenet_class_index.json"
+        "--texts", type=_path, metavar="FILE", help="texts of classes, such as imagenet_class_index.json"
     )
     parser.add_argument("--test-share", type=float, default=Split().share, metavar="X", help=(
         "where there is no official split, which share of each class is for testing (default: %(default)s)"
@@ -178,23 +178,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{mode}-part", type=_part, default=slice(None), metavar="A:B", help=(
             f"of each class, only the {mode} pictures from number A up to B, counted from 0; 0:0 takes none"
         ))  # fmt: skip
-    try:
-        options = parser.parse_args(arguments)
-    except SystemExit as leave:  # argparse has said what is wrong
-        return int(leave.code or 0)
-    logs.tolerate_odd_names()
-    try:
-        curate(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'the data folder'}: {error.strerror or error}.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    return 0
+    return cli.run(lambda: curate(parser.parse_args(arguments)))
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _part(text: str) -> slice:
