@@ -114,8 +114,9 @@ def run(config: Config) -> dict:
         log.info("%s", note)
 
     cache = Path(config.phase0_cache) if config.phase0_cache else output.folder / "phase0_cache"
-    local = getattr(fabric.strategy, "num_processes", 1)
-    pixels = open_cache(config.cache, config.cache_gib, cache.with_name("pixel_cache"), paths.root, local)
+    prepare = any_order.train_transform.prepare
+    where = cache.with_name("pixel_cache")
+    pixels = open_cache(config.cache, config.cache_gib, where, paths.root, prepare, any_order.decoded_bytes)
     for seed, data in orders.items():
         data.pixels = pixels
         results = run_class_order(config, data, seed, fabric, output, cache, form, copies)

@@ -386,7 +386,7 @@ class Learner(abc.ABC):
         purpose: what a progress bar calls it; again: whether later phases will ask for the same pictures.
         """
         fabric = self.fabric
-        dataset = ImageSet(images, [0] * len(images), self.data.test_transform, self.data.pixels, keep=again)
+        dataset = ImageSet(images, [0] * len(images), self.data.test_transform, self.data.pixels)
         own = range(fabric.global_rank, len(images), fabric.world_size)
         batches = self._loader(dataset, BatchSampler(own, self.config.batch_size, drop_last=False))
         self.network.eval()

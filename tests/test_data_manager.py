@@ -325,7 +325,7 @@ def test_the_order_of_epochs_and_the_state_of_torch_change_nothing(photos):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["ram", "disk"])
 def test_a_cache_changes_nothing(photos, tmp_path, kind, workers):
-    cache = open_cache(kind, 0.01, tmp_path, photos.root)
+    cache = open_cache(kind, 0.01, tmp_path, photos.root, TRANSFORM.prepare)
     plain, cached = photo_set(photos), photo_set(photos, pixels=cache)
     sampler = EpochBatchSampler(len(plain), 4, 7, 2)
     ours, theirs = batch_loader(cached, sampler, workers), batch_loader(plain, sampler)

@@ -41,7 +41,7 @@ from models.resume import Place
 from models.stages import Schedule, Stage
 from utils.config.schema import Config
 from utils.data.batches import TrainingSet, batch_loader
-from utils.data.cache import PixelCache
+from utils.data.cache import PictureCache
 from utils.data.classes import DataManager
 from utils.data.datasets import CIFAR10_STATISTICS, IMAGENET_STATISTICS
 from utils.data.items import Item
@@ -142,8 +142,8 @@ def print_row(what: str, found: dict[str, tuple[float, int]]) -> None:
     print(f"{what:42}" + "   ".join(words), flush=True)
 
 
-def measure_loading(data: DataManager, items: Sequence[Item], side: int, options, cache: PixelCache) -> None:
-    def ours(pixels: PixelCache | None, workers: int) -> Callable[[], int]:
+def measure_loading(data: DataManager, items: Sequence[Item], side: int, options, cache: PictureCache) -> None:
+    def ours(pixels: PictureCache | None, workers: int) -> Callable[[], int]:
         dataset = TrainingSet(items, data.paths, data.train_transform, 0.0, 0, "all", 1, 0, pixels)
         sampler = EpochBatchSampler(len(items), options.batch_size, 1, 0)
         loader, epochs = batch_loader(dataset, sampler, workers), iter(range(10**9))
@@ -161,7 +161,7 @@ def measure_loading(data: DataManager, items: Sequence[Item], side: int, options
     print_row(f"{side} pixels, loading", compare(sides, options.rounds))
 
 
-def measure_training(data: DataManager, items: Sequence[Item], name: str, options, cache: PixelCache, folder) -> None:
+def measure_training(data: DataManager, items: Sequence[Item], name: str, options, cache: PictureCache, folder) -> None:
     side, convnet = PARTS[name]
     data.pixels = cache
     fabric = Fabric(accelerator=options.device, devices=1, precision=options.precision)
@@ -239,7 +239,7 @@ def main() -> None:
             data = DataManager(paths, shuffle=False, seed=0, init_cls=10, increment=10)
             every = data.new_items(0)
             items = every[:: max(1, len(every) // images)][:images]
-            cache = PixelCache(1 << 30)
+            cache = PictureCache(1 << 30, data.train_transform.prepare)
             if options.only != "training":
                 measure_loading(data, items, side, options, cache)
             if options.only != "loading":

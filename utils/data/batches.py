@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.data.augment import TestTransform, TrainTransform, random_bits, uniform
-from utils.data.cache import PixelCache
+from utils.data.cache import PictureCache
 from utils.data.images import read_prepared
 from utils.data.items import NEW, REAL, Item
 from utils.data.paths import DatasetPaths
@@ -76,7 +76,7 @@ class TrainingSet(Batched):
         augmentation_scope: Literal["all", "exemplars"],
         model_seed: int,
         phase: int,
-        pixels: PixelCache | None = None,
+        pixels: PictureCache | None = None,
     ):
         if not 0 <= augmentation_prob <= 1:
             raise UserError(f"augmentation_prob is a probability, 0 to 1, not {augmentation_prob}.")
@@ -124,7 +124,7 @@ class TrainingSet(Batched):
         path = image if number == _ITSELF else self.paths.copy(image, number)
         if self.pixels is None:
             return read_prepared(path, self.transform.prepare)
-        picture, kept = self.pixels.read(path, self.transform.prepare)
+        picture, kept = self.pixels.read(path)
         if kept:
             self._seen[index, number] = picture
         return picture
@@ -133,7 +133,7 @@ class TrainingSet(Batched):
 class ImageSet(Batched):
     """Pictures as they are, for evaluation and features.  Keys are indices.
 
-    pixels: where decoded pictures are kept; keep: whether to add these to it.
+    pixels: pictures that training has decoded, where some are the same.  None are added: these are read once a phase.
     Raises UserError naming the file of a picture that can't be read.
     """
 
@@ -142,8 +142,7 @@ class ImageSet(Batched):
         images: Sequence[Path],
         targets: Sequence[int],
         transform: TestTransform,
-        pixels: PixelCache | None = None,
-        keep: bool = True,
+        pixels: PictureCache | None = None,
     ):
         if len(images) != len(targets):
             raise ValueError(f"{len(images)} images, {len(targets)} targets")
@@ -151,7 +150,6 @@ class ImageSet(Batched):
         self.targets = targets
         self.transform = transform
         self.pixels = pixels
-        self.keep = keep
 
     def __len__(self) -> int:
         return len(self.images)
@@ -163,9 +161,7 @@ class ImageSet(Batched):
 
     def _picture(self, path: Path) -> np.ndarray:
         prepare = self.transform.prepare
-        if self.keep and self.pixels is not None:
-            return self.pixels.read(path, prepare)[0]
-        picture = None if self.pixels is None else self.pixels.find(path, prepare)
+        picture = None if self.pixels is None else self.pixels.find(path)
         return read_prepared(path, prepare) if picture is None else picture
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from utils.data.augment import Normalise, TestTransform, TrainTransform
-from utils.data.cache import PixelCache
+from utils.data.cache import PictureCache
 from utils.data.datasets import Augmentation, DatasetDefaults, ImageKind, dataset_defaults
 from utils.data.images import UnreadableImage, image_bits
 from utils.data.items import Item
@@ -30,7 +30,7 @@ class DataManager:
     into phases that the classes don't allow.  All folders are listed here, once.
     """
 
-    pixels: PixelCache | None = None
+    pixels: PictureCache | None = None
     """Where decoded pictures are kept, for all phases; None: nowhere."""
 
     def __init__(
@@ -128,6 +128,12 @@ class DataManager:
         """What fits this dataset's name and the typical size of its images (the median of a few, by their headers)."""
         sizes = typical_size([images[0] for images in self._train])
         return dataset_defaults(self.paths.dataset, sizes, self.augmentation)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Roughly, of all train images once they are decoded."""
+        width, height = typical_size([images[0] for images in self._train]) if self.image_kind == "large" else (32, 32)
+        return 3 * width * height * sum(map(len, self._train))
 
     def _check_no_class_is_empty(self) -> None:
         empty = [
