@@ -46,6 +46,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Action]:
 
 def make_job(options: argparse.Namespace) -> Job:
     """The job that the options describe.  Raises UserError for impossible settings."""
+    if options.resolution == "auto":
+        options.resolution = _fitting_preset(DatasetPaths(data_dir(options.data_dir), options.dataset))
     form = _form(options)
     paths = DatasetPaths(data_dir(options.data_dir), options.dataset, options.keep_apart, form.files)
     classes = tuple(options.classes) if options.classes else None
@@ -127,8 +129,8 @@ def _add_settings(parser: argparse.ArgumentParser, resolution: str | None, form:
         "--resolution",
         required=resolution is None,
         default=resolution,
-        choices=tuple(PRESETS),
-        help="the preset that fits the size of the images",
+        choices=(*PRESETS, *(["auto"] if resolution is None else [])),
+        help="the preset that fits the size of the images" + ("; auto chooses it" if resolution is None else ""),
     )
     settings.add_argument("--form", default=form, help=f"what is kept of an image: {', '.join(examples())} [{form}]")
     settings.add_argument("--size", metavar="N", type=at_least_one, help="shorter side of the generated pictures")
@@ -172,6 +174,17 @@ def _words(options: argparse.Namespace) -> tuple[str, ...]:
     given += [("model", options.model)] * (options.model != "sd15") + [("base", options.base)]
     named = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given if value is not None]
     return tuple(word for pair in named for word in pair)
+
+
+def _fitting_preset(paths: DatasetPaths) -> str:
+    """The preset that the trainer assumes too: by the dataset's name, else by the size of a few images."""
+    from utils.data.classes import typical_size  # imports torch, which other commands need only later
+    from utils.data.datasets import dataset_defaults
+
+    first = [images[0] for label in paths.classes() if (images := paths.images(label))]
+    if not first:
+        raise UserError(f"no images in {paths.folder('train')}.")
+    return dataset_defaults(paths.dataset, typical_size(first)).resolution
 
 
 def _form(options: argparse.Namespace) -> Form:

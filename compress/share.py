@@ -108,7 +108,7 @@ def run_shared(fabric: Fabric, regenerator: Regenerator, plan: Plan, progress: P
     done = own_part(fabric, [task for task in plan.tasks if task.is_done])
     with crew.alive():
         result = regenerator.run(plan, crew.count, tasks=crew.tasks(done, progress), finished=crew.finished)
-        crew.report(result)
+    crew.report(result)  # after the last beat, which would overwrite it
     if not fabric.is_global_zero:
         return result
     whole = crew.results(patience=LIFETIME)

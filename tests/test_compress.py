@@ -159,6 +159,24 @@ def test_a_dry_run_tells_and_writes_nothing(paths, compress):
     assert made(paths) == before
 
 
+def test_a_dry_run_without_weights_still_counts(paths, compress):
+    code, out, err = compress("--seeds", "2", "--dry-run", "--model", "/no/such.pth")
+    assert code == 0, err
+    assert "copies: 18 to make, 0 there already" in out
+    assert re.search(r"expected: [\d.]+ kB of edge maps, [\d.]+ kB of copies\n", out)
+    assert "the time is unknown: " in out
+    assert "/no/such.pth" in out
+    assert not made(paths)
+
+
+def test_the_preset_that_fits(tmp_path, compress):
+    small = make_dataset(tmp_path / "small", ["a"], train=1, size=(48, 40))
+    large = make_dataset(tmp_path / "large", ["a"], train=1, size=(300, 280))
+    for data, preset in ((small, "low"), (large, "high")):
+        code, out, _ = compress("--resolution", "auto", "--dry-run", data=data)
+        assert (code, f"Toy, {preset} resolution: 1 images" in out) == (0, True)
+
+
 def test_what_a_dry_run_expects_comes_close(paths, compress):
     _, out, _ = compress("--seeds", "1", "--dry-run")
     expected = re.search(r"expected: ([\d.]+) kB of edge maps, ([\d.]+) kB of copies", out)

@@ -1,8 +1,10 @@
 """compress/run.py in several processes, and killed: by torchrun, by SLURM's variables, by hand, by SIGKILL."""
 
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,14 +42,14 @@ def undisturbed(tmp_path_factory, checkpoint):
     return made(paths)
 
 
-def start(paths, checkpoint, *launcher, copies=COPIES, **variables) -> subprocess.Popen:
+def start(paths, checkpoint, *launcher, copies=COPIES, options=(), **variables) -> subprocess.Popen:
     """The command as a user types it, in processes of its own."""
-    options = [
+    common = [
         "--data-dir", str(paths.data_dir), "--dataset", paths.dataset, "--seeds", str(copies), "--resolution", "high",
         "--model", str(checkpoint), "--size", "64", "--steps", "1", "--batch-size", "4", "--device", "cpu",
     ]  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, *launcher, "compress/run.py", *options],
+        [sys.executable, *launcher, "compress/run.py", *common, *options],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **variables},
         stdout=subprocess.PIPE,
@@ -125,6 +127,63 @@ def test_one_of_two_processes_is_killed(paths, checkpoint, undisturbed):
     out = finish(start(paths, checkpoint, *TORCHRUN, free_port()))
     assert re.search(r"copies: \d+ made, [1-9]\d* skipped, 0 failed", out)
     assert made(paths) == undisturbed
+
+
+def test_two_processes_verify_and_repair_and_replace(paths, checkpoint, undisturbed):
+    """Looking at the disk is shared too."""
+    finish(start(paths, checkpoint))
+    edge_map = next(paths.folder("kept").glob("*/*.webp"))
+    copy = next(paths.folder("copies").glob("*/*_seed03.jpg"))
+    edge_map.unlink()
+    copy.write_bytes(copy.read_bytes()[:100])
+    process = start(paths, checkpoint, *TORCHRUN, free_port(), options=["--verify"])
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert out.count("checked: 9 edge maps and 108 copies of 9 images") == 1
+    assert f"{edge_map}: missing" in out
+    assert f"{copy}: unreadable" in out
+    out = finish(start(paths, checkpoint, *TORCHRUN, free_port(), options=["--repair"]))
+    assert "copies: 1 made, 107 skipped, 0 failed" in out
+    assert made(paths) == undisturbed
+    out = finish(start(paths, checkpoint, *TORCHRUN, free_port(), options=["--replace", "--quality", "80"]))
+    assert "copies: 108 made, 0 skipped, 0 failed" in out
+    process = start(paths, checkpoint, *TORCHRUN, free_port())
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert err.count("quality 80 -> 75") == 1  # told once
+
+
+def test_two_processes_make_copies_on_demand(paths, checkpoint, tmp_path):
+    trees = []
+    for launcher in ([], [*TORCHRUN, free_port()]):
+        settings = f"--model {checkpoint} --resolution high --size 64 --steps 1 --batch-size 4"
+        config = {
+            **{
+                "dataset": paths.dataset,
+                "data_dir": str(paths.data_dir),
+                "output_dir": str(tmp_path / f"{len(trees)}"),
+            },
+            **{"model_name": "icarl", "convnet_type": "resnet8", "device": "cpu", "init_cls": 2, "increment": 1},
+            **{"seed": [1], "num_workers": 0, "memory_per_class": 2, "real_per_class": 1, "syn_per_class": 2},
+            **{"augmentations_per_image": 3, "init_epoch": 1, "epochs": 1, "augmentation_scope": "exemplars"},
+            **{"regenerate": "on_demand", "regenerate_options": settings, "init_lr": 1e-9, "lrate": 1e-9},
+        }
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(config))
+        run = subprocess.run(
+            [sys.executable, *launcher, "main.py", "--config", str(file)],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        assert "copies on demand: 18 made" in run.stdout
+        trees.append(made(paths))
+        for mode in ("kept", "copies"):
+            shutil.rmtree(paths.folder(mode))
+    assert trees[0].keys() == trees[1].keys()
+    assert trees[0] == trees[1]
 
 
 def test_failures_of_all_processes_are_listed_once(paths, checkpoint):
