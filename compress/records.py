@@ -156,8 +156,9 @@ class Record:
         return [_kind(entry["settings"], entry["texts"][label]) for entry in self.entries if label in entry["texts"]]
 
     def _read(self) -> list[dict]:
-        entries = []
-        for file in settings_files(self.folder):
+        entries, files = [], settings_files(self.folder)
+        self._last = _number(files[-1].name) if files else 0
+        for file in files:
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
                 texts = content["class_texts"] if "class_texts" in content else dict.fromkeys(content["classes"])
@@ -174,7 +175,8 @@ class Record:
         classes = {"classes": list(texts)} if None in texts.values() else {"class_texts": texts}
         options = {"options": list(self.options)} if self.options else {}
         content = {"settings": self.settings, **options, **classes}
-        number = max((_number(file.name) for file in settings_files(self.folder)), default=0) + 1
+        # The number after those that were read: if another process has taken it meanwhile, its file is read first.
+        number = self._last + 1
         target = self.folder / ("settings.json" if number == 1 else f"settings-{number}.json")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
