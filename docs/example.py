@@ -23,8 +23,6 @@ from ControlNet.cldm.model import load_model
 
 MODEL, SHORTER_SIDE = "tiny", 64  # "sd15", 512
 NEGATIVE = "longbody, lowres, bad anatomy, bad hands, missing fingers, cropped, worst quality, low quality"
-    "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, cropped, worst quality"
-)
 
 
 def digit() -> np.ndarray:
