@@ -1,4 +1,8 @@
-"""Fetching the official weights, when and only when somebody asks for it."""
+"""Download the official weights, only where asked to.
+
+hf_hub_download would resume and retry, too, but it checks a file's size alone: this module checks the SHA-256 and the
+free disk space, and a file of a browser's broken download is fetched anew.
+"""
 
 import hashlib
 import http.client

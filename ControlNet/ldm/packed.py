@@ -1,9 +1,10 @@
-"""Layers whose weights are put once, and not at every call, into the order that the CPU's kernels read.
+"""Layers whose weights are reordered once, instead of at every call, into the layout that the CPU's kernels read.
 
-oneDNN computes from weights in blocks.  Given plain ones, a convolution makes the blocks anew at each call, which at
-the UNet's small feature maps takes longer than the sums; and a plain linear layer goes through MKL, which is slower
-than oneDNN on processors that are not its maker's.  Measured at full size, 256x256 pictures, float32, on an AMD EPYC:
-1.5 times the speed, for as much memory again as the weights take.
+oneDNN computes from weights in blocks.  Given plain weights, a convolution reorders them at each call, which at the
+UNet's small feature maps takes longer than the arithmetic; a plain linear layer goes through MKL, which is slower than
+oneDNN on AMD processors.  torch has no public function for this outside torch.compile, hence the private operators.
+Measured at full size, 256x256 pictures, float32, on an AMD EPYC: 1.5 times the speed, for as much memory again as the
+weights take.
 """
 
 import torch
