@@ -32,13 +32,13 @@ def run(job: Job, action: Action) -> int:
     Of several processes each looks at its part of the disk and makes its part of the files; the first one talks.
     """
     fabric = launch(*accelerator(action.device), patience=PATIENCE)
-    if action.download:
-        by_first(fabric, lambda: download(job.machine.model))
     images, empty = together(fabric, lambda: select(job.data))
     if action.verify:
         records = Records(job.data.paths, job.form, None, named(job.machine.precision))
         is_well = verified(fabric, records, images, job.data.copy_numbers).is_well
         return DONE if (is_well and not empty) or not fabric.is_global_zero else SOME_FAILED
+    if action.download:
+        by_first(fabric, lambda: download(job.machine.model))
     todo = together(fabric, lambda: find_work(fabric, job, images, action))
     if fabric.is_global_zero:
         report_plan(todo, f"{job.data.paths.dataset}, {job.form.preset.name} resolution")

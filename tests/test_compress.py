@@ -210,7 +210,7 @@ def test_bad_images_and_empty_classes_are_listed(paths, compress):
         (["--dataset", "None"], ["None", "train", "--data-dir"]),
         (["--classes", "suschi"], ["suschi", "did you mean 'sushi'"]),
         (["--device", "cuda:99"], ["cuda:99"]),
-        (["--device", "tpu"], ["--device", "tpu"]),
+        (["--device", "tpu"], ["device", "tpu"]),
         (["--model", "/no/such.pth"], ["/no/such.pth"]),
         (["--model", __file__], [__file__]),
         (["--seeds", "0"], ["--seeds", "0 copies"]),
