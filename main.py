@@ -8,6 +8,7 @@ after each of them.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import logging
@@ -94,7 +95,9 @@ def run(config: Config) -> dict:
     folder = data_dir(config.data_dir)
     paths = DatasetPaths(folder, find_dataset(folder, config.dataset), config.variant)
     classes = {key: getattr(config, key) for key in CLASS_KEYS}
-    orders = {seed: DataManager(paths, seed=seed, **classes) for seed in config.seed}
+    first = DataManager(paths, seed=config.seed[0], **classes)
+    shuffled = config.shuffle and config.class_order is None
+    orders = {seed: first.reordered(seed) if shuffled else copy.copy(first) for seed in config.seed}
     any_order = orders[config.seed[0]]
     form = exemplar_form(config, any_order)
     for data in orders.values():

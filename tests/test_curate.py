@@ -325,3 +325,27 @@ def test_classes_that_lack_pictures(curate, tmp_path, imagenet):
     code, _, said = curate("folder", "--dataset", "X")
     assert code == 2
     assert "too few to divide" in said
+
+
+def test_a_flat_val_beside_train_is_said(curate, tmp_path):
+    for label in "ab":
+        for i in range(3):
+            save_noise(tmp_path / "source" / "train" / label / f"{i}.png", i)
+    save_noise(tmp_path / "source" / "val" / "ILSVRC2012_val_00000001.png", 9)
+    code, _, said = curate("folder", "--dataset", "X")
+    assert code == 2
+    assert f"{tmp_path / 'source' / 'val'} holds pictures without class folders" in said
+    assert not (tmp_path / "data" / "X").exists()
+
+
+def test_a_dataset_outside_the_data_folder_is_refused(curate, tmp_path):
+    save_noise(tmp_path / "source" / "a" / "1.png", 1)
+    code, _, said = curate("folder", "--dataset", "../Z")
+    assert code == 2
+    assert "one folder of the data folder, not '../Z'" in said
+    assert not (tmp_path / "Z").exists()
+
+
+def test_a_failed_download_leaves_no_folder(curate, tmp_path):
+    assert curate("Caltech256")[0] == 2
+    assert not (tmp_path / "source").exists()

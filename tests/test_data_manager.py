@@ -52,6 +52,15 @@ def test_class_order_is_numpys_permutation_of_the_sorted_labels(toy, seed):
     assert all(type(i) is int for i in data.class_order)
 
 
+def test_another_order_lists_nothing_again(toy, monkeypatch):
+    first, expected = manager(toy, seed=1), manager(toy, seed=2)
+    monkeypatch.setattr(DatasetPaths, "images", None)
+    other = first.reordered(2)
+    assert other.class_names == expected.class_names
+    assert [other.train_images(t) for t in range(7)] == [expected.train_images(t) for t in range(7)]
+    assert first.class_names != other.class_names
+
+
 def test_class_order_leaves_numpys_own_generator_alone(toy):
     np.random.seed(5)
     expected = np.random.rand()
