@@ -1,7 +1,7 @@
 """Download the official weights, only where asked to.
 
-hf_hub_download would resume and retry, too, but it checks a file's size alone: this module checks the SHA-256 and the
-free disk space, and a file of a browser's broken download is fetched anew.
+hf_hub_download resumes and retries, too, but checks the size alone and only warns of a full disk.  Here the SHA-256 is
+checked, too little space is refused, and a file that a browser left incomplete is fetched anew.
 """
 
 import hashlib
