@@ -1,5 +1,8 @@
 """Fixtures that several test files share."""
 
+import torchvision_compat  # noqa: F401  (before torchvision, which some tests import first)
+
+# isort: split
 import pytest
 import torch
 
