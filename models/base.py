@@ -346,8 +346,12 @@ class Learner(abc.ABC):
 
     def share_network(self) -> None:
         """Take the first process's network everywhere: each process has batch norm statistics of its own."""
-        if self.fabric.world_size > 1:
-            self.network.load_state_dict(self.fabric.broadcast(self.network.state_dict()))
+        if self.fabric.world_size == 1:
+            return
+        for tensor in self.network.state_dict().values():  # each in place: pickled tensors would all go to one GPU
+            sent = tensor.contiguous()
+            torch.distributed.broadcast(sent, src=0)
+            tensor.copy_(sent)
 
     def choose_exemplars(self) -> int | None:
         """Choose among all real images of the new classes, then make copies.  Returns what `make_copies` does."""

@@ -19,7 +19,7 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -30,8 +30,37 @@ _PHASE = re.compile(r"phase(\d+)\.pt")
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write tensors and plain values; a killed run leaves the old file or the new one."""
-    write_atomically(path, lambda file: torch.save(dict(state), file))
+    """Write tensors and plain values; a killed run or a power failure leaves the old file or the new one.
+
+    Raises UserError where the disk is full or the folder can't be written to; what was there before stays.
+    """
+
+    def write(file: BinaryIO) -> None:
+        torch.save(dict(state), file)
+        file.flush()
+        os.fsync(file.fileno())
+
+    try:
+        write_atomically(path, write)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's writer, on a full disk
+            raise
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or "the disk may be full"
+        raise UserError(
+            f"the checkpoint {path} could not be written ({reason}). "
+            "Make room and run the same command again: it goes on from the last checkpoint."
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def load(learner: "Learner") -> dict[str, Any] | None:
     Returns what `Learner.train` does; `reused` is false where this very run trained it before it was killed.
     """
     path = path_of(learner)
-    if not path.is_file():
+    if not learner.fabric.broadcast(path.is_file()):  # decided once: another job may write it at this moment
         return None
     state = checkpoint.load(path)
     for module, weights in zip(learner.network.first_phase_modules(), state["network"], strict=True):

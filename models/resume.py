@@ -96,13 +96,14 @@ class Checkpoints:
         Raises UserError where it is of another config or of other classes.
         """
         learner, fabric = self.learner, self.learner.fabric
-        phases, unfinished = checkpoint.saved_phases(self.folder), checkpoint.unfinished_path(self.folder)
+        unfinished = checkpoint.unfinished_path(self.folder)
+        phases, is_unfinished = fabric.broadcast((checkpoint.saved_phases(self.folder), unfinished.is_file()))
         path = checkpoint.phase_path(self.folder, phases[-1]) if phases else None
         last = self._load(path) if path else None
         if last is not None:
             self._take_up_phase(last)
         done, nb_phases = len(learner.records), learner.data.nb_phases
-        state = self._load(unfinished) if unfinished.is_file() else None
+        state = self._load(unfinished) if is_unfinished else None
         began_with = (state if state and state["phase"] == done else last) or {}
         if done < nb_phases and began_with.get("copies") and learner.copies:
             learner.copies.check(began_with["copies"], learner.shown())
