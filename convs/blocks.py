@@ -1,18 +1,15 @@
-"""What the named backbones do to torchvision's residual blocks: no last ReLU, attention, or branches that fold away."""
-
-import torchvision_compat  # noqa: F401  (before torchvision)
-
-# isort: split
-import copy
+"""Changes to torchvision's residual blocks: no last ReLU, attention, or 1x1 adapters that fold away."""
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models.resnet import BasicBlock, Bottleneck
+
+import torchvision_compat  # noqa: F401  (before torchvision: lets a CUDA wheel load beside a CPU build of torch)
+
+from torchvision.models.resnet import BasicBlock, Bottleneck  # isort: skip
 
 
 class LinearBasicBlock(BasicBlock):
-    """A BasicBlock without its last ReLU, so that features have both signs and cosines all their range.
+    """A BasicBlock without its last ReLU, so that features are signed and cosines use their whole range.
 
     Hou et al., "Learning a Unified Classifier Incrementally via Rebalancing", CVPR 2019.
     """
@@ -30,14 +27,11 @@ class LinearBottleneck(Bottleneck):
         return self.bn3(self.conv3(residual)) + (x if self.downsample is None else self.downsample(x))
 
 
-LINEAR = {BasicBlock: LinearBasicBlock, Bottleneck: LinearBottleneck}
-
-
 class AttendedBatchNorm(nn.BatchNorm2d):
-    """A residual branch's last batch norm, and CBAM's attention over what it puts out, B x C x H x W.
+    """The last batch norm of a residual branch, followed by CBAM's attention: B x C x H x W -> the same shape.
 
     Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018: F' = M_c(F) F, then F'' = M_s(F') F' (eq. 1),
-    with M_c and M_s of eq. 2 and 3.  As a batch norm it keeps the names of torchvision's weights.
+    with M_c and M_s of eq. 2 and 3.  A subclass of the batch norm, to keep the names of torchvision's weights.
     """
 
     def __init__(self, channels: int, reduction: int = 16):
@@ -56,51 +50,52 @@ class AttendedBatchNorm(nn.BatchNorm2d):
         return x * torch.sigmoid(self.spatial(along_channels))
 
 
-def attend(block: BasicBlock | Bottleneck) -> None:
-    """Put CBAM at the end of a block's residual branch (figure 3 of the paper)."""
-    last = "bn3" if isinstance(block, Bottleneck) else "bn2"
-    setattr(block, last, AttendedBatchNorm(getattr(block, last).num_features))
+class RepConv(nn.Conv2d):
+    """A 3x3 convolution with a parallel 1x1 convolution (the adapter), both with bias, summed.
 
-
-class RepConv(nn.Module):
-    """A 3x3 and a 1x1 convolution side by side, each with its batch norm, summed; `folded` into one 3x3 after training.
-
-    Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021, section 3.2, without the identity branch,
-    which a residual block has already.
+    Zhu et al., "Self-Sustaining Representation Expansion for Non-Exemplar Class-Incremental Learning", CVPR 2022,
+    section 3.2.
     """
 
     def __init__(self, conv: nn.Conv2d):
-        super().__init__()
         size = conv.in_channels, conv.out_channels
-        self.dense = nn.Conv2d(*size, 3, conv.stride, padding=1, bias=False)
-        self.dense_bn = nn.BatchNorm2d(conv.out_channels)
-        self.point = nn.Conv2d(*size, 1, conv.stride, bias=False)
-        self.point_bn = nn.BatchNorm2d(conv.out_channels)
+        super().__init__(*size, 3, conv.stride, padding=1)
+        self.adapter = nn.Conv2d(*size, 1, conv.stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dense_bn(self.dense(x)) + self.point_bn(self.point(x))
+        return super().forward(x) + self.adapter(x)
 
-    def folded(self) -> nn.Conv2d:
-        """One 3x3 convolution that computes what the branches do in eval mode (section 3.3)."""
-        dense = fuse_conv_bn_eval(copy.deepcopy(self.dense).eval(), copy.deepcopy(self.dense_bn).eval())
-        point = fuse_conv_bn_eval(copy.deepcopy(self.point).eval(), copy.deepcopy(self.point_bn).eval())
-        with torch.no_grad():
-            dense.weight[:, :, 1:2, 1:2] += point.weight
-            dense.bias += point.bias
-        return dense
-
-
-def branch(block: BasicBlock) -> None:
-    """Give both 3x3 convolutions of a block their 1x1 branch; the batch norms move into the branches."""
-    block.conv1, block.bn1 = RepConv(block.conv1), nn.Identity()
-    block.conv2, block.bn2 = RepConv(block.conv2), nn.Identity()
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Add the adapter to the 3x3 kernel's centre and set it to zero; the function stays the same."""
+        self.weight[:, :, 1:2, 1:2] += self.adapter.weight
+        self.bias += self.adapter.bias
+        self.adapter.weight.zero_()
+        self.adapter.bias.zero_()
 
 
-def folded(network: nn.Module) -> nn.Module:
-    """A copy of a network, for inference: every `RepConv` is one convolution."""
-    network = copy.deepcopy(network)
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, RepConv):
-                setattr(module, name, child.folded())
-    return network
+def fold_adapters(network: nn.Module) -> None:
+    """Fold every `RepConv` of a network, as after each phase (in place)."""
+    for module in network.modules():
+        if isinstance(module, RepConv):
+            module.fold()
+
+
+def add_attention(block: Bottleneck) -> None:
+    """Put CBAM at the end of a block's residual branch (figure 3 of the paper)."""
+    block.bn3 = AttendedBatchNorm(block.bn3.num_features)
+
+
+def add_adapters(block: BasicBlock) -> None:
+    """Give both 3x3 convolutions of a block a 1x1 adapter, and its shortcut a bias in place of the batch norm."""
+    block.conv1, block.conv2 = RepConv(block.conv1), RepConv(block.conv2)
+    if block.downsample is not None:
+        conv = block.downsample[0]
+        block.downsample = nn.Sequential(nn.Conv2d(conv.in_channels, conv.out_channels, 1, conv.stride))
+
+
+BLOCKS = {"basic": (BasicBlock, LinearBasicBlock), "bottleneck": (Bottleneck, LinearBottleneck)}
+"""The block of a name, and the one without the last ReLU."""
+
+EXTRAS = {"attention": add_attention, "adapters": add_adapters, None: lambda block: None}
+"""What is done to each block."""

@@ -15,9 +15,9 @@ def linear_head(in_features: int, out_features: int) -> nn.Linear:
 
 @torch.no_grad()
 def grown(head: nn.Linear | None, in_features: int, out_features: int) -> nn.Linear:
-    """A larger head that answers as `head` did for its classes and its features.
+    """A larger head: rows (classes) and columns (features) of `head` are copied, the others are freshly initialised.
 
-    The old rows (classes) and columns (features) are kept; what is new is fresh.  `None` gives a fresh head.
+    head: None for a fresh one.
     """
     larger = linear_head(in_features, out_features)
     if head is not None:
@@ -29,10 +29,10 @@ def grown(head: nn.Linear | None, in_features: int, out_features: int) -> nn.Lin
 
 @torch.no_grad()
 def align_weights(head: nn.Linear, nb_new: int) -> float:
-    """Scale the rows of the `nb_new` newest classes so that their mean norm is the old classes' (in place).
+    """Scale the rows of the `nb_new` newest classes to the old rows' mean norm (in place); the bias stays.
 
     Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental Learning" (WA), CVPR 2020:
-    gamma = mean norm of old rows / mean norm of new rows.  The bias is left alone.  Returns gamma.
+    gamma = mean norm of old rows / mean norm of new rows.  Returns gamma.
     """
     norms = head.weight.norm(dim=1)
     gamma = norms[:-nb_new].mean() / norms[-nb_new:].mean()
@@ -41,7 +41,7 @@ def align_weights(head: nn.Linear, nb_new: int) -> float:
 
 
 class BiasLayer(nn.Module):
-    """logits -> alpha logits + beta, at first as they are; for the logits of one phase's classes.
+    """logits of one phase's classes -> alpha logits + beta; alpha starts at 1, beta at 0.
 
     Wu et al., "Large Scale Incremental Learning" (BiC), CVPR 2019, eq. 4.
     """
@@ -55,15 +55,18 @@ class BiasLayer(nn.Module):
         return self.alpha * logits + self.beta
 
 
-class ProxyHead(nn.Module):
-    """Local similarity classifier: several proxies a class, compared by cosine; features B x D -> logits B x classes.
+class CosineHead(nn.Module):
+    """Logits by cosine similarity to one or several proxies a class; features B x D -> logits B x classes.
 
-    Douillard et al., "PODNet: Pooled Outputs Distillation for Small-Tasks Incremental Learning", ECCV 2020, section
-    3.2: with h the feature and theta_c,k the proxies, all of unit length, y_c = sum_k s_c,k <theta_c,k, h>, where
-    s_c,k is the softmax of <theta_c,k, h> over k.  The logits are eta y, eta learnt.
+    With h the feature and theta_c,k the proxies of class c, all of unit length, the logits are eta sum_k s_c,k
+    <theta_c,k, h>, where s_c,k is the softmax of <theta_c,k, h> over k, and eta is learnt.  With one proxy a class:
+    Hou et al., "Learning a Unified Classifier Incrementally via Rebalancing", CVPR 2019, eq. 4; with several: Douillard
+    et al., "PODNet", ECCV 2020, section 3.2.
+
+    proxies: a parameter a phase, (its classes x nb_proxies) x D, the proxies of a class next to each other.
     """
 
-    def __init__(self, in_features: int, nb_proxies: int):
+    def __init__(self, in_features: int, nb_proxies: int = 1):
         super().__init__()
         self.in_features = in_features
         self.nb_proxies = nb_proxies
@@ -71,11 +74,12 @@ class ProxyHead(nn.Module):
         self.eta = nn.Parameter(torch.ones(()))
 
     def grow(self, nb_new: int) -> None:
-        """Fresh proxies for `nb_new` more classes, in a parameter of their own: (nb_new x proxies) x D."""
+        """Add a parameter of proxies for `nb_new` more classes, uniform in +-1/sqrt(D)."""
         fresh = torch.empty(nb_new * self.nb_proxies, self.in_features, device=self.eta.device)
-        self.proxies.append(nn.Parameter(nn.init.kaiming_uniform_(fresh, nonlinearity="linear")))
+        bound = self.in_features**-0.5
+        self.proxies.append(nn.Parameter(fresh.uniform_(-bound, bound)))
 
     def forward(self, features: Tensor) -> Tensor:
         proxies = F.normalize(torch.cat(list(self.proxies)), dim=1)
-        similarities = (F.normalize(features, dim=1) @ proxies.T).unflatten(1, (-1, self.nb_proxies))
+        similarities = F.linear(F.normalize(features, dim=1), proxies).unflatten(1, (-1, self.nb_proxies))
         return self.eta * (similarities.softmax(dim=2) * similarities).sum(dim=2)

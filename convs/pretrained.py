@@ -1,4 +1,4 @@
-"""torchvision's ImageNet weights, from where torch keeps its downloads; nothing is fetched."""
+"""torchvision's ImageNet weights, read from torch's download cache; nothing is downloaded."""
 
 import torchvision_compat  # noqa: F401  (before torchvision)
 
@@ -8,23 +8,20 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.models import get_model_weights
+
+from torchvision.models import get_model_weights  # isort: skip
 
 
-def load_pretrained(backbone: nn.Module, convnet_type: str) -> None:
-    """Fill a backbone with the weights of torchvision's ResNet of its depth; CBAM's attention keeps its fresh ones.
+def load_pretrained(backbone: nn.Module, name: str) -> None:
+    """Fill a backbone with the weights of torchvision's network `name`; CBAM's attention keeps its initial ones.
 
-    Raises FileNotFoundError where the user has no such file, ValueError where torchvision has no such network or the
-    file is another's.  The messages say what to do.
+    Raises FileNotFoundError where the file is not there, ValueError where it holds something else.
     """
-    name = re.sub(r"^(cosine|memo)_|_cbam$", "", convnet_type)
-    if name not in ("resnet18", "resnet34", "resnet50"):
-        raise ValueError(f"torchvision has no weights for {convnet_type}; set pretrained to false")
     file = _file(name)
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
         missing, surplus = backbone.load_state_dict(weights, strict=False)
-    except Exception as error:  # a damaged file ends in whatever its bytes happen to mean
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{file} does not hold the weights of {name} ({reason}); delete it") from None
     missing = [key for key in missing if not re.search(r"\.(mlp|spatial)\.", key)]

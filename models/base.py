@@ -10,6 +10,7 @@ import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
 
 # isort: split
 import abc
+import copy
 import logging
 import math
 import os
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 from torch.utils.data import BatchSampler, DataLoader
 
-from convs.blocks import folded
+from convs.blocks import fold_adapters
 from convs.resnet import ResNet, build_backbone, nb_parameters
 from models import phase0
 from models.networks import GrowingNet, IncrementalNet, Outputs
@@ -63,13 +64,13 @@ class Copies(Protocol):
         """Raises UserError where the copies are not those of a checkpoint's `state`."""
 
 
-def fresh_backbone(c: Config, data: DataManager) -> ResNet:
+def fresh_backbone(c: Config, data: DataManager, stem: str | None = None) -> ResNet:
     """A run's backbone at its start.  Raises UserError where pretrained weights are asked for and not there."""
     increments = c.increment if isinstance(c.increment, list) else [c.increment]
     unequal = [increment for increment in increments if increment != c.init_cls]
     phases = {"init_cls": c.init_cls, "increment": [*unequal, c.init_cls][0]}
     try:
-        return build_backbone(c.convnet_type, data.image_kind, **phases, pretrained=c.pretrained)
+        return build_backbone(c.convnet_type, data.image_kind, **phases, pretrained=c.pretrained, stem=stem)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"pretrained: {error}.") from None
 
@@ -95,6 +96,10 @@ class Learner(abc.ABC):
     """Whether the network as it was before a phase is kept, frozen, as `old_network`."""
     plain_phase_0 = True
     """Whether phase 0 is a backbone and a linear head, trained by cross-entropy: all such methods share one network."""
+    phase_0_keys: Sequence[str] = ()
+    """Config keys of the method's own that the trained network of phase 0 depends on."""
+    stem: str | None = None
+    """The backbone's stem for large images, where the method has one of its own."""
 
     def __init_subclass__(cls, name: str | None = None, **options: Any):
         super().__init_subclass__(**options)
@@ -125,6 +130,7 @@ class Learner(abc.ABC):
         self.epoch = self.step = 0  # of the present stage; of the present epoch
         self.old_network: GrowingNet | None = None
         self.state: dict[str, Any] = {}  # what a method takes into the next phase; changed in `after_training` alone
+        self.within_phase: dict[str, Any] = {}  # what training has worked out and a restart within the phase needs
         self._seed_torch(0)
         self.network = self.build_network(self.backbone())
         self.checkpoints = Checkpoints(self, folder)
@@ -143,9 +149,9 @@ class Learner(abc.ABC):
         A batch may be worked off in parts (`models.parts`), so it must be a mean over images, each by itself.
         """
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> Iterable[Stage]:
         """How the present phase is trained: on the new classes' images and the exemplars, once, unless a method says
-        otherwise."""
+        otherwise.  In a generator, what follows a `yield` runs when that stage is done."""
         return [Stage("training", [*self.data.new_items(self.phase), *self.memory.items()], self.schedule())]
 
     def before_stage(self, stage: Stage) -> None:
@@ -222,8 +228,10 @@ class Learner(abc.ABC):
         self.phase = phase
         targets = self.data.phase_targets(phase)
         self.nb_old, self.nb_new, self.nb_seen = targets.start, len(targets), targets.stop
+        self.within_phase = {}
+        fold_adapters(self.network)
         if self.keeps_old_network and phase > 0:
-            self.old_network = folded(self.network).requires_grad_(False).eval()
+            self.old_network = copy.deepcopy(self.network).requires_grad_(False).eval()
         self._seed_torch(phase + 1)
         self.network.grow(self.nb_new)
         self.to_home(self.network)
@@ -231,7 +239,7 @@ class Learner(abc.ABC):
 
     def backbone(self) -> ResNet:
         """A fresh one."""
-        return fresh_backbone(self.config, self.data)
+        return fresh_backbone(self.config, self.data, self.stem)
 
     def init_schedule(self) -> Schedule:
         """Phase 0's."""
@@ -384,22 +392,26 @@ class Learner(abc.ABC):
             self.memory.enforce_budget(target)
         return self.copies.make([image for image in self.shown() if image not in there], with_copies=needed)
 
-    def predict(self, images: Sequence[Path], purpose: str, *, again: bool = False) -> Outputs:
+    def predict(
+        self, images: Sequence[Path], purpose: str, *, again: bool = False, network: GrowingNet | None = None
+    ) -> Outputs:
         """The network's logits and features for pictures, with the test transform, on the CPU in the order given.
 
-        purpose: what a progress bar calls it; again: whether later phases will ask for the same pictures.
+        purpose: what a progress bar calls it, "" for none; again: whether later phases will ask for the same pictures;
+        network: None for the method's present one; it is in eval mode afterwards.
         """
-        fabric = self.fabric
+        fabric, network = self.fabric, network or self.network
         dataset = ImageSet(images, [0] * len(images), self.data.test_transform, self.data.pixels)
         own = range(fabric.global_rank, len(images), fabric.world_size)
         batches = self._loader(dataset, BatchSampler(own, self.config.batch_size, drop_last=False))
-        self.network.eval()
-        logits = torch.zeros(len(images), self.network.nb_classes)
-        features = torch.zeros(len(images), self.network.head.in_features)
-        bar = logs.progress(len(batches), f"{self._name()}, {purpose}", quiet=not fabric.is_global_zero)
+        network.eval()
+        logits = torch.zeros(len(images), network.nb_classes)
+        features = torch.zeros(len(images), network.head.in_features)
+        quiet = not (purpose and fabric.is_global_zero)
+        bar = logs.progress(len(batches), f"{self._name()}, {purpose}", quiet=quiet)
         with bar, torch.no_grad(), fabric.autocast():
             for index, pictures, _ in batches:
-                outputs = self.network(self.to_device(pictures))
+                outputs = network(self.to_device(pictures))
                 logits[index] = outputs.logits.to(logits)
                 features[index] = outputs.features.to(features)
                 bar.update()
@@ -408,31 +420,40 @@ class Learner(abc.ABC):
     def evaluate(self) -> dict[str, Any]:
         """The record of a phase: phase, classes_seen, cnn and nme (`metrics.phase_metrics`; nme None where unused),
         memory (`ExemplarMemory.report`), parameters."""
-        images = [self.data.test_images(target) for target in self.data.seen_targets(self.phase)]
-        targets = torch.tensor([target for target, of_class in enumerate(images) for _ in of_class])
-        ends = [self.data.seen_targets(phase).stop for phase in range(self.phase + 1)]
-        outputs = self.predict([image for of_class in images for image in of_class], "evaluating", again=True)
+        outputs = self.predict_test("evaluating")
         nme = None
         if self.config.nme and self.uses_memory:
             means = self.class_means(range(self.nb_seen))
-            nme = phase_metrics(nearest_mean_scores(outputs.features, means), targets, ends)
+            nme = self.metrics(nearest_mean_scores(outputs.features, means))
         return {
             "phase": self.phase,
             "classes_seen": self.nb_seen,
-            "cnn": phase_metrics(outputs.logits, targets, ends),
+            "cnn": self.metrics(outputs.logits),
             "nme": nme,
             "memory": self.memory.report(),
             "parameters": nb_parameters(self.network),
         }
 
-    def class_means(self, targets: Sequence[int]) -> Tensor:
-        """The mean feature of each class's exemplars, of unit length: classes x D.
+    def predict_test(self, purpose: str, network: GrowingNet | None = None) -> Outputs:
+        """`predict` for the test images of all classes seen, by target."""
+        images = [self.data.test_images(target) for target in self.data.seen_targets(self.phase)]
+        every = [image for of_class in images for image in of_class]
+        return self.predict(every, purpose, again=True, network=network)
+
+    def metrics(self, scores: Tensor) -> dict[str, Any]:
+        """`phase_metrics` of scores for the test images of all classes seen, in the order of `predict_test`."""
+        seen = self.data.seen_targets(self.phase)
+        targets = torch.tensor([target for target in seen for _ in self.data.test_images(target)])
+        return phase_metrics(scores, targets, [self.data.seen_targets(phase).stop for phase in range(self.phase + 1)])
+
+    def class_means(self, targets: Sequence[int], purpose: str = "class means") -> Tensor:
+        """The mean feature of each class's exemplars, of unit length: classes x D; purpose: as for `predict`.
 
         A synthetic exemplar counts as much as a real one: its copies share its weight.
         """
         shown = [self.memory.evaluation_images(target) for target in targets]
         pictures = [image for of_class in shown for image, _ in of_class]
-        features = F.normalize(self.predict(pictures, "class means").features)
+        features = F.normalize(self.predict(pictures, purpose).features)
         means = []
         for of_class, rows in zip(shown, features.split([len(of_class) for of_class in shown]), strict=True):
             weights = torch.tensor([weight for _, weight in of_class])
@@ -524,8 +545,8 @@ class Learner(abc.ABC):
         record = self.records[-1]
         memory = record["memory"]
         parts = []
-        for name, key in (("CNN", "cnn"), ("NME", "nme")):
-            if (metrics := record[key]) is not None:
+        for name, key in (("CNN", "cnn"), ("student", "student"), ("NME", "nme")):
+            if (metrics := record.get(key)) is not None:
                 of_old = "" if metrics["old"] is None else f"old {metrics['old']:.1f}, new {metrics['new']:.1f}, "
                 parts.append(f"{name} {metrics['top1']:.1f} % ({of_old}top-5 {metrics['top5']:.1f})")
         parts.append(f"memory {memory['units_total']:.1f} units, {memory['bytes_total']:,} bytes")

@@ -1,54 +1,107 @@
 """Coil: Zhou et al., "Co-Transport for Class-Incremental Learning", ACM Multimedia 2021.
 
-Old and new classes are related by optimal transport between their mean features, and classifiers are carried along it:
-old ones to start the new ones from (prospective), new ones to remind of the old ones (retrospective).
+Old and new classes are related by optimal transport between their mean features, and classifiers are carried along the
+plan: old ones to initialise and guide the new ones (prospective), new ones to recall the old ones (retrospective).
+
+As PyCIL has it: the carried classifiers have the old ones' mean length (its `calibration_term` has no effect), the
+prospective term is there in a phase's first epoch only and the retrospective term grows from the second epoch on.
+PyCIL's first plan of a phase uses all train images of the old classes, which a class-incremental learner no longer has.
+So does `old_class_means: images`, the default; `exemplars` takes those of the memory alone.
+PyCIL makes that plan at the end of the phase before, with masses that fit phases of equal size only.  Here it is made
+when the new images are there, by the same network, and its masses are uniform; the carried classifiers are the same.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from convs.resnet import ResNet
 from models.base import Learner
-from models.losses import distillation, sinkhorn
-from models.networks import Outputs
+from models.losses import distillation
+from models.networks import CosineNet, Outputs
 from models.stages import Defaults
+
+PROSPECTIVE_WEIGHT = 0.001
+STEPS_A_PLAN = 30  # how long a plan of the retrospective term is kept
 
 
 class Coil(Learner, name="coil"):
     defaults = Defaults(epochs=160, milestones=(80, 120), weight_decay=5e-4, init_epoch=160, init_milestones=(80, 120))
     keeps_old_network = True
+    plain_phase_0 = False
+
+    def build_network(self, backbone: ResNet) -> CosineNet:
+        return CosineNet(backbone)
 
     def before_training(self) -> None:
-        """The plan between old and new class means in the old embedding, and the new classes' start.
-
-        The masses are uniform and the cost is symmetric, so one plan serves both directions.
-        """
+        """Initialise the new classifiers by those of the old classes, carried along the plan."""
         if self.phase == 0:
             return
-        c, head = self.config, self.network.head
-        images = [self.data.train_images(target) for target in range(self.nb_old, self.nb_seen)]
-        new = [F.normalize(self.predict(of_class, "class means").features) for of_class in images]
-        new_means = F.normalize(torch.stack([rows.mean(dim=0) for rows in new]))
-        cost = torch.cdist(self.class_means(range(self.nb_old)), new_means, p=c.norm_term)
-        self.plan = self.fabric.to_device(sinkhorn(cost, c.sinkhorn))
+        of_images = self.config.old_class_means == "images"
+        old_means = self.image_means(range(self.nb_old)) if of_images else self.class_means(range(self.nb_old))
+        plan = self.plan(old_means)
+        *old, new = self.network.head.proxies
         with torch.no_grad():
-            old = head.weight[: self.nb_old]
-            carried = self.nb_old * self.plan.T @ F.normalize(old)
+            old = torch.cat(old)
+            carried = plan.T @ F.normalize(old)
             self.carried = carried * old.norm(dim=1).mean() / carried.norm(dim=1).mean()
-            head.weight[self.nb_old :] = c.calibration_term * self.carried
+            new.copy_(self.carried)
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
-        """(1 - l) CE + l KD + r (prospective + retrospective KD), with l = old classes / all classes."""
+        """(1 - l) CE + l KD + prospective or retrospective KD, with l = old classes / all classes."""
         classification = F.cross_entropy(outputs.logits, targets)
         if self.old_network is None:
             return classification
-        l, c = self.nb_old / self.nb_seen, self.config  # noqa: E741  (the paper's lambda)
-        old_logits, new_logits = outputs.logits.split([self.nb_old, self.nb_new], dim=1)
-        old = distillation(old_logits, self.old_logits(images), c.T)
-        with torch.no_grad():
-            features = F.normalize(outputs.features)
-            new_from_old = features @ F.normalize(self.carried).T
-            old_from_new = features @ F.normalize(self.plan @ F.normalize(self.network.head.weight[self.nb_old :])).T
-        prospective = distillation(new_logits, new_from_old, c.T)
-        retrospective = distillation(old_logits, old_from_new, c.T)
-        return (1 - l) * classification + l * old + c.reg_term * (prospective + retrospective)
+        c, l = self.config, self.nb_old / self.nb_seen  # noqa: E741  (the paper's lambda)
+        old_logits, features = self.old_logits(images), F.normalize(outputs.features)
+        kept = distillation(outputs.logits[:, : self.nb_old], old_logits, c.T)
+        if self.epoch == 0:
+            weight, guide = PROSPECTIVE_WEIGHT, features @ F.normalize(self.carried).T
+            transported = distillation(outputs.logits[:, self.nb_old :], guide, c.T)
+        else:
+            weight = c.reg_term * (self.epoch / self.schedule().epochs) ** 2
+            transported = distillation(features @ F.normalize(self.carried_back()).T, old_logits, c.T)
+        return (1 - l) * classification + l * kept + weight * transported
+
+    def carried_back(self) -> Tensor:
+        """The new classifiers carried to the old classes: nb_old x D, by a plan in the present embedding that is made
+        anew every 30 steps of an epoch."""
+        now, kept = [self.epoch, self.step], self.within_phase
+        if self.step % STEPS_A_PLAN == 0 and kept.get("planned") != now:
+            plan = self.plan(self.class_means(range(self.nb_old), purpose=""))
+            self.network.train()
+            with torch.no_grad():
+                kept.update(planned=now, carried_back=plan @ F.normalize(self.network.head.proxies[-1]))
+        return self.fabric.to_device(kept["carried_back"])
+
+    def plan(self, old_means: Tensor) -> Tensor:
+        """The transport plan between old and new classes, nb_old x nb_new; old_means: nb_old x D."""
+        c, new_means = self.config, self.image_means(range(self.nb_old, self.nb_seen))
+        return self.fabric.to_device(sinkhorn(torch.cdist(old_means, new_means, p=c.norm_term), c.sinkhorn))
+
+    def image_means(self, targets: Sequence[int]) -> Tensor:
+        """The mean feature of all train images of each class, of unit length: classes x D."""
+        images = [self.data.train_images(target) for target in targets]
+        features = F.normalize(self.predict([image for of_class in images for image in of_class], "").features)
+        return F.normalize(torch.stack([rows.mean(dim=0) for rows in features.split([len(i) for i in images])]))
+
+
+def sinkhorn(cost: Tensor, regularisation: float, iterations: int = 1000, tolerance: float = 1e-12) -> Tensor:
+    """The entropic transport plan between uniform masses: n x m, rows sum to 1/n and columns to 1/m.
+
+    Cuturi, "Sinkhorn Distances", NIPS 2013: argmin <T, cost> - regularisation * entropy(T), in logarithms.
+    cost: n x m; regularisation: above 0.
+    """
+    n, m = cost.shape
+    scaled = -cost.double() / regularisation
+    f, g = cost.new_zeros(n, 1, dtype=torch.float64), cost.new_zeros(1, m, dtype=torch.float64)
+    for _ in range(iterations):
+        f = -math.log(n) - (scaled + g).logsumexp(dim=1, keepdim=True)
+        g_new = -math.log(m) - (scaled + f).logsumexp(dim=0, keepdim=True)
+        moved, g = (g_new - g).abs().max(), g_new
+        if moved < tolerance:
+            break
+    return (scaled + f + g).exp().to(cost.dtype)

@@ -1,85 +1,175 @@
 """FOSTER: Wang et al., "FOSTER: Feature Boosting and Compression for Class-Incremental Learning", ECCV 2022.
 
-A second backbone learns what the frozen old one misses; then both are distilled into one, which is what is kept and
-evaluated (the paper's FOSTER; its FOSTER B4 is the pair before compression).
+In each phase a second backbone learns what the frozen old network misses (boosting); then the pair is distilled into a
+student of one backbone (compression), which is the next phase's old network.
+
+As in PyCIL, the pair is what is evaluated (the paper's FOSTER B4) and what exemplars are chosen by; a phase's record
+holds the student's metrics as `student` (the paper's FOSTER).  The weights of boosting and compression count the images
+of each class.  PyCIL takes 500 for new classes of "cifar100", where that is their number, and elsewhere the sum of the
+images' indices, which is a slip.
 """
+
+import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convs.heads import align_weights
+from convs.heads import align_weights, grown, linear_head
+from convs.resnet import ResNet, nb_parameters
 from models.base import Learner
-from models.losses import distillation, effective_number_weights
-from models.networks import BoostedNet, Outputs
+from models.losses import distillation
+from models.networks import IncrementalNet, Outputs, PartlyFrozenNet
 from models.stages import Defaults, Stage
+from utils.data.items import Item
+
+
+class Pair(PartlyFrozenNet):
+    """A frozen network and a second backbone that starts from its weights.
+
+    `head` reads the features of both, old ones first; `aux_head` reads the second backbone's alone.
+    """
+
+    def __init__(self, old: IncrementalNet, nb_new: int):
+        super().__init__()
+        self.nb_classes, width = old.nb_classes + nb_new, old.head.in_features
+        self.old = copy.deepcopy(old).requires_grad_(False)
+        self.backbone = copy.deepcopy(old.backbone)
+        self.head = grown(old.head, 2 * width, self.nb_classes)
+        self.aux_head = linear_head(width, self.nb_classes).to(self.head.weight.device)
+
+    def forward(self, x: Tensor) -> Outputs:
+        newest = self.backbone(x)
+        features = torch.cat([self.old.backbone(x), newest], dim=1)
+        return Outputs(self.head(features), features, self.aux_head(newest))
+
+    def old_logits(self, features: Tensor) -> Tensor:
+        """The old network's logits, from the features of both: B x 2D -> B x nb_old."""
+        return self.old.head(features[:, : self.old.head.in_features])
+
+
+class FosterNet(PartlyFrozenNet):
+    """The student, and from phase 1 on the pair, which is the network that is evaluated.
+
+    compressing: in training mode, whether the student learns, and not the pair.
+    """
+
+    def __init__(self, backbone: ResNet):
+        super().__init__()
+        self.student = IncrementalNet(backbone)
+        self.pair: Pair | None = None
+        self.compressing = False
+
+    @property
+    def evaluated(self) -> IncrementalNet | Pair:
+        """The pair, or phase 0's network."""
+        return self.student if self.pair is None else self.pair
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.evaluated.head
+
+    @property
+    def nb_classes(self) -> int:
+        return self.student.nb_classes
+
+    def grow(self, nb_new: int) -> None:
+        if self.nb_classes:
+            self.pair = Pair(self.student, nb_new)
+        self.student.grow(nb_new)
+
+    def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
+        return self.student.first_phase_modules()
+
+    def forward(self, x: Tensor) -> Outputs:
+        return (self.student if self.training and self.compressing else self.evaluated)(x)
 
 
 class FOSTER(Learner, name="foster"):
     defaults = Defaults(epochs=170, weight_decay=5e-4, scheduler="cosine")
 
+    def build_network(self, backbone: ResNet) -> FosterNet:
+        return FosterNet(backbone)
+
     def stages(self) -> list[Stage]:
         (stage,) = super().stages()
         if self.phase == 0:
             return [stage]
-        self.counts = torch.bincount(torch.tensor([item.target for item in stage.items]), minlength=self.nb_seen)
-        schedule = self.schedule()._replace(epochs=self.config.compression_epochs, weight_decay=0.0)
+        counts, pair = self.image_counts(stage.items), self.network.pair
+        c = self.config
+        self.weights = {
+            name: self.fabric.to_device(effective_number_weights(counts, beta))
+            for name, beta in (("boosting", c.beta1), ("compression", c.beta2))
+        }
+        boosted = [*pair.backbone.parameters(), *pair.head.parameters(), *pair.aux_head.parameters()]
         return [
-            stage._replace(name="boosting", loss=self.boosting_loss),
-            Stage("compression", stage.items, schedule, loss=self.compression_loss),
+            stage._replace(name="boosting", loss=self.boosting_loss, parameters=boosted),
+            stage._replace(
+                name="compression",
+                loss=self.compression_loss,
+                parameters=list(self.network.student.parameters()),
+                schedule=stage.schedule._replace(epochs=c.compression_epochs, weight_decay=0.0),
+            ),
         ]
 
-    def before_stage(self, stage: Stage) -> None:
-        """The network of before, grown, is the student; while it waits, the pair takes its place."""
-        if stage.name == "boosting":
-            self.student, self.network = self.network, BoostedNet(self.network, self.nb_old)
-            self.network.to(memory_format=torch.channels_last)
-            if self.config.oofc == "az":  # old features say nothing of new classes: zeros that get no gradient stay
-                weight, width = self.network.head.weight, self.network.old_head.in_features
-                learns = torch.ones_like(weight)
-                learns[self.nb_old :, :width] = 0
-                weight.data.mul_(learns)
-                weight.register_hook(lambda gradient: gradient * learns)
-        elif stage.name == "compression":
-            if self.config.is_teacher_wa:
-                self.align(self.network.head)
-            self.old_network = self.network.requires_grad_(False).eval()
-            self.network = self.student
+    def image_counts(self, items: Sequence[Item]) -> Tensor:
+        """Train images of each class seen, exemplars for old ones."""
+        return torch.bincount(torch.tensor([item.target for item in items]), minlength=self.nb_seen)
 
-    def changing(self) -> dict[str, nn.Module]:
-        """While the student learns, its teacher is not what the phase began with either."""
-        teacher = {} if self.old_network is None else {"teacher": self.old_network}
-        return super().changing() | teacher
+    def before_stage(self, stage: Stage) -> None:
+        pair = self.network.pair
+        self.network.compressing = stage.name == "compression"
+        if stage.name == "boosting" and self.config.oofc == "az":
+            # The new classes' weights on old features are zero; without gradients they stay so.
+            weight = pair.head.weight
+            learns = torch.ones_like(weight)
+            learns[self.nb_old :, : pair.old.head.in_features] = 0
+            weight.data.mul_(learns)
+            weight.register_hook(lambda gradient: gradient * learns)
+        elif stage.name == "compression" and self.config.is_teacher_wa:
+            self.align(pair.head)
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs.logits, targets)
 
     def boosting_loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """Feature boosting: CE of aligned logits + CE of the new backbone alone + lambda KD on the old classes."""
-        weights = self.class_weights(self.config.beta1)
-        aligned = F.cross_entropy(outputs.logits / weights, targets)
+        aligned = F.cross_entropy(outputs.logits / self.weights["boosting"], targets)
         enhanced = F.cross_entropy(outputs.aux_logits, targets)
-        old_logits = self.network.old_logits(outputs.features)
+        old_logits = self.network.pair.old_logits(outputs.features)
         old = distillation(outputs.logits[:, : self.nb_old], old_logits, self.config.T)
         return aligned + enhanced + self.config.lambda_okd * old
 
     def compression_loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """Balanced distillation: the pair's probabilities, reweighted towards classes of few images."""
-        weights = self.class_weights(self.config.beta2)
-        return distillation(outputs.logits, self.old_logits(images), self.config.T, weights)
+        with torch.no_grad():
+            taught = self.network.pair(images).logits
+        return distillation(outputs.logits, taught, self.config.T, self.weights["compression"])
 
     def after_training(self) -> None:
-        if self.phase > 0:
-            self.old_network = None
-            if self.config.is_student_wa:
-                self.align(self.network.head)
+        if self.phase > 0 and self.config.is_student_wa:
+            self.align(self.network.student.head)
 
-    def class_weights(self, beta: float) -> Tensor:
-        """One a class seen, on the device."""
-        return self.fabric.to_device(effective_number_weights(self.counts, beta))
+    def evaluate(self) -> dict[str, Any]:
+        record = super().evaluate() | {"parameters": nb_parameters(self.network.evaluated)}
+        if self.phase > 0:
+            record["student"] = self.metrics(self.predict_test("evaluating the student", self.network.student).logits)
+        return record
 
     @torch.no_grad()
     def align(self, head: nn.Linear) -> None:
         """WA's alignment, with the new classes' norms scaled by wa_value^(old classes / new classes)."""
         align_weights(head, self.nb_new)
         head.weight[-self.nb_new :] *= self.config.wa_value ** (self.nb_old / self.nb_new)
+
+
+def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
+    """(1 - beta) / (1 - beta^n), scaled to a mean of 1: large for classes of few images.
+
+    Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019.
+    counts n: C, images of each class; beta: in [0, 1).
+    """
+    weights = (1 - beta) / (1 - beta ** counts.double().clamp(min=1))
+    return (weights / weights.mean()).to(torch.get_default_dtype())

@@ -11,5 +11,7 @@ from models.networks import ExpandableNet, memo_net
 class MEMO(DER, name="memo"):
     """DER's loss and alignment, on a network that shares its early blocks."""
 
+    stem = "7x7"
+
     def build_network(self, backbone: ResNet) -> ExpandableNet:
         return memo_net(backbone)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convs.heads import BiasLayer, ProxyHead, grown, linear_head
+from convs.heads import BiasLayer, CosineHead, grown, linear_head
 from convs.resnet import ResNet, joined, split
 
 
@@ -47,7 +47,7 @@ class GrowingNet(PartlyFrozenNet, abc.ABC):
     def __init__(self):
         super().__init__()
         self.nb_classes = 0
-        self.head: nn.Linear | ProxyHead | None = None
+        self.head: nn.Linear | CosineHead | None = None
 
     @abc.abstractmethod
     def grow(self, nb_new: int) -> None:
@@ -96,19 +96,19 @@ class BiasedNet(IncrementalNet):
         return outputs._replace(logits=torch.cat([layer(part) for layer, part in parts], dim=1))
 
 
-class ProxyNet(GrowingNet):
-    """One backbone, whose stages' outputs are shown, and a head of proxies (PODNet)."""
+class CosineNet(GrowingNet):
+    """One backbone, whose stages' outputs are shown, and a cosine head with one or several proxies a class."""
 
-    def __init__(self, backbone: ResNet, nb_proxies: int):
+    def __init__(self, backbone: ResNet, nb_proxies: int = 1):
         super().__init__()
         self.backbone = backbone
-        self.head = ProxyHead(backbone.feature_dim, nb_proxies)
+        self.head = CosineHead(backbone.feature_dim, nb_proxies)
 
     def grow(self, nb_new: int) -> None:
         self.nb_classes += nb_new
         self.head.grow(nb_new)
 
-    def first_phase_modules(self) -> tuple[nn.Module, nn.Module]:
+    def first_phase_modules(self) -> tuple[nn.Module, CosineHead]:
         return self.backbone, self.head
 
     def forward(self, x: Tensor) -> Outputs:
@@ -139,33 +139,6 @@ class PrototypeNet(IncrementalNet):
             return super().forward(x)
         features = self.backbone(x)
         return Outputs(F.normalize(features) @ F.normalize(self.prototypes).T, features)
-
-
-class BoostedNet(PartlyFrozenNet):
-    """An IncrementalNet as it was, frozen, and beside it a second backbone that learns what it misses (FOSTER).
-
-    net: a network whose head has rows for the new classes already, nb_old: its classes before.  The second backbone
-    starts from the first one's weights; `head` reads both, `aux_head` the second alone, and `old_head` is net's.
-    """
-
-    def __init__(self, net: IncrementalNet, nb_old: int):
-        super().__init__()
-        width = net.head.in_features
-        self.nb_old = nb_old
-        self.old_backbone = copy.deepcopy(net.backbone).requires_grad_(False)
-        self.old_head = copy.deepcopy(net.head).requires_grad_(False)
-        self.backbone = copy.deepcopy(net.backbone)
-        self.head = grown(net.head, 2 * width, net.nb_classes)
-        self.aux_head = linear_head(width, net.nb_classes).to(net.head.weight.device)
-
-    def old_logits(self, features: Tensor) -> Tensor:
-        """What the old network says, from the features of both: B x 2D -> B x nb_old."""
-        return self.old_head(features[:, : self.old_head.in_features])[:, : self.nb_old]
-
-    def forward(self, x: Tensor) -> Outputs:
-        newest = self.backbone(x)
-        features = torch.cat([self.old_backbone(x), newest], dim=1)
-        return Outputs(self.head(features), features, self.aux_head(newest))
 
 
 class ExpandableNet(GrowingNet):

@@ -42,6 +42,7 @@ def path_of(learner: "Learner") -> Path:
     backbone, head = learner.network.first_phase_modules()
     settings: dict[str, Any] = {
         "method": "any" if learner.plain_phase_0 else config.model_name,
+        "method_keys": [getattr(config, key) for key in learner.phase_0_keys],
         "layers": [str(layer) for layer in backbone.children()],
         "head": [list(parameter.shape) for parameter in head.parameters()],
         "transform": str(data.train_transform),

@@ -151,6 +151,7 @@ class Checkpoints:
         state, self._unfinished = self._unfinished, None
         if state is None or state["phase"] != self.learner.phase:
             return Place()
+        self.learner.within_phase = state["within_phase"]
         fabric, sums = self.learner.fabric, state["sums"]
         if len(sums) != fabric.world_size:  # the first process takes over what others had summed up
             sums = F.pad(sums.sum(dim=0, keepdim=True), (0, 0, 0, fabric.world_size - 1))
@@ -189,6 +190,7 @@ class Checkpoints:
                 "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(),
                 "random": torch.get_rng_state(),
+                "within_phase": learner.within_phase,
                 **{name: module.state_dict() for name, module in learner.changing().items()},
             }
             checkpoint.save(checkpoint.unfinished_path(self.folder), state)

@@ -53,8 +53,8 @@ class Stage(NamedTuple):
     name: unique within the phase; items: the training set; schedule: epochs, learning rate and weight decay;
     parameters: what is trained, None for all that require gradients; loss: replaces the method's own, same signature.
 
-    A phase's stages are a function of the phase, the config, the data and the memory alone, so that they can be told
-    again after a restart: "phase, stage, epoch" is a place in a run.
+    A phase's stages are a function of the phase, the config, the data, the memory and `Learner.within_phase`, so that
+    they can be made again after a restart: "phase, stage, epoch" is a place in a run.
     """
 
     name: str

@@ -247,10 +247,14 @@ def fed(learner: type[Learner], reference: Reference, pictures: Pictures, measur
         def give_head(self, network: nn.Module) -> None:
             """The fresh rows of a head that has just grown."""
             weight, old = self.given("init/fc.weight"), self.nb_old
-            if learner is METHODS["foster"] and self.phase > 0:  # the student; the pair comes in before_stage
-                network.head.weight[old:] = self.given("init2/fc.weight")[old:]
+            if learner is METHODS["foster"] and self.phase > 0:
+                student, pair = network.student, network.pair
+                student.head.weight[old:] = self.given("init2/fc.weight")[old:]
+                fill_around(pair.head.weight, weight, old, student.head.in_features)
+                pair.aux_head.weight.copy_(self.given("init/fe_fc.weight"))
             elif hasattr(network.head, "proxies"):
-                network.head.proxies[-1].copy_(weight if weight is not None else self.given("init/fc.fc2.weight"))
+                if self.phase == 0 or learner is not METHODS["coil"]:  # Coil's own transport initialises later ones
+                    network.head.proxies[-1].copy_(weight if weight is not None else self.given("init/fc.fc2.weight"))
             elif hasattr(network, "aux_head"):
                 fill_around(network.head.weight, weight, old, weight.shape[1] - network.feature_dim)
                 if network.aux_head is not None:
@@ -258,18 +262,12 @@ def fed(learner: type[Learner], reference: Reference, pictures: Pictures, measur
             else:
                 network.head.weight[old:] = weight[old:]
 
-        def before_stage(self, stage: Stage) -> None:
-            super().before_stage(stage)
-            if learner is METHODS["foster"] and stage.name == "boosting":
-                head, aux_head = self.network.head, self.network.aux_head
-                fill_around(head.weight, self.given("init/fc.weight"), self.nb_old, head.in_features // 2)
-                aux_head.weight.data.copy_(self.given("init/fe_fc.weight"))
-
-        def stages(self) -> list[Stage]:
-            stages = super().stages()
-            if reference.name in ("foster", "foster_wa") and self.phase > 0:
-                self.counts[self.nb_old :] = SAMPLES_OF_CIFAR100
-            return stages
+        def image_counts(self, items) -> Tensor:
+            """FOSTER's: PyCIL has a constant in place of the new classes' images where the dataset is "cifar100"."""
+            counts = super().image_counts(items)
+            if reference.args["dataset"] == "cifar100" and reference.name != "foster_counts":
+                counts[self.nb_old :] = SAMPLES_OF_CIFAR100
+            return counts
 
         def split(self, items):
             """BiC's held-out pictures."""

@@ -7,20 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from convs.heads import BiasLayer, ProxyHead
+from convs.heads import BiasLayer, CosineHead
 from models import METHODS
+from models.coil import sinkhorn
+from models.foster import effective_number_weights
 from models.gem import projected
-from models.losses import (
-    distillation,
-    effective_number_weights,
-    nca,
-    newest_or_old,
-    pod_flat,
-    pod_spatial,
-    quadratic_penalty,
-    sinkhorn,
-)
+from models.losses import distillation, newest_or_old, quadratic_penalty
 from models.networks import Outputs
+from models.podnet import hinged_nca, nca, pod_flat, pod_spatial
 
 RNG = np.random.default_rng(0)
 B, OLD, NEW, T = 6, 3, 2, 2.0
@@ -69,14 +63,15 @@ def test_bias_layer():
     np.testing.assert_allclose(layer(logits).detach().numpy(), 0.5 * LOGITS - 1)
 
 
-def test_proxy_head():
-    head = ProxyHead(4, 3)
+def test_cosine_head():
+    head = CosineHead(4, 3)
     head.grow(2)
     head.grow(1)
     head.eta.data.fill_(2.0)
     features = RNG.normal(size=(5, 4)).astype(np.float32)
     proxies = np.concatenate([p.detach().numpy() for p in head.proxies])
     assert proxies.shape == (9, 4)
+    assert np.abs(proxies).max() <= 0.5  # uniform in +-1/sqrt(4)
     cosines = features @ proxies.T / np.linalg.norm(features, axis=1)[:, None] / np.linalg.norm(proxies, axis=1)
     expected = []
     for row in cosines:
@@ -87,14 +82,17 @@ def test_proxy_head():
 
 
 def test_nca():
-    losses = []
+    """PyCIL's: the right class is in the sum as exp(0), and a margin cancels; the paper's: a margin and a hinge."""
+    published, papers = [], []
     for z, y in zip(LOGITS, TARGETS, strict=True):
-        others = np.delete(z, y)
-        losses.append(max(0.0, -np.log(np.exp(z[y] - 0.6) / np.exp(others).sum())))
-    assert nca(torch.tensor(LOGITS), torch.tensor(TARGETS), 0.6).item() == pytest.approx(np.mean(losses))
-    sure = torch.eye(5)[:3] * 100
-    assert nca(sure, torch.arange(3), 0.6) == 0
-    assert nca(torch.ones(2, 1, requires_grad=True), torch.zeros(2, dtype=torch.long), 0.6) == 0
+        others = np.exp(np.delete(z, y) - z.max()).sum()
+        published.append(-(z[y] - z.max() - np.log(1 + others)))
+        papers.append(max(0.0, -np.log(np.exp(z[y] - 0.6) / np.exp(np.delete(z, y)).sum())))
+    logits, targets = torch.tensor(LOGITS), torch.tensor(TARGETS)
+    assert nca(logits, targets).item() == pytest.approx(np.mean(published))
+    assert hinged_nca(logits, targets).item() == pytest.approx(np.mean(papers))
+    assert hinged_nca(torch.eye(5)[:3] * 100, torch.arange(3)) == 0
+    assert hinged_nca(torch.ones(2, 1, requires_grad=True), torch.zeros(2, dtype=torch.long)) == 0
 
 
 def test_pod():
@@ -114,8 +112,9 @@ def test_pod():
     assert pod_flat(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(np.mean(half_squared))
 
 
-def test_podnet():
-    config = SimpleNamespace(lambda_c_base=5.0, lambda_f_base=2.0)
+@pytest.mark.parametrize(("key", "classification"), [("pycil", nca), ("paper", hinged_nca)])
+def test_podnet(key, classification):
+    config = SimpleNamespace(lambda_c_base=5.0, lambda_f_base=2.0, nca=key)
     features, old_features = RNG.normal(size=(2, B, 4))
     maps, old_maps = RNG.normal(size=(2, B, 3, 4, 4))
     as_outputs = [
@@ -127,7 +126,7 @@ def test_podnet():
     )
     ours = METHODS["podnet"].loss(learner, as_outputs[0], None, torch.tensor(TARGETS)).item()
     held = 5 * pod_spatial(as_outputs[0].maps, as_outputs[1].maps) + 2 * pod_flat(*(o.features for o in as_outputs))
-    expected = nca(as_outputs[0].logits, torch.tensor(TARGETS), 0.6) + 2 * held  # 2 = sqrt(8 / 2)
+    expected = classification(as_outputs[0].logits, torch.tensor(TARGETS)) + 2 * held  # 2 = sqrt(8 / 2)
     assert ours == pytest.approx(expected.item())
 
 
@@ -146,40 +145,48 @@ def test_effective_number_weights():
 
 def test_foster_s_boosting_and_compression():
     counts = [4, 4, 4, 90, 90]
-    boosting, compression = (torch.tensor(class_weights(counts, beta)) for beta in (0.96, 0.97))
+    boosting, compression = (class_weights(counts, beta) for beta in (0.96, 0.97))
     method, fe_logits = METHODS["foster"], RNG.normal(size=(B, OLD + NEW))
     teacher = RNG.normal(size=(B, OLD + NEW))
+
+    class Pair:
+        old_logits = staticmethod(lambda features: torch.tensor(OLD_LOGITS))
+
+        def __call__(self, images):
+            return Outputs(torch.tensor(teacher), torch.zeros(B, 8))
+
     learner = SimpleNamespace(
-        config=SimpleNamespace(T=T, beta1=0.96, beta2=0.97, lambda_okd=0.7),
+        config=SimpleNamespace(T=T, lambda_okd=0.7),
         nb_old=OLD,
-        class_weights=lambda beta: {0.96: boosting, 0.97: compression}[beta],
-        network=SimpleNamespace(old_logits=lambda features: torch.tensor(OLD_LOGITS)),
-        old_logits=lambda images: torch.tensor(teacher),
+        weights={"boosting": torch.tensor(boosting), "compression": torch.tensor(compression)},
+        network=SimpleNamespace(pair=Pair()),
     )
     outputs = Outputs(torch.tensor(LOGITS), torch.zeros(B, 4), torch.tensor(fe_logits))
     ours = method.boosting_loss(learner, outputs, None, torch.tensor(TARGETS)).item()
-    aligned = cross_entropy(LOGITS / boosting.numpy(), TARGETS)
+    aligned = cross_entropy(LOGITS / boosting, TARGETS)
     assert ours == pytest.approx(aligned + cross_entropy(fe_logits, TARGETS) + 0.7 * kd(LOGITS[:, :OLD], OLD_LOGITS))
-    taught = np.exp(log_softmax(teacher / T)) * compression.numpy()
+    taught = np.exp(log_softmax(teacher / T)) * compression
     taught /= taught.sum(axis=1, keepdims=True)
     expected = -(taught * log_softmax(LOGITS / T)).sum() / B
     assert method.compression_loss(learner, outputs, None, None).item() == pytest.approx(expected)
 
 
-def test_coil():
-    """(1 - l) CE + l KD + r (what the carried old classifiers say of the new classes, and the other way round)."""
-    plan, carried, weight = RNG.random((OLD, NEW)), RNG.normal(size=(NEW, 4)), RNG.normal(size=(OLD + NEW, 4))
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_coil(epoch):
+    """(1 - l) CE + l KD, and the prospective term in the first epoch, the retrospective one in later epochs."""
+    carried, back = RNG.normal(size=(NEW, 4)), RNG.normal(size=(OLD, 4))
     features = RNG.normal(size=(B, 4))
     learner = SimpleNamespace(
         config=SimpleNamespace(T=T, reg_term=0.3),
         nb_old=OLD,
         nb_new=NEW,
         nb_seen=OLD + NEW,
+        epoch=epoch,
         old_network=object(),
         old_logits=lambda images: torch.tensor(OLD_LOGITS),
-        plan=torch.tensor(plan),
+        schedule=lambda: SimpleNamespace(epochs=4),
         carried=torch.tensor(carried),
-        network=SimpleNamespace(head=SimpleNamespace(weight=torch.tensor(weight))),
+        carried_back=lambda: torch.tensor(back),
     )
     outputs = Outputs(torch.tensor(LOGITS), torch.tensor(features))
     ours = METHODS["coil"].loss(learner, outputs, None, torch.tensor(TARGETS)).item()
@@ -188,14 +195,16 @@ def test_coil():
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
     part = OLD / (OLD + NEW)
-    prospective = kd(LOGITS[:, OLD:], unit(features) @ unit(carried).T)
-    retrospective = kd(LOGITS[:, :OLD], unit(features) @ unit(plan @ unit(weight[OLD:])).T)
     expected = (1 - part) * cross_entropy(LOGITS, TARGETS) + part * kd(LOGITS[:, :OLD], OLD_LOGITS)
-    assert ours == pytest.approx(expected + 0.3 * (prospective + retrospective))
+    if epoch == 0:
+        expected += 0.001 * kd(LOGITS[:, OLD:], unit(features) @ unit(carried).T)
+    else:
+        expected += 0.3 * (3 / 4) ** 2 * kd(unit(features) @ unit(back).T, OLD_LOGITS)
+    assert ours == pytest.approx(expected)
 
 
 def test_sinkhorn():
-    cost = RNG.random((3, 4))
+    cost = np.random.default_rng(0).random((3, 4))
     plan = sinkhorn(torch.tensor(cost), 0.2).numpy()
     np.testing.assert_allclose(plan.sum(axis=1), np.full(3, 1 / 3), rtol=1e-6)
     np.testing.assert_allclose(plan.sum(axis=0), np.full(4, 1 / 4), rtol=1e-6)

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import main
-from convs.heads import linear_head
+from convs.heads import CosineHead
 from convs.resnet import build_backbone
 from models import METHODS
-from models.networks import IncrementalNet, Outputs
+from models.foster import FosterNet
+from models.networks import IncrementalNet
 from models.stages import Schedule, Stage
 from tests.digits import make_digits
 from utils.data.datasets import dataset_defaults
@@ -100,8 +101,12 @@ def test_methods_that_remember(train, method):
     assert names == expected.get(method, ["training"])
     if method == "joint":
         assert last["cnn"]["old"] > 60, "the upper bound does not forget"
-    if method in ("simplecil", "foster"):
+    if method == "simplecil":
         assert last["parameters"] == pytest.approx(phases[0]["parameters"], rel=0.01), "one backbone is what is kept"
+    assert ("student" in last) == (method == "foster")
+    if method == "foster":
+        assert last["parameters"] == pytest.approx(2 * phases[0]["parameters"], rel=0.02), "the pair"
+        assert last["student"]["top1"] > CHANCE + 15
 
 
 def accuracy_within_phase_0(folder, folders):
@@ -191,7 +196,7 @@ def test_bic_holds_out_the_same_number_of_every_class():
 
 def boosting(**config):
     """A FOSTER learner's stand-in, with its pair of networks built."""
-    net = IncrementalNet(build_backbone("resnet8", "small", init_cls=2, increment=2))
+    net = FosterNet(build_backbone("resnet8", "small", init_cls=2, increment=2))
     net.grow(2)
     net.grow(3)
     config = {"oofc": "ft", "is_teacher_wa": False, "wa_value": 1.0, **config}
@@ -212,36 +217,41 @@ def test_foster_s_new_classes_may_be_kept_from_old_features(oofc):
     assert (weight[:2] != 0).all()
 
 
-def test_foster_s_compression_teaches_the_network_of_before():
+def test_foster_s_teacher_may_be_aligned_before_compression():
     learner = boosting(is_teacher_wa=True, wa_value=1.1)
-    student, pair = learner.student, learner.network
     METHODS["foster"].before_stage(learner, Stage("compression", [], SCHEDULE))
-    assert learner.network is student
-    assert learner.old_network is pair
-    assert not any(parameter.requires_grad for parameter in pair.parameters())
-    assert all(parameter.requires_grad for parameter in student.parameters())
-    norms = pair.head.weight.norm(dim=1)
+    assert learner.network.compressing
+    norms = learner.network.pair.head.weight.norm(dim=1)
     assert norms[2:].mean().item() == pytest.approx(norms[:2].mean().item() * 1.1 ** (2 / 3), rel=1e-5)
 
 
-def test_coil_starts_new_classes_from_the_old_ones_that_are_near():
+@pytest.mark.parametrize("old_class_means", ["images", "exemplars"])
+def test_coil_starts_new_classes_from_the_old_ones_that_are_near(old_class_means):
     """Two old and two new classes whose means agree pairwise: each new classifier points where its old one does."""
     means = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    head = linear_head(3, 4)
+    head = CosineHead(3)
+    head.grow(2)
+    head.grow(2)
+    asked = []
+
+    def of_targets(targets):
+        asked.append(targets)
+        return means if 0 in targets else means.flip(0)
+
     learner = SimpleNamespace(
         phase=1,
         nb_old=2,
         nb_seen=4,
-        config=SimpleNamespace(sinkhorn=0.01, norm_term=3.0, calibration_term=1.5),
+        config=SimpleNamespace(sinkhorn=0.01, norm_term=3.0, old_class_means=old_class_means),
         fabric=ONE_DEVICE,
         network=SimpleNamespace(head=head),
-        data=SimpleNamespace(train_images=lambda target: target),
-        predict=lambda target, purpose: Outputs(torch.zeros(4, 4), means[3 - target].repeat(4, 1)),
+        image_means=of_targets,
         class_means=lambda targets: means,
     )
+    learner.plan = lambda old_means: METHODS["coil"].plan(learner, old_means)
     METHODS["coil"].before_training(learner)
-    old, new = head.weight.detach()[:2], head.weight.detach()[2:]
-    torch.testing.assert_close(learner.plan, torch.tensor([[0.0, 0.5], [0.5, 0.0]]), atol=1e-4, rtol=0)
+    assert (range(2) in asked) == (old_class_means == "images"), "whether images of old classes are looked at"
+    old, new = (proxies.detach() for proxies in head.proxies)
     cosines = torch.cosine_similarity(new, old.flip(0))
     torch.testing.assert_close(cosines, torch.ones(2), atol=1e-4, rtol=0)
-    assert new.norm(dim=1).mean().item() == pytest.approx(1.5 * old.norm(dim=1).mean().item(), rel=1e-4)
+    assert new.norm(dim=1).mean().item() == pytest.approx(old.norm(dim=1).mean().item(), rel=1e-4)

@@ -5,16 +5,20 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
-from convs.blocks import AttendedBatchNorm, RepConv, folded
+from convs import BACKBONES
+from convs.blocks import AttendedBatchNorm, RepConv, fold_adapters
 from convs.heads import align_weights, grown, linear_head
-from convs.resnet import CONVNETS, build_backbone, joined, nb_parameters, split
-from models.networks import BiasedNet, BoostedNet, IncrementalNet, PrototypeNet, ProxyNet, der_net, memo_net
+from convs.resnet import build_backbone, joined, nb_parameters, split
+from models.foster import FosterNet
+from models.networks import BiasedNet, CosineNet, IncrementalNet, PrototypeNet, der_net, memo_net
 from models.stages import Schedule, learning_only
 
 
-def backbone(name="resnet8", kind="small", init_cls=2, increment=2, pretrained=False):
-    return build_backbone(name, kind, init_cls=init_cls, increment=increment, pretrained=pretrained)
+def backbone(name="resnet8", kind="small", init_cls=2, increment=2, pretrained=False, stem=None):
+    phases = {"init_cls": init_cls, "increment": increment}
+    return build_backbone(name, kind, **phases, pretrained=pretrained, stem=stem)
 
 
 def torchvision_model(name):
@@ -42,8 +46,8 @@ def test_equals_torchvision_on_the_same_weights(name):
     assert expected.shape == (2, ours.feature_dim)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet32"])
-def test_cosine_backbones_lack_the_last_relu_alone(name):
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+def test_large_cosine_backbones_lack_the_last_relu_alone(name):
     plain, cosine = backbone(name, "large").eval(), backbone(f"cosine_{name}", "large").eval()
     cosine.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, 64, 64)
@@ -54,6 +58,51 @@ def test_cosine_backbones_lack_the_last_relu_alone(name):
         torch.testing.assert_close(signed.relu(), last)
         torch.testing.assert_close(cosine(x), signed.mean(dim=(2, 3)))
     assert signed.min() < 0
+
+
+def published_block(x, weights, prefix, *, last_relu=True):
+    """A basic block of PyCIL's CIFAR ResNets in eval mode: its shortcut is the identity, a padded subsample or, where
+    there are weights for it, a 1x1 convolution and a batch norm."""
+
+    def conv(x, name, stride, padding):
+        return F.conv2d(x, weights[f"{prefix}.{name}.weight"], stride=stride, padding=padding)
+
+    def norm(x, name):
+        kinds = ("running_mean", "running_var", "weight", "bias")
+        return F.batch_norm(x, *(weights[f"{prefix}.{name}.{kind}"] for kind in kinds))
+
+    out_channels, in_channels = weights[f"{prefix}.conv1.weight"].shape[:2]
+    stride = 1 if in_channels == out_channels else 2
+    out = norm(conv(norm(conv(x, "conv1", stride, 1), "bn1").relu(), "conv2", 1, 1), "bn2")
+    if f"{prefix}.downsample.0.weight" in weights:
+        x = norm(conv(x, "downsample.0", 2, 0), "downsample.1")
+    elif stride == 2:
+        x = torch.cat([F.avg_pool2d(x, 1, 2), 0 * F.avg_pool2d(x, 1, 2)], dim=1)
+    return (x + out).relu() if last_relu else x + out
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("resnet32", 463_504), ("cosine_resnet32", 466_256)])
+def test_cifar_resnets_compute_what_the_published_ones_do(name, parameters):
+    """PyCIL's counts (without its unused `fc`) and function."""
+    torch.manual_seed(0)
+    net = backbone(name)
+    assert nb_parameters(net) == parameters
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias)
+            module.running_mean.normal_(std=0.1)
+    weights, x = net.eval().state_dict(), torch.randn(2, 3, 32, 32)
+    expected = F.conv2d(x, weights["conv1.weight"], padding=1)
+    norm = (weights[f"bn1.{kind}"] for kind in ("running_mean", "running_var", "weight", "bias"))
+    expected = F.batch_norm(expected, *norm).relu()
+    for stage in (1, 2, 3):
+        for block in range(5):
+            signed = name.startswith("cosine") and (stage, block) == (3, 4)
+            expected = published_block(expected, weights, f"layer{stage}.{block}", last_relu=not signed)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected.mean(dim=(2, 3)), rtol=1e-4, atol=1e-4)
+    assert (net(x).min() < 0) == name.startswith("cosine")
 
 
 def test_cbam_against_its_equations():
@@ -74,41 +123,55 @@ def test_cbam_against_its_equations():
     np.testing.assert_allclose(norm(f).detach().numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
-def test_cbam_sits_at_the_end_of_every_residual_branch(name):
-    plain, cbam = backbone(name), backbone(f"{name}_cbam")
+def test_cbam_sits_at_the_end_of_every_bottleneck():
+    plain, cbam = backbone("resnet50"), backbone("resnet50_cbam")
     missing, surplus = cbam.load_state_dict(plain.state_dict(), strict=False)
     norms = {key for key, module in cbam.named_modules() if isinstance(module, AttendedBatchNorm)}
-    blocks = {"resnet18": 8, "resnet34": 16, "resnet50": 16}[name]
     assert not surplus
-    assert len(norms) == blocks
-    last = "bn3" if name == "resnet50" else "bn2"
-    assert all(re.fullmatch(rf"layer[1-4]\.\d+\.{last}", key) for key in norms)
+    assert len(norms) == 16
+    assert all(re.fullmatch(r"layer[1-4]\.\d+\.bn3", key) for key in norms)
     assert {re.sub(r"\.(mlp\.[02]|spatial)\.weight$", "", key) for key in missing} == norms
 
 
-def test_rep_branches_fold_into_one_convolution():
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_published_basic_blocks_never_apply_their_attention(name):
+    plain, cbam, x = backbone(name).eval(), backbone(f"{name}_cbam").eval(), torch.randn(2, 3, 32, 32)
+    cbam.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(cbam(x), plain(x))
+
+
+def test_rep_blocks_have_adapters_that_fold_into_the_convolutions():
+    """Zhu et al. 2022 as published: 3x3 + 1x1, both with bias, one batch norm after the sum; a shortcut without one."""
     torch.manual_seed(0)
     net = backbone("resnet18_rep")
-    assert sum(isinstance(module, RepConv) for module in net.modules()) == 16
-    net.train()
-    for _ in range(3):
-        net(torch.randn(8, 3, 16, 16) * 2 + 1)  # batch norm statistics of its own for each branch
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias)
+    block = net.layer2[0]
+    for parameter in net.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.2, 1.0)
     net.eval()
-    once = folded(net)
-    plain = backbone("resnet18")
-    assert not any(isinstance(module, RepConv) for module in once.modules())
-    assert sum(m.weight.numel() for m in once.modules() if isinstance(m, torch.nn.Conv2d)) == sum(
-        m.weight.numel() for m in plain.modules() if isinstance(m, torch.nn.Conv2d)
-    )
-    x = torch.randn(4, 3, 32, 32)
+    x = torch.randn(2, 64, 8, 8)
+    expected, weights = x, block.state_dict()
+    for number, stride in ((1, 2), (2, 1)):
+        w = {key.removeprefix(f"conv{number}."): value for key, value in weights.items()}
+        dense = F.conv2d(expected, w["weight"], w["bias"], stride, padding=1)
+        point = F.conv2d(expected, w["adapter.weight"], w["adapter.bias"], stride)
+        expected = getattr(block, f"bn{number}")(dense + point)
+        expected = expected.relu() if number == 1 else expected
+    shortcut = F.conv2d(x, weights["downsample.0.weight"], weights["downsample.0.bias"], stride=2)
     with torch.no_grad():
-        torch.testing.assert_close(once(x), net(x), rtol=1e-4, atol=1e-4)
-    assert any(isinstance(module, RepConv) for module in net.modules()), "the network itself is left as it was"
+        torch.testing.assert_close(block(x), (expected + shortcut).relu(), rtol=1e-4, atol=1e-4)
+        pictures = torch.randn(4, 3, 32, 32)
+        before = net(pictures)
+        fold_adapters(net)
+        torch.testing.assert_close(net(pictures), before, rtol=1e-4, atol=1e-4)
+    adapters = [module.adapter for module in net.modules() if isinstance(module, RepConv)]
+    assert len(adapters) == 16
+    assert not any(parameter.any() for adapter in adapters for parameter in adapter.parameters())
+    plain = backbone("resnet18")
+    convs = [m for m in plain.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)][1:]
+    extra = sum(m.in_channels * m.out_channels + 2 * m.out_channels for m in convs)  # adapters, and two biases each
+    shortcuts = 128 + 256 + 512  # a bias each in place of a batch norm's weight and bias
+    assert nb_parameters(net) == nb_parameters(plain) + extra - shortcuts == 12_396_224  # PyCIL's
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet32"])
@@ -164,6 +227,7 @@ def test_pretrained_weights_that_are_not_there_or_are_others(tmp_path, monkeypat
     [
         ("resnet18", "large", 2, 7, 2, True),
         ("resnet18", "large", 1, 3, 1, True),
+        ("memo_resnet18", "large", 1, 7, 2, True),
         ("resnet18", "small", 2, 3, 1, False),
         ("resnet32", "small", 2, 3, 1, False),
     ],
@@ -193,7 +257,7 @@ def test_cifar_resnets_have_the_papers_depth_and_size(name, depth, parameters):
 
 
 def test_every_name_builds():
-    assert {backbone(name).feature_dim for name in CONVNETS} == {64, 512, 2048}
+    assert {backbone(name).feature_dim for name in BACKBONES} == {64, 512, 2048}
     with pytest.raises(ValueError, match="resnet19"):
         backbone("resnet19")
 
@@ -307,22 +371,29 @@ def test_a_biased_net_corrects_the_logits_of_each_later_phase():
         torch.testing.assert_close(net(x).logits, expected)
 
 
-def test_a_boosted_net_holds_the_old_one_and_learns_beside_it():
-    old, x = IncrementalNet(backbone()), torch.randn(3, 3, 32, 32)
-    old.grow(2)
-    old.grow(3)
-    before = old.eval()(x)
-    net = BoostedNet(old, nb_old=2).train()
-    weights = {key: value.clone() for key, value in net.state_dict().items() if key.startswith("old_")}
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
+def test_a_foster_net_holds_the_old_one_and_learns_beside_it():
+    net, x = FosterNet(backbone()), torch.randn(3, 3, 32, 32)
+    net.grow(2)
+    before = net.eval()(x)
+    net.grow(3)
+    torch.testing.assert_close(net.student.eval()(x).logits[:, :2], before.logits)
+    assert net.student.head.weight.shape == (5, 64)
+    net.train()
+    weights = {key: value.clone() for key, value in net.pair.old.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in net.pair.parameters() if p.requires_grad], lr=0.1)
     outputs = net(x)
     assert (outputs.logits.shape, outputs.features.shape, outputs.aux_logits.shape) == ((3, 5), (3, 128), (3, 5))
-    torch.testing.assert_close(net.old_logits(outputs.features), before.logits[:, :2])
+    torch.testing.assert_close(net.pair.old_logits(outputs.features), before.logits)
     (outputs.logits.square().sum() + outputs.aux_logits.square().sum()).backward()
     optimizer.step()
-    assert all(torch.equal(net.state_dict()[key], value) for key, value in weights.items())
-    torch.testing.assert_close(net.old_logits(net(x).features), before.logits[:, :2])
-    torch.testing.assert_close(old(x).logits, before.logits)
+    assert all(torch.equal(net.pair.old.state_dict()[key], value) for key, value in weights.items())
+    torch.testing.assert_close(net.pair.old_logits(net(x).features), before.logits)
+    net.compressing = True
+    assert net(x).logits.shape == (3, 5)
+    assert net(x).features.shape == (3, 64), "the student learns"
+    assert net.eval()(x).features.shape == (3, 128), "the pair is evaluated"
+    net.grow(1)
+    torch.testing.assert_close(net.pair.old(x).logits, net.student.eval()(x).logits[:, :5])
 
 
 def test_a_prototype_net_learns_by_its_head_and_tells_by_its_prototypes():
@@ -337,8 +408,8 @@ def test_a_prototype_net_learns_by_its_head_and_tells_by_its_prototypes():
     torch.testing.assert_close(net(x).logits[:, 3].detach(), cosines)
 
 
-def test_a_proxy_net_shows_every_stage():
-    net, x = ProxyNet(backbone(), 3), torch.randn(2, 3, 32, 32)
+def test_a_cosine_net_shows_every_stage():
+    net, x = CosineNet(backbone(), 3), torch.randn(2, 3, 32, 32)
     net.grow(2)
     net.grow(1)
     outputs = net.eval()(x)

@@ -194,6 +194,7 @@ class Config:
     lambda_c_base: NonNegative = setting(5.0, "PODNet: weight of POD-spatial", source="PODNet in PyCIL")
     lambda_f_base: NonNegative = setting(1.0, "PODNet: weight of POD-flat", source="PODNet in PyCIL")
     nb_proxy: Count = setting(10, "PODNet: proxies of a class", source="PODNet in PyCIL")
+    nca: Literal["pycil", "paper"] = setting("pycil", "PODNet: PyCIL's NCA loss, or the paper's (margin and hinge)")
     ft_epochs: Count = setting(20, "PODNet: epochs of tuning on balanced classes", source="PODNet in PyCIL")
     ft_lrate: Positive = setting(0.005, "PODNet: learning rate of that", source="PODNet in PyCIL")
     beta1: Fraction = setting(
@@ -221,9 +222,12 @@ class Config:
         3.0, "Coil: p of the norm between class means", source="Coil in PyCIL"
     )
     calibration_term: Positive = setting(
-        1.5, "Coil: length of new classifiers at their start, over the old ones'", source="Coil in PyCIL"
+        1.5, "Coil: no effect, as in PyCIL, whose own code overwrites it", source="Coil in PyCIL"
     )
-    reg_term: NonNegative = setting(1e-3, "Coil: weight of both transports", source="Coil in PyCIL")
+    reg_term: NonNegative = setting(1e-3, "Coil: weight of the retrospective transport", source="Coil in PyCIL")
+    old_class_means: Literal["images", "exemplars"] = setting(
+        "images", "Coil: a phase's first plan takes means of all old images, as in PyCIL, or of the exemplars"
+    )
 
     # The machine
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = setting("32-true", "arithmetic of training")
