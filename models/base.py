@@ -300,7 +300,7 @@ class Learner(abc.ABC):
         loss_mean = accuracy = 0.0
         name = self._name() if stage.name == "training" else f"{self._name()}, {stage.name}"
         steps, done = schedule.epochs * len(sampler), place.epoch * len(sampler) + place.step
-        bar = logs.progress(steps, name, done=done, quiet=not fabric.is_global_zero)
+        bar = logs.progress(steps, name, done=done, quiet=not fabric.is_global_zero, rate=False)
         with bar:
             for epoch in range(place.epoch, schedule.epochs):
                 start = time.perf_counter()
@@ -341,12 +341,13 @@ class Learner(abc.ABC):
                         f"Lower {key} ({schedule.lr:g} now){where}."
                     )
                 progress = f"epoch {epoch + 1}/{schedule.epochs}, loss {loss_mean:.3f}, train {accuracy:.1f} %"
-                bar.set_postfix_str(progress, refresh=False)
+                seconds = time.perf_counter() - start
+                left = self.seconds_left(seconds / len(stage.items), (schedule.epochs - epoch - 1) * len(stage.items))
+                bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss_mean:.3f}, run {logs.clock(left)}", refresh=False)
                 log.debug("%s: %s", name, progress)
                 if self.history:
                     of_phase = first_epoch + epoch + 1
                     step = self._epochs_before() + of_phase
-                    seconds = time.perf_counter() - start
                     curves = {"learning_rate": rate, "loss": loss_mean, "accuracy": accuracy, "seconds": seconds}
                     self.history.epoch(self.phase, stage.name, of_phase, step=step, **curves)
         self.share_network()
@@ -360,6 +361,15 @@ class Learner(abc.ABC):
             sent = tensor.contiguous()
             torch.distributed.broadcast(sent, src=0)
             tensor.copy_(sent)
+
+    def seconds_left(self, for_an_image: float, images: int) -> float:
+        """Estimate for the rest of this class order: `images` more in this phase, and the later phases' epochs."""
+        later = [
+            target for phase in range(self.phase + 1, self.data.nb_phases) for target in self.data.phase_targets(phase)
+        ]
+        new = sum(len(self.data.train_images(target)) for target in later)
+        exemplars = len(self.memory.items()) * (self.data.nb_phases - self.phase - 1)
+        return for_an_image * (images + (new + exemplars) * self.own("epochs"))
 
     def choose_exemplars(self) -> int | None:
         """Choose among all real images of the new classes, then make copies.  Returns what `make_copies` does."""

@@ -41,10 +41,15 @@ def start(file: Path | None, *, quiet: bool = False) -> None:
             logger.addHandler(handler)
 
 
-def progress(total: int, description: str, *, done: int = 0, quiet: bool = False) -> tqdm:
+def clock(seconds: float) -> str:
+    """Such as "3:25:00"."""
+    return tqdm.format_interval(seconds)
+
+
+def progress(total: int, description: str, *, done: int = 0, quiet: bool = False, rate: bool = True) -> tqdm:
     """A bar on stderr with the time left; where stderr is no terminal, a line every half minute.
 
-    done: what of the total was done before the clock starts.
+    done: what of the total was done before the clock starts; rate: show counts and speed, which take 30 columns.
     """
     seconds = 0.2 if sys.stderr.isatty() else 30
     return tqdm(
@@ -57,5 +62,6 @@ def progress(total: int, description: str, *, done: int = 0, quiet: bool = False
         mininterval=seconds,
         maxinterval=max(seconds, 10),
         dynamic_ncols=True,
+        bar_format=None if rate else "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         file=sys.stderr,
     )
