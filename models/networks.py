@@ -8,7 +8,6 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from convs.heads import BiasLayer, CosineHead, grown, linear_head
 from convs.resnet import ResNet, joined, split
@@ -115,30 +114,6 @@ class CosineNet(GrowingNet):
         maps = self.backbone.feature_maps(x)
         features = maps[-1].mean(dim=(2, 3))
         return Outputs(self.head(features), features, maps=maps)
-
-
-class PrototypeNet(IncrementalNet):
-    """Phase 0's backbone and head to learn with; one prototype a class to tell classes by, in eval mode (SimpleCIL).
-
-    prototypes: classes x D, zero until they are filled in.
-    """
-
-    def __init__(self, backbone: ResNet):
-        super().__init__(backbone)
-        self.register_buffer("prototypes", torch.zeros(0, backbone.feature_dim))
-
-    def grow(self, nb_new: int) -> None:
-        if self.head is None:
-            super().grow(nb_new)
-        else:
-            self.nb_classes += nb_new
-        self.prototypes = F.pad(self.prototypes, (0, 0, 0, nb_new))
-
-    def forward(self, x: Tensor) -> Outputs:
-        if self.training:
-            return super().forward(x)
-        features = self.backbone(x)
-        return Outputs(F.normalize(features) @ F.normalize(self.prototypes).T, features)
 
 
 class ExpandableNet(GrowingNet):

@@ -1,6 +1,7 @@
 """SimpleCIL: Zhou et al., "Revisiting Class-Incremental Learning with Pre-Trained Models", IJCV 2024.
 
 The backbone learns in phase 0 alone, or not at all where it is pretrained; a class is the mean of its features.
+Phase 0 learns a cosine head with a scale.  Its rows then give way to the means, and the scale stays, as in PyCIL.
 """
 
 import torch
@@ -9,16 +10,17 @@ from torch.nn import functional as F
 
 from convs.resnet import ResNet
 from models.base import Learner
-from models.networks import Outputs, PrototypeNet
+from models.networks import CosineNet, Outputs
 from models.stages import Defaults, Stage
 
 
 class SimpleCIL(Learner, name="simplecil"):
     defaults = Defaults(epochs=1, init_lr=0.01, scheduler="cosine")
     uses_memory = False
+    plain_phase_0 = False
 
-    def build_network(self, backbone: ResNet) -> PrototypeNet:
-        return PrototypeNet(backbone)
+    def build_network(self, backbone: ResNet) -> CosineNet:
+        return CosineNet(backbone)
 
     def stages(self) -> list[Stage]:
         return super().stages() if self.phase == 0 else []
@@ -28,7 +30,8 @@ class SimpleCIL(Learner, name="simplecil"):
 
     def after_training(self) -> None:
         """The prototypes of the new classes are the means of all their images' features."""
-        for target in self.data.phase_targets(self.phase):
+        rows = self.network.head.proxies[-1]
+        for row, target in enumerate(self.data.phase_targets(self.phase)):
             features = self.predict(self.data.train_images(target), "prototypes").features
             with torch.no_grad():
-                self.network.prototypes[target] = features.mean(dim=0)
+                rows[row] = features.mean(dim=0)

@@ -254,7 +254,9 @@ def fed(learner: type[Learner], reference: Reference, pictures: Pictures, measur
                 pair.aux_head.weight.copy_(self.given("init/fe_fc.weight"))
             elif hasattr(network.head, "proxies"):
                 if self.phase == 0 or learner is not METHODS["coil"]:  # Coil's own transport initialises later ones
-                    network.head.proxies[-1].copy_(weight if weight is not None else self.given("init/fc.fc2.weight"))
+                    newest = network.head.proxies[-1]
+                    given = weight if weight is not None else self.given("init/fc.fc2.weight")
+                    newest.copy_(given[-len(newest) :])
             elif hasattr(network, "aux_head"):
                 fill_around(network.head.weight, weight, old, weight.shape[1] - network.feature_dim)
                 if network.aux_head is not None:

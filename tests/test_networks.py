@@ -12,7 +12,7 @@ from convs.blocks import AttendedBatchNorm, RepConv, fold_adapters
 from convs.heads import align_weights, grown, linear_head
 from convs.resnet import build_backbone, joined, nb_parameters, split
 from models.foster import FosterNet
-from models.networks import BiasedNet, CosineNet, IncrementalNet, PrototypeNet, der_net, memo_net
+from models.networks import BiasedNet, CosineNet, IncrementalNet, der_net, memo_net
 from models.stages import Schedule, learning_only
 
 
@@ -394,18 +394,6 @@ def test_a_foster_net_holds_the_old_one_and_learns_beside_it():
     assert net.eval()(x).features.shape == (3, 128), "the pair is evaluated"
     net.grow(1)
     torch.testing.assert_close(net.pair.old(x).logits, net.student.eval()(x).logits[:, :5])
-
-
-def test_a_prototype_net_learns_by_its_head_and_tells_by_its_prototypes():
-    net, x = PrototypeNet(backbone()), torch.randn(4, 3, 32, 32)
-    net.grow(2)
-    assert net.train()(x).logits.shape == (4, 2)
-    net.grow(3)
-    assert net.eval()(x).logits.tolist() == [[0] * 5] * 4
-    features = net(x).features.detach()
-    net.prototypes[3] = 7 * features[1]
-    cosines = features @ features[1] / features.norm(dim=1) / features[1].norm()
-    torch.testing.assert_close(net(x).logits[:, 3].detach(), cosines)
 
 
 def test_a_cosine_net_shows_every_stage():

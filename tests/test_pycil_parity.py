@@ -25,15 +25,7 @@ with np.load(FILE) as file:
     RUNS = [name for name in pycil_parity.runs_of(file) if pycil_parity.Reference(file, name).method in METHODS]
 
 
-KNOWN_TO_DIFFER = {"simplecil": "phase 0 learns a linear head, PyCIL's a cosine head with a scale"}
-
-
-def marked(name: str):
-    reason = KNOWN_TO_DIFFER.get(name)
-    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=reason)) if reason else name
-
-
-@pytest.mark.parametrize("name", [marked(name) for name in RUNS])
+@pytest.mark.parametrize("name", RUNS)
 def test_every_step_is_pycil_s(name, arrays, pictures):
     row = pycil_parity.compare(arrays, name, pictures)
     assert row.agrees, f"{row.first}; {row.differences}, exemplars {row.exemplars}"
