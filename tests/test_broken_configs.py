@@ -129,7 +129,7 @@ def complaint(tmp_path, data_dir, monkeypatch, capsys):
         ({"fixed_memory": False, "memory_size": 1}, ["memory_size = 1", "each of 6 classes", "Raise memory_size"]),
         ({"augmentations_per_image": 0}, ["augmentations_per_image must be at least 1"]),
         ({"regenerate": "on_demand", "augmentation_prob": 0.4}, ["regenerate", "augmentation_scope", "exemplars"]),
-        ({"pretrained": True}, ["pretrained", "large images", "false"]),
+        ({"pretrained": True}, ["pretrained", "no weights", "false"]),
         ({"model_name": "gem", "precision": "16-mixed"}, ["precision: 16-mixed", "gem"]),
         ({"regenerate": "on_demand", "regenerate_options": "--stepz 3"}, ["regenerate_options", "--stepz"]),
     ],

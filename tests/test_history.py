@@ -63,7 +63,7 @@ def check(out, phases=3, epochs=(2, 5, 5)):
         assert float(row["cnn_top1"]) == pytest.approx(phase["cnn"]["top1"])
         assert int(row["bytes"]) == phase["memory"]["bytes_total"]
         assert float(row["seconds"]) == phase["seconds"]["total"]
-        assert row["nme_top1"] == ""
+        assert float(row["nme_top1"]) == pytest.approx(phase["nme"]["top1"])
         last = [row for row in rows if int(row["phase"]) == phase["phase"]]
         stages = phase["training"]["stages"]
         assert list(dict.fromkeys(row["stage"] for row in last)) == [stage["stage"] for stage in stages]

@@ -293,7 +293,7 @@ ON_DEMAND = ["regenerate=on_demand", "augmentation_prob=0"]
         (["init_cls=7"], ["init_cls is 7", "6 classes"]),
         (["augmentations_per_image=3"], ["72 of 216 copies are missing", "compress/run.py", "--seeds 3"]),
         (["real_per_class=0", "syn_per_class=0"], ["wa needs exemplars", "real_per_class + syn_per_class"]),
-        (["pretrained=true"], ["pretrained", "large images"]),
+        (["pretrained=true"], ["pretrained", "no weights"]),
         (["fixed_memory=false", "memory_size=1"], ["memory_size = 1", "each of 6 classes"]),
         (["device=[99]"], ["device", "99"]),
         (["dataset=Nowhere"], ["Nowhere", "is not a folder"]),

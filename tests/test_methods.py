@@ -28,6 +28,8 @@ CHANCE = 100 / 6
 OPTIONS = {
     "ewc": {"ewc_lambda": 10000.0},  # what 1000 holds on to over thousands of steps, it does not within so few
     "gem": {"gem_memory_batch": 8},
+    # a cosine head starts with logits within [-1, 1]: its scale has to grow before old classes are told apart
+    "coil": {"epochs": 30, "milestones": [20], "lrate": 0.1},
     "podnet": {"nb_proxy": 2, "ft_epochs": 10, "ft_lrate": 0.1},
     "foster": {"epochs": 12, "milestones": [], "compression_epochs": 20, "beta2": 0.5},
 }
