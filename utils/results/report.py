@@ -7,12 +7,15 @@ results.json (accuracies in percent, seconds, bytes):
     runs       one entry a seed:
         seed, finished, class_names (in the order in which the classes came)
         phases     one entry a phase: phase, classes_seen; cnn and nme (null where unused), each with top1, top5, old,
-                   new, per_class {label: accuracy}, per_phase [accuracy on the classes of phase 0, 1, ...];
+                   new, per_class {label: accuracy}, per_phase [accuracy on the classes of phase 0, 1, ...],
+                   per_ten [accuracy on each ten classes]; student (FOSTER's, from phase 1 on), as cnn;
                    memory (`utils.memory.ExemplarMemory.report`); parameters (all of the network); training (epochs,
                    loss, accuracy of the first stage, seconds of all, reused, stages: stage, epochs, loss, accuracy);
                    copies_on_demand (number made, null where all were made ahead); copies (what made those in use:
-                   made_by, files, digest; null where none is used); seconds {train, exemplars, evaluate, total}
-        cnn, nme   average_incremental_accuracy; forgetting, forgetting_in_tens (PyCIL's) and backward_transfer
+                   made_by {settings, ...}, files, digest; null where none is used);
+                   seconds {train, exemplars, evaluate, total}
+        cnn, nme, student
+                   average_incremental_accuracy; forgetting, forgetting_in_tens (PyCIL's) and backward_transfer
                    (null after one phase); top1 (a list, by phase); per_class {label: [accuracy by phase, null before
                    the class was learnt]}; or null
         memory     of the last phase
@@ -23,7 +26,7 @@ results.json (accuracies in percent, seconds, bytes):
 It is written anew after each phase; phases that are not done yet are not in it.
 
 phases.csv has the same figures for a spreadsheet, a row a phase: PHASE_COLUMNS below; empty where there is none.
-epochs.csv and TensorBoard's event files are of `utils.history`.
+epochs.csv and TensorBoard's event files: `utils.results.history`.
 """
 
 import argparse
