@@ -82,7 +82,7 @@ def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
 def run(config: Config) -> dict:
     """The experiment.  Returns what it writes to results.json (`utils.results.report` describes it)."""
     # torch and what needs it are imported here: a config with a mistake is answered at once.
-    from models.base import fresh_backbone
+    from models.method import fresh_backbone
     from utils.data.cache import open_cache
     from utils.data.classes import DataManager
     from utils.devices import check_compiler, launch
@@ -130,6 +130,8 @@ def run(config: Config) -> dict:
 
 def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, form, copies) -> dict:
     """One seed's phases.  Returns the results of all seeds so far."""
+    from models.run import Run
+    from models.trainer import Trainer
     from utils.memory.exemplars import ExemplarMemory
     from utils.results.history import History
 
@@ -157,8 +159,8 @@ def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path
     first, folder = fabric.is_global_zero, output.seed_folder(seed)
     with output.working_on(seed, alone=first):
         history = History(folder, tensorboard=config.tensorboard) if first else None
-        learner = method(config, data, memory, fabric, folder / "checkpoints", cache, copies, history)
-        records = learner.run(after_phase=write)
+        class_order = Run(config, data, memory, fabric, folder / "checkpoints", cache, copies, history)
+        records = Trainer(method, class_order).fit(after_phase=write)
         if records and records[-1]["copies_on_demand"] is not None:
             log.info(copies_saved(config, data, records))
         return write(records)

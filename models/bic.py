@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convs.resnet import ResNet
-from models.base import Learner
 from models.losses import distillation
+from models.method import Method
 from models.networks import BiasedNet, Outputs
 from models.stages import Defaults, Stage
 from utils.data.items import Item
 from utils.errors import UserError
 
 
-class BiC(Learner, name="bic"):
+class BiC(Method, name="bic"):
     defaults = Defaults(
         epochs=170,
         milestones=(60, 100, 140),
@@ -62,7 +62,7 @@ class BiC(Learner, name="bic"):
             raise UserError("BiC holds exemplars of each class out: it needs at least 2 a class. Raise the budget.")
         share = max(1, int(self.config.split_ratio * fewest))
         held, taken = set(), Counter()
-        for index in self.rng("held out").permutation(len(items)).tolist():
+        for index in self.run.rng(self.phase, "held out").permutation(len(items)).tolist():
             if taken[items[index].target] < share:
                 held.add(index)
                 taken[items[index].target] += 1

@@ -8,9 +8,8 @@ After a phase, `phaseNN.pt` adds `memory` (which images are exemplars), `method`
 
 Within one, `unfinished.pt` adds `stages` (what came of those that are done), `epoch` and `step` (how many of the
 present stage and of the present epoch are done), `sums` (processes x 3: loss, right answers and images of those
-steps), `seconds` (of training so far), `optimizer`, `scheduler`, `random` (torch's state), `within_phase` (what else
-the phase's training has worked out) and, where a method changes more networks than one, the others.  What the phase
-began with is in the checkpoint of the phase before.
+steps), `seconds` (of training so far), `optimizer`, `scheduler`, `random` (torch's state) and `within_phase` (what else
+the phase's training has worked out).  What the phase began with is in the checkpoint of the phase before.
 """
 
 import hashlib

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convs.resnet import ResNet
-from models.base import Learner
 from models.losses import distillation
+from models.method import Method
 from models.networks import CosineNet, Outputs
 from models.stages import Defaults
 
@@ -28,7 +28,7 @@ PROSPECTIVE_WEIGHT = 0.001
 STEPS_A_PLAN = 30  # how long a plan of the retrospective term is kept
 
 
-class Coil(Learner, name="coil"):
+class Coil(Method, name="coil"):
     defaults = Defaults(epochs=160, milestones=(80, 120), weight_decay=5e-4, init_epoch=160, init_milestones=(80, 120))
     keeps_old_network = True
     plain_phase_0 = False
@@ -41,7 +41,7 @@ class Coil(Learner, name="coil"):
         if self.phase == 0:
             return
         of_images = self.config.old_class_means == "images"
-        old_means = self.image_means(range(self.nb_old)) if of_images else self.class_means(range(self.nb_old))
+        old_means = self.image_means(range(self.nb_old)) if of_images else self.exemplar_means()
         plan = self.plan(old_means)
         *old, new = self.network.head.proxies
         with torch.no_grad():
@@ -71,7 +71,7 @@ class Coil(Learner, name="coil"):
         anew every 30 steps of an epoch."""
         now, kept = [self.epoch, self.step], self.within_phase
         if self.step % STEPS_A_PLAN == 0 and kept.get("planned") != now:
-            plan = self.plan(self.class_means(range(self.nb_old), purpose=""))
+            plan = self.plan(self.exemplar_means())
             self.network.train()
             with torch.no_grad():
                 kept.update(planned=now, carried_back=plan @ F.normalize(self.network.head.proxies[-1]))
@@ -82,11 +82,14 @@ class Coil(Learner, name="coil"):
         c, new_means = self.config, self.image_means(range(self.nb_old, self.nb_seen))
         return self.fabric.to_device(sinkhorn(torch.cdist(old_means, new_means, p=c.norm_term), c.sinkhorn))
 
+    def exemplar_means(self) -> Tensor:
+        """The mean feature of each old class's exemplars, of unit length: nb_old x D."""
+        return self.run.class_means(self.network, range(self.nb_old))
+
     def image_means(self, targets: Sequence[int]) -> Tensor:
         """The mean feature of all train images of each class, of unit length: classes x D."""
-        images = [self.data.train_images(target) for target in targets]
-        features = F.normalize(self.predict([image for of_class in images for image in of_class], "").features)
-        return F.normalize(torch.stack([rows.mean(dim=0) for rows in features.split([len(i) for i in images])]))
+        features = self.run.features(self.network, [self.data.train_images(target) for target in targets])
+        return F.normalize(torch.stack([F.normalize(rows).mean(dim=0) for rows in features]))
 
 
 def sinkhorn(cost: Tensor, regularisation: float, iterations: int = 1000, tolerance: float = 1e-12) -> Tensor:

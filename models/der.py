@@ -8,13 +8,13 @@ from torch.nn import functional as F
 
 from convs.heads import align_weights
 from convs.resnet import ResNet
-from models.base import Learner
 from models.losses import newest_or_old
+from models.method import Method
 from models.networks import ExpandableNet, Outputs, der_net
 from models.stages import Defaults
 
 
-class DER(Learner, name="der"):
+class DER(Method, name="der"):
     defaults = Defaults(epochs=170, milestones=(80, 120, 150))
 
     def build_network(self, backbone: ResNet) -> ExpandableNet:

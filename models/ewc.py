@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.base import Learner
 from models.losses import among_new, quadratic_penalty
+from models.method import Method
 from models.networks import Outputs
 from models.parts import parts
 from models.stages import Defaults, Stage
 
 
-class EWC(Learner, name="ewc"):
+class EWC(Method, name="ewc"):
     defaults = Defaults(epochs=180, milestones=(70, 120, 150))
     uses_memory = False
 
@@ -48,13 +48,14 @@ class EWC(Learner, name="ewc"):
         """The diagonal of the Fisher matrix by parameter: the squared gradient of a batch's mean log-likelihood over
         all classes, averaged over the batches of the new classes' images, at most `fishermax`."""
         schedule = self.schedule()
-        loader, sampler = self.training_loader(Stage("fisher", self.data.new_items(self.phase), schedule))
+        stage = Stage("fisher", self.data.new_items(self.phase), schedule)
+        loader, sampler = self.run.training_loader(stage, self.phase)
         sampler.set_epoch(schedule.epochs)
         names, weights = zip(*self.network.named_parameters(), strict=True)
         sums = [torch.zeros_like(weight) for weight in weights]
         self.network.train(self.config.fisher_mode == "train")
         for step, (_, images, targets) in enumerate(loader):
-            images, targets = self.to_device(images), self.fabric.to_device(targets)
+            images, targets = self.run.to_device(images), self.fabric.to_device(targets)
             gradients = [torch.zeros_like(weight) for weight in weights]
             count, sizes = self.config.accumulate_batches, sampler.sizes(step)
             for part in parts(images, targets, count, sizes, self.fabric.world_size):
@@ -64,7 +65,7 @@ class EWC(Learner, name="ewc"):
                     gradient += more
             for total, gradient in zip(sums, self.fabric.all_reduce(gradients, reduce_op="mean"), strict=True):
                 total += gradient.square()
-        self.share_network()
+        self.run.share(self.network)
         return {
             name: (total / len(sampler)).clamp(max=self.config.fishermax)
             for name, total in zip(names, sums, strict=True)

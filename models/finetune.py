@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from models.base import Learner
 from models.losses import among_new
+from models.method import Method
 from models.networks import Outputs
 from models.stages import Defaults
 
 
-class Finetune(Learner, name="finetune"):
+class Finetune(Method, name="finetune"):
     defaults = Defaults(epochs=80, milestones=(40, 70))
     uses_memory = False
 

@@ -11,16 +11,15 @@ images' indices, which is a slip.
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convs.heads import align_weights, grown, linear_head
-from convs.resnet import ResNet, nb_parameters
-from models.base import Learner
+from convs.resnet import ResNet
 from models.losses import distillation
+from models.method import Method
 from models.networks import IncrementalNet, Outputs, PartlyFrozenNet
 from models.stages import Defaults, Stage
 from utils.data.items import Item
@@ -87,7 +86,7 @@ class FosterNet(PartlyFrozenNet):
         return (self.student if self.training and self.compressing else self.evaluated)(x)
 
 
-class FOSTER(Learner, name="foster"):
+class FOSTER(Method, name="foster"):
     defaults = Defaults(epochs=170, weight_decay=5e-4, scheduler="cosine")
 
     def build_network(self, backbone: ResNet) -> FosterNet:
@@ -152,11 +151,12 @@ class FOSTER(Learner, name="foster"):
         if self.phase > 0 and self.config.is_student_wa:
             self.align(self.network.student.head)
 
-    def evaluate(self) -> dict[str, Any]:
-        record = super().evaluate() | {"parameters": nb_parameters(self.network.evaluated)}
-        if self.phase > 0:
-            record["student"] = self.metrics(self.predict_test("evaluating the student", self.network.student).logits)
-        return record
+    def also_evaluated(self) -> dict[str, IncrementalNet]:
+        return {"student": self.network.student} if self.phase > 0 else {}
+
+    @property
+    def evaluated(self) -> IncrementalNet | Pair:
+        return self.network.evaluated
 
     @torch.no_grad()
     def align(self, head: nn.Linear) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.base import Learner
 from models.losses import among_new
+from models.method import Method
 from models.networks import Outputs
 from models.stages import Defaults, Stage
 from utils.config.schema import Config
@@ -37,7 +37,7 @@ class Settings:
             yield "precision: 16-mixed scales gradients, which gem compares with others; take bf16-mixed or 32-true"
 
 
-class GEM(Learner, name="gem"):
+class GEM(Method, name="gem"):
     defaults = Defaults(epochs=100, milestones=(30, 60, 80))
 
     def stages(self) -> list[Stage]:
@@ -62,7 +62,7 @@ class GEM(Learner, name="gem"):
             if not len(own):  # batch norm needs an image; it does not count
                 own = chosen[:1]
             classes = self.data.phase_targets(phase)
-            x, y = self.to_device(images[own]), self.fabric.to_device(targets[own] - classes.start)
+            x, y = self.run.to_device(images[own]), self.fabric.to_device(targets[own] - classes.start)
             with self.fabric.autocast():
                 loss = share * F.cross_entropy(self.network(x).logits[:, classes.start : classes.stop], y)
             self.memory_gradients.append(flat(torch.autograd.grad(loss, weights)))
@@ -80,9 +80,9 @@ class GEM(Learner, name="gem"):
     def pictures(self, targets: range) -> tuple[Tensor, Tensor]:
         """The exemplars of some classes as a training set shows them in its first epoch."""
         items = [item for item in self.memory.items() if item.target in targets]
+        dataset, size = self.run.training_set(items, self.phase), self.config.batch_size
         keys = [(0, index) for index in range(len(items))]
-        size = self.config.batch_size
-        batches = self._loader(self.training_set(items), [keys[i : i + size] for i in range(0, len(keys), size)])
+        batches = self.run.loader(dataset, [keys[i : i + size] for i in range(0, len(keys), size)])
         images, labels = zip(*((images, labels) for _, images, labels in batches), strict=True)
         return torch.cat(images), torch.cat(labels)
 

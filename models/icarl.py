@@ -6,13 +6,13 @@ One network; what it knew is distilled into what it learns; classes are told by 
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.base import Learner
 from models.losses import distillation
+from models.method import Method
 from models.networks import Outputs
 from models.stages import Defaults
 
 
-class ICaRL(Learner, name="icarl"):
+class ICaRL(Method, name="icarl"):
     defaults = Defaults(epochs=170, milestones=(80, 120))
     keeps_old_network = True
 

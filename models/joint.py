@@ -3,19 +3,19 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.base import Learner
+from models.method import Method
 from models.networks import Outputs
 from models.stages import Defaults, Stage
 
 
-class Joint(Learner, name="joint"):
+class Joint(Method, name="joint"):
     defaults = Defaults(epochs=200)
     uses_memory = False
 
     def stages(self) -> list[Stage]:
         """Every phase is trained as phase 0 is (init_epoch, init_lr, ...)."""
         items = [item for phase in range(self.phase + 1) for item in self.data.new_items(phase)]
-        return [Stage("training", items, self.init_schedule())]
+        return [Stage("training", items, self.schedule(as_phase_0=True))]
 
     def before_stage(self, stage: Stage) -> None:
         if self.phase > 0:

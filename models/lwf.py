@@ -5,13 +5,13 @@ No exemplars: on the new classes' images, the network keeps saying of the old cl
 
 from torch import Tensor
 
-from models.base import Learner
 from models.losses import among_new, distillation
+from models.method import Method
 from models.networks import Outputs
 from models.stages import Defaults
 
 
-class LwF(Learner, name="lwf"):
+class LwF(Method, name="lwf"):
     defaults = Defaults(epochs=250, milestones=(60, 120, 180, 220), init_milestones=(60, 120, 160))
     uses_memory = False
     keeps_old_network = True

@@ -2,53 +2,51 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from models import checkpoint
-
-if TYPE_CHECKING:
-    from models.base import Learner
+from models.method import Method
+from models.run import Run
 
 log = logging.getLogger(__name__)
 
 
-def load(learner: "Learner") -> dict[str, Any] | None:
+def load(run: Run, method: Method) -> dict[str, Any] | None:
     """Load the network of phase 0 where it has been trained already.
 
-    Returns what `Learner.train` does; `reused` is false where this very run trained it before it was killed.
+    Returns what `Trainer.train` does; `reused` is false where this very run trained it before it was killed.
     """
-    path = path_of(learner)
-    if not learner.fabric.broadcast(path.is_file()):  # decided once: another job may write it at this moment
+    path = path_of(run, method)
+    if not run.fabric.broadcast(path.is_file()):  # decided once: another job may write it at this moment
         return None
     state = checkpoint.load(path)
-    for module, weights in zip(learner.network.first_phase_modules(), state["network"], strict=True):
+    for module, weights in zip(method.network.first_phase_modules(), state["network"], strict=True):
         module.load_state_dict(weights)
     log.info("phase 0 is not trained again: its network is taken from %s", path)
-    return {**state["training"], "reused": state.get("run") != _run(learner)}
+    return {**state["training"], "reused": state.get("run") != _name(run)}
 
 
-def save(learner: "Learner", training: dict[str, Any]) -> None:
+def save(run: Run, method: Method, training: dict[str, Any]) -> None:
     """Keep the trained network of phase 0 for other runs."""
-    if learner.fabric.is_global_zero:
-        weights = [module.state_dict() for module in learner.network.first_phase_modules()]
-        state = {"network": weights, "training": training, "run": _run(learner)}
-        checkpoint.save(path_of(learner), state)
-    learner.fabric.barrier()
+    if run.fabric.is_global_zero:
+        weights = [module.state_dict() for module in method.network.first_phase_modules()]
+        checkpoint.save(path_of(run, method), {"network": weights, "training": training, "run": _name(run)})
+    run.fabric.barrier()
 
 
-def path_of(learner: "Learner") -> Path:
+def path_of(run: Run, method: Method) -> Path:
     """Named after everything that the trained network of phase 0 depends on."""
-    config, data, paths = learner.config, learner.data, learner.data.paths
-    backbone, head = learner.network.first_phase_modules()
+    config, data, paths = run.config, run.data, run.data.paths
+    backbone, head = method.network.first_phase_modules()
     settings: dict[str, Any] = {
-        "method": "any" if learner.plain_phase_0 else config.model_name,
-        "method_keys": [getattr(config, key) for key in learner.phase_0_keys],
+        "method": "any" if method.plain_phase_0 else config.model_name,
+        "method_keys": [getattr(config, key) for key in method.phase_0_keys],
         "layers": [str(layer) for layer in backbone.children()],
         "head": [list(parameter.shape) for parameter in head.parameters()],
         "transform": str(data.train_transform),
         "classes": [data.class_names[target] for target in data.phase_targets(0)],
-        "schedule": list(learner.schedule()),
-        "processes": learner.fabric.world_size,
+        "schedule": list(method.schedule()),
+        "processes": run.fabric.world_size,
     }
     for key in ("dataset", "model_seed", "batch_size", "accumulate_batches", "momentum", "precision", "pretrained"):
         settings[key] = getattr(config, key)
@@ -57,8 +55,8 @@ def path_of(learner: "Learner") -> Path:
     if config.augmentation_prob > 0 and config.augmentation_scope == "all":
         settings["copies"] = [config.augmentation_prob, config.augmentations_per_image]
         files += [paths.copy(image, k) for image in files for k in range(config.augmentations_per_image)]
-    return learner.cache / f"{checkpoint.fingerprint(settings, files, paths.root)}.pt"
+    return run.cache / f"{checkpoint.fingerprint(settings, files, paths.root)}.pt"
 
 
-def _run(learner: "Learner") -> str:
-    return str(learner.folder.absolute())
+def _name(run: Run) -> str:
+    return str(run.folder.absolute())

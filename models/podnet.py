@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convs.resnet import ResNet
-from models.base import Learner
+from models.method import Method
 from models.networks import CosineNet, Outputs
 from models.stages import Defaults, Schedule, Stage
 from utils.data.items import Item
@@ -24,7 +24,7 @@ from utils.data.items import Item
 MARGIN = 0.6  # the paper's delta
 
 
-class PODNet(Learner, name="podnet"):
+class PODNet(Method, name="podnet"):
     defaults = Defaults(epochs=160, weight_decay=5e-4, init_epoch=160, scheduler="cosine")
     keeps_old_network = True
     plain_phase_0 = False
@@ -51,8 +51,7 @@ class PODNet(Learner, name="podnet"):
         each = max(Counter(item.target for item in exemplars).values())
         images = {target: self.data.train_images(target) for target in self.data.phase_targets(self.phase)}
         if "balanced" not in self.within_phase:
-            every = [image for of_class in images.values() for image in of_class]
-            features = self.predict(every, "balanced set").features.split([len(i) for i in images.values()])
+            features = self.run.features(self.network, [*images.values()], self.describe("balanced set"))
             self.within_phase["balanced"] = {
                 target: self.memory.select(target, rows, min(each, len(rows)))
                 for target, rows in zip(images, features, strict=True)

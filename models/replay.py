@@ -7,12 +7,12 @@ Psychological Review 1990.
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.base import Learner
+from models.method import Method
 from models.networks import Outputs
 from models.stages import Defaults
 
 
-class Replay(Learner, name="replay"):
+class Replay(Method, name="replay"):
     defaults = Defaults(epochs=70, milestones=(30, 50))
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convs.resnet import ResNet
-from models.base import Learner
+from models.method import Method
 from models.networks import CosineNet, Outputs
 from models.stages import Defaults, Stage
 
 
-class SimpleCIL(Learner, name="simplecil"):
+class SimpleCIL(Method, name="simplecil"):
     defaults = Defaults(epochs=1, init_lr=0.01, scheduler="cosine")
     uses_memory = False
     plain_phase_0 = False
@@ -30,8 +30,8 @@ class SimpleCIL(Learner, name="simplecil"):
 
     def after_training(self) -> None:
         """The prototypes of the new classes are the means of all their images' features."""
-        rows = self.network.head.proxies[-1]
-        for row, target in enumerate(self.data.phase_targets(self.phase)):
-            features = self.predict(self.data.train_images(target), "prototypes").features
-            with torch.no_grad():
-                rows[row] = features.mean(dim=0)
+        images = [self.data.train_images(target) for target in self.data.phase_targets(self.phase)]
+        features = self.run.features(self.network, images, self.describe("prototypes"))
+        means = torch.stack([of_class.mean(dim=0) for of_class in features])
+        with torch.no_grad():
+            self.network.head.proxies[-1].copy_(means)

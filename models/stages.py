@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
+from utils.config.schema import Config
 from utils.data.items import Item
 
 
@@ -46,6 +47,25 @@ class Defaults(NamedTuple):
     lrate: float = 0.1
     scheduler: str = "steps"
 
+    def schedule(self, config: Config, *, phase_0: bool) -> Schedule:
+        """The schedule of phase 0 or of a later phase; these values stand in for what the config leaves null.
+
+        Milestones in the config mean steps, unless its `scheduler` says otherwise.
+        """
+
+        def value(key: str) -> Any:
+            given = getattr(config, key)
+            return getattr(self, key) if given is None else given
+
+        names = ("epochs", "lrate", "milestones", "weight_decay")
+        if phase_0:
+            names = ("init_epoch", "init_lr", "init_milestones", "init_weight_decay")
+        epochs, lr, milestones, weight_decay = map(value, names)
+        given = getattr(config, names[2]) is not None
+        scheduler = config.scheduler or ("steps" if given else self.scheduler)
+        decay = config.init_lr_decay if phase_0 else config.lrate_decay
+        return Schedule(epochs, lr, milestones if scheduler == "steps" else None, decay, weight_decay)
+
 
 class Stage(NamedTuple):
     """One pass of the epoch loop.
@@ -53,7 +73,7 @@ class Stage(NamedTuple):
     name: unique within the phase; items: the training set; schedule: epochs, learning rate and weight decay;
     parameters: what is trained, None for all that require gradients; loss: replaces the method's own, same signature.
 
-    A phase's stages are a function of the phase, the config, the data, the memory and `Learner.within_phase`, so that
+    A phase's stages are a function of the phase, the config, the data, the memory and `Method.within_phase`, so that
     they can be made again after a restart: "phase, stage, epoch" is a place in a run.
     """
 

@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convs.heads import align_weights
-from models.base import Learner
 from models.losses import distillation
+from models.method import Method
 from models.networks import Outputs
 from models.stages import Defaults
 
 
-class WA(Learner, name="wa"):
+class WA(Method, name="wa"):
     defaults = Defaults(epochs=170, milestones=(60, 100, 140))
     keeps_old_network = True
 

@@ -38,8 +38,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from compress.forms import Cost
 from models import METHODS, catalogue
-from models.base import Learner
+from models.method import Method
+from models.run import Run
 from models.stages import Stage
+from models.trainer import Trainer
 from utils.config.read import load_config
 from utils.config.schema import Config, all_keys
 from utils.data.augment import SmallTest
@@ -225,12 +227,10 @@ class Measured:
         self.steps.append((self.loss, float(torch.stack(squares).sum().sqrt())))
 
 
-def fed(learner: type[Learner], reference: Reference, pictures: Pictures, measured: Measured) -> type[Learner]:
-    """The method, given a run's initial weights and batches, and watched.  Its arithmetic is left alone."""
+def fed(method: type[Method], reference: Reference, pictures: Pictures, measured: Measured) -> type[Method]:
+    """The method, given a run's initial weights and held-out pictures, and watched.  Its arithmetic is left alone."""
 
-    class Fed(learner):
-        stage_number = 0
-
+    class Fed(method):
         # What it is given
 
         def backbone(self):
@@ -238,31 +238,6 @@ def fed(learner: type[Learner], reference: Reference, pictures: Pictures, measur
             for name, parameter in backbone.named_parameters():
                 parameter.data.copy_(initial_weight(pycil_name(name), parameter.shape))
             return backbone
-
-        def to_home(self, network: nn.Module) -> None:
-            self.give_head(network)
-            super().to_home(network)
-
-        @torch.no_grad()
-        def give_head(self, network: nn.Module) -> None:
-            """The fresh rows of a head that has just grown."""
-            weight, old = self.given("init/fc.weight"), self.nb_old
-            if learner is METHODS["foster"] and self.phase > 0:
-                student, pair = network.student, network.pair
-                student.head.weight[old:] = self.given("init2/fc.weight")[old:]
-                fill_around(pair.head.weight, weight, old, student.head.in_features)
-                pair.aux_head.weight.copy_(self.given("init/fe_fc.weight"))
-            elif hasattr(network.head, "proxies"):
-                if self.phase == 0 or learner is not METHODS["coil"]:  # Coil's own transport initialises later ones
-                    newest = network.head.proxies[-1]
-                    given = weight if weight is not None else self.given("init/fc.fc2.weight")
-                    newest.copy_(given[-len(newest) :])
-            elif hasattr(network, "aux_head"):
-                fill_around(network.head.weight, weight, old, weight.shape[1] - network.feature_dim)
-                if network.aux_head is not None:
-                    network.aux_head.weight.copy_(self.given("init/aux_fc.weight"))
-            else:
-                network.head.weight[old:] = weight[old:]
 
         def image_counts(self, items) -> Tensor:
             """FOSTER's: PyCIL has a constant in place of the new classes' images where the dataset is "cifar100"."""
@@ -279,39 +254,19 @@ def fed(learner: type[Learner], reference: Reference, pictures: Pictures, measur
                 [item for item in items if pictures.numbers[item.image] in held],
             )
 
-        def training_loader(self, stage: Stage):
-            loader, _ = super().training_loader(stage)
-            steps = stage.name != "fisher"
-            batches = reference.batches(self.phase, self.stage_number if steps else -1)
-            epochs = stage.schedule.epochs if steps else 1
-            self.stage_number += steps
-            place = {pictures.numbers[item.image]: index for index, item in enumerate(stage.items)}
-            theirs = {number for batch in batches for number in batch}
-            if theirs != set(place):
-                unlike = sorted(theirs ^ set(place))
-                raise Unlike(f"phase {self.phase}, {stage.name}: pictures {unlike} are trained on by one of both alone")
-            length, rest = divmod(len(batches), epochs)
-            if rest or not length:
-                raise Unlike(f"phase {self.phase}, {stage.name}: {epochs} epochs, PyCIL has {len(batches)} steps")
-            indices = [[place[number] for number in batch] for batch in batches]
-            sampler = GivenBatches([indices[e * length : (e + 1) * length] for e in range(epochs)])
-            return batch_loader(loader.dataset, sampler), sampler
-
-        def given(self, name: str) -> Tensor | None:
-            array = reference.get(self.phase, name)
-            return None if array is None else torch.from_numpy(array.astype(np.float64))
-
         # What is seen
 
-        def start_phase(self, phase: int) -> None:
-            self.stage_number = 0
-            measured.steps.clear()
-            measured.phases.append({})
-            super().start_phase(phase)
+        def stages(self):
+            for stage in super().stages():
+                yield stage._replace(loss=self.watched(stage.loss or self.loss))
 
-        def backward(self, loss: Tensor, *arguments: Any) -> None:
-            measured.loss = float(loss.detach())
-            super().backward(loss, *arguments)
+        def watched(self, loss_of: Callable) -> Callable:
+            def watching(*arguments) -> Tensor:
+                loss = loss_of(*arguments)
+                measured.loss = float(loss.detach())
+                return loss
+
+            return watching
 
         def after_training(self) -> None:
             weight = getattr(self.network.head, "weight", None)
@@ -323,23 +278,89 @@ def fed(learner: type[Learner], reference: Reference, pictures: Pictures, measur
             if before is not None and before.shape == self.network.head.weight.shape:
                 seen["gamma"] = (self.network.head.weight[-1].norm() / before[-1].norm()).detach().numpy()[None]
 
-        def predict(self, images, purpose, **options):
-            outputs = super().predict(images, purpose, **options)
-            if purpose == "evaluating":
-                measured.phases[-1]["logits"] = outputs.logits.numpy()
-            elif purpose == "evaluating the student":
-                measured.phases[-1]["snet_logits"] = outputs.logits.numpy()
-            return outputs
-
-        def evaluate(self) -> dict[str, Any]:
-            record = super().evaluate()
-            seen = measured.phases[-1]
-            if self.uses_memory:
-                seen["class_means"] = self.class_means(range(self.nb_seen)).numpy()
-                seen["exemplars"] = np.array([pictures.numbers[item.image] for item in self.memory.items()])
-            return record
-
     return Fed
+
+
+@dataclass
+class FedRun(Run):
+    """A run whose batches are those of PyCIL's run, and whose predictions of test images are noted."""
+
+    reference: Reference = None
+    pictures: Pictures = None
+    measured: Measured = None
+    stage_number = 0
+
+    def training_loader(self, stage: Stage, phase: int):
+        loader, _ = super().training_loader(stage, phase)
+        steps = stage.name != "fisher"
+        batches = self.reference.batches(phase, self.stage_number if steps else -1)
+        epochs = stage.schedule.epochs if steps else 1
+        self.stage_number += steps
+        place = {self.pictures.numbers[item.image]: index for index, item in enumerate(stage.items)}
+        theirs = {number for batch in batches for number in batch}
+        if theirs != set(place):
+            unlike = sorted(theirs ^ set(place))
+            raise Unlike(f"phase {phase}, {stage.name}: pictures {unlike} are trained on by one of both alone")
+        length, rest = divmod(len(batches), epochs)
+        if rest or not length:
+            raise Unlike(f"phase {phase}, {stage.name}: {epochs} epochs, PyCIL has {len(batches)} steps")
+        indices = [[place[number] for number in batch] for batch in batches]
+        sampler = GivenBatches([indices[e * length : (e + 1) * length] for e in range(epochs)])
+        return batch_loader(loader.dataset, sampler), sampler
+
+    def predict(self, network: nn.Module, images: Sequence[Path], description: str = ""):
+        outputs = super().predict(network, images, description)
+        if description.endswith(", evaluating"):
+            self.measured.phases[-1]["logits"] = outputs.logits.numpy()
+        elif description.endswith(", evaluating the student"):
+            self.measured.phases[-1]["snet_logits"] = outputs.logits.numpy()
+        return outputs
+
+
+class FedTrainer(Trainer):
+    """The phases, with the fresh rows of heads that have just grown given."""
+
+    run: FedRun
+
+    def start_phase(self, phase: int) -> None:
+        self.run.stage_number = 0
+        self.run.measured.steps.clear()
+        self.run.measured.phases.append({})
+        super().start_phase(phase)
+
+    @torch.no_grad()
+    def grow(self, nb_new: int) -> None:
+        super().grow(nb_new)
+        network, old, name = self.method.network, self.method.nb_old, self.run.reference.method
+        weight = self.given("init/fc.weight")
+        if name == "foster" and old > 0:
+            student, pair = network.student, network.pair
+            student.head.weight[old:] = self.given("init2/fc.weight")[old:]
+            fill_around(pair.head.weight, weight, old, student.head.in_features)
+            pair.aux_head.weight.copy_(self.given("init/fe_fc.weight"))
+        elif hasattr(network.head, "proxies"):
+            if old == 0 or name != "coil":  # Coil's own transport initialises later ones
+                newest = network.head.proxies[-1]
+                given = weight if weight is not None else self.given("init/fc.fc2.weight")
+                newest.copy_(given[-len(newest) :])
+        elif hasattr(network, "aux_head"):
+            fill_around(network.head.weight, weight, old, weight.shape[1] - network.feature_dim)
+            if network.aux_head is not None:
+                network.aux_head.weight.copy_(self.given("init/aux_fc.weight"))
+        else:
+            network.head.weight[old:] = weight[old:]
+
+    def given(self, name: str) -> Tensor | None:
+        array = self.run.reference.get(self.method.phase, name)
+        return None if array is None else torch.from_numpy(array.astype(np.float64))
+
+    def evaluate(self) -> dict[str, Any]:
+        record = super().evaluate()
+        seen, run = self.run.measured.phases[-1], self.run
+        if self.method.uses_memory:
+            seen["class_means"] = run.class_means(self.method.evaluated, range(self.method.nb_seen)).numpy()
+            seen["exemplars"] = np.array([run.pictures.numbers[item.image] for item in run.memory.items()])
+        return record
 
 
 def fill_around(weight: Tensor, given: Tensor, rows: int, columns: int) -> None:
@@ -482,9 +503,9 @@ def train(reference: Reference, pictures: Pictures, measured: Measured, scratch:
         1,
         total=total,
     )
-    learner = fed(METHODS[reference.method], reference, pictures, measured)
-    fabric = launch("cpu", 1)
-    learner(config, data, memory, fabric, scratch / "checkpoints", scratch / "phase0").run()
+    folders = (scratch / "checkpoints", scratch / "phase0")
+    run = FedRun(config, data, memory, launch("cpu", 1), *folders, None, None, reference, pictures, measured)
+    FedTrainer(fed(METHODS[reference.method], reference, pictures, measured), run).fit()
 
 
 def print_row(cells: Sequence[str], last: str) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import main
-from models.base import Learner
+from models.trainer import Trainer
 from tests.shapes import make_shapes
 from utils import devices
 from utils.config.read import read_json
@@ -31,7 +31,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def complaint(tmp_path, data_dir, monkeypatch, capsys):
     """Calls main.py with a config that differs from a good one; returns what it prints on stderr."""
-    monkeypatch.setattr(Learner, "__init__", None)  # whoever gets as far as learning fails
+    monkeypatch.setattr(Trainer, "__init__", None)  # whoever gets as far as learning fails
     out = tmp_path / "out"
     good = {
         **{"dataset": "Shapes", "data_dir": str(data_dir), "output_dir": str(out), "init_cls": 2, "increment": 2},

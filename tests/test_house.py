@@ -4,8 +4,6 @@ import ast
 import graphlib
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("ControlNet", "compress", "convs", "models", "utils", "exps")
 MAY_IMPORT = {
@@ -68,7 +66,6 @@ def test_each_room_imports_only_those_that_it_may():
     assert not wrong
 
 
-@pytest.mark.xfail(strict=True, reason="models/base.py is not split into method and trainer yet")
 def test_no_circles_between_files():
     packages = {module_name(file) for file in SOURCES if file.endswith("__init__.py")}
     graph = {}
@@ -78,7 +75,6 @@ def test_no_circles_between_files():
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the files
 
 
-@pytest.mark.xfail(strict=True, reason="models/base.py is not split into method and trainer yet")
 def test_nothing_is_oversized():
     oversized = []
     for file, tree in TREES.items():

@@ -15,7 +15,8 @@ import main
 from compress import on_demand
 from compress.forms import Cost
 from compress.options import parse_settings
-from models.base import Learner
+from models.epochs import Epochs
+from models.trainer import Trainer
 from tests.shapes import SHAPES, make_shapes
 
 
@@ -130,15 +131,15 @@ def test_a_killed_run_ends_with_the_same_numbers(train, tmp_path, monkeypatch, c
     if method not in ("icarl", "memo"):  # what they carry on besides the network shows in one further phase
         short |= {"init_cls": 4, "init_epoch": 1, "epochs": 1, "compression_epochs": 1, "ft_epochs": 1}
     assert train(**short, output_dir=str(tmp_path / "whole")) == 0
-    choose = Learner.choose_exemplars
+    choose = Trainer.choose_exemplars
 
-    def killed(learner):
-        if learner.phase == killed_in:
+    def killed(trainer):
+        if trainer.method.phase == killed_in:
             raise KeyboardInterrupt
-        choose(learner)
+        return choose(trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "choose_exemplars", killed)
+        patch.setattr(Trainer, "choose_exemplars", killed)
         assert train(**short) == 130
     assert "stopped" in capsys.readouterr().err
     assert train(**short) == 0
@@ -159,7 +160,7 @@ def test_a_killed_run_ends_with_the_same_numbers(train, tmp_path, monkeypatch, c
 def test_a_finished_run_is_reused(train, tmp_path, monkeypatch, capsys):
     assert train("epochs=1", "init_epoch=1") == 0
     before = results(tmp_path / "out")
-    monkeypatch.setattr(Learner, "fit", None)
+    monkeypatch.setattr(Epochs, "fit", None)
     assert train("epochs=1", "init_epoch=1") == 0
     assert "all 3 phases are done already" in capsys.readouterr().out
     assert results(tmp_path / "out") == before

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim import SGD
 
 import main
 from models import checkpoint, resume
-from models.base import Learner
+from models.trainer import Trainer
 from tests.digits import make_digits
 from tests.shapes import make_shapes
 from utils.data.sampler import EpochBatchSampler
@@ -88,29 +89,28 @@ def assert_ends_alike(one: Path, other: Path) -> None:
 
 def die_at(monkeypatch, moments):
     """Let some steps of training, counted from 1 over all lives, be interrupted."""
-    steps, backward = [], Learner.backward
+    steps, original = [], SGD.step
 
     def mortal(self, *arguments):
-        steps.append(self.phase)
+        steps.append(self)
         if len(steps) in moments:
             raise KeyboardInterrupt
-        return backward(self, *arguments)
+        return original(self, *arguments)
 
-    monkeypatch.setattr(Learner, "backward", mortal)
+    monkeypatch.setattr(SGD, "step", mortal)
 
 
-def die_once_a_phase(monkeypatch, owner, name):
-    """Let a method of a learner or its checkpoints be interrupted at its first call in each phase."""
-    phases, original = [], getattr(owner, name)
+def die_once_a_phase(monkeypatch, name):
+    """Let a part of the trainer be interrupted at its first call in each phase."""
+    phases, original = [], getattr(Trainer, name)
 
     def mortal(self, *arguments):
-        phase = getattr(self, "learner", self).phase
-        if phase not in phases:
+        if (phase := self.method.phase) not in phases:
             phases.append(phase)
             raise KeyboardInterrupt
         return original(self, *arguments)
 
-    monkeypatch.setattr(owner, name, mortal)
+    monkeypatch.setattr(Trainer, name, mortal)
 
 
 def live_and_die(train, out: Path, **values) -> int:
@@ -148,9 +148,8 @@ def test_death_in_training(train, tmp_path, monkeypatch, capsys, method, workers
 def test_death_after_training(train, tmp_path, monkeypatch, every):
     """In each phase while exemplars are chosen, while it is evaluated, and before and after its checkpoint."""
     assert train("whole", **NEVER) == 0
-    for name in ("choose_exemplars", "evaluate", "_say_how_it_went"):
-        die_once_a_phase(monkeypatch, Learner, name)
-    die_once_a_phase(monkeypatch, resume.Checkpoints, "save_phase")
+    for name in ("choose_exemplars", "evaluate", "save_phase", "_log_results"):
+        die_once_a_phase(monkeypatch, name)
     folder, deaths = tmp_path / "killed" / "seed1993" / "checkpoints", 0
     while train("killed", **every) == 130:
         deaths += 1

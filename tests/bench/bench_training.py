@@ -38,7 +38,9 @@ from convs.resnet import build_backbone
 from models import METHODS
 from models.networks import IncrementalNet
 from models.resume import Place
+from models.run import Run
 from models.stages import Schedule, Stage
+from models.trainer import Trainer
 from utils.config.schema import Config
 from utils.data.batches import TrainingSet, batch_loader
 from utils.data.cache import PictureCache
@@ -171,12 +173,12 @@ def measure_training(data: DataManager, items: Sequence[Item], name: str, option
         config = Config(dataset=name, init_cls=10, increment=10, model_name="finetune", convnet_type=convnet)
         config.batch_size, config.num_workers, config.checkpoint_every = options.batch_size, workers, 0.0
         memory = ExemplarMemory(data.paths, [], {}, None, 0)
-        learner = METHODS["finetune"](config, data, memory, fabric, folder, folder)
-        learner.start_phase(0)
+        trainer = Trainer(METHODS["finetune"], Run(config, data, memory, fabric, folder, folder))
+        trainer.start_phase(0)
         stage = Stage("training", items, Schedule(1, 0.01, (), 0.1, 5e-4))
 
         def epoch() -> int:
-            learner.fit(stage, Place())
+            trainer.epochs.fit(stage, Place())
             return len(items)
 
         return epoch

@@ -1,0 +1,187 @@
+"""The epoch loop: the optimisation steps of a stage, with checkpoints between them."""
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from models.method import Method
+from models.parts import parts
+from models.resume import Checkpoints, Place, StepClock
+from models.run import Run
+from models.stages import Stage, learning_only
+from utils import log as logs
+from utils.data.sampler import EpochBatchSampler
+from utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Training:
+    """A stage in training.  network: as Fabric wraps it; first_epoch: epochs of the phase's earlier stages."""
+
+    stage: Stage
+    place: Place
+    loader: DataLoader
+    sampler: EpochBatchSampler
+    network: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    first_epoch: int
+    name: str
+
+
+class Epochs:
+    """Trains a method's network, stage after stage.
+
+    Everything random goes by the epoch of the phase, so a stage that is taken up in the middle ends with the same bits.
+    """
+
+    def __init__(self, run: Run, method: Method, checkpoints: Checkpoints):
+        self.run, self.config, self.fabric, self.method = run, run.config, run.fabric, method
+        self.checkpoints = checkpoints
+        self.clock = StepClock(run.config.checkpoint_every, run.fabric)
+        self.epochs_before = 0
+        """Epochs of all earlier phases, for the history."""
+        self.copies_state: dict[str, Any] | None = None
+        """Of the copies that the present phase reads, for its checkpoints."""
+
+    def fit(self, stage: Stage, place: Place) -> dict[str, Any]:
+        """Train one stage.  Returns epochs, loss and accuracy (percent, of the last epoch's training batches).
+
+        place: within the phase, at the stage's start or farther on; it moves along.
+        """
+        with learning_only(self.method.network, stage.parameters):
+            training = self._set_up(stage, place)
+            epochs, loss, accuracy = stage.schedule.epochs, 0.0, 0.0
+            steps = len(training.sampler)
+            done, quiet = place.epoch * steps + place.step, not self.fabric.is_global_zero
+            with logs.progress(epochs * steps, training.name, done=done, quiet=quiet, rate=False) as bar:
+                for _ in range(place.epoch, epochs):
+                    loss, accuracy = self._epoch(training, bar)
+        self.run.share(self.method.network)
+        return {"epochs": epochs, "loss": loss, "accuracy": accuracy}
+
+    def _set_up(self, stage: Stage, place: Place) -> _Training:
+        method, fabric, schedule = self.method, self.fabric, stage.schedule
+        loader, sampler = self.run.training_loader(stage, method.phase)
+        trained = [parameter for parameter in method.network.parameters() if parameter.requires_grad]
+        optimizer = SGD(trained, lr=schedule.lr, momentum=self.config.momentum, weight_decay=schedule.weight_decay)
+        network, optimizer = fabric.setup(self.run.compiled(method.network), optimizer)
+        scheduler = schedule.scheduler(optimizer)
+        self.restore(place, optimizer, scheduler)
+        place.sums = fabric.to_device(place.sums)
+        first_epoch = sum(done["epochs"] for done in place.stages)
+        name = method.describe(stage.name).removesuffix(", training")
+        return _Training(stage, place, loader, sampler, network, optimizer, scheduler, first_epoch, name)
+
+    def _epoch(self, training: _Training, bar: tqdm) -> tuple[float, float]:
+        """Train what is left of an epoch.  Returns the mean loss and the accuracy of the whole epoch."""
+        place, sampler, schedule = training.place, training.sampler, training.stage.schedule
+        start, epoch, of_phase = time.perf_counter(), place.epoch, training.first_epoch + place.epoch
+        training.network.train()
+        sampler.set_epoch(of_phase, place.step)
+        for _, images, targets in training.loader:
+            self._step(training, self.run.to_device(images), self.fabric.to_device(targets))
+            if self.clock.is_over():
+                self.save(place, training.optimizer, training.scheduler)
+            bar.update()
+        rate = training.optimizer.param_groups[0]["lr"]
+        training.scheduler.step()
+        loss, accuracy = self._finish_epoch(place)
+        self._check(loss, epoch, schedule.lr)
+        progress = f"epoch {epoch + 1}/{schedule.epochs}, loss {loss:.3f}, train {accuracy:.1f} %"
+        log.debug("%s: %s", training.name, progress)
+        seconds, nb_items = time.perf_counter() - start, len(training.stage.items)
+        left = self._seconds_left(seconds / nb_items, (schedule.epochs - place.epoch) * nb_items)
+        bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, run {logs.clock(left)}", refresh=False)
+        if self.run.history:
+            curves = {"learning_rate": rate, "loss": loss, "accuracy": accuracy, "seconds": seconds}
+            where = (self.method.phase, training.stage.name, of_phase + 1)
+            self.run.history.epoch(*where, step=self.epochs_before + of_phase + 1, **curves)
+        return loss, accuracy
+
+    def _step(self, training: _Training, images: Tensor, targets: Tensor) -> None:
+        """One optimisation step, on a batch or this process's share of it."""
+        fabric, method, place = self.fabric, self.method, training.place
+        loss_of, sizes = training.stage.loss or method.loss, training.sampler.sizes(place.step)
+        method.epoch, method.step = place.epoch, place.step
+        method.before_batch()
+        training.optimizer.zero_grad()
+        for part in parts(images, targets, self.config.accumulate_batches, sizes, fabric.world_size):
+            with fabric.no_backward_sync(training.network, enabled=not part.last):
+                outputs = training.network(part.images)
+                with fabric.autocast():
+                    loss = loss_of(outputs, part.images, part.targets)
+                fabric.backward(loss * part.share)
+            right = (outputs.logits.detach().argmax(dim=1) == part.targets)[: part.count].sum()
+            place.sums += torch.stack([loss.detach() * part.count, right])  # read once an epoch
+            place.seen += part.count
+        method.before_step()
+        training.optimizer.step()
+        place.step += 1
+
+    def _finish_epoch(self, place: Place) -> tuple[float, float]:
+        """The mean loss and the accuracy (percent) of the epoch; the place moves to the next one."""
+        fabric = self.fabric
+        loss, right = fabric.all_reduce(place.sums, reduce_op="sum").tolist()
+        seen = int(fabric.all_reduce(torch.tensor(place.seen, device=fabric.device), reduce_op="sum"))
+        place.next_epoch()
+        return loss / seen, 100 * right / seen
+
+    def _check(self, loss: float, epoch: int, rate: float) -> None:
+        """Raises UserError where the loss is no number."""
+        if math.isfinite(loss):
+            return
+        self.checkpoints.forget_unfinished()
+        phase = self.method.phase
+        key, where = ("lrate", " and choose another output_dir") if phase else ("init_lr", "")
+        raise UserError(
+            f"training diverged: the loss is {loss} in epoch {epoch + 1} of phase {phase}. "
+            f"Lower {key} ({rate:g} now){where}."
+        )
+
+    def _seconds_left(self, for_an_image: float, images: int) -> float:
+        """Estimate for the rest of this class order: `images` more in this phase, and the later phases' epochs."""
+        data, phases = self.run.data, range(self.method.phase + 1, self.run.data.nb_phases)
+        new = sum(len(data.train_images(target)) for phase in phases for target in data.phase_targets(phase))
+        exemplars = len(self.run.memory.items()) * len(phases)
+        epochs = self.method.defaults.schedule(self.config, phase_0=False).epochs
+        return for_an_image * (images + (new + exemplars) * epochs)
+
+    def save(self, place: Place, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+        """Keep the place within the phase."""
+        method = self.method
+        self.checkpoints.save_within_phase(
+            {
+                **place.as_state(self.fabric),
+                "phase": method.phase,
+                "network": method.network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "random": torch.get_rng_state(),
+                "within_phase": method.within_phase,
+                "copies": self.copies_state,
+            }
+        )
+        self.clock.restart()
+
+    def restore(self, place: Place, optimizer: Optimizer, scheduler: LRScheduler) -> None:
+        """Load what `save` kept into a stage that has been set up as at its start, once."""
+        state, place.state = place.state, None  # it is large
+        if state is None:
+            return
+        self.method.network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        optimizer._opt_called = True  # at an epoch's end the scheduler comes first, and rightly so: no warning
+        torch.set_rng_state(state["random"])

@@ -1,0 +1,147 @@
+"""What a method may change: its network, its loss, and what happens before and after phases, stages and steps.
+
+A method is a subclass of `Method` in a file of its own: `class ICaRL(Method, name="icarl")`.  Config keys of its own
+are the fields of a dataclass `Settings` at the top of that file.  `models.trainer` has the phases, `models.epochs` the
+epoch loop.
+
+Everything in a phase but the optimisation steps is done again when a run goes on in the middle of it.  It must depend
+on nothing but the config, the data, the memory, the state after the phase before (`network`, `state`), and what
+`within_phase` keeps.
+"""
+
+import abc
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from convs.resnet import ResNet, build_backbone
+from models.networks import GrowingNet, IncrementalNet, Outputs
+from models.run import Run
+from models.stages import Defaults, Schedule, Stage
+from utils.config.schema import Config
+from utils.data.classes import DataManager
+from utils.errors import UserError
+
+
+class Method(abc.ABC):
+    """A method in a run.
+
+    run: what it has.  `phase` is the present one, with classes 0 ... nb_old - 1 from earlier phases and nb_new new
+    ones, nb_seen in all.  `epoch` and `step` are those of the present stage and epoch.
+    """
+
+    name: ClassVar[str] = ""
+    """What a config's `model_name` calls the method."""
+    defaults: ClassVar[Defaults]
+    """The method's own schedule, for the keys that the config leaves null."""
+    uses_memory: ClassVar[bool] = True
+    """Whether exemplars are kept."""
+    least_exemplars: ClassVar[int] = 1
+    """How many exemplars of each class the method needs."""
+    keeps_old_network: ClassVar[bool] = False
+    """Whether the network as it was before a phase is kept, frozen, as `old_network`."""
+    plain_phase_0: ClassVar[bool] = True
+    """Whether phase 0 is a backbone and a linear head, trained by cross-entropy: all such methods share one network."""
+    phase_0_keys: ClassVar[Sequence[str]] = ()
+    """The method's own config keys that the trained network of phase 0 depends on."""
+    stem: ClassVar[str | None] = None
+    """The backbone's stem for large images, where the method has one of its own."""
+
+    def __init_subclass__(cls, name: str | None = None, **options: Any):
+        super().__init_subclass__(**options)
+        cls.name = name or cls.name
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.config, self.settings = run.config, run.config.settings
+        self.data, self.memory, self.fabric = run.data, run.memory, run.fabric
+        self.phase = -1
+        self.nb_old = self.nb_new = self.nb_seen = 0
+        self.epoch = self.step = 0
+        self.old_network: GrowingNet | None = None
+        self.state: dict[str, Any] = {}
+        """What is carried on to the next phase: tensors and plain values, changed in `after_training` alone."""
+        self.within_phase: dict[str, Any] = {}
+        """What training has worked out and a restart within the phase needs: tensors and plain values."""
+        run.seed_torch(0)
+        self.network = self.build_network(self.backbone())
+
+    # Hooks
+
+    def build_network(self, backbone: ResNet) -> GrowingNet:
+        """The network around a fresh backbone, before it knows any class."""
+        return IncrementalNet(backbone)
+
+    @abc.abstractmethod
+    def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss of some images, a scalar.  images: B x 3 x H x W; targets: B, of 0 ... nb_seen - 1.
+
+        A batch may be processed in parts (`models.parts`), so it must be a mean over images, each by itself.
+        """
+
+    def stages(self) -> Iterable[Stage]:
+        """How the present phase is trained.  By default one stage: the new classes' images and the exemplars.
+
+        In a generator, the code after a `yield` runs when that stage is done.
+        """
+        return [Stage("training", [*self.data.new_items(self.phase), *self.memory.items()], self.schedule())]
+
+    def before_training(self) -> None:
+        """Called when the network has grown for a phase."""
+
+    def before_stage(self, stage: Stage) -> None:
+        """Called before each stage."""
+
+    def before_batch(self) -> None:
+        """Called before a batch's forward passes; the network is in training mode."""
+
+    def before_step(self) -> None:
+        """Called when a batch's gradients are complete, the same in all processes; the optimizer's step comes next."""
+
+    def after_training(self) -> None:
+        """Called after a phase's training, before exemplars are chosen and the phase is evaluated."""
+
+    def also_evaluated(self) -> dict[str, GrowingNet]:
+        """Further networks whose metrics go into a phase's record, by the key that they have there."""
+        return {}
+
+    # For their use
+
+    @property
+    def evaluated(self) -> GrowingNet:
+        """The network that predicts, chooses exemplars, and whose parameters are counted."""
+        return self.network
+
+    def backbone(self) -> ResNet:
+        """A fresh one."""
+        return fresh_backbone(self.config, self.data, self.stem)
+
+    def schedule(self, *, as_phase_0: bool = False) -> Schedule:
+        """The present phase's, from the config and `defaults`."""
+        return self.defaults.schedule(self.config, phase_0=as_phase_0 or self.phase == 0)
+
+    def old_outputs(self, images: Tensor) -> Outputs:
+        """The outputs of the frozen network of before this phase: logits are B x nb_old."""
+        with torch.no_grad(), self.fabric.autocast():
+            return self.old_network(images)
+
+    def old_logits(self, images: Tensor) -> Tensor:
+        """B x nb_old."""
+        return self.old_outputs(images).logits
+
+    def describe(self, purpose: str) -> str:
+        """Such as "phase 1 (2 of 3), evaluating"."""
+        return f"phase {self.phase} ({self.phase + 1} of {self.data.nb_phases}), {purpose}"
+
+
+def fresh_backbone(c: Config, data: DataManager, stem: str | None = None) -> ResNet:
+    """A run's backbone before training.  Raises UserError where pretrained weights are asked for and not there."""
+    increments = c.increment if isinstance(c.increment, list) else [c.increment]
+    unequal = [increment for increment in increments if increment != c.init_cls]
+    phases = {"init_cls": c.init_cls, "increment": [*unequal, c.init_cls][0]}
+    try:
+        return build_backbone(c.convnet_type, data.image_kind, **phases, pretrained=c.pretrained, stem=stem)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"pretrained: {error}.") from None

@@ -1,0 +1,248 @@
+"""The phases of a run: training, exemplars, evaluation, checkpoints.  The epoch loop is `models.epochs`'s."""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convs.blocks import fold_adapters
+from convs.resnet import nb_parameters
+from models import phase0
+from models.epochs import Epochs
+from models.method import Method
+from models.resume import Checkpoints, Place
+from models.run import Run
+from utils.results.metrics import nearest_mean_scores, phase_metrics
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Takes a method through the phases of a run.
+
+    `records` has a dict for each finished phase: what `evaluate` returns; training (`train`); copies_on_demand (number
+    made, None where all are made ahead); copies (what made those in use, None where none are); seconds.
+    """
+
+    def __init__(self, method: type[Method], run: Run):
+        self.run, self.config, self.data = run, run.config, run.data
+        self.method = method(run)
+        self.records: list[dict[str, Any]] = []
+        self.checkpoints = Checkpoints(run)
+        self.epochs = Epochs(run, self.method, self.checkpoints)
+        self.seconds_before = 0.0  # what killed processes spent on the present phase's training
+
+    # The phases
+
+    def fit(self, after_phase: Callable[[list[dict[str, Any]]], Any] | None = None) -> list[dict[str, Any]]:
+        """Train every phase that is not done yet.  Returns the records of all, in order.
+
+        after_phase: called with the records so far when a phase is done and safe on disk.
+        """
+        within = self.load()
+        for phase in range(len(self.records), self.data.nb_phases):
+            record = self.do_phase(phase, within)
+            self.records.append(record)
+            within = None
+            if self.run.history:  # before the checkpoint: a run that goes on from it finds the phase's history whole
+                self.run.history.phase(record)
+            self.save_phase()
+            self._log_results(record)
+            if after_phase:
+                after_phase(self.records)
+        return self.records
+
+    def do_phase(self, phase: int, within: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """One phase's record.  within: the checkpoint within the phase, None to start at its beginning."""
+        start = time.perf_counter()
+        self.start_phase(phase)
+        training = self.train(within)
+        self.method.after_training()
+        trained = time.perf_counter()
+        copies = self.choose_exemplars()
+        chosen = time.perf_counter()
+        results = self.evaluate()
+        now = time.perf_counter()
+        start -= self.seconds_before
+        seconds = {"train": trained - start, "exemplars": chosen - trained, "evaluate": now - chosen}
+        return {
+            **results,
+            "training": training,
+            "copies_on_demand": copies,
+            "copies": self.run.copies and self.run.copies.summary(self.shown()),
+            "seconds": {**seconds, "total": now - start},
+        }
+
+    def start_phase(self, phase: int) -> None:
+        """Make the method ready for a phase's classes."""
+        method, targets = self.method, self.data.phase_targets(phase)
+        method.phase, method.within_phase = phase, {}
+        method.nb_old, method.nb_new, method.nb_seen = targets.start, len(targets), targets.stop
+        fold_adapters(method.network)
+        if method.keeps_old_network and phase > 0:
+            method.old_network = copy.deepcopy(method.network).requires_grad_(False).eval()
+        self.run.seed_torch(phase + 1)
+        self.grow(len(targets))
+        method.before_training()
+
+    def grow(self, nb_new: int) -> None:
+        """Make room for new classes in the network, on its device."""
+        self.method.network.grow(nb_new)
+        self.run.to_home(self.method.network)
+
+    # Checkpoints
+
+    def load(self) -> dict[str, Any] | None:
+        """Take up the last finished phase.  Returns the checkpoint within the next one, None where there is none.
+
+        Raises UserError where a checkpoint is of another config, other classes or other copies.
+        """
+        done, within = self.checkpoints.load()
+        if done is not None:
+            self._load_phase(done)
+        began_with = within or done or {}
+        if len(self.records) < self.data.nb_phases and began_with.get("copies") and self.run.copies:
+            self.run.copies.check(began_with["copies"], self.shown())
+        return within
+
+    def _load_phase(self, state: Mapping[str, Any]) -> None:
+        run, method = self.run, self.method
+        for phase in range(state["phase"] + 1):
+            method.network.grow(len(self.data.phase_targets(phase)))
+        method.network.load_state_dict(state["network"])
+        run.to_home(method.network)
+        run.memory.load_state_dict(state["memory"])
+        method.state = state["method"]
+        self.records = state["records"]
+        if len(self.records) < self.data.nb_phases:
+            self.make_copies(state["phase"])  # those that were deleted since then
+
+    def save_phase(self) -> None:
+        """Keep the phase that has just been done."""
+        method = self.method
+        self.checkpoints.save_phase(
+            {
+                "phase": method.phase,
+                "network": method.network.state_dict(),
+                "memory": self.run.memory.state_dict(),
+                "method": method.state,
+                "records": self.records,
+                "copies": self._copies_state(),
+            }
+        )
+        self.epochs.clock.restart()
+
+    def _copies_state(self) -> dict[str, Any] | None:
+        return self.run.copies and self.run.copies.state(self.shown())
+
+    # Training
+
+    def train(self, within: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Train the present phase's stages, unless this training was done before.
+
+        within: see `do_phase`.  Returns what `Epochs.fit` does for the first stage, with `stages`, a list of that for
+        each one, the seconds that all took and whether the network of another run was taken.
+        """
+        method, phase = self.method, self.method.phase
+        if phase == 0 and (training := phase0.load(self.run, method)) is not None:
+            self.seconds_before = 0.0 if training["reused"] else training["seconds"]
+            return training
+        place = Place()
+        if within is not None:
+            place, method.within_phase = Place.of(within, self.run.fabric), within["within_phase"]
+        self.seconds_before = time.perf_counter() - place.began
+        trainings = [record["training"] for record in self.records]
+        stages = [done for training in trainings for done in training.get("stages", [training])]
+        self.epochs.epochs_before = sum(done["epochs"] for done in stages)
+        self.epochs.copies_state = self._copies_state()
+        for number, stage in enumerate(method.stages()):
+            method.before_stage(stage)
+            if number >= len(place.stages):
+                place.next_stage({"stage": stage.name, **self.epochs.fit(stage, place)})
+        first = place.stages[0] if place.stages else {"epochs": 0, "loss": None, "accuracy": None}
+        training = {key: first[key] for key in ("epochs", "loss", "accuracy")}
+        training |= {"stages": place.stages, "seconds": time.perf_counter() - place.began}
+        if phase == 0:
+            phase0.save(self.run, method, training)
+        return {**training, "reused": False}
+
+    # Exemplars
+
+    def choose_exemplars(self) -> int | None:
+        """Choose among all real images of the new classes, then make copies.  Returns what `make_copies` does."""
+        method, memory = self.method, self.run.memory
+        if not method.uses_memory:
+            return None
+        there = frozenset(self.shown())
+        memory.make_room(method.nb_seen)
+        targets = self.data.phase_targets(method.phase)
+        images = [self.data.train_images(target) for target in targets]
+        features = self.run.features(method.evaluated, images, method.describe("choosing exemplars"))
+        for target, of_class, rows in zip(targets, images, features, strict=True):
+            memory.add_class(target, of_class, rows)
+        return self.make_copies(method.phase, there)
+
+    def shown(self) -> list[Path]:
+        """The exemplars of which copies are looked at."""
+        replaced = self.config.augmentation_prob > 0
+        return [item.image for item in self.run.memory.items() if replaced or item.regenerated]
+
+    def make_copies(self, phase: int, there: Collection[Path] = ()) -> int | None:
+        """Make what is missing of the exemplars' edge maps and, where copies are read again, of their copies.
+
+        there: exemplars that have theirs.  Returns the number of copies made, None where all are made ahead.
+        """
+        memory, copies = self.run.memory, self.run.copies
+        if copies is None or not self.method.uses_memory:
+            return None
+        needed = phase + 1 < self.data.nb_phases or self.config.nme
+        copies.make([image for image in self.shown() if image not in there], with_copies=False)
+        for target in memory.targets:  # edge maps cost what they cost; no copies of what is dropped
+            memory.enforce_budget(target)
+        return copies.make([image for image in self.shown() if image not in there], with_copies=needed)
+
+    # Evaluation
+
+    def evaluate(self) -> dict[str, Any]:
+        """The record of a phase: phase, classes_seen, cnn and nme (`metrics.phase_metrics`; nme None where unused), the
+        same of the method's further networks, memory (`ExemplarMemory.report`), parameters."""
+        run, method = self.run, self.method
+        images = [image for target in range(method.nb_seen) for image in self.data.test_images(target)]
+        outputs = run.predict(method.evaluated, images, method.describe("evaluating"))
+        nme = None
+        if self.config.nme and method.uses_memory:
+            means = run.class_means(method.evaluated, range(method.nb_seen), method.describe("class means"))
+            nme = self._metrics(nearest_mean_scores(outputs.features, means))
+        others = {}
+        for name, network in method.also_evaluated().items():
+            others[name] = self._metrics(run.predict(network, images, method.describe(f"evaluating the {name}")).logits)
+        return {
+            "phase": method.phase,
+            "classes_seen": method.nb_seen,
+            "cnn": self._metrics(outputs.logits),
+            "nme": nme,
+            "memory": run.memory.report(),
+            "parameters": nb_parameters(method.evaluated),
+            **others,
+        }
+
+    def _metrics(self, scores: Tensor) -> dict[str, Any]:
+        """`phase_metrics` of scores for the test images of all classes seen, by target."""
+        phases = range(self.method.phase + 1)
+        targets = torch.tensor([t for t in range(self.method.nb_seen) for _ in self.data.test_images(t)])
+        return phase_metrics(scores, targets, [self.data.seen_targets(phase).stop for phase in phases])
+
+    def _log_results(self, record: Mapping[str, Any]) -> None:
+        method, memory, parts = self.method, record["memory"], []
+        for name, key in (("CNN", "cnn"), *((other, other) for other in method.also_evaluated()), ("NME", "nme")):
+            if (metrics := record[key]) is not None:
+                of_old = "" if metrics["old"] is None else f"old {metrics['old']:.1f}, new {metrics['new']:.1f}, "
+                parts.append(f"{name} {metrics['top1']:.1f} % ({of_old}top-5 {metrics['top5']:.1f})")
+        parts.append(f"memory {memory['units_total']:.1f} units, {memory['bytes_total']:,} bytes")
+        parts.append(f"{record['seconds']['total']:.1f} s")
+        log.info("%s: %s", method.describe(f"{method.nb_seen} classes"), "; ".join(parts))
