@@ -1,20 +1,19 @@
 """Each method's loss against a few lines of plain NumPy."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from convs.heads import BiasLayer, CosineHead
-from models import METHODS
 from models.coil import sinkhorn
 from models.foster import effective_number_weights
 from models.gem import projected
 from models.losses import distillation, newest_or_old, quadratic_penalty
-from models.networks import Outputs
 from models.podnet import hinged_nca, nca, pod_flat, pod_spatial
+from tests.digits import make_digits
+from tests.little_trainer import after_phase_0
 
 RNG = np.random.default_rng(0)
 B, OLD, NEW, T = 6, 3, 2, 2.0
@@ -112,22 +111,43 @@ def test_pod():
     assert pod_flat(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(np.mean(half_squared))
 
 
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return make_digits(tmp_path_factory.mktemp("data"), train=8, test=1, classes=4, copies=0)
+
+
+@pytest.fixture
+def phase_1(paths, tmp_path):
+    """(a method that trains phase 1, images of all four classes, their targets); its network differs from the old one.
+
+    Two old classes have 4 exemplars each, two new ones 8 images.
+    """
+
+    def call(name, **values):
+        trainer = after_phase_0(paths, tmp_path / "run", name, **values)
+        trainer.start_phase(1)
+        method = trainer.method
+        list(method.stages())
+        with torch.no_grad():
+            for parameter in method.network.parameters():
+                parameter += 0.1 * torch.randn_like(parameter) * parameter.std(correction=0)
+        return method, torch.randn(B, 3, 32, 32), torch.tensor(TARGETS % 4)
+
+    return call
+
+
+def arrays(*tensors):
+    return [tensor.detach().double().numpy() for tensor in tensors]
+
+
 @pytest.mark.parametrize(("key", "classification"), [("pycil", nca), ("paper", hinged_nca)])
-def test_podnet(key, classification):
-    config = SimpleNamespace(lambda_c_base=5.0, lambda_f_base=2.0, nca=key)
-    features, old_features = RNG.normal(size=(2, B, 4))
-    maps, old_maps = RNG.normal(size=(2, B, 3, 4, 4))
-    as_outputs = [
-        Outputs(torch.tensor(LOGITS), torch.tensor(f), maps=[torch.tensor(m)])
-        for f, m in ((features, maps), (old_features, old_maps))
-    ]
-    learner = SimpleNamespace(
-        config=config, nb_seen=8, nb_new=2, old_network=object(), old_outputs=lambda images: as_outputs[1]
-    )
-    ours = METHODS["podnet"].loss(learner, as_outputs[0], None, torch.tensor(TARGETS)).item()
-    held = 5 * pod_spatial(as_outputs[0].maps, as_outputs[1].maps) + 2 * pod_flat(*(o.features for o in as_outputs))
-    expected = classification(as_outputs[0].logits, torch.tensor(TARGETS)) + 2 * held  # 2 = sqrt(8 / 2)
-    assert ours == pytest.approx(expected.item())
+def test_podnet(phase_1, key, classification):
+    method, images, targets = phase_1("podnet", lambda_c_base=5.0, lambda_f_base=2.0, nca=key, nb_proxy=2)
+    now, old = method.network.train()(images), method.old_network(images)
+    held = 5 * pod_spatial(now.maps, old.maps) + 2 * pod_flat(now.features, old.features)
+    expected = classification(now.logits, targets) + np.sqrt(4 / 2) * held
+    assert held > 0.01
+    assert method.loss(now, images, targets).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def class_weights(counts, beta):
@@ -143,64 +163,53 @@ def test_effective_number_weights():
     assert effective_number_weights(torch.tensor([0, 5]), 0.9).isfinite().all()
 
 
-def test_foster_s_boosting_and_compression():
-    counts = [4, 4, 4, 90, 90]
-    boosting, compression = (class_weights(counts, beta) for beta in (0.96, 0.97))
-    method, fe_logits = METHODS["foster"], RNG.normal(size=(B, OLD + NEW))
-    teacher = RNG.normal(size=(B, OLD + NEW))
-
-    class Pair:
-        old_logits = staticmethod(lambda features: torch.tensor(OLD_LOGITS))
-
-        def __call__(self, images):
-            return Outputs(torch.tensor(teacher), torch.zeros(B, 8))
-
-    learner = SimpleNamespace(
-        config=SimpleNamespace(T=T, lambda_okd=0.7),
-        nb_old=OLD,
-        weights={"boosting": torch.tensor(boosting), "compression": torch.tensor(compression)},
-        network=SimpleNamespace(pair=Pair()),
+def test_foster_s_boosting_and_compression(phase_1):
+    method, images, y = phase_1("foster", beta1=0.9, beta2=0.8, lambda_okd=0.7)
+    boosting, compression = (class_weights([4, 4, 8, 8], beta) for beta in (0.9, 0.8))
+    pair = method.network.train()(images)
+    logits, fe_logits, old, taught = arrays(
+        pair.logits, pair.aux_logits, method.network.pair.old(images).logits, method.network.pair(images).logits
     )
-    outputs = Outputs(torch.tensor(LOGITS), torch.zeros(B, 4), torch.tensor(fe_logits))
-    ours = method.boosting_loss(learner, outputs, None, torch.tensor(TARGETS)).item()
-    aligned = cross_entropy(LOGITS / boosting, TARGETS)
-    assert ours == pytest.approx(aligned + cross_entropy(fe_logits, TARGETS) + 0.7 * kd(LOGITS[:, :OLD], OLD_LOGITS))
-    taught = np.exp(log_softmax(teacher / T)) * compression
+    expected = cross_entropy(logits / boosting, y) + cross_entropy(fe_logits, y) + 0.7 * kd(logits[:, :2], old)
+    assert method.boosting_loss(pair, images, y).item() == pytest.approx(expected, rel=1e-5)
+    method.network.compressing = True
+    student = method.network(images)
+    (logits,) = arrays(student.logits)
+    taught = np.exp(log_softmax(taught / T)) * compression
     taught /= taught.sum(axis=1, keepdims=True)
-    expected = -(taught * log_softmax(LOGITS / T)).sum() / B
-    assert method.compression_loss(learner, outputs, None, None).item() == pytest.approx(expected)
+    expected = -(taught * log_softmax(logits / T)).sum() / B
+    assert method.compression_loss(student, images, y).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("epoch", [0, 3])
-def test_coil(epoch):
+def test_coil(phase_1, epoch):
     """(1 - l) CE + l KD, and the prospective term in the first epoch, the retrospective one in later epochs."""
-    carried, back = RNG.normal(size=(NEW, 4)), RNG.normal(size=(OLD, 4))
-    features = RNG.normal(size=(B, 4))
-    learner = SimpleNamespace(
-        config=SimpleNamespace(T=T, reg_term=0.3),
-        nb_old=OLD,
-        nb_new=NEW,
-        nb_seen=OLD + NEW,
-        epoch=epoch,
-        old_network=object(),
-        old_logits=lambda images: torch.tensor(OLD_LOGITS),
-        schedule=lambda: SimpleNamespace(epochs=4),
-        carried=torch.tensor(carried),
-        carried_back=lambda: torch.tensor(back),
-    )
-    outputs = Outputs(torch.tensor(LOGITS), torch.tensor(features))
-    ours = METHODS["coil"].loss(learner, outputs, None, torch.tensor(TARGETS)).item()
+    method, images, y = phase_1("coil", reg_term=0.3, epochs=4)
+    carried, new = method.carried, method.network.head.proxies[-1]
+    method.epoch = epoch
 
     def unit(x):
-        return x / np.linalg.norm(x, axis=1, keepdims=True)
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
-    part = OLD / (OLD + NEW)
-    expected = (1 - part) * cross_entropy(LOGITS, TARGETS) + part * kd(LOGITS[:, :OLD], OLD_LOGITS)
+    def means(pictures_of_classes):
+        features = [
+            arrays(method.run.predict(method.network, pictures).features)[0] for pictures in pictures_of_classes
+        ]
+        return torch.tensor(unit(np.stack([unit(rows).mean(axis=0) for rows in features])))
+
+    of_old = [[item.image for item in method.memory.items() if item.target == target] for target in range(2)]
+    of_new = [method.data.train_images(target) for target in (2, 3)]
+    plan = sinkhorn(torch.cdist(means(of_old), means(of_new), p=3), 0.464).numpy()
+    now = method.network.train()(images)
+    logits, old_logits, features, new, carried = arrays(
+        now.logits, method.old_network(images).logits, now.features, new, carried
+    )
+    expected = 0.5 * cross_entropy(logits, y) + 0.5 * kd(logits[:, :2], old_logits)
     if epoch == 0:
-        expected += 0.001 * kd(LOGITS[:, OLD:], unit(features) @ unit(carried).T)
+        expected += 0.001 * kd(logits[:, 2:], unit(features) @ unit(carried).T)
     else:
-        expected += 0.3 * (3 / 4) ** 2 * kd(unit(features) @ unit(back).T, OLD_LOGITS)
-    assert ours == pytest.approx(expected)
+        expected += 0.3 * (3 / 4) ** 2 * kd(unit(features) @ unit(plan @ unit(new)).T, old_logits)
+    assert method.loss(now, images, y).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_sinkhorn():

@@ -2,26 +2,21 @@
 
 import json
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 import main
-from convs.heads import CosineHead
 from convs.resnet import build_backbone
 from models import METHODS
-from models.foster import FosterNet
 from models.networks import IncrementalNet
-from models.stages import Schedule, Stage
 from tests.digits import make_digits
+from tests.little_trainer import after_phase_0
 from utils.data.datasets import dataset_defaults
 from utils.data.images import read_prepared
-from utils.data.items import Item
-from utils.errors import UserError
+from utils.data.paths import DatasetPaths
 
 CHANCE = 100 / 6
 
@@ -173,87 +168,75 @@ def test_the_schedule_is_the_methods_own_where_the_config_is_silent():
         assert (own.init_lr, own.lrate) == (0.01 if name == "simplecil" else 0.1, 0.1)
 
 
-SCHEDULE = Schedule(2, 0.1, None, 1.0, 0.0)
-ONE_DEVICE = SimpleNamespace(
-    device=torch.device("cpu"),
-    autocast=nullcontext,
-    to_device=lambda x: x,
-    all_reduce=lambda x, reduce_op: x,
-    world_size=1,
-)
+@pytest.fixture
+def phase_1(folders, tmp_path):
+    """A method that is ready to train phase 1: two old classes of a few exemplars, two new ones of 30 images."""
+
+    def call(name, **values):
+        trainer = after_phase_0(DatasetPaths(folders / "data", "MNIST"), tmp_path / "run", name, **values)
+        trainer.start_phase(1)
+        return trainer.method
+
+    return call
 
 
-def test_bic_holds_out_the_same_number_of_every_class():
-    items = [Item(Path(f"{target}/{i}"), target, "real") for target in (0, 1) for i in range(20)]
-    items += [Item(Path(f"{target}/{i}"), target, "new") for target in (2, 3) for i in range(90)]
-    learner = SimpleNamespace(config=SimpleNamespace(split_ratio=0.1), rng=lambda purpose: np.random.default_rng(0))
-    trained, held_out = METHODS["bic"].split(learner, items)
-    assert Counter(item.target for item in held_out) == dict.fromkeys(range(4), 2)
-    assert sorted([*trained, *held_out], key=str) == sorted(items, key=str)
-    learner.config.split_ratio = 0.0
-    assert len(METHODS["bic"].split(learner, items)[1]) == 4, "one of each at least"
-    with pytest.raises(UserError, match="at least 2 a class"):
-        METHODS["bic"].split(learner, items[19:])
-
-
-def boosting(**config):
-    """A FOSTER learner's stand-in, with its pair of networks built."""
-    net = FosterNet(build_backbone("resnet8", "small", init_cls=2, increment=2))
-    net.grow(2)
-    net.grow(3)
-    config = {"oofc": "ft", "is_teacher_wa": False, "wa_value": 1.0, **config}
-    learner = SimpleNamespace(network=net, nb_old=2, nb_new=3, config=SimpleNamespace(**config))
-    learner.align = lambda head: METHODS["foster"].align(learner, head)
-    METHODS["foster"].before_stage(learner, Stage("boosting", [], SCHEDULE))
-    return learner
+@pytest.mark.parametrize(("ratio", "of_each"), [(0.3, 3), (0.0, 1)])
+def test_bic_holds_out_the_same_number_of_every_class(phase_1, ratio, of_each):
+    """A share of the smallest class, one image at least, for the bias layers; the others are trained on."""
+    method = phase_1("bic", exemplars=10, split_ratio=ratio)
+    trained, held_out = method.stages()
+    assert Counter(item.target for item in held_out.items) == dict.fromkeys(range(4), of_each)
+    assert Counter(item.target for item in trained.items) == {
+        0: 10 - of_each,
+        1: 10 - of_each,
+        2: 30 - of_each,
+        3: 30 - of_each,
+    }
+    assert not {item.image for item in held_out.items} & {item.image for item in trained.items}
+    learning = {id(parameter) for parameter in held_out.parameters}
+    assert learning == {id(parameter) for parameter in method.network.bias_layers[-1].parameters()}
 
 
 @pytest.mark.parametrize("oofc", ["ft", "az"])
-def test_foster_s_new_classes_may_be_kept_from_old_features(oofc):
-    learner = boosting(oofc=oofc)
-    weight = learner.network.head.weight
-    learner.network(torch.randn(2, 3, 32, 32)).logits.square().sum().backward()
+def test_foster_s_new_classes_may_be_kept_from_old_features(phase_1, oofc):
+    method = phase_1("foster", oofc=oofc)
+    boosting, _ = method.stages()
+    method.before_stage(boosting)
+    weight, width = method.network.head.weight, method.network.student.head.in_features
+    method.network.train()(torch.randn(4, 3, 32, 32)).logits.square().sum().backward()
     torch.optim.SGD([weight], lr=0.1, weight_decay=0.1).step()
-    assert bool((weight[2:, :64] == 0).all()) == (oofc == "az")
-    assert (weight[2:, 64:] != 0).all()
+    assert bool((weight[2:, :width] == 0).all()) == (oofc == "az")
+    assert (weight[2:, width:] != 0).all()
     assert (weight[:2] != 0).all()
 
 
-def test_foster_s_teacher_may_be_aligned_before_compression():
-    learner = boosting(is_teacher_wa=True, wa_value=1.1)
-    METHODS["foster"].before_stage(learner, Stage("compression", [], SCHEDULE))
-    assert learner.network.compressing
-    norms = learner.network.pair.head.weight.norm(dim=1)
-    assert norms[2:].mean().item() == pytest.approx(norms[:2].mean().item() * 1.1 ** (2 / 3), rel=1e-5)
+def test_foster_s_teacher_may_be_aligned_before_compression(phase_1):
+    method = phase_1("foster", is_teacher_wa=True, wa_value=1.1)
+    _, compression = method.stages()
+    method.before_stage(compression)
+    norms = method.network.pair.head.weight.norm(dim=1)
+    assert norms[2:].mean().item() == pytest.approx(norms[:2].mean().item() * 1.1 ** (2 / 2), rel=1e-5)
+    student = method.network.train()(torch.randn(4, 3, 32, 32))
+    assert student.features.shape[1] == method.network.student.head.in_features, "the student learns, not the pair"
 
 
-@pytest.mark.parametrize("old_class_means", ["images", "exemplars"])
-def test_coil_starts_new_classes_from_the_old_ones_that_are_near(old_class_means):
-    """Two old and two new classes whose means agree pairwise: each new classifier points where its old one does."""
-    means = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    head = CosineHead(3)
-    head.grow(2)
-    head.grow(2)
-    asked = []
-
-    def of_targets(targets):
-        asked.append(targets)
-        return means if 0 in targets else means.flip(0)
-
-    learner = SimpleNamespace(
-        phase=1,
-        nb_old=2,
-        nb_seen=4,
-        config=SimpleNamespace(sinkhorn=0.01, norm_term=3.0, old_class_means=old_class_means),
-        fabric=ONE_DEVICE,
-        network=SimpleNamespace(head=head),
-        image_means=of_targets,
-        class_means=lambda targets: means,
-    )
-    learner.plan = lambda old_means: METHODS["coil"].plan(learner, old_means)
-    METHODS["coil"].before_training(learner)
-    assert (range(2) in asked) == (old_class_means == "images"), "whether images of old classes are looked at"
-    old, new = (proxies.detach() for proxies in head.proxies)
-    cosines = torch.cosine_similarity(new, old.flip(0))
-    torch.testing.assert_close(cosines, torch.ones(2), atol=1e-4, rtol=0)
+@pytest.mark.parametrize("source", ["images", "exemplars"])
+def test_coil_starts_new_classes_from_the_old_ones_that_are_near(tmp_path, source):
+    """With next to no regularisation, each new classifier points where that of the nearest old class does."""
+    paths = make_digits(tmp_path / "data", train=6, test=1, classes=4, copies=0)
+    trainer = after_phase_0(paths, tmp_path / "run", "coil", exemplars=3, sinkhorn=1e-5, old_class_means=source)
+    method, kept = trainer.method, [item.image for item in trainer.run.memory.items()]
+    old_images = [method.data.train_images(target) for target in range(2)]
+    if source == "exemplars":
+        old_images = [[image for image in of_class if image in kept] for of_class in old_images]
+        for image in {*method.data.train_images(0), *method.data.train_images(1)} - {*kept}:
+            image.unlink()  # what is no exemplar is not looked at
+    trainer.start_phase(1)
+    images = [*old_images, *(method.data.train_images(target) for target in (2, 3))]
+    features = [F.normalize(method.run.predict(method.old_network, of_class).features) for of_class in images]
+    means = F.normalize(torch.stack([of_class.mean(dim=0) for of_class in features])).double()
+    cost = (means[:2, None] - means[None, 2:]).abs().pow(3).sum(dim=2).pow(1 / 3)
+    nearest = [0, 1] if cost.trace() < cost.flip(1).trace() else [1, 0]
+    old, new = (proxies.detach() for proxies in method.network.head.proxies)
+    torch.testing.assert_close(torch.cosine_similarity(new[nearest], old), torch.ones(2), atol=1e-4, rtol=0)
     assert new.norm(dim=1).mean().item() == pytest.approx(old.norm(dim=1).mean().item(), rel=1e-4)
