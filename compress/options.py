@@ -148,7 +148,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     machine.add_argument(
         "--model",
         default="sd15",
-        help="sd15, tiny, a checkpoint's path (a .yaml beside it is its config), or a diffusers folder [sd15]",
+        help="sd15, tiny, a checkpoint's path (a .yaml beside it is its config), a diffusers folder, or another "
+        "generator's name [sd15]",
     )
     machine.add_argument(
         "--base",

@@ -1,8 +1,9 @@
 """The forms in which exemplars are kept: what is stored of an image, and what pictures come back from it.
 
-One file each.  A form's module has a table FORMS: the head of its name ("edges" in "edges@64") -> a function of
-(Spec, Preset) that returns the form.  Everything else (plan, resume, verify, repair, copies on demand, records, budget)
-works through the contract of `Form`.
+One file each, found by being in this folder.  A form's module has a table FORMS: the head of its name ("edges" in
+"edges@64") -> a function of (Spec, Preset) that returns the form; and, where other names than these heads are to be
+listed, EXAMPLES.  Everything else (plan, resume, verify, repair, copies on demand, records, budget) works through the
+contract of `Form`.
 """
 
 import abc
@@ -14,11 +15,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from compress.presets import Preset
 from utils.data.images import image_bits, read_image
@@ -75,17 +78,16 @@ class Spec:
         return f"{self.head}{argument}{side}" + (f"+{self.plus.name}" if self.plus else "")
 
 
+@dataclass(frozen=True)
 class Form(abc.ABC):
     """A form and its settings.  Immutable and picklable.
 
-    name: as users write it; noun: what messages call a kept file; files: where kept files and copies lie;
+    A form has, as class attributes or as fields of its own where they depend on its name:
+    name: as users write it; noun: what messages call a kept file; files: where kept files and copies lie (FormFiles);
     needs_model: whether copies come from a diffusion model; deterministic: whether all copies of an image are equal.
     """
 
-    name: str
-    noun: str
     preset: Preset
-    files: FormFiles
     needs_model = True
     deterministic = False
 
@@ -97,9 +99,13 @@ class Form(abc.ABC):
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
         """What is kept of an image (HxWx3 RGB or HxW greyscale, uint8) whose class is called `text`."""
 
-    @abc.abstractmethod
     def condition(self, kept: bytes, size: tuple[int, int]) -> Condition:
-        """What copies are made from.  size: (height, width) of the image.  Raises OSError for broken bytes."""
+        """What copies are made from; by default, the picture that the bytes hold.
+
+        size: (height, width) of the image.  Raises OSError for broken bytes.
+        """
+        picture = decoded(kept)
+        return Condition(picture.shape[:2], start=picture)
 
     def raw_bits(self, height: int, width: int, kept: Path | None = None) -> int | None:
         """Bits that are kept of a height x width image as the paper counts them, before any coding; None where the form
@@ -124,6 +130,8 @@ class Form(abc.ABC):
 
     def copy_settings(self) -> dict[str, Any]:
         """What a copy depends on beside image, number, class text, model and precision: plain values."""
+        if not self.needs_model:
+            return {"form": self.name, **self.settings()}
         settings = asdict(self.preset)
         del settings["name"]
         return settings
@@ -140,12 +148,19 @@ class Form(abc.ABC):
         return copy_number
 
     def save_copy(self, picture: np.ndarray, file: BinaryIO, greyscale: bool, mark: str | None = None) -> None:
-        """Write a copy (HxWx3 uint8) as a JPEG (4:2:0), with its mark (see `compress.records`) as the comment.
+        """Write a copy (HxWx3 uint8) with its mark (see `compress.records`) as the comment: as a JPEG (4:2:0), or as a
+        PNG, which loses nothing, where `files.copy_ending` is ".png".
 
         The copy of a greyscale image is greyscale: it stands in for its image.
         """
         image = Image.fromarray(picture).convert("L" if greyscale else "RGB")
-        image.save(file, "JPEG", quality=self.preset.quality, **({"comment": mark.encode()} if mark else {}))
+        if self.files.copy_ending == ".png":
+            about = PngInfo()
+            if mark:
+                about.add_text("Comment", mark)
+            image.save(file, "PNG", pnginfo=about)
+        else:
+            image.save(file, "JPEG", quality=self.preset.quality, **({"comment": mark.encode()} if mark else {}))
 
 
 class Cost:
@@ -253,10 +268,13 @@ def form_named(name: str, preset: Preset) -> Form:
 
 def examples() -> list[str]:
     """Names of the forms, as --help lists them."""
-    return ["edges", "edges@SIDE", "text", "jpeg:Q", "webp:Q", "avif:Q (each also with @SIDE)"]
+    return [name for module in _modules() for name in getattr(module, "EXAMPLES", module.FORMS)]
+
+
+def _table() -> Mapping[str, Any]:
+    return {head: make for module in _modules() for head, make in module.FORMS.items()}
 
 
 @cache
-def _table() -> Mapping[str, Any]:
-    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
-    return {head: make for module in modules for head, make in module.FORMS.items()}
+def _modules() -> list[ModuleType]:
+    return [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]

@@ -35,7 +35,6 @@ class Edges(Form):
     side: shorter side of the smaller edge map in pixels, None for the preset's size.
     """
 
-    preset: Preset
     name: str = "edges"
     noun: str = "edge map"
     files: FormFiles = FILES
@@ -123,4 +122,5 @@ def edges(spec: Spec, preset: Preset) -> Edges:
     return Edges(preset, spec.name, files=files_named(spec.name, (".webp",), ".jpg"), side=spec.side)
 
 
+EXAMPLES = ["edges", "edges@SIDE"]
 FORMS = {"edges": edges}

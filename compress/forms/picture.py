@@ -5,14 +5,13 @@ The decoded picture at its image's size is the only copy; no model is involved.
 
 import io
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, features
-from PIL.PngImagePlugin import PngInfo
 
-from compress.forms import OTHERWISE, WRONG_SIZE, Condition, Form, Spec, decoded, files_named, reduced
+from compress.forms import OTHERWISE, WRONG_SIZE, Form, Spec, decoded, files_named, reduced
 from compress.presets import Preset
 from utils.data.paths import FormFiles
 from utils.errors import UserError
@@ -33,7 +32,6 @@ class Picture(Form):
     """codec: in CODECS; quality: Pillow's, 0 to 100; side: the shorter side in pixels, None or more than the image's
     for its own size."""
 
-    preset: Preset
     name: str
     codec: str
     quality: int
@@ -46,16 +44,9 @@ class Picture(Form):
     def settings(self) -> dict[str, Any]:
         return {"codec": self.codec, "codec_quality": self.quality, "side": self.side, **CODECS[self.codec][2]}
 
-    def copy_settings(self) -> dict[str, Any]:
-        return {"form": self.name, **self.settings()}
-
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
         size = reduced(*image.shape[:2], self.side)
         return compressed(shrunk(image, size), self.codec, self.quality)
-
-    def condition(self, kept: bytes, size: tuple[int, int]) -> Condition:
-        picture = decoded(kept)
-        return Condition(picture.shape[:2], start=picture)
 
     def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:
         """Another version of the encoder may give other bytes, but hardly another picture."""
@@ -66,13 +57,6 @@ class Picture(Form):
         if kept != fresh and np.abs(found - decoded(fresh).astype(np.float32)).mean() > MOST_DIFFERENT:
             return OTHERWISE, "the image gives another picture"
         return None
-
-    def save_copy(self, picture: np.ndarray, file: BinaryIO, greyscale: bool, mark: str | None = None) -> None:
-        """Lossless, as a PNG: nothing is lost beside what the form loses."""
-        about = PngInfo()
-        if mark:
-            about.add_text("Comment", mark)
-        Image.fromarray(picture).convert("L" if greyscale else "RGB").save(file, "PNG", pnginfo=about)
 
 
 def compressed(image: np.ndarray, codec: str, quality: int) -> bytes:
@@ -98,4 +82,5 @@ def picture(spec: Spec, preset: Preset) -> Picture:
     return Picture(preset, spec.name, codec, int(quality), spec.side, f"{kind} picture", files)
 
 
+EXAMPLES = [f"{codec}:Q{side}" for codec in CODECS for side in ("", "@SIDE")]
 FORMS = dict.fromkeys(CODECS, picture)

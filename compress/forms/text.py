@@ -23,7 +23,6 @@ FILES = files_named("text", (".txt",), ".jpg")
 class Text(Form):
     """The kept files are empty: they mark what has been done."""
 
-    preset: Preset
     name: str = "text"
     noun: str = "empty file"
     files: FormFiles = FILES

@@ -1,11 +1,14 @@
 """What turns requests for copies into pictures.
 
-A generator is called with a batch of requests that share their `group`, and returns their pictures (HxWx3 uint8) at the
-condition's size.  One file each, beside `build`, which makes the one that the command asks for.
+One file each, found by being in this folder.  ControlNet's has the models that `build` loads.  Another generator's
+module has a table GENERATORS: the name that `--model` gives it -> a class that follows `Generator`.
 """
 
+import importlib
+import pkgutil
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -14,12 +17,19 @@ from compress.forms import Form, Request, resize_back
 
 
 class Generator(Protocol):
-    """batch_size: requests that are generated together."""
+    """What makes copies.
+
+    batch_size: requests that are generated together.  A class in GENERATORS is called with (preset, machine, device),
+    and has a string `fingerprint`: copies are recorded under it, so it must change when the pictures do.
+    """
 
     batch_size: int
 
     def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray]:
-        """Pictures of requests of one group.  steps: of the sampler, None for the preset's.  Raises UserError."""
+        """Pictures of requests that share their `group`: HxWx3 uint8 each, of the condition's size.
+
+        steps: of the sampler, None for the preset's.  Raises UserError.
+        """
 
 
 class Direct:
@@ -29,6 +39,13 @@ class Direct:
 
     def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray]:
         return [request.condition.start for request in batch]
+
+
+@cache
+def generators() -> dict[str, type]:
+    """The generators beside ControlNet, by the names that `--model` gives them."""
+    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    return {name: made for module in modules for name, made in getattr(module, "GENERATORS", {}).items()}
 
 
 def decode(

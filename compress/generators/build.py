@@ -3,7 +3,7 @@
 import torch
 
 from compress.forms import Form
-from compress.generators import Direct, Generator
+from compress.generators import Direct, Generator, generators
 from compress.generators.controlnet import PictureGenerator
 from compress.job import Machine
 from ControlNet.cldm.cldm import ControlLDM
@@ -36,6 +36,8 @@ def download(spec: str) -> None:
 
 def fingerprint(machine: Machine) -> str:
     """The fingerprint of the model's weights, without loading them.  Raises UserError where they can't be used."""
+    if machine.model in generators():
+        return generators()[machine.model].fingerprint
     try:
         return weights_fingerprint(machine.model, machine.base)
     except ModelError as error:
@@ -57,6 +59,8 @@ def make_generator(form: Form, machine: Machine, device: torch.device, precision
     """The generator of a form's copies, with its model loaded where it needs one."""
     if not form.needs_model:
         return Direct()
+    if machine.model in generators():
+        return generators()[machine.model](form.preset, machine, device)
     return PictureGenerator(
         form.preset,
         load(machine, device, precision),

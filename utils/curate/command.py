@@ -37,25 +37,11 @@ from PIL import Image
 
 from utils import cli
 from utils import log as logs
-from utils.curate.sources import (
-    Picture,
-    Split,
-    caltech256,
-    choose,
-    cifar,
-    class_folders,
-    food101,
-    image_folder,
-    is_wordnet_number,
-    read_class_list,
-    readable,
-    readable_caltech,
-)
+from utils.curate.sources import SOURCES, Picture, Split, choose, class_folders, is_wordnet_number, read_class_list
 from utils.data.images import write_atomically
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
 
-WHAT = ("digits", "CIFAR10", "CIFAR100", "Food101", "Caltech256", "folder")
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_SPLIT = (
     ("MNIST-ControlNet", "train", range(250)),
@@ -157,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m utils.curate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("what", choices=("digits", *SOURCES))
     parser.add_argument("--data-dir", help="folder of all datasets (default: $ESCORT_DATA_DIR, else ./data)")
     parser.add_argument("--source", type=_path, metavar="DIR", help=(
         "folder: the folder of class folders; else where torchvision keeps or puts its archives "
@@ -230,19 +216,13 @@ def curate(options: argparse.Namespace) -> None:
     listed = read_class_list(options.classes) if options.classes else {}
     texts = read_class_list(options.texts) if options.texts else {}
 
-    if options.what == "folder":
-        pictures = image_folder(source, split, listed)
-    elif options.what == "Caltech256":
-        pictures = caltech256(source, split, listed)
-    else:
-        pictures = food101(source) if options.what == "Food101" else cifar(options.what, source)
-        labels = choose(listed, list(dict.fromkeys(picture.label for picture in pictures)), options.what)
-        pictures = [picture for picture in pictures if picture.label in labels]
+    pictures = SOURCES[options.what].pictures(source, split, listed)
+    labels = set(choose(listed, list(dict.fromkeys(picture.label for picture in pictures)), options.what))
+    pictures = [picture for picture in pictures if picture.label in labels]
     pictures = take_parts(pictures, {"train": options.train_part, "test": options.test_part})
-    clean = readable_caltech if options.what == "Caltech256" else readable
     labels = sorted({picture.label for picture in pictures})
     given = {label: texts.get(label) or listed.get(label) or "" for label in labels}
-    named = {label: text.replace("_", " ") or clean(label) for label, text in given.items()}
+    named = {label: text.replace("_", " ") or SOURCES[options.what].text(label) for label, text in given.items()}
     if unsaid := [label for label in labels if named[label] == label and is_wordnet_number(label)]:
         print(
             f"{len(unsaid)} classes have no text for their prompts, such as {unsaid[0]}, and class_names.json is left "

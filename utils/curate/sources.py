@@ -1,14 +1,15 @@
 """Where `utils.curate` takes pictures from: datasets of torchvision, and folders of class folders.
 
-A source is a list of pictures, each with its place in the project's layout, and a text for each class label.
+A source lists pictures, each with its place in the project's layout.  The table SOURCES, at the end, has them all.
 """
 
 import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,8 +93,8 @@ def _remove_empty_folders(root: Path, there: set[Path] | None) -> None:
             folder.rmdir()
 
 
-def cifar(name: str, root: Path) -> list[Picture]:
-    """CIFAR10 or CIFAR100, named by their place in the batches.  As PNG: JPEG would blur what few pixels there are."""
+def cifar(root: Path, split: Split, labels: Iterable[str] | None = None, *, name: str) -> list[Picture]:
+    """CIFAR10 or CIFAR100, its files named by their place in the batches.  PNG, as JPEG would change the pixels."""
     pictures = []
     for mode in ("train", "test"):
         dataset = _torchvision(name, root, train=mode == "train")
@@ -104,7 +105,7 @@ def cifar(name: str, root: Path) -> list[Picture]:
     return pictures
 
 
-def food101(root: Path) -> list[Picture]:
+def food101(root: Path, split: Split, labels: Iterable[str] | None = None) -> list[Picture]:
     """Food101 by its own lists: 750 train and 250 test pictures a class."""
     _torchvision("Food101", root)
     folder = root / "food-101"
@@ -248,3 +249,24 @@ def readable_caltech(label: str) -> str:
 def is_wordnet_number(label: str) -> bool:
     """Whether a label is one of ImageNet's, such as n01440764, which tells a text encoder nothing."""
     return re.fullmatch(r"n\d{8}", label) is not None
+
+
+class Source(NamedTuple):
+    """A dataset, or kind of folder, that `python -m utils.curate` knows by name.
+
+    pictures: (folder of the archives or class folders, split, labels to take, none for all) -> pictures; it may ignore
+    a split that it does not need, and labels, as the command leaves out what was not asked for.
+    text: class label -> the text of its prompts, where no list gives one.
+    """
+
+    pictures: Callable[[Path, Split, Iterable[str] | None], list[Picture]]
+    text: Callable[[str], str] = readable
+
+
+SOURCES = {
+    "CIFAR10": Source(partial(cifar, name="CIFAR10")),
+    "CIFAR100": Source(partial(cifar, name="CIFAR100")),
+    "Food101": Source(food101),
+    "Caltech256": Source(caltech256, readable_caltech),
+    "folder": Source(image_folder),
+}
