@@ -136,7 +136,10 @@ def _add_settings(parser: argparse.ArgumentParser, resolution: str | None, form:
     settings.add_argument("--size", metavar="N", type=at_least_one, help="shorter side of the generated pictures")
     settings.add_argument("--sampler", choices=tuple(SAMPLERS), help="how latents are sampled [ddim]")
     settings.add_argument("--steps", metavar="N", type=at_least_one, help="steps of the sampler")
-    settings.add_argument("--guidance", metavar="X", type=finite, help="scale of classifier-free guidance")
+    settings.add_argument(
+        "--guidance", metavar="X", type=finite, help="scale of classifier-free guidance; 1 is none, in half the time"
+    )
+    settings.add_argument("--eta", metavar="X", type=finite, help="share of fresh noise, of ddim and tcd [0; tcd 0.3]")
     settings.add_argument("--prompt-template", metavar="TEXT", help="such as 'a photo of {label}'")
     settings.add_argument("--negative-prompt", metavar="TEXT", help="text of what copies should not be like")
     settings.add_argument("--quality", metavar="Q", type=at_least_one, help="JPEG quality of copies, 1 to 100 [75]")
@@ -166,7 +169,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return machine
 
 
-_SETTINGS = ("size", "steps", "guidance", "sampler", "prompt_template", "negative_prompt", "quality")
+_SETTINGS = ("size", "steps", "guidance", "sampler", "eta", "prompt_template", "negative_prompt", "quality")
 
 
 def _words(options: argparse.Namespace) -> tuple[str, ...]:

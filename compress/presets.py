@@ -7,9 +7,14 @@ import numpy as np
 
 from utils.errors import UserError
 
-SAMPLERS = ("ddim", "dpm++2m")
-"""What `Sampling.sampler` may be."""
+SAMPLERS = ("ddim", "ddim-trailing", "dpm++2m", "dpm++2m-karras", "unipc", "unipc-karras", "lcm", "tcd")
+"""What `Sampling.sampler` may be.  The names are those of ControlNet.cldm.samplers, which imports torch."""
 
+ETAS = {"ddim": 0.0, "ddim-trailing": 0.0, "tcd": 0.3}
+"""Samplers that take an eta, and the eta where none is given."""
+
+MOST_STEPS = {"lcm": 50, "tcd": 50}
+"""Steps that a sampler can take, where fewer than 1,000."""
 
 SIDE_STEP = 64
 """Generated sides are multiples of this: the autoencoder divides sides by 8, the UNet by another 8."""
@@ -25,7 +30,8 @@ DEFAULT_QUALITY = 75
 class Sampling:
     """How latents are sampled.
 
-    steps: number of steps, 1 to 1,000; guidance: scale of classifier-free guidance; eta: DDIM's, 0 is deterministic;
+    steps: number of steps, 1 to 1,000; guidance: scale of classifier-free guidance, at 1 the negative prompt has no
+    effect and its branch is not computed; eta: share of fresh noise a step, of the samplers in ETAS (0: deterministic);
     strength: factor of all control tensors; control_decay: factor from each control tensor to the next finer one;
     unconditional_control: whether the edge map also steers the branch of the negative prompt; sampler: in SAMPLERS.
     """
@@ -91,27 +97,36 @@ class Preset:
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str | None = None,
+        eta: float | None = None,
         prompt_template: str | None = None,
         negative_prompt: str | None = None,
         quality: int | None = None,
     ) -> "Preset":
-        """A preset with the given values in place of its own; steps, guidance and sampler also change guess mode.
+        """A preset with the given values in place of its own; what concerns sampling also changes guess mode.
 
+        A sampler brings its own eta where none is given.
         size: the shorter side of every generated picture, whatever the image's.  Raises UserError for invalid values.
         """
         if size is not None and size < 64:
             raise UserError(f"a generated picture's shorter side is at least 64 pixels; --size {size} is too small.")
         if steps is not None and not 1 <= steps <= 1000:
             raise UserError(f"the number of steps lies between 1 and 1000; --steps {steps} does not.")
-        if sampler is not None and sampler not in SAMPLERS:
+        chosen = sampler or self.sampling.sampler
+        if chosen not in SAMPLERS:
             raise UserError(f"--sampler is one of {', '.join(SAMPLERS)}, not {sampler!r}.")
+        if (steps or self.sampling.steps) > (most := MOST_STEPS.get(chosen, 1000)):
+            raise UserError(f"--sampler {chosen} takes at most {most} steps; choose fewer with --steps.")
+        if eta is not None and (chosen not in ETAS or not 0 <= eta <= 1):
+            raise UserError(f"--eta lies between 0 and 1 and goes with --sampler {', '.join(ETAS)}, not {chosen}.")
+        if sampler is not None and eta is None:
+            eta = ETAS.get(sampler, 0.0)
         if quality is not None and not 1 <= quality <= 100:
             raise UserError(f"a JPEG's quality lies between 1 and 100; --quality {quality} does not.")
         strange = set(re.findall(r"\{\w*\}", prompt_template or "")) - {"{label}"}
         if strange:
             names = ", ".join(sorted(strange))
             raise UserError(f"--prompt-template knows {{label}}, and not {names}: {prompt_template!r}")
-        sampling_changes = _given(steps=steps, guidance=guidance, sampler=sampler)
+        sampling_changes = _given(steps=steps, guidance=guidance, sampler=sampler, eta=eta)
         return replace(
             self,
             sampling=replace(self.sampling, **sampling_changes),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from compress import presets
 from compress.forms import Condition, Request
 from compress.generators import controlnet
 from compress.generators.controlnet import SAMPLERS, PictureGenerator, default_batch_size
@@ -200,12 +201,41 @@ def test_every_text_is_encoded_once(monkeypatch):
     assert encoded == [PRESET.negative_prompt, *(PRESET.prompt_text(label) for label in labels)]
 
 
-def test_the_sampler_is_the_presets():
+@pytest.mark.parametrize("name", presets.SAMPLERS)
+def test_the_sampler_is_the_presets(name):
+    """And a copy is the same alone, in any batch, and after a part of them was made."""
     model = little_model()
-    ddim, dpm = (PictureGenerator(HIGH.changed(size=64, steps=4, sampler=name), model)(jobs(1)) for name in SAMPLERS)
-    assert (ddim[0] != dpm[0]).mean() > 0.1
-    with pytest.raises(UserError, match=r"--sampler is one of ddim, dpm\+\+2m, not 'euler'"):
-        HIGH.changed(sampler="euler")
+    preset = HIGH.changed(size=64, steps=4, sampler=name)
+    alone = PictureGenerator(preset, model, batch_size=1)
+    pictures = [alone([job])[0] for job in jobs(4)]
+    assert_alike(PictureGenerator(preset, model, batch_size=4)(jobs(4)), pictures)
+    assert_alike(PictureGenerator(preset, model, batch_size=2)(jobs(4)[::-1]), pictures[::-1])
+    if name != "ddim":
+        assert (PictureGenerator(PRESET.changed(steps=4), model)(jobs(1))[0] != pictures[0]).mean() > 0.1
+
+
+def test_samplers_have_one_list_of_names():
+    assert tuple(SAMPLERS) == presets.SAMPLERS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": "euler"}, "--sampler is one of ddim, .*, not 'euler'"),
+        ({"sampler": "lcm", "steps": 51}, "--sampler lcm takes at most 50 steps"),
+        ({"sampler": "lcm", "eta": 0.5}, "--eta lies between 0 and 1 and goes with --sampler ddim.*, not lcm"),
+        ({"sampler": "tcd", "eta": 1.5}, "--eta lies between 0 and 1"),
+    ],
+)
+def test_impossible_sampling_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        HIGH.changed(**changes)
+
+
+def test_a_sampler_brings_its_eta():
+    assert HIGH.changed(sampler="tcd").sampling.eta == 0.3
+    assert HIGH.changed(sampler="tcd", eta=0.0).sampling.eta == 0.0
+    assert HIGH.changed(sampler="tcd").changed(sampler="lcm").sampling.eta == 0.0
 
 
 # --- batch sizes -------------------------------------------------------------------------------------------------

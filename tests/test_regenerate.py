@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 
 from compress import regenerate
 from compress.generators import batches, controlnet
-from compress.generators.controlnet import initial_noise
 from compress.presets import HIGH, LOW
+from ControlNet.cldm.sampler import draw
 from tests.folders import save_noise
 from tests.little_model import little_model
 from tests.regenerating import Maker
@@ -283,13 +283,6 @@ def test_half_written_files_of_dead_processes_are_removed(paths):
     assert left == {f".{os.getppid()}-abc.tmp", "mine.tmp"}
 
 
-def test_the_initial_noise_depends_on_number_and_size_alone():
-    expected = torch.randn(1, 4, 64, 88, generator=torch.Generator().manual_seed(3))
-    torch.manual_seed(99)
-    assert torch.equal(initial_noise(3, 512, 704), expected)
-    assert not torch.equal(initial_noise(4, 512, 704), expected)
-
-
 class Recorder:
     """Stands in for DDIMSampler: notes what it is asked for, and returns the noise."""
 
@@ -301,7 +294,7 @@ class Recorder:
     def sample(self, S, batch_size, shape, conditioning, **options):
         call = {"S": S, "batch_size": batch_size, "shape": shape, "cond": conditioning, **options}
         Recorder.calls = (*Recorder.calls, {**call, "scales": list(self.model.control_scales)})
-        return options["x_T"], {}
+        return draw((batch_size, *shape), options["generator"], self.model.device), {}
 
 
 @pytest.fixture
@@ -314,7 +307,7 @@ def recorded(monkeypatch):
 class Decoder(torch.nn.Module):
     """A model that only encodes texts, counting them, and decodes to one value."""
 
-    device, dtype = torch.device("cpu"), torch.float32
+    device, dtype, channels = torch.device("cpu"), torch.float32, 4
 
     def __init__(self, value=0.0):
         super().__init__()
@@ -349,7 +342,7 @@ def test_what_the_sampler_is_asked_for(paths, recorded):
         assert (call["unconditional_conditioning"]["c_crossattn"][0] == len(LOW.negative_prompt)).all()
         assert call["scales"] == [1.0] * 13
     first = recorded.calls[0]
-    assert torch.equal(first["x_T"], torch.cat([initial_noise(k, 256, 256) for k in (0, 1)]))
+    assert [generator.initial_seed() for generator in first["generator"]] == [0, 1]
 
 
 def test_guess_mode(paths, recorded):

@@ -1,13 +1,16 @@
-"""DPM-Solver++ 2M against diffusers' scheduler, and both samplers against a solution that is known."""
+"""Samplers against diffusers' schedulers, and the deterministic ones against a solution that is known."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
 import torch
 
 from ControlNet.cldm.ddim import DDIMSampler
-from ControlNet.cldm.dpm_solver import DPMSolverSampler
+from ControlNet.cldm.dpm_solver import DPMSolverSampler, UniPCSampler
+from ControlNet.cldm.few_steps import LCMSampler, TCDSampler
+from ControlNet.cldm.samplers import SAMPLERS
 from tests.little_model import little_model
 
 SHAPE = (4, 8, 8)
@@ -16,6 +19,17 @@ SHAPE = (4, 8, 8)
 @pytest.fixture(scope="module")
 def model():
     return little_model()
+
+
+@pytest.fixture(scope="module")
+def full_model():
+    """Stable Diffusion 1.5's sizes, with random weights."""
+    from ControlNet.cldm.model import MODELS_FOLDER, create_empty_model
+    from tests.small_controlnet import reference_state_dict
+
+    model = create_empty_model(MODELS_FOLDER / "cldm_v15.yaml")
+    model.load_state_dict(reference_state_dict(model), assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def prompts(model, text="apple pie, best quality", seed=0):
@@ -28,33 +42,98 @@ def prompts(model, text="apple pie, best quality", seed=0):
     return torch.randn((2, *SHAPE), generator=generator), cond, uncond
 
 
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def sample(sampler, model, steps, guidance=9.0, **options):
     x, cond, uncond = prompts(model)
     options = {"x_T": x, "unconditional_conditioning": uncond, "unconditional_guidance_scale": guidance, **options}
     return sampler(model).sample(steps, 2, SHAPE, cond, **options)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 7, 15, 20])
-def test_dpm_solver_agrees_with_diffusers(steps, model):
+# Our name -> diffusers' scheduler with the settings that its users give it, and options of its step().
+DPM = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "final_sigmas_type": "zero"}
+UNIPC = {"solver_type": "bh2", "final_sigmas_type": "zero"}
+DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+THEIRS = {
+    "ddim": ("DDIMScheduler", DDIM, {}),
+    "ddim-trailing": ("DDIMScheduler", {**DDIM, "timestep_spacing": "trailing"}, {}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", DPM, {}),
+    "dpm++2m-karras": ("DPMSolverMultistepScheduler", {**DPM, "use_karras_sigmas": True}, {}),
+    "unipc": ("UniPCMultistepScheduler", UNIPC, {}),
+    "unipc-karras": ("UniPCMultistepScheduler", {**UNIPC, "use_karras_sigmas": True}, {}),
+    "lcm": ("LCMScheduler", {"set_alpha_to_one": False}, {}),
+    "tcd": ("TCDScheduler", {"set_alpha_to_one": False}, {"eta": 0.3}),
+}
+
+
+def by_scheduler(model, name, steps, inputs, guidance, generator):
+    """Latents by diffusers' scheduler, from our model's noise predictions."""
     diffusers = pytest.importorskip("diffusers")
-    ours, _ = sample(DPMSolverSampler, model, steps)
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        algorithm_type="dpmsolver++",
-        solver_order=2,
-        solver_type="midpoint",
-        lower_order_final=True,
-        final_sigmas_type="zero",
-        timestep_spacing="linspace",
-    )
+    kind, settings, options = THEIRS[name]
+    scheduler = getattr(diffusers, kind)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **settings)
     scheduler.set_timesteps(steps)
-    x, cond, uncond = prompts(model)
-    for t in scheduler.timesteps:
-        on, off = (model.apply_model(x, torch.full((2,), int(t)), c) for c in (cond, uncond))
-        x = scheduler.step(off + 9.0 * (on - off), t, x).prev_sample
-    assert ((ours - x).abs().max() / x.abs().max()).item() < 1e-4
+    if name in ("lcm", "tcd"):
+        options = {**options, "generator": generator}
+    x, cond, uncond = inputs
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            on, off = (model.apply_model(x, torch.full((len(x),), int(t)), c) for c in (cond, uncond))
+            x = scheduler.step(off + guidance * (on - off), t, x, **options).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_agree_with_diffusers(name, steps, model):
+    eta = THEIRS[name][2].get("eta", 0.0)
+    ours, _ = sample(SAMPLERS[name], model, steps, eta=eta, generator=generators(5, 6), verbose=False)
+    theirs = by_scheduler(model, name, steps, prompts(model), 9.0, generators(5, 6))
+    assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
+
+
+@pytest.mark.parametrize("steps", [5, 7, 15])
+def test_dpm_solver_agrees_with_diffusers_at_odd_steps(steps, model):
+    ours, _ = sample(DPMSolverSampler, model, steps, verbose=False)
+    theirs = by_scheduler(model, "dpm++2m", steps, prompts(model), 9.0, None)
+    assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("ESCORT_SLOW"), reason="needs 7 GB and minutes: set ESCORT_SLOW=1")
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_agree_with_diffusers_at_full_size(name, full_model):
+    x, cond, uncond = prompts(full_model)
+    eta = THEIRS[name][2].get("eta", 0.0)
+    ours, _ = SAMPLERS[name](full_model).sample(
+        2, 2, SHAPE, cond, x_T=x, eta=eta, generator=generators(5, 6), verbose=False,
+        unconditional_conditioning=uncond, unconditional_guidance_scale=9.0,
+    )  # fmt: skip
+    theirs = by_scheduler(full_model, name, 2, (x, cond, uncond), 9.0, generators(5, 6))
+    assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
+
+
+@pytest.mark.parametrize(("name", "eta"), [("lcm", 0.0), ("tcd", 0.3), ("ddim", 1.0)])
+def test_an_item_with_a_generator_of_its_own_does_not_depend_on_its_batch(name, eta, model):
+    together, _ = sample(SAMPLERS[name], model, 4, eta=eta, x_T=None, generator=generators(5, 6), verbose=False)
+    other, _ = sample(SAMPLERS[name], model, 4, eta=eta, x_T=None, generator=generators(5, 7), verbose=False)
+    assert torch.equal(together[0], other[0])
+    assert not torch.allclose(together[1], other[1])
+    with pytest.raises(ValueError, match="3 generators for a batch of 2"):
+        sample(SAMPLERS[name], model, 4, eta=eta, generator=generators(5, 6, 7), x_T=None)
+
+
+def test_guidance_1_skips_the_unconditional_branch(model, monkeypatch):
+    batches = []
+    predict = model.apply_model
+    monkeypatch.setattr(model, "apply_model", lambda x, t, cond: batches.append(len(x)) or predict(x, t, cond))
+    unguided, _ = sample(DDIMSampler, model, 4, guidance=1.0, verbose=False)
+    assert batches == [2] * 4
+    sample(DDIMSampler, model, 4, guidance=1.5, verbose=False)
+    assert batches[4:] == [4] * 4
+    plain, _ = sample(DDIMSampler, model, 4, guidance=1.0, unconditional_conditioning=None, verbose=False)
+    assert torch.equal(unguided, plain)
 
 
 def test_the_timesteps_are_evenly_spaced_from_the_last():
@@ -73,9 +152,10 @@ class Schedule:
     alphas_cumprod = (-torch.linspace(0.001, 6.0, num_timesteps, dtype=torch.float64)).exp()
 
 
-@pytest.mark.parametrize(("sampler", "order"), [(DDIMSampler, 1), (DPMSolverSampler, 2)])
+@pytest.mark.parametrize(("sampler", "order"), [(DDIMSampler, 1), (DPMSolverSampler, 2), (UniPCSampler, 3)])
 def test_the_order_of_convergence(sampler, order):
-    """Half the step size, a half of DDIM's error and a quarter of the second-order solver's.
+    """Half the step size: a half of DDIM's error, a quarter of DPM-Solver++ 2M's, an eighth of UniPC's, whose
+    corrector adds an order.
 
     Of data that are Gaussian, with mean 0 and variance v, the way is known: eps(x, t) = sigma_t x / s_t^2, where
     s_t^2 = alpha_t^2 v + sigma_t^2 is the variance at t; and x_t / s_t never changes.
@@ -98,16 +178,18 @@ def test_the_order_of_convergence(sampler, order):
         assert np.log2(coarse / fine) == pytest.approx(order, abs=0.3)
 
 
-def test_both_samplers_have_the_same_interface(model):
-    for sampler in (DDIMSampler, DPMSolverSampler):
+def test_all_samplers_have_the_same_interface(model):
+    for sampler in SAMPLERS.values():
         steps = []
-        latents, way = sample(sampler, model, 5, callback=steps.append, log_every_t=2)
+        latents, way = sample(
+            sampler, model, 5, callback=steps.append, log_every_t=2, generator=generators(1, 2), verbose=False
+        )
         assert latents.shape == (2, *SHAPE)
         assert latents.dtype == torch.float32
         assert steps == [0, 1, 2, 3, 4]
         assert len(way["x_inter"]) == len(way["pred_x0"]) == 4  # the noise, and after steps 0, 2 and 4
         assert torch.equal(way["x_inter"][-1], latents)
-        again, _ = sample(sampler, model, 5)
+        again, _ = sample(sampler, model, 5, generator=generators(1, 2), verbose=False)
         assert torch.equal(again, latents)
 
 
@@ -238,6 +320,12 @@ def test_a_sampler_can_be_used_again(model):
 def test_what_the_solver_cannot_do_is_refused(model):
     with pytest.raises(ValueError, match="eta must be 0"):
         sample(DPMSolverSampler, model, 5, eta=0.5)
+    with pytest.raises(ValueError, match="eta must be 0"):
+        sample(LCMSampler, model, 4, eta=0.5)
+    with pytest.raises(ValueError, match=r"eta .* lies between 0 and 1"):
+        sample(TCDSampler, model, 4, eta=2.0)
+    with pytest.raises(ValueError, match="steps must be between 1 and 50"):
+        sample(LCMSampler, model, 51)
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="steps must be between 1 and 1000"):
             sample(DPMSolverSampler, model, steps)

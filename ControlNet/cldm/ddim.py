@@ -20,7 +20,8 @@ class DDIMSampler(Sampler):
     ) -> list[int]:
         """Set `ddim_timesteps` (ascending), `ddim_alphas`, `ddim_alphas_prev`, `ddim_sigmas` (float64, on the CPU).
 
-        sigma is DDIM's equation 16: eta 0 is deterministic, 1 is DDPM.  ddim_discretize: "uniform" or "quad".
+        sigma is DDIM's equation 16: eta 0 is deterministic, 1 is DDPM.
+        ddim_discretize: "uniform", "quad" or "trailing".
         """
         self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps, ddim_discretize)
         cumprod = self.model.alphas_cumprod.detach().double().cpu()
@@ -122,6 +123,15 @@ class DDIMSampler(Sampler):
                 callback(i)
         out = {"x_encoded": x, "intermediate_steps": list(kept)}
         return x, out | ({"intermediates": list(kept.values())} if return_intermediates else {})
+
+
+class TrailingDDIMSampler(DDIMSampler):
+    """DDIM from the last timestep down: for weights distilled to one to eight steps (Turbo, Hyper-SD, Lightning)."""
+
+    def make_schedule(
+        self, ddim_num_steps: int, ddim_discretize: str = "trailing", ddim_eta: float = 0.0, verbose: bool = True
+    ) -> list[int]:
+        return super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
 
 
 def _sigmas(alphas: Tensor, previous: Tensor, eta: float) -> Tensor:

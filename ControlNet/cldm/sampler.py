@@ -12,25 +12,36 @@ from tqdm import tqdm
 
 from ControlNet.cldm.guidance import Guided
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def draw(shape: tuple[int, ...], generator: Generators, device: torch.device) -> Tensor:
+    """Normal noise of this shape, on the generator's device; generator: as Noise has it."""
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}")
+        return torch.cat([draw((1, *shape[1:]), each, device).to(device) for each in generator])
+    return torch.randn(shape, generator=generator, device=device if generator is None else generator.device)
+
 
 @dataclass(frozen=True)
 class Noise:
     """Fresh noise for steps that need some.
 
-    generator: None for torch's global one; temperature: factor; dropout: share of the values that are set to 0;
+    generator: of all items, or a list with one for each item, whose noise then depends on its own generator alone;
+    None for torch's global one; temperature: factor; dropout: share of the values that are set to 0;
     always: draw at every step, used or not, as the published sampler does, so that later draws are the published ones.
     """
 
-    generator: torch.Generator | None = None
+    generator: Generators = None
     temperature: float = 1.0
     dropout: float = 0.0
     always: bool = False
 
     def __call__(self, x: Tensor, repeat: bool = False) -> Tensor:
         """Normal noise of x's shape, the same for all items of the batch where `repeat`."""
-        shape = (1, *x.shape[1:]) if repeat else x.shape
-        device = x.device if self.generator is None else self.generator.device
-        noise = torch.randn(shape, generator=self.generator, device=device).to(x).expand(x.shape) * self.temperature
+        shape = (1, *x.shape[1:]) if repeat else tuple(x.shape)
+        noise = draw(shape, self.generator, x.device).to(x).expand(x.shape) * self.temperature
         return F.dropout(noise, self.dropout) if self.dropout else noise
 
 
@@ -71,7 +82,7 @@ class Sampler(ABC):
         score_corrector: Any = None, corrector_kwargs: dict | None = None, verbose: bool = True,
         x_T: Tensor | None = None, log_every_t: int = 100, unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: dict | None = None, dynamic_threshold: None = None,
-        ucg_schedule: Sequence[float] | None = None, generator: torch.Generator | None = None,
+        ucg_schedule: Sequence[float] | None = None, generator: Generators = None,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:  # fmt: skip
         """Sample latents.  The arguments are the published sampler's, and generator.
 
@@ -80,7 +91,8 @@ class Sampler(ABC):
         deterministic; temperature, noise_dropout: of fresh noise (see Noise); mask, x0: keep the latents x0 where mask
         is 1; score_corrector: its modify_score(model, eps, x, t, conditioning, **corrector_kwargs) replaces eps;
         ucg_schedule: a guidance scale for each step; callback(i), img_callback(predicted x0, i): called after step i;
-        verbose: show a progress bar; generator: for all noise, None for torch's global one.
+        verbose: show a progress bar; generator: for all noise: one, a list with one for each item of the batch (then an
+        item does not depend on the others), or None for torch's global one.
 
         Returns the latents, batch_size x shape, and {"x_inter": [...], "pred_x0": [...]}, one every log_every_t steps.
         Raises ValueError for what is not supported: quantize_x0, dynamic_threshold, normals_sequence.
@@ -91,7 +103,8 @@ class Sampler(ABC):
             raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {len(timesteps)} steps")
         if mask is not None and x0 is None:
             raise ValueError("mask needs x0, the latents to keep where it is 1")
-        noise = Noise(generator, temperature, noise_dropout, always=x_T is None or mask is not None)
+        as_published = not isinstance(generator, Sequence) and (x_T is None or mask is not None)
+        noise = Noise(generator, temperature, noise_dropout, always=as_published)
         x = self._initial(x_T, (batch_size, *shape), generator)
         predict = Guided(self.model, conditioning, unconditional_conditioning, unconditional_guidance_scale)
         history = {"x_inter": [x], "pred_x0": [x]}
@@ -114,9 +127,9 @@ class Sampler(ABC):
                 history["pred_x0"].append(predicted)
         return x, history
 
-    def _initial(self, x_T: Tensor | None, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    def _initial(self, x_T: Tensor | None, shape: tuple[int, ...], generator: Generators) -> Tensor:
         if x_T is None:
-            x_T = torch.randn(shape, generator=generator, device=(generator or self.model).device)
+            x_T = draw(shape, generator, self.model.device)
         if x_T.shape != shape:
             raise ValueError(f"x_T has shape {tuple(x_T.shape)}, not {shape}")
         return x_T.to(self.model.device, torch.float32)

@@ -37,7 +37,8 @@ def ddim_timesteps(steps: int, num_timesteps: int = 1000, discretize: str = "uni
 
     "uniform": every c-th, c = num_timesteps // steps, plus one.  As in the published sampler, a number of steps that
     does not divide num_timesteps gives a few more (7 -> 8); one that would exceed the last timestep is set to it, where
-    the published sampler fails.  "quad": exactly `steps`, denser at low noise, plus one.
+    the published sampler fails.  "quad": exactly `steps`, denser at low noise, plus one.  "trailing": exactly `steps`,
+    evenly spaced from the last timestep down (Lin et al. 2024, table 2), as models distilled to few steps expect.
     """
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps must be between 1 and {num_timesteps}, not {steps}")
@@ -45,6 +46,8 @@ def ddim_timesteps(steps: int, num_timesteps: int = 1000, discretize: str = "uni
         chosen = (np.linspace(0, (num_timesteps * 0.8) ** 0.5, steps) ** 2).astype(np.int64)
     elif discretize == "uniform":
         chosen = np.arange(0, num_timesteps, num_timesteps // steps)
+    elif discretize == "trailing":
+        chosen = np.round(np.arange(num_timesteps, 0, -num_timesteps / steps)).astype(np.int64)[:steps][::-1] - 2
     else:
-        raise ValueError(f"ddim_discretize must be uniform or quad, not {discretize}")
+        raise ValueError(f"ddim_discretize must be uniform, quad or trailing, not {discretize}")
     return np.minimum(chosen + 1, num_timesteps - 1)

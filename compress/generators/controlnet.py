@@ -9,12 +9,9 @@ import torch
 
 from compress.forms import Request
 from compress.presets import Preset
-from ControlNet.cldm.ddim import DDIMSampler
-from ControlNet.cldm.dpm_solver import DPMSolverSampler
 from ControlNet.cldm.inference import make_ready, visiting
+from ControlNet.cldm.samplers import SAMPLERS
 from utils.errors import UserError
-
-SAMPLERS = {"ddim": DDIMSampler, "dpm++2m": DPMSolverSampler}
 
 FULL_SIZE = 300_000_000
 """A model of more parameters than this keeps a CPU busy with one picture at a time."""
@@ -39,10 +36,11 @@ class PictureGenerator:
 
     A batch that does not fit the device's memory is halved until it does, and so are those that follow.
 
-    A copy depends on its prompt, its number, the settings and the model alone.  It starts from noise of its own
-    (`initial_noise`).  As kernels may round differently at another batch size, an incomplete batch is padded, so that a
-    copy does not depend on what else is missing.  Measured: bit-exact on a CPU where the number of threads divides the
-    batch size; elsewhere, and between batch sizes, a few pixels in ten thousand differ by one level of 255.
+    A copy depends on its prompt, its seed, the settings and the model alone.  It has a random generator of its own, on
+    the CPU, from which its initial noise and the noise of each step are drawn.  As kernels may round differently at
+    another batch size, an incomplete batch is padded, so that a copy does not depend on what else is missing.
+    Measured: bit-exact on a CPU where the number of threads divides the batch size; elsewhere, and between batch
+    sizes, a few pixels in ten thousand differ by one level of 255.
     """
 
     def __init__(
@@ -110,7 +108,6 @@ class PictureGenerator:
         filled = list(batch) + [batch[-1]] * (self.batch_size - len(batch))
         height, width = batch[0].condition.size
         hints = self._hints(filled)
-        noise = torch.cat([initial_noise(request.seed, height, width) for request in filled])
         texts = [self.preset.prompt_text(request.text) for request in filled]
         contexts = self._encode([self.preset.negative_prompt, *texts])
         model.control_scales = sampling.control_scales(len(model.control_scales))
@@ -118,7 +115,7 @@ class PictureGenerator:
             latents, _ = SAMPLERS[sampling.sampler](model).sample(
                 steps or sampling.steps,
                 len(filled),
-                tuple(noise.shape[1:]),
+                (model.channels, height // 8, width // 8),
                 {"c_concat": hints, "c_crossattn": [torch.cat([contexts[text] for text in texts])]},
                 eta=sampling.eta,
                 unconditional_guidance_scale=sampling.guidance,
@@ -126,7 +123,7 @@ class PictureGenerator:
                     "c_concat": hints if sampling.unconditional_control else None,
                     "c_crossattn": [contexts[self.preset.negative_prompt].expand(len(filled), -1, -1)],
                 },
-                x_T=noise.to(self.device),
+                generator=[torch.Generator().manual_seed(request.seed) for request in filled],
                 verbose=False,
             )
         with self._at_work("first_stage_model"):
@@ -165,15 +162,6 @@ class PictureGenerator:
 def _is_out_of_memory(error: Exception) -> bool:
     """A GPU's allocator has an error of its own; the CPU's says so in words."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def initial_noise(seed: int, height: int, width: int) -> torch.Tensor:
-    """The noise that a copy of this generated size starts from: 1 x 4 x height/8 x width/8.
-
-    Drawn on the CPU by a generator of its own, so that it is the same in every batch, process and device.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn((1, 4, height // 8, width // 8), generator=generator)
 
 
 def default_batch_size(model) -> int:

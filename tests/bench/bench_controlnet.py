@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.forms import Condition, Request
-from compress.generators.controlnet import PictureGenerator, initial_noise
+from compress.generators.controlnet import PictureGenerator
 from compress.presets import HIGH, Preset
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.ddim import DDIMSampler
@@ -98,18 +98,23 @@ def plain_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = fused
 
 
+def initial_noise(job: Request) -> Tensor:
+    """The noise that the generator starts a copy from."""
+    height, width = job.condition.size
+    return torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(job.seed))
+
+
 def published(model: ControlLDM, preset: Preset) -> Contender:
     """The published scripts' loop, on their interface."""
 
     def picture(job: Request, steps: int) -> np.ndarray:
-        height, width = job.condition.hint.shape
         hint = torch.from_numpy(job.condition.hint).to(model.device).float()[None, None].repeat(1, 3, 1, 1) / 255
         cond, uncond = (
             {"c_concat": [hint], "c_crossattn": [model.get_learned_conditioning([text])]}
             for text in (preset.prompt_text(job.text), preset.negative_prompt)
         )
         sampler = DDIMSampler(model)
-        x = initial_noise(job.seed, height, width).to(model.device)
+        x = initial_noise(job).to(model.device)
         for i, timestep in enumerate(sampler.make_schedule(steps)):
             t = torch.full((1,), timestep, device=model.device)
             eps, eps_uncond = model.apply_model(x, t, cond), model.apply_model(x, t, uncond)
@@ -150,7 +155,7 @@ def diffusers_pipeline(config: Path, model: ControlLDM, preset: Preset) -> Conte
 
     def pictures(jobs: Sequence[Request], steps: int) -> list[np.ndarray]:
         hints = torch.from_numpy(np.stack([job.condition.hint for job in jobs])).to(model.device, model.dtype) / 255
-        noise = torch.cat([initial_noise(job.seed, *job.condition.hint.shape) for job in jobs])
+        noise = torch.cat([initial_noise(job) for job in jobs])
         made = pipeline(
             prompt_embeds=encode([preset.prompt_text(job.text) for job in jobs]),
             negative_prompt_embeds=encode([preset.negative_prompt] * len(jobs)),
