@@ -8,6 +8,8 @@ statistics move to the held-out images.  `bias_stage: paper` takes it once, with
 """
 
 from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,8 +19,18 @@ from models.losses import distillation
 from models.method import Method
 from models.networks import BiasedNet, Outputs
 from models.stages import Defaults, Stage
+from utils.config.schema import setting
+from utils.config.types import Fraction
 from utils.data.items import Item
 from utils.errors import UserError
+
+
+@dataclass
+class Settings:
+    bias_stage: Literal["pycil", "paper"] = setting(
+        "pycil", "second stage as in PyCIL (softmax twice, batch norm in training mode), or the paper's"
+    )
+    split_ratio: Fraction = setting(0.1, "share of the exemplars that is held out for the bias layers", source="PyCIL")
 
 
 class BiC(Method, name="bic"):
@@ -34,7 +46,7 @@ class BiC(Method, name="bic"):
 
     def build_network(self, backbone: ResNet) -> BiasedNet:
         network = BiasedNet(backbone)
-        network.frozen_in_eval = self.config.bias_stage == "paper"
+        network.frozen_in_eval = self.settings.bias_stage == "paper"
         return network
 
     def stages(self) -> list[Stage]:
@@ -60,7 +72,7 @@ class BiC(Method, name="bic"):
         fewest = min(Counter(item.target for item in items).values())
         if fewest < 2:
             raise UserError("BiC holds exemplars of each class out: it needs at least 2 a class. Raise the budget.")
-        share = max(1, int(self.config.split_ratio * fewest))
+        share = max(1, int(self.settings.split_ratio * fewest))
         held, taken = set(), Counter()
         for index in self.run.rng(self.phase, "held out").permutation(len(items)).tolist():
             if taken[items[index].target] < share:
@@ -82,5 +94,5 @@ class BiC(Method, name="bic"):
 
     def bias_loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """Eq. 5: CE of the corrected logits; of their softmax as in PyCIL."""
-        paper = self.config.bias_stage == "paper"
+        paper = self.settings.bias_stage == "paper"
         return F.cross_entropy(outputs.logits if paper else outputs.logits.softmax(dim=1), targets)

@@ -18,7 +18,15 @@ from utils.config.schema import MethodInfo
 from utils.config.show import markdown
 
 FOLDER = Path(__file__).parent
-_LIGHT = ("dataclasses", "typing", "collections.abc", "utils.config.schema", "utils.config.types", "utils.errors")
+_LIGHT = (
+    "annotated_types",
+    "dataclasses",
+    "typing",
+    "collections.abc",
+    "utils.config.schema",
+    "utils.config.types",
+    "utils.errors",
+)
 """Modules that the code of a `Settings` may import from."""
 
 

@@ -13,8 +13,11 @@ when the new images are there, by the same network, and its masses are uniform; 
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,9 +26,22 @@ from models.losses import distillation
 from models.method import Method
 from models.networks import CosineNet, Outputs
 from models.stages import Defaults
+from utils.config.schema import setting
+from utils.config.types import NonNegative, Number, Positive
 
 PROSPECTIVE_WEIGHT = 0.001
 STEPS_A_PLAN = 30  # how long a plan of the retrospective term is kept
+
+
+@dataclass
+class Settings:
+    sinkhorn: Positive = setting(0.464, "regularisation of optimal transport", source="PyCIL")
+    norm_term: Annotated[Number, Ge(1)] = setting(3.0, "p of the norm between class means", source="PyCIL")
+    calibration_term: Positive = setting(1.5, "no effect, as in PyCIL, whose own code overwrites it", source="PyCIL")
+    reg_term: NonNegative = setting(1e-3, "weight of the retrospective transport", source="PyCIL")
+    old_class_means: Literal["images", "exemplars"] = setting(
+        "images", "a phase's first plan takes means of all old images, as in PyCIL, or of the exemplars"
+    )
 
 
 class Coil(Method, name="coil"):
@@ -40,7 +56,7 @@ class Coil(Method, name="coil"):
         """Initialise the new classifiers by those of the old classes, carried along the plan."""
         if self.phase == 0:
             return
-        of_images = self.config.old_class_means == "images"
+        of_images = self.settings.old_class_means == "images"
         old_means = self.image_means(range(self.nb_old)) if of_images else self.exemplar_means()
         plan = self.plan(old_means)
         *old, new = self.network.head.proxies
@@ -55,15 +71,15 @@ class Coil(Method, name="coil"):
         classification = F.cross_entropy(outputs.logits, targets)
         if self.old_network is None:
             return classification
-        c, l = self.config, self.nb_old / self.nb_seen  # noqa: E741  (the paper's lambda)
+        T, l = self.config.T, self.nb_old / self.nb_seen  # noqa: E741  (the paper's lambda)
         old_logits, features = self.old_logits(images), F.normalize(outputs.features)
-        kept = distillation(outputs.logits[:, : self.nb_old], old_logits, c.T)
+        kept = distillation(outputs.logits[:, : self.nb_old], old_logits, T)
         if self.epoch == 0:
             weight, guide = PROSPECTIVE_WEIGHT, features @ F.normalize(self.carried).T
-            transported = distillation(outputs.logits[:, self.nb_old :], guide, c.T)
+            transported = distillation(outputs.logits[:, self.nb_old :], guide, T)
         else:
-            weight = c.reg_term * (self.epoch / self.schedule().epochs) ** 2
-            transported = distillation(features @ F.normalize(self.carried_back()).T, old_logits, c.T)
+            weight = self.settings.reg_term * (self.epoch / self.schedule().epochs) ** 2
+            transported = distillation(features @ F.normalize(self.carried_back()).T, old_logits, T)
         return (1 - l) * classification + l * kept + weight * transported
 
     def carried_back(self) -> Tensor:
@@ -79,8 +95,8 @@ class Coil(Method, name="coil"):
 
     def plan(self, old_means: Tensor) -> Tensor:
         """The transport plan between old and new classes, nb_old x nb_new; old_means: nb_old x D."""
-        c, new_means = self.config, self.image_means(range(self.nb_old, self.nb_seen))
-        return self.fabric.to_device(sinkhorn(torch.cdist(old_means, new_means, p=c.norm_term), c.sinkhorn))
+        s, new_means = self.settings, self.image_means(range(self.nb_old, self.nb_seen))
+        return self.fabric.to_device(sinkhorn(torch.cdist(old_means, new_means, p=s.norm_term), s.sinkhorn))
 
     def exemplar_means(self) -> Tensor:
         """The mean feature of each old class's exemplars, of unit length: nb_old x D."""

@@ -6,6 +6,9 @@ As in PyCIL, the Fisher matrix is computed in training mode: with each batch's o
 running ones move along.  `fisher_mode: eval` computes it with the network that is evaluated, as the paper describes.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +18,17 @@ from models.method import Method
 from models.networks import Outputs
 from models.parts import parts
 from models.stages import Defaults, Stage
+from utils.config.schema import setting
+from utils.config.types import NonNegative
+
+
+@dataclass
+class Settings:
+    ewc_lambda: NonNegative = setting(1000.0, "weight of the penalty", source="PyCIL")
+    fishermax: NonNegative = setting(1e-4, "greatest importance of a weight", source="PyCIL")
+    fisher_mode: Literal["train", "eval"] = setting(
+        "train", "the network's mode for the Fisher matrix; train as in PyCIL, eval as in the paper"
+    )
 
 
 class EWC(Method, name="ewc"):
@@ -29,7 +43,7 @@ class EWC(Method, name="ewc"):
         weights = dict(self.network.named_parameters())
         held = [weights[name] for name in self.state["fisher"]]
         penalty = quadratic_penalty(held, [*self.state["weights"].values()], [*self.state["fisher"].values()])
-        return classification + self.config.ewc_lambda * penalty
+        return classification + self.settings.ewc_lambda * penalty
 
     def before_training(self) -> None:
         for kind, tensors in self.state.items():
@@ -53,7 +67,7 @@ class EWC(Method, name="ewc"):
         sampler.set_epoch(schedule.epochs)
         names, weights = zip(*self.network.named_parameters(), strict=True)
         sums = [torch.zeros_like(weight) for weight in weights]
-        self.network.train(self.config.fisher_mode == "train")
+        self.network.train(self.settings.fisher_mode == "train")
         for step, (_, images, targets) in enumerate(loader):
             images, targets = self.run.to_device(images), self.fabric.to_device(targets)
             gradients = [torch.zeros_like(weight) for weight in weights]
@@ -67,6 +81,6 @@ class EWC(Method, name="ewc"):
                 total += gradient.square()
         self.run.share(self.network)
         return {
-            name: (total / len(sampler)).clamp(max=self.config.fishermax)
+            name: (total / len(sampler)).clamp(max=self.settings.fishermax)
             for name, total in zip(names, sums, strict=True)
         }

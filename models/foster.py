@@ -11,6 +11,8 @@ images' indices, which is a slip.
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from models.losses import distillation
 from models.method import Method
 from models.networks import IncrementalNet, Outputs, PartlyFrozenNet
 from models.stages import Defaults, Stage
+from utils.config.schema import setting
+from utils.config.types import Count, Fraction, NonNegative, Positive
 from utils.data.items import Item
 
 
@@ -86,6 +90,22 @@ class FosterNet(PartlyFrozenNet):
         return (self.student if self.training and self.compressing else self.evaluated)(x)
 
 
+@dataclass
+class Settings:
+    beta1: Fraction = setting(0.96, "how strongly boosting favours classes of few images, 0 to below 1", source="PyCIL")
+    beta2: Fraction = setting(0.97, "the same of compression", source="PyCIL")
+    lambda_okd: NonNegative = setting(1.0, "weight of distillation while boosting", source="PyCIL")
+    oofc: Literal["ft", "az"] = setting(
+        "ft", "the new classes' weights on old features: tuned, or all zero", source="PyCIL"
+    )
+    compression_epochs: Count = setting(130, "epochs of compression; boosting has epochs", source="PyCIL")
+    is_teacher_wa: bool = setting(False, "align the head's weights before compression", source="PyCIL")
+    is_student_wa: bool = setting(False, "align the head's weights after compression", source="PyCIL")
+    wa_value: Positive = setting(
+        1.0, "of those alignments, new norms over old ones for each old class a new one", source="PyCIL"
+    )
+
+
 class FOSTER(Method, name="foster"):
     defaults = Defaults(epochs=170, weight_decay=5e-4, scheduler="cosine")
 
@@ -97,10 +117,10 @@ class FOSTER(Method, name="foster"):
         if self.phase == 0:
             return [stage]
         counts, pair = self.image_counts(stage.items), self.network.pair
-        c = self.config
+        s = self.settings
         self.weights = {
             name: self.fabric.to_device(effective_number_weights(counts, beta))
-            for name, beta in (("boosting", c.beta1), ("compression", c.beta2))
+            for name, beta in (("boosting", s.beta1), ("compression", s.beta2))
         }
         boosted = [*pair.backbone.parameters(), *pair.head.parameters(), *pair.aux_head.parameters()]
         return [
@@ -109,7 +129,7 @@ class FOSTER(Method, name="foster"):
                 name="compression",
                 loss=self.compression_loss,
                 parameters=list(self.network.student.parameters()),
-                schedule=stage.schedule._replace(epochs=c.compression_epochs, weight_decay=0.0),
+                schedule=stage.schedule._replace(epochs=s.compression_epochs, weight_decay=0.0),
             ),
         ]
 
@@ -120,14 +140,14 @@ class FOSTER(Method, name="foster"):
     def before_stage(self, stage: Stage) -> None:
         pair = self.network.pair
         self.network.compressing = stage.name == "compression"
-        if stage.name == "boosting" and self.config.oofc == "az":
+        if stage.name == "boosting" and self.settings.oofc == "az":
             # The new classes' weights on old features are zero; without gradients they stay so.
             weight = pair.head.weight
             learns = torch.ones_like(weight)
             learns[self.nb_old :, : pair.old.head.in_features] = 0
             weight.data.mul_(learns)
             weight.register_hook(lambda gradient: gradient * learns)
-        elif stage.name == "compression" and self.config.is_teacher_wa:
+        elif stage.name == "compression" and self.settings.is_teacher_wa:
             self.align(pair.head)
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
@@ -139,7 +159,7 @@ class FOSTER(Method, name="foster"):
         enhanced = F.cross_entropy(outputs.aux_logits, targets)
         old_logits = self.network.pair.old_logits(outputs.features)
         old = distillation(outputs.logits[:, : self.nb_old], old_logits, self.config.T)
-        return aligned + enhanced + self.config.lambda_okd * old
+        return aligned + enhanced + self.settings.lambda_okd * old
 
     def compression_loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """Balanced distillation: the pair's probabilities, reweighted towards classes of few images."""
@@ -148,7 +168,7 @@ class FOSTER(Method, name="foster"):
         return distillation(outputs.logits, taught, self.config.T, self.weights["compression"])
 
     def after_training(self) -> None:
-        if self.phase > 0 and self.config.is_student_wa:
+        if self.phase > 0 and self.settings.is_student_wa:
             self.align(self.network.student.head)
 
     def also_evaluated(self) -> dict[str, IncrementalNet]:
@@ -162,7 +182,7 @@ class FOSTER(Method, name="foster"):
     def align(self, head: nn.Linear) -> None:
         """WA's alignment, with the new classes' norms scaled by wa_value^(old classes / new classes)."""
         align_weights(head, self.nb_new)
-        head.weight[-self.nb_new :] *= self.config.wa_value ** (self.nb_old / self.nb_new)
+        head.weight[-self.nb_new :] *= self.settings.wa_value ** (self.nb_old / self.nb_new)
 
 
 def effective_number_weights(counts: Tensor, beta: float) -> Tensor:

@@ -20,7 +20,8 @@ from models.losses import among_new
 from models.method import Method
 from models.networks import Outputs
 from models.stages import Defaults, Stage
-from utils.config.schema import Config
+from utils.config.schema import Config, setting
+from utils.config.types import Count, NonNegative
 from utils.data.sampler import seed_sequence
 
 _MEMORY = 2
@@ -29,7 +30,12 @@ _MEMORY = 2
 
 @dataclass
 class Settings:
-    """GEM's own keys."""
+    gem_margin: NonNegative = setting(
+        0.0, "least weight of an earlier phase in a corrected step; the authors' code has 0.5"
+    )
+    gem_memory_batch: Count | None = setting(
+        None, "exemplars of each earlier phase in a step; null: all of them, as in PyCIL"
+    )
 
     def check(self, config: Config) -> Iterator[str]:
         """What does not go together with other keys, each message beginning with one."""
@@ -73,7 +79,7 @@ class GEM(Method, name="gem"):
             return
         weights = self.weights()
         memory = self.fabric.all_reduce(torch.stack(self.memory_gradients), reduce_op="mean")
-        step = projected(flat([weight.grad for weight in weights]), memory, self.config.gem_margin)
+        step = projected(flat([weight.grad for weight in weights]), memory, self.settings.gem_margin)
         for weight, part in zip(weights, step.split([weight.numel() for weight in weights]), strict=True):
             weight.grad.copy_(part.view_as(weight))
 
@@ -88,7 +94,7 @@ class GEM(Method, name="gem"):
 
     def drawn(self, phase: int, number: int) -> Tensor:
         """Indices of the exemplars of a phase that this step uses, of `number`: the same in every process."""
-        wanted = self.config.gem_memory_batch
+        wanted = self.settings.gem_memory_batch
         if wanted is None or wanted >= number:
             return torch.arange(number)
         seeds = seed_sequence(self.config.model_seed, self.phase, self.epoch, _MEMORY, self.step, phase)

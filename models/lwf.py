@@ -3,12 +3,21 @@
 No exemplars: on the new classes' images, the network keeps saying of the old classes what it said before.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from models.losses import among_new, distillation
 from models.method import Method
 from models.networks import Outputs
 from models.stages import Defaults
+from utils.config.schema import setting
+from utils.config.types import NonNegative
+
+
+@dataclass
+class Settings:
+    lwf_lambda: NonNegative = setting(3.0, "weight of distillation", source="PyCIL")
 
 
 class LwF(Method, name="lwf"):
@@ -22,4 +31,4 @@ class LwF(Method, name="lwf"):
         if self.old_network is None:
             return classification
         old = distillation(outputs.logits[:, : self.nb_old], self.old_logits(images), self.config.T)
-        return classification + self.config.lwf_lambda * old
+        return classification + self.settings.lwf_lambda * old

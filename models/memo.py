@@ -3,9 +3,21 @@
 Early blocks hardly differ between phases, so they are shared; only the last stage is specialised, one a phase.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from convs.resnet import ResNet
 from models.der import DER
 from models.networks import ExpandableNet, memo_net
+
+
+@dataclass
+class Settings:
+    pycil_only: ClassVar[dict[str, tuple[tuple, str]]] = {
+        "train_base": ((True,), "the shared blocks always learn"),
+        "train_adaptive": ((False,), "the specialised blocks of earlier phases stay frozen"),
+        "alpha_aux": ((1,), "the auxiliary loss has weight 1"),
+    }
 
 
 class MEMO(DER, name="memo"):

@@ -40,7 +40,7 @@ def path_of(run: Run, method: Method) -> Path:
     backbone, head = method.network.first_phase_modules()
     settings: dict[str, Any] = {
         "method": "any" if method.plain_phase_0 else config.model_name,
-        "method_keys": [getattr(config, key) for key in method.phase_0_keys],
+        "method_keys": [getattr(method.settings, key) for key in method.phase_0_keys],
         "layers": [str(layer) for layer in backbone.children()],
         "head": [list(parameter.shape) for parameter in head.parameters()],
         "transform": str(data.train_transform),

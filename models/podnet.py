@@ -10,6 +10,8 @@ the classifier alone; PyCIL tunes all but the old classes' proxies.
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +21,21 @@ from convs.resnet import ResNet
 from models.method import Method
 from models.networks import CosineNet, Outputs
 from models.stages import Defaults, Schedule, Stage
+from utils.config.schema import setting
+from utils.config.types import Count, NonNegative, Positive
 from utils.data.items import Item
 
 MARGIN = 0.6  # the paper's delta
+
+
+@dataclass
+class Settings:
+    lambda_c_base: NonNegative = setting(5.0, "weight of POD-spatial", source="PyCIL")
+    lambda_f_base: NonNegative = setting(1.0, "weight of POD-flat", source="PyCIL")
+    nb_proxy: Count = setting(10, "proxies of a class", source="PyCIL")
+    nca: Literal["pycil", "paper"] = setting("pycil", "PyCIL's NCA loss, or the paper's (margin and hinge)")
+    ft_epochs: Count = setting(20, "epochs of tuning on balanced classes", source="PyCIL")
+    ft_lrate: Positive = setting(0.005, "learning rate of that tuning", source="PyCIL")
 
 
 class PODNet(Method, name="podnet"):
@@ -31,7 +45,7 @@ class PODNet(Method, name="podnet"):
     phase_0_keys = ("nca",)
 
     def build_network(self, backbone: ResNet) -> CosineNet:
-        return CosineNet(backbone, self.config.nb_proxy)
+        return CosineNet(backbone, self.settings.nb_proxy)
 
     def stages(self) -> Iterator[Stage]:
         """`training`, then `balanced`: both of all but the old classes' proxies."""
@@ -39,10 +53,10 @@ class PODNet(Method, name="podnet"):
         if self.phase == 0:
             yield stage
             return
-        c, head = self.config, self.network.head
+        s, head = self.settings, self.network.head
         stage = stage._replace(parameters=[*self.network.backbone.parameters(), head.eta, head.proxies[-1]])
         yield stage
-        schedule = Schedule(c.ft_epochs, c.ft_lrate, None, 1.0, stage.schedule.weight_decay)
+        schedule = Schedule(s.ft_epochs, s.ft_lrate, None, 1.0, stage.schedule.weight_decay)
         yield stage._replace(name="balanced", items=self.balanced_items(), schedule=schedule)
 
     def balanced_items(self) -> list[Item]:
@@ -61,13 +75,13 @@ class PODNet(Method, name="podnet"):
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """NCA + f (lambda_c POD-spatial + lambda_f POD-flat), f = sqrt(all classes / new classes)."""
-        c = self.config
-        classification = (nca if c.nca == "pycil" else hinged_nca)(outputs.logits, targets)
+        s = self.settings
+        classification = (nca if s.nca == "pycil" else hinged_nca)(outputs.logits, targets)
         if self.old_network is None:
             return classification
         old = self.old_outputs(images)
-        spatial = c.lambda_c_base * pod_spatial(outputs.maps, old.maps)
-        flat = c.lambda_f_base * pod_flat(outputs.features, old.features)
+        spatial = s.lambda_c_base * pod_spatial(outputs.maps, old.maps)
+        flat = s.lambda_f_base * pod_flat(outputs.features, old.features)
         return classification + math.sqrt(self.nb_seen / self.nb_new) * (spatial + flat)
 
 

@@ -14,15 +14,14 @@ from utils.config.types import alternatives, choices_of, in_words
 from utils.errors import UserError
 
 PYCIL_ONLY: dict[str, tuple[tuple | None, str]] = {
-    "train_base": ((True,), "the shared blocks always learn"),
-    "train_adaptive": ((False,), "the specialised blocks of earlier phases stay frozen"),
-    "alpha_aux": ((1,), "the auxiliary loss has weight 1"),
     "skip": ((False,), "phase 0 is trained, or reused from phase0_cache"),
     "debug": (None, "it only changes what PyCIL prints"),
     "min_lr": ((0,), "the cosine ends at 0"),
     "t_max": (None, "the cosine ends with the last epoch"),
 }
-"""Keys of PyCIL's files that are no keys here: the values that mean what happens anyway (None: all), and why."""
+"""Keys of PyCIL's files that are no keys here: the values that mean what happens anyway (None: all), and why.
+
+A method's `Settings` may have a class variable `pycil_only` like this."""
 
 
 class Given(NamedTuple):
@@ -84,6 +83,9 @@ class _Reading:
         own = self.method.settings if self.method else None
         self.own_keys = keys_of(own) if own else {}
         self.keys = {**all_keys(methods.values()), **keys_of(Config), **self.own_keys}
+        self.pycil_only = dict(PYCIL_ONLY)
+        for other in methods.values():
+            self.pycil_only |= getattr(other.settings, "pycil_only", {})
         self.given = self._by_our_names(given)
 
     def config(self) -> Config:
@@ -125,8 +127,8 @@ class _Reading:
                     self.problems.append((entry.origin, f"{key} is given twice, once as {name}; keep one"))
                 if key not in found or entry.origin != self.file:
                     found[key] = entry
-            elif name in PYCIL_ONLY:
-                allowed, reason = PYCIL_ONLY[name]
+            elif name in self.pycil_only:
+                allowed, reason = self.pycil_only[name]
                 if allowed is None or entry.value in allowed:
                     self.notes.append(f"{name} is PyCIL's and changes nothing here: {reason}")
                 else:

@@ -4,7 +4,6 @@
 with the same types and the same `setting`; `utils.config.read` reads and checks both alike.
 """
 
-# ruff: noqa: RUF009  (setting is dataclasses.field with a meaning)
 import dataclasses
 import json
 import typing
@@ -12,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
-from annotated_types import Ge
 from pydantic import BeforeValidator
 
 from utils.config.types import (
@@ -26,7 +24,6 @@ from utils.config.types import (
     Increments,
     Natural,
     NonNegative,
-    Number,
     Positive,
     Probability,
     Seeds,
@@ -170,64 +167,7 @@ class Config:
     )
     lrate_decay: Positive = setting(0.1, "later phases: factor of each decay", source=PYCIL)
     weight_decay: NonNegative | None = setting(None, "later phases: weight decay; null: the method's own", source=PYCIL)
-
-    # The methods' own (PyCIL's names, where it has them)
     T: Positive = setting(2.0, "temperature of knowledge distillation", source=PYCIL)
-    lwf_lambda: NonNegative = setting(3.0, "LwF: weight of distillation", source="LwF in PyCIL")
-    ewc_lambda: NonNegative = setting(1000.0, "EWC: weight of the penalty", source="EWC in PyCIL")
-    fishermax: NonNegative = setting(1e-4, "EWC: greatest importance of a weight", source="EWC in PyCIL")
-    fisher_mode: Literal["train", "eval"] = setting(
-        "train", "EWC: the network's mode for the Fisher matrix; train as in PyCIL, eval as in the paper"
-    )
-    gem_margin: NonNegative = setting(
-        0.0, "GEM: least weight of an earlier phase in a corrected step; the authors' code has 0.5"
-    )
-    gem_memory_batch: Count | None = setting(
-        None, "GEM: exemplars of each earlier phase in a step; null: all of them, as in PyCIL"
-    )
-    bias_stage: Literal["pycil", "paper"] = setting(
-        "pycil", "BiC: second stage as in PyCIL (softmax twice, batch norm in training mode), or the paper's"
-    )
-    split_ratio: Fraction = setting(
-        0.1, "BiC: share of the exemplars that is held out for the bias layers", source="BiC in PyCIL"
-    )
-    lambda_c_base: NonNegative = setting(5.0, "PODNet: weight of POD-spatial", source="PODNet in PyCIL")
-    lambda_f_base: NonNegative = setting(1.0, "PODNet: weight of POD-flat", source="PODNet in PyCIL")
-    nb_proxy: Count = setting(10, "PODNet: proxies of a class", source="PODNet in PyCIL")
-    nca: Literal["pycil", "paper"] = setting("pycil", "PODNet: PyCIL's NCA loss, or the paper's (margin and hinge)")
-    ft_epochs: Count = setting(20, "PODNet: epochs of tuning on balanced classes", source="PODNet in PyCIL")
-    ft_lrate: Positive = setting(0.005, "PODNet: learning rate of that", source="PODNet in PyCIL")
-    beta1: Fraction = setting(
-        0.96, "FOSTER: how strongly boosting favours classes of few images, 0 to below 1", source="FOSTER in PyCIL"
-    )
-    beta2: Fraction = setting(0.97, "FOSTER: the same of compression", source="FOSTER in PyCIL")
-    lambda_okd: NonNegative = setting(1.0, "FOSTER: weight of distillation while boosting", source="FOSTER in PyCIL")
-    oofc: Literal["ft", "az"] = setting(
-        "ft", "FOSTER: the new classes' weights on old features: tuned, or all zero", source="FOSTER in PyCIL"
-    )
-    compression_epochs: Count = setting(
-        130, "FOSTER: epochs of compression; boosting has epochs", source="FOSTER in PyCIL"
-    )
-    is_teacher_wa: bool = setting(
-        False, "FOSTER: align the head's weights before compression", source="FOSTER in PyCIL"
-    )
-    is_student_wa: bool = setting(False, "FOSTER: align the head's weights after compression", source="FOSTER in PyCIL")
-    wa_value: Positive = setting(
-        1.0,
-        "FOSTER: of those alignments, new norms over old ones for each old class a new one",
-        source="FOSTER in PyCIL",
-    )
-    sinkhorn: Positive = setting(0.464, "Coil: regularisation of optimal transport", source="Coil in PyCIL")
-    norm_term: Annotated[Number, Ge(1)] = setting(
-        3.0, "Coil: p of the norm between class means", source="Coil in PyCIL"
-    )
-    calibration_term: Positive = setting(
-        1.5, "Coil: no effect, as in PyCIL, whose own code overwrites it", source="Coil in PyCIL"
-    )
-    reg_term: NonNegative = setting(1e-3, "Coil: weight of the retrospective transport", source="Coil in PyCIL")
-    old_class_means: Literal["images", "exemplars"] = setting(
-        "images", "Coil: a phase's first plan takes means of all old images, as in PyCIL, or of the exemplars"
-    )
 
     # The machine
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = setting("32-true", "arithmetic of training")
