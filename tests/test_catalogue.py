@@ -1,6 +1,7 @@
 """Methods and their settings read from source: what a new method file needs, and that torch stays out."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -94,6 +95,24 @@ def test_the_catalogue_is_what_the_classes_say():
     for name, info in catalogue.methods().items():
         assert (METHODS[name].name, METHODS[name].uses_memory) == (name, info.uses_memory)
         assert METHODS[name].least_exemplars == info.least_exemplars
+
+
+def test_a_key_of_another_method_is_checked_and_noted():
+    options = {"methods": catalogue.methods(), "backbones": catalogue.backbones()}
+    config = load_config(ROOT / "exps" / "icarl.json", ["ewc_lambda=5", "train_base=true"], **options)
+    assert "ewc_lambda is no key of icarl; it changes nothing" in config.notes
+    assert any("train_base is PyCIL's and changes nothing here" in note for note in config.notes)
+    assert "ewc_lambda" not in as_dict(config)
+    with pytest.raises(UserError, match="ewc_lambda must be at least 0, not -1"):
+        load_config(ROOT / "exps" / "icarl.json", ["ewc_lambda=-1"], **options)
+    with pytest.raises(UserError, match="train_base can only be true here"):
+        load_config(ROOT / "exps" / "icarl.json", ["train_base=false"], **options)
+
+
+def test_the_config_s_code_names_no_method():
+    for file in (ROOT / "utils" / "config").glob("*.py"):
+        words = set(re.findall(r"[a-z]+", file.read_text().lower()))
+        assert not words & set(catalogue.methods()), file
 
 
 HEAVY = ("torch", "transformers", "scipy", "torchmetrics", "matplotlib")

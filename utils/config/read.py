@@ -129,7 +129,7 @@ class _Reading:
                     found[key] = entry
             elif name in self.pycil_only:
                 allowed, reason = self.pycil_only[name]
-                if allowed is None or entry.value in allowed:
+                if allowed is None or entry.value in (allowed if entry.typed else [*map(_as_json, allowed)]):
                     self.notes.append(f"{name} is PyCIL's and changes nothing here: {reason}")
                 else:
                     only = " or ".join(map(_as_json, allowed))
