@@ -23,10 +23,14 @@ class Data:
 
 @dataclass(frozen=True)
 class Machine:
-    """Which model, and how it runs; the options of compress/run.py of the same names.  precision: "auto" or a name."""
+    """Which model, and how it runs; the options of compress/run.py of the same names.
+
+    loras: files and scales; precision: "auto" or a name.
+    """
 
     model: str = "sd15"
     base: str | None = None
+    loras: tuple[tuple[str, float], ...] = ()
     precision: str = "auto"
     batch_size: int | None = None
     low_memory: bool = False

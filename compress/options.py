@@ -159,6 +159,14 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         metavar="FILE",
         help="Stable Diffusion 1.5's weights, for a --model that holds a control network alone",
     )
+    machine.add_argument(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        type=lora,
+        action="append",
+        default=[],
+        help="a LoRA that is merged into UNet and text encoder (may be repeated) [scale 1]",
+    )
     machine.add_argument("--download", action="store_true", help="fetch sd15's weights (5.7 GB) if they are not there")
     machine.add_argument(
         "--precision", default="auto", choices=("auto", *PRECISIONS), help="[bf16 or fp16 on a GPU, fp32 on a CPU]"
@@ -176,6 +184,7 @@ def _words(options: argparse.Namespace) -> tuple[str, ...]:
     """The options as they can be typed again, without the form's and without defaults."""
     given = [("resolution", options.resolution), *((name, getattr(options, name)) for name in _SETTINGS)]
     given += [("model", options.model)] * (options.model != "sd15") + [("base", options.base)]
+    given += [("lora", f"{file}:{scale:g}") for file, scale in options.lora]
     named = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given if value is not None]
     return tuple(word for pair in named for word in pair)
 
@@ -198,7 +207,7 @@ def _form(options: argparse.Namespace) -> Form:
 
 def _machine(options: argparse.Namespace) -> Machine:
     names = ("model", "base", "precision", "batch_size", "low_memory", "compile")
-    return Machine(**{name: getattr(options, name) for name in names})
+    return Machine(**{name: getattr(options, name) for name in names}, loras=tuple(options.lora))
 
 
 def copy_numbers(text: str) -> list[int]:
@@ -213,6 +222,15 @@ def copy_numbers(text: str) -> list[int]:
     if numbers == [0]:
         raise argparse.ArgumentTypeError("0 copies are none: 1 makes copy number 0")
     return list(range(numbers[0]))
+
+
+def lora(text: str) -> tuple[str, float]:
+    """ "FILE" or "FILE:SCALE" -> (file, scale)."""
+    file, _, scale = text.rpartition(":")
+    try:
+        return (file, finite(scale)) if file else (text, 1.0)
+    except argparse.ArgumentTypeError:
+        return text, 1.0
 
 
 def shard(text: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ number of levels and blocks; widths don't matter.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -113,7 +113,7 @@ def to_official(network: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     elif network == "vae":
         modules, parts = _vae_modules(levels=_count(state, r"encoder\.down_blocks\.(\d+)"), state=state), _VAE_PARTS
     else:
-        modules, parts = _unet_modules(_count(state, r"down_blocks\.(\d+)"), state), _UNET_RESNET
+        modules, parts = _unet_modules(*_unet_sizes(state)), _UNET_RESNET
     official = {}
     for name, tensor in state.items():
         name = NETWORKS[network] + _rename(name, modules, parts)
@@ -138,12 +138,41 @@ def _count(state: Iterable[str], pattern: str) -> int:
     return max((int(match[1]) + 1 for name in state if (match := re.match(pattern, name))), default=0)
 
 
-def _unet_modules(levels: int, state: Mapping[str, Tensor]) -> dict[str, str]:
+def _unet_sizes(state: Iterable[str]) -> tuple[int, int, set[int]]:
+    """The arguments of _unet_modules, from diffusers' names."""
+    attend = {int(match[1]) for name in state if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
+    return _count(state, r"down_blocks\.(\d+)"), _count(state, r"down_blocks\.0\.resnets\.(\d+)"), attend
+
+
+def unet_layers(state: Iterable[str]) -> dict[str, str]:
+    """diffusers' names of the UNet's layers -> the official names, of all weights among these official names."""
+    layers = [name[: -len(".weight")] for name in state if name.startswith(NETWORKS["unet"]) and name[-7:] == ".weight"]
+    bare = [layer.removeprefix(NETWORKS["unet"]) for layer in layers]
+    levels = 1 + sum(layer.startswith("input_blocks.") and layer.endswith(".op") for layer in bare)
+    n = _count(bare, r"input_blocks\.(\d+)") // levels - 1
+    attend = {
+        int(match[1]) // (n + 1)
+        for layer in bare
+        if (match := re.match(r"output_blocks\.(\d+)\.1\.transformer_blocks\.", layer))
+    }
+    modules = {official: theirs for theirs, official in _unet_modules(levels, n, attend).items()}
+    parts = {official: theirs for theirs, official in _UNET_RESNET.items()}
+    names = {}
+    for layer, official in zip(bare, layers, strict=True):
+        words = layer.split(".")
+        end = next((end for end in range(len(words), 0, -1) if ".".join(words[:end]) in modules), 0)
+        rest = ".".join(words[end:])
+        found = modules.get(".".join(words[:end]), "")
+        names[".".join(filter(None, (found, parts.get(rest, rest))))] = official
+    return names
+
+
+def _unet_modules(levels: int, n: int, attend: Collection[int]) -> dict[str, str]:
     """The UNet's modules, and the ControlNet's, which has the first half of them.
 
     A level is n residual blocks, each perhaps with a transformer, and a down- or upsampling in all levels but the last.
+    attend: the levels of the decoder that have transformers.
     """
-    n = _count(state, r"down_blocks\.0\.resnets\.(\d+)")
     modules = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
@@ -170,8 +199,7 @@ def _unet_modules(levels: int, state: Mapping[str, Tensor]) -> dict[str, str]:
         for j in range(n + 1):
             modules[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{first + j}.0"
             modules[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{first + j}.1"
-        attends = any(name.startswith(f"up_blocks.{i}.attentions.") for name in state)
-        modules[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{first + n}.{2 if attends else 1}.conv"
+        modules[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{first + n}.{2 if i in attend else 1}.conv"
     return modules
 
 

@@ -1,7 +1,7 @@
 """Building models from configs and filling them from checkpoints."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -11,12 +11,13 @@ from yaml import YAMLError
 
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.files import ModelError, load_state_dict
+from ControlNet.cldm.lora import Lora, digest, merge
 from ControlNet.cldm.weights import BUNDLED, MODELS_FOLDER, complete, find_weights, fingerprint
 from ControlNet.ldm.util import instantiate_from_config
 
 __all__ = [
-    "BUNDLED", "MODELS_FOLDER", "ModelError", "create_empty_model", "create_model", "load_model", "load_state_dict",
-    "weights_fingerprint",
+    "BUNDLED", "MODELS_FOLDER", "Lora", "ModelError", "create_empty_model", "create_model", "load_model",
+    "load_state_dict", "weights_fingerprint",
 ]  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     base: str | os.PathLike | None = None,
+    loras: Sequence[Lora] = (),
 ) -> ControlLDM:
     """A ControlLDM ready to sample: weights loaded strictly, in eval mode, without gradients.
 
@@ -83,16 +85,21 @@ def load_model(
     the folder, else Stable Diffusion 1.5's.
     base: where everything but the control network comes from, named like spec; needed where spec holds a control
     network alone, as ControlNet 1.1's files do.
+    loras: LoRA files and their scales, which are merged into the UNet's and the text encoder's weights.
     dtype: what the networks compute in; the diffusion tables stay float32.
 
     On the CPU in the file's own dtype the parameters are views of the memory-mapped file.  Elsewhere they are moved or
-    converted one by one.  The model's `fingerprint` is `weights_fingerprint(spec, base)`.
+    converted one by one.  The model's `fingerprint` is `weights_fingerprint(spec, base, loras)`.
     Raises ModelError, with the likely reason, for weights that don't fit.
     """
     weights = find_weights(spec, base)
     model = create_empty_model(weights.config)
-    model.load_state_dict(complete(weights, model.state_dict()), assign=True)
-    model.fingerprint = fingerprint(weights.state)
+    state = complete(weights, model.state_dict())
+    for lora in loras:
+        state = merge(state, lora)
+    model.load_state_dict(state, assign=True)
+    model.fingerprint = _with_loras(fingerprint(weights.state), loras)
+    del state
     del weights  # so that a tensor's old memory is free as soon as it is converted
     tables = dict(model.named_buffers(recurse=False))
     model = model.to(device=device, dtype=dtype)
@@ -101,10 +108,17 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def weights_fingerprint(spec: str | os.PathLike = "sd15", base: str | os.PathLike | None = None) -> str:
-    """16 hex digits that tell the weights of `load_model(spec, base=base)` from others, without building the model.
+def weights_fingerprint(
+    spec: str | os.PathLike = "sd15", base: str | os.PathLike | None = None, loras: Sequence[Lora] = ()
+) -> str:
+    """What tells the weights of `load_model(spec, base=base, loras=loras)` from others, without building the model:
+    16 hex digits, and "+", digest and scale of each LoRA.
 
     The same for any file or folder of the same weights, in float32 or float16 (see `weights.fingerprint`).
     Raises ModelError.
     """
-    return fingerprint(find_weights(spec, base).state)
+    return _with_loras(fingerprint(find_weights(spec, base).state), loras)
+
+
+def _with_loras(weights: str, loras: Sequence[Lora]) -> str:
+    return "+".join([weights, *(f"{digest(lora)}*{lora.scale:g}" for lora in loras)])

@@ -163,7 +163,7 @@ def _likely_reason(state: Mapping[str, Tensor], misshapen: Sequence[str]) -> str
     if other and not has(UNET):
         return other
     if any(part in name for name in state for part in ("lora_", ".lora.", "hada_w", "lokr_")):
-        return "it is a LoRA, which changes a model and is none: merge it into a Stable Diffusion 1.5 checkpoint first"
+        return "it is a LoRA, which changes a model and is none: name a model, and this with --lora"
     if has("conditioner.", CONTROL + "label_emb", UNET + "label_emb") or any(".add_embedding." in n for n in state):
         return "it is of Stable Diffusion XL, and this is a model of Stable Diffusion 1.5"
     if has(*(prefix + blocks for prefix in ("", UNET) for blocks in ("joint_blocks.", "double_blocks."))):

@@ -8,7 +8,7 @@ from compress.generators.controlnet import PictureGenerator
 from compress.job import Machine
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.download import download_sd15
-from ControlNet.cldm.model import ModelError, load_model, weights_fingerprint
+from ControlNet.cldm.model import Lora, ModelError, load_model, weights_fingerprint
 from utils.errors import UserError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,16 +39,20 @@ def fingerprint(machine: Machine) -> str:
     if machine.model in generators():
         return generators()[machine.model].fingerprint
     try:
-        return weights_fingerprint(machine.model, machine.base)
+        return weights_fingerprint(machine.model, machine.base, _loras(machine))
     except ModelError as error:
         raise UserError(str(error)) from error
+
+
+def _loras(machine: Machine) -> list[Lora]:
+    return [Lora(*lora) for lora in machine.loras]
 
 
 def load(machine: Machine, device: torch.device, precision: str) -> ControlLDM:
     """The model.  precision: "fp32", "bf16" or "fp16".  Raises UserError where it can't be loaded."""
     home = torch.device("cpu") if machine.low_memory else device  # from where the part at work visits the device
     try:
-        return load_model(machine.model, home, PRECISIONS[precision], machine.base)
+        return load_model(machine.model, home, PRECISIONS[precision], machine.base, _loras(machine))
     except ModelError as error:
         raise UserError(str(error)) from error
     except torch.OutOfMemoryError as error:

@@ -1,0 +1,138 @@
+"""LoRA files (Hu et al. 2021): low-rank changes of weights, merged into the UNet and the text encoder.
+
+Layers are named as kohya's scripts do (`lora_unet_down_blocks_0_...`, also LCM-LoRA's), or as diffusers does and did
+(`unet.down_blocks.0...lora_A.weight`, `...lora.down.weight`, `...processor.to_q_lora.down.weight`).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ControlNet.cldm import diffusers_layout
+from ControlNet.cldm.files import ModelError, load_state_dict
+
+_TEXT = diffusers_layout.NETWORKS["text_encoder"]
+_TENSOR = re.compile(r"(.+?)(?:\.lora(?:_linear_layer)?\.|_lora\.|\.lora_)(down|up|mid|A|B)(?:\.\w+)?\.weight")
+_ALPHA = re.compile(r"(.+)\.alpha")
+_PART = {"A": "down", "B": "up"}
+# Of files of the first releases, which named the text encoder's layers like the UNet's.
+_TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA"}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file, and the factor of its change of the weights."""
+
+    path: str | Path
+    scale: float = 1.0
+
+
+def digest(lora: Lora) -> str:
+    """16 hex digits of the file's content.  Raises ModelError where there is no such file."""
+    try:
+        with Path(lora.path).expanduser().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise ModelError(f"no LoRA at {lora.path}: {error.strerror}") from error
+
+
+def merge(state: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
+    """The state (official names) with W + scale * alpha / rank * up @ down in place of the weights W of the LoRA.
+
+    A changed weight is float32.  Raises ModelError where the file is no LoRA, or not one for this model.
+    """
+    path = Path(lora.path).expanduser()
+    layers, names = _read(path), _names(state)
+    strange = [layer for layer in layers if layer not in names]
+    if strange:
+        kind = "fits nothing of" if len(strange) == len(layers) else f"has {len(strange)} layers that are not in"
+        raise ModelError(f"the LoRA {path} {kind} this model ({strange[0]}): is it for Stable Diffusion 1.5?")
+    merged = dict(state)
+    for layer, tensors in layers.items():
+        name = names[layer] + ".weight"
+        weight = merged[name].float()
+        try:
+            change = _change(tensors, weight.shape)
+        except (RuntimeError, KeyError, ValueError) as error:
+            shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in tensors.items())
+            raise ModelError(
+                f"the LoRA {path} does not fit this model: {layer} has {shapes} for a weight of {tuple(weight.shape)}"
+            ) from error
+        merged[name] = weight + lora.scale * change
+    return merged
+
+
+def _change(tensors: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+    """alpha / rank * up @ down, in the weight's shape.  With a `mid` (LoCon's), its kernel lies between the two."""
+    up, down = (tensors[part].float().flatten(1) for part in ("up", "down"))
+    rank = len(down)
+    if "mid" in tensors:
+        change = torch.einsum("or,rs...,si->oi...", up, tensors["mid"].float(), down)
+    else:
+        change = up @ down
+    if change.numel() != shape.numel() or len(change) != shape[0]:
+        raise ValueError("another shape")
+    return float(tensors.get("alpha", rank)) / rank * change.reshape(shape)
+
+
+def _read(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Layer, as the file names it -> its tensors: down, up, perhaps mid and alpha."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_state_dict(path).items():
+        if tensor_name := _TENSOR.fullmatch(name):
+            layer, part = tensor_name[1], _PART.get(tensor_name[2], tensor_name[2])
+        elif alpha := _ALPHA.fullmatch(name):
+            layer, part = alpha[1], "alpha"
+        else:
+            kind = next((kind for word, kind in _OTHER_KINDS.items() if word in name), None)
+            what = f"is a {kind}, and only plain LoRA is supported" if kind else f"is no LoRA: it holds {name}"
+            raise ModelError(f"{path} {what}")
+        layers.setdefault(_plain(layer), {})[part] = tensor
+    for network, alpha in _alphas(path).items():
+        for layer, tensors in layers.items():
+            if layer.startswith(f"{network}."):
+                tensors.setdefault("alpha", torch.tensor(alpha))
+    return layers
+
+
+def _plain(layer: str) -> str:
+    """One name of a layer where releases of diffusers had several."""
+    layer = layer.removeprefix("base_model.model.").replace(".processor.", ".")
+    if layer.startswith("text_encoder."):
+        head, _, last = layer.rpartition(".")
+        return f"{head}.{_TEXT_ATTENTION.get(last, last)}"
+    return f"{layer}.0" if layer.endswith(".to_out") else layer
+
+
+def _alphas(path: Path) -> dict[str, float]:
+    """{"unet": alpha, "text_encoder": alpha} of diffusers' files that say so in their head."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    alphas = {network: settings.get(f"{network}.lora_alpha") for network in ("unet", "text_encoder")}
+    return {network: float(alpha) for network, alpha in alphas.items() if alpha is not None}
+
+
+def _names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Every name that LoRA files have for a layer -> the official one, without ".weight"."""
+    names = {}
+    for theirs, official in diffusers_layout.unet_layers(state).items():
+        bare = official.removeprefix(diffusers_layout.NETWORKS["unet"])
+        kohya = [f"lora_unet_{name.replace('.', '_')}" for name in (theirs, bare)]
+        names |= dict.fromkeys((theirs, f"unet.{theirs}", *kohya), official)
+    for weight in state:
+        if weight.startswith(_TEXT) and weight.endswith(".weight"):
+            official = weight.removesuffix(".weight")
+            bare = official.removeprefix(_TEXT).removeprefix("text_model.")
+            kohya = [f"{prefix}_text_model_{bare.replace('.', '_')}" for prefix in ("lora_te", "lora_te1")]
+            names |= dict.fromkeys((f"text_encoder.{bare}", f"text_encoder.text_model.{bare}", *kohya), official)
+    return names
