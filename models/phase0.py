@@ -1,6 +1,8 @@
 """The cache of trained phase-0 networks: runs that agree on all that one depends on share it."""
 
+import itertools
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ def load(run: Run, method: Method) -> dict[str, Any] | None:
 
     Returns what `Trainer.train` does; `reused` is false where this very run trained it before it was killed.
     """
-    path = path_of(run, method)
-    if not run.fabric.broadcast(path.is_file()):  # decided once: another job may write it at this moment
+    # Found by one process for all: listing the data takes a while, and another job may write the file at this moment.
+    path = path_of(run, method) if run.fabric.is_global_zero else None
+    path = run.fabric.broadcast(path if path and path.is_file() else None)
+    if path is None:
         return None
     state = checkpoint.load(path)
     for module, weights in zip(method.network.first_phase_modules(), state["network"], strict=True):
@@ -51,11 +55,12 @@ def path_of(run: Run, method: Method) -> Path:
     for key in ("dataset", "model_seed", "batch_size", "accumulate_batches", "momentum", "precision", "pretrained"):
         settings[key] = getattr(config, key)
     settings["compile"] = config.compile
-    files = [item.image for item in data.new_items(0)]
+    images = [item.image for item in data.new_items(0)]
+    copies: Iterable[Path] = ()
     if config.augmentation_prob > 0 and config.augmentation_scope == "all":
         settings["copies"] = [config.augmentation_prob, config.augmentations_per_image]
-        files += [paths.copy(image, k) for image in files for k in range(config.augmentations_per_image)]
-    return run.cache / f"{checkpoint.fingerprint(settings, files, paths.root)}.pt"
+        copies = (paths.copy(image, k) for image in images for k in range(config.augmentations_per_image))
+    return run.cache / f"{checkpoint.fingerprint(settings, itertools.chain(images, copies), paths.root)}.pt"
 
 
 def _name(run: Run) -> str:

@@ -154,7 +154,7 @@ def test_caltech256_is_divided(curate, tmp_path):
     assert (code, "0 of 40 images were written now" in said, tree(root)) == (0, True, before)
     code, _, said = curate("Caltech256", "--split-seed", "1")
     assert code == 2
-    assert "another split" in said
+    assert "source or split" in said
     assert tree(root) == before
     assert curate("Caltech256", "--split-seed", "1", "--dataset", "Other", "--test-share", "0.5")[0] == 0
     other = {file.name for file in (tmp_path / "data" / "Other" / "test").glob("*/*")}
@@ -287,7 +287,7 @@ def test_parts_share_no_picture(curate, tmp_path, imagenet):
     assert all(content == (imagenet / name).read_bytes() for name, content in b.items())
     code, _, said = curate("folder", "--dataset", "C", "--train-part", "3:")
     assert code == 2
-    assert f"class '{WORDNET[0]}' has 3 train pictures: there are none in 3:." in said
+    assert f"class '{WORDNET[0]}' has 3 train pictures, none of them in 3:." in said
     code, _, said = curate("folder", "--dataset", "C", "--test-part", "x")
     assert code == 2
     assert "'x' is not of the form 0:200" in said

@@ -483,8 +483,6 @@ def test_an_epoch_shows_every_item_once(nb_items, batch_size):
     found = batches(nb_items, batch_size)
     assert sorted(flat(found)) == list(range(nb_items))
     assert [len(batch) for batch in found[:-1]] == [batch_size] * (len(found) - 1)
-    kept = batches(nb_items, batch_size, drop_last=True)
-    assert kept == [batch for batch in found if len(batch) == batch_size]
 
 
 def test_each_epoch_phase_and_seed_has_an_order_of_its_own():
@@ -506,14 +504,10 @@ def test_every_place_in_the_order_is_as_likely_for_an_item():
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("drop_last", [False, True])
-def test_the_ranks_batches_together_are_the_one_rank_batches(world_size, drop_last):
+def test_the_ranks_batches_together_are_the_one_rank_batches(world_size):
     nb_items, batch_size = 55, 8
-    whole = batches(nb_items, batch_size, epoch=4, drop_last=drop_last)
-    ranks = [
-        batches(nb_items, batch_size, epoch=4, drop_last=drop_last, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
+    whole = batches(nb_items, batch_size, epoch=4)
+    ranks = [batches(nb_items, batch_size, epoch=4, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step, batch in enumerate(whole):
         shares = [rank[step] for rank in ranks]
         assert sorted(flat(shares)) == sorted(batch)
@@ -576,20 +570,6 @@ def test_the_first_missing_copy_is_the_one_that_is_gone(tmp_path):
     paths.copies_folder("ü").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=f"^6 of 12 .*{re.escape(str(paths.copy(images[3], 0)))}"):
         check_copies(paths, EDGES, images, 2)
-
-
-def test_groups_bring_their_items_into_every_batch():
-    groups = [range(10, 14), range(14, 15), range(15, 15), range(15, 40)]
-    whole = EpochBatchSampler(10, 4, 7, 1, groups=groups, per_group=3)
-    batches = [[index for _, index in batch] for batch in whole]
-    assert sorted(index for batch in batches for index in batch if index < 10) == list(range(10))
-    for batch in batches:
-        assert len(set(batch)) == len(batch)
-        assert [sum(index in group for index in batch) for group in groups] == [3, 1, 0, 3]
-    assert batches[0][-3:] != batches[1][-3:], "drawn anew"
-    assert [[index for _, index in batch] for batch in whole] == batches, "a function of the epoch and the step"
-    ranks = [list(EpochBatchSampler(10, 4, 7, 1, rank=r, world_size=2, groups=groups, per_group=3)) for r in (0, 1)]
-    assert [sorted(i for _, i in [*a, *b]) for a, b in zip(*ranks, strict=True)] == [sorted(b) for b in batches]
 
 
 def test_increments_and_orders_as_lists(tmp_path):

@@ -99,7 +99,7 @@ def test_pictures_in_folders_within_a_class_are_mentioned(tmp_path, caplog):
     assert not caplog.records
     save_picture(paths.folder("train") / "a" / "more" / "2.png")
     paths.warn_of_nested(["a"])
-    assert f"{paths.folder('train') / 'a' / 'more'}: pictures in folders within" in caplog.text
+    assert f"{paths.folder('train') / 'a' / 'more'}: pictures in sub-folders" in caplog.text
 
 
 def test_class_names_match_however_accents_are_composed_and_what_matches_no_class_is_said(tmp_path, caplog):

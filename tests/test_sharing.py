@@ -106,7 +106,7 @@ def test_slurms_processes_make_the_tree_of_one(paths, checkpoint, undisturbed):
     """`srun --ntasks-per-node 2`, by the variables that it sets."""
     job = {
         "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
-        "SLURM_JOB_NAME": "compress", "SLURM_JOB_ID": "4321", "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "compress", "SLURM_JOB_ID": "4321", "SLURM_NODELIST": "127.0.0.1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
     }  # fmt: skip
     tasks = [start(paths, checkpoint, SLURM_PROCID=rank, SLURM_LOCALID=rank, **job) for rank in ("0", "1")]

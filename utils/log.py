@@ -1,4 +1,4 @@
-"""One logger for screen and file, on good terms with progress bars."""
+"""Logging to the screen and a file, and progress bars."""
 
 import logging
 import sys
@@ -10,16 +10,16 @@ PACKAGES = ("main", "models", "utils", "convs", "compress", "ControlNet")
 
 
 class _Screen(logging.Handler):
-    """Writes above a running progress bar instead of through it."""
+    """Prints above a running progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
 
 
 def start(file: Path | None, *, quiet: bool = False) -> None:
-    """Send this project's log lines to the screen (INFO and above) and, with times, to a file (all, appended).
+    """Send this project's log records to the screen (INFO and above) and, with times, to a file (all levels, appended).
 
-    quiet: neither, for all processes of a run but the first.  Calling it again replaces what an earlier call set up.
+    quiet: send them nowhere, for all processes of a run but the first.  A further call replaces the earlier handlers.
     """
     handlers: list[logging.Handler] = []
     if not quiet:
@@ -47,9 +47,9 @@ def clock(seconds: float) -> str:
 
 
 def progress(total: int, description: str, *, done: int = 0, quiet: bool = False, rate: bool = True) -> tqdm:
-    """A bar on stderr with the time left; where stderr is no terminal, a line every half minute.
+    """A progress bar on stderr with the time left; one line every 30 seconds where stderr is no terminal.
 
-    done: what of the total was done before the clock starts; rate: show counts and speed, which take 30 columns.
+    done: units of the total that were done before; rate: show counts and speed, which take 30 columns.
     """
     seconds = 0.2 if sys.stderr.isatty() else 30
     return tqdm(

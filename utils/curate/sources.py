@@ -1,6 +1,6 @@
-"""Where `utils.curate` takes pictures from: datasets of torchvision, and folders of class folders.
+"""The sources of `utils.curate`: datasets of torchvision, and folders of class folders.
 
-A source lists pictures, each with its place in the project's layout.  The table SOURCES, at the end, has them all.
+A source lists pictures with their places in the project's layout.  The table SOURCES, at the end, has them all.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from utils.data.images import is_image
 from utils.errors import UserError
 
 CALTECH_CLUTTER = "257.clutter"
-"""Caltech-256's class of pictures that belong to none of its 256; left out unless a class list names it."""
+"""Caltech-256's folder of pictures that are in none of its 256 classes; left out unless a class list names it."""
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
 class Picture(NamedTuple):
-    """One picture of a dataset, to become <mode>/<label>/<name>.
+    """One picture of a dataset, to be written to <mode>/<label>/<name>.
 
-    content: a file, to be copied byte by byte, or pixels (uint8, H x W or H x W x 3), to be kept as PNG.
+    content: a file, copied byte for byte, or pixels (uint8, H x W or H x W x 3), written as PNG.
     """
 
     mode: str
@@ -36,9 +36,9 @@ class Picture(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How pictures without an official split are divided: in each class, a share for testing.
+    """How each class is divided where there is no official split.
 
-    share: 0 ... 1, exclusive; seed: another one chooses other pictures.
+    share: of the test pictures, between 0 and 1; seed: of the choice.
     """
 
     share: float = 0.2
@@ -46,10 +46,11 @@ class Split(NamedTuple):
 
 
 def divide(files: Mapping[str, Mapping[str, Path]], split: Split) -> list[Picture]:
-    """Label -> name -> file as train and test pictures: of a class's n, round(share x n) for testing, one at least.
+    """Divide label -> name -> file into train and test pictures: of a class's n, round(share * n) are test pictures,
+    but at least one of each kind.
 
-    Which ones goes by a hash of the seed, the label and the name: the same on every machine.  Raises UserError for a
-    class of one picture.
+    They are chosen by a hash of seed, label and name, the same on every machine.  Raises UserError for a class with one
+    picture.
     """
     pictures = []
     for label, of_class in files.items():
@@ -70,7 +71,7 @@ def divide(files: Mapping[str, Mapping[str, Path]], split: Split) -> list[Pictur
 
 
 def _torchvision(name: str, root: Path, **arguments):
-    """A dataset of torchvision, downloaded into `root` unless it is there.  Raises UserError where neither works."""
+    """A dataset of torchvision from `root`, downloaded if it is not there.  Raises UserError where that fails."""
     from torchvision import datasets
 
     there = set(root.rglob("*")) if root.is_dir() else None
@@ -81,12 +82,12 @@ def _torchvision(name: str, root: Path, **arguments):
         _remove_empty_folders(root, there)
         raise UserError(
             f"{name} is not in {root} and can't be downloaded ({reason}). "
-            f"Bring it there, packed or unpacked as torchvision keeps it, or name the place with --source."
+            f"Put it there, packed or unpacked as torchvision keeps it, or name its folder with --source."
         ) from None
 
 
 def _remove_empty_folders(root: Path, there: set[Path] | None) -> None:
-    """Remove the empty folders that a failed download has made; `there`: what was in root before, None for no root."""
+    """Remove the empty folders that a failed download made; there: what root had before, None if there was no root."""
     folders = [path for path in root.rglob("*") if path.is_dir() and (there is None or path not in there)]
     for folder in [*sorted(folders, reverse=True), *([root] if there is None else [])]:
         with suppress(OSError):
@@ -106,7 +107,7 @@ def cifar(root: Path, split: Split, labels: Iterable[str] | None = None, *, name
 
 
 def food101(root: Path, split: Split, labels: Iterable[str] | None = None) -> list[Picture]:
-    """Food101 by its own lists: 750 train and 250 test pictures a class."""
+    """Food101 with its official split: 750 train and 250 test pictures a class."""
     _torchvision("Food101", root)
     folder = root / "food-101"
     pictures = []
@@ -123,15 +124,12 @@ def food101(root: Path, split: Split, labels: Iterable[str] | None = None) -> li
 
 
 def caltech256(root: Path, split: Split, labels: Iterable[str] | None = None) -> list[Picture]:
-    """Caltech256, which has no official split, without its clutter class.
-
-    labels: the classes to take, all but the clutter where None.
-    """
+    """Caltech256, which has no official split.  labels: the classes to take; without them, all but the clutter."""
     _torchvision("Caltech256", root)
     folder = root / "caltech256" / "256_ObjectCategories"
     found = class_folders(folder)
     taken = choose(labels, found, folder) if labels else [label for label in found if label != CALTECH_CLUTTER]
-    # .jpg alone: the archive has a stray folder and a stray script among its pictures
+    # only .jpg: there are a stray folder and a script among the archive's pictures
     return divide(
         {label: {file.name: file for file in sorted((folder / label).glob("*.jpg"))} for label in taken}, split
     )
@@ -141,10 +139,10 @@ def caltech256(root: Path, split: Split, labels: Iterable[str] | None = None) ->
 
 
 def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None) -> list[Picture]:
-    """Pictures at <folder>/train/<label>/... and <folder>/{test,val,valid,validation}/<label>/..., or else at
-    <folder>/[train/]<label>/..., which are divided.
+    """Pictures in <folder>/train/<label>/ and <folder>/{test,val,valid,validation}/<label>/; without the latter, those
+    in <folder>/[train/]<label>/ are divided.
 
-    labels: the classes to take, all where None.  Pictures in folders within a class's folder get names of both parts.
+    labels: the classes to take, None for all.  Pictures in sub-folders of a class folder are named folder_file.
     Raises UserError where the folder, a class or pictures of a class are missing.
     """
     has_train = bool(class_folders(folder / "train"))
@@ -175,7 +173,7 @@ def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None
 
 
 def choose(labels: Iterable[str] | None, found: Sequence[str], place: Path | str) -> list[str]:
-    """The labels of a class list, all that were found where there is none.  Raises UserError for one not found."""
+    """The labels of a class list, or all found labels without a list.  Raises UserError for a label not found."""
     if not labels:
         return list(found)
     labels = list(dict.fromkeys(labels))
@@ -186,18 +184,18 @@ def choose(labels: Iterable[str] | None, found: Sequence[str], place: Path | str
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Sorted names of the folders in a folder, hidden ones apart; none where it is none."""
+    """Sorted names of a folder's sub-folders, without hidden ones; [] if there is no such folder."""
     if not folder.is_dir():
         return []
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _images(folder: Path) -> dict[str, Path]:
-    """Name -> file of all pictures in a class's folder and the folders in it."""
+    """Name -> file of all pictures in a class folder and its sub-folders."""
     files = sorted(path for path in folder.rglob("*") if is_image(path) and path.is_file())
     named = {"_".join(file.relative_to(folder).parts): file for file in files}
     if len(named) < len(files):
-        raise UserError(f"{folder}: two pictures in folders of it would get the same name. Rename one.")
+        raise UserError(f"{folder}: two pictures in sub-folders would get the same name. Rename one.")
     return named
 
 
@@ -205,16 +203,16 @@ def _images(folder: Path) -> dict[str, Path]:
 
 
 def read_class_list(file: Path) -> dict[str, str | None]:
-    """Class labels and their texts, None where the list has none, from a file in one of these forms:
+    """Class labels and their texts (None without one), from a file in one of these formats:
 
-        n01440764                        a label a line,
-        n01440764 tench, Tinca tinca     a text after a tab, after a WordNet number also after a space (ImageNet's
-                                         LOC_synset_mapping.txt): its first name counts,
+        n01440764                        one label a line,
+        n01440764 tench, Tinca tinca     and a text after a tab, or after a space behind a WordNet number (ImageNet's
+                                         LOC_synset_mapping.txt): its first name is taken,
         {"n01440764": "tench"}           JSON,
         {"0": ["n01440764", "tench"]}    JSON as imagenet_class_index.json has it,
         ["n01440764", ...]               a JSON list of labels.
 
-    Raises UserError for another content.
+    Raises UserError for anything else.
     """
     try:
         content = file.read_text(encoding="utf-8-sig")
@@ -227,27 +225,27 @@ def read_class_list(file: Path) -> dict[str, str | None]:
             pairs = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
             entries = dict(value if isinstance(value, list) else (key, value) for key, value in pairs)
         if not entries or not all(isinstance(t, str | None) and isinstance(label, str) for label, t in entries.items()):
-            raise ValueError("no labels in it, or something else than texts")
+            raise ValueError("it has no labels, or values that are not texts")
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is no list of classes ({error}). A label a line will do.") from None
+        raise UserError(f"{file} is no list of classes ({error}). It may have one label a line.") from None
     return {label: text and text.partition(",")[0].strip() for label, text in entries.items()}
 
 
 def readable(label: str) -> str:
-    """A class label as a prompt may say it: "apple_pie" -> "apple pie", "001.Black_footed_Albatross" -> "Black footed
+    """A class label as a text for prompts: "apple_pie" -> "apple pie", "001.Black_footed_Albatross" -> "Black footed
     Albatross"."""
     without_number = re.sub(r"^(\d+\.|0\d+[_-]|\d{3,}[_-])", "", label)
     return " ".join(without_number.replace("_", " ").split()) or label
 
 
 def readable_caltech(label: str) -> str:
-    """A label of Caltech-256: "001.ak47" -> "ak47", "253.faces-easy-101" -> "faces easy"; "t-shirt" stays."""
+    """The same of Caltech-256: "001.ak47" -> "ak47", "253.faces-easy-101" -> "faces easy"; "t-shirt" is unchanged."""
     words = re.sub(r"-101$", "", readable(label))
     return re.sub(r"(?<=\w\w)-(?=\w\w)", " ", words)
 
 
 def is_wordnet_number(label: str) -> bool:
-    """Whether a label is one of ImageNet's, such as n01440764, which tells a text encoder nothing."""
+    """Whether a label is a WordNet number, such as ImageNet's n01440764, which means nothing to a text encoder."""
     return re.fullmatch(r"n\d{8}", label) is not None
 
 

@@ -1,7 +1,7 @@
-"""Transforms of whole batches: the interface, the random numbers, and the transforms of small pictures.
+"""Transforms of whole batches: their interface, their random numbers, and the transforms of small pictures.
 
-Pictures are H x W x 3 arrays of uint8.  They stay uint8, a quarter of the bytes of float32, until they are on the
-training device, where `Normalise` is the last step.
+Pictures are H x W x 3 arrays of uint8.  They stay uint8, a quarter of float32's bytes, until they are on the training
+device, where `Normalise` is applied last.
 """
 
 import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
@@ -27,10 +27,10 @@ _GAMMA, _MIX1, _MIX2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE
 
 
 def random_bits(states: np.ndarray, count: int, first: int = 0) -> np.ndarray:
-    """Random bits number first ... first + count - 1 of each state: N (uint64) -> N x count (uint64).
+    """Outputs first ... first + count - 1 of SplitMix64 seeded with each state: N (uint64) -> N x count (uint64).
 
-    The outputs of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators") seeded with
-    each of the states.  Output i depends on the seed and i alone, so the numbers of a whole batch are computed at once.
+    Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators".  Output i is a function of the seed and
+    i, so the numbers of a whole batch are computed at once.
     """
     steps = np.arange(first + 1, first + count + 1, dtype=np.uint64) * _GAMMA
     z = states[:, None] + steps
@@ -40,15 +40,15 @@ def random_bits(states: np.ndarray, count: int, first: int = 0) -> np.ndarray:
 
 
 def uniform(states: np.ndarray, count: int, first: int = 0) -> np.ndarray:
-    """As `random_bits`, as numbers in [0, 1): N x count (float64)."""
+    """The same as numbers in [0, 1): N x count (float64)."""
     return (random_bits(states, count, first) >> np.uint64(11)) * 2.0**-53
 
 
 # The interface of transforms
 
 Prepare = Callable[[Image.Image], np.ndarray]
-"""The deterministic start of a transform: RGB picture -> H x W x 3, uint8.  Its result is what a cache keeps, under
-the name that `repr` gives it."""
+"""The deterministic first part of a transform: RGB picture -> H x W x 3, uint8.  A cache keeps its result, with `repr`
+of the function in the key."""
 
 
 class TrainTransform(Protocol):
@@ -57,7 +57,7 @@ class TrainTransform(Protocol):
     prepare: Prepare
 
     def __call__(self, pictures: Sequence[np.ndarray], states: np.ndarray) -> Tensor:
-        """pictures: B prepared ones; states: B seeds (uint64) of each picture's random numbers (`random_bits`)."""
+        """pictures: B prepared ones; states: B, uint64, the seed of each picture's random numbers (`random_bits`)."""
 
 
 class TestTransform(Protocol):
@@ -87,10 +87,10 @@ class Normalise:
 
 @dataclass(frozen=True)
 class FitSmall:
-    """Make both sides at least `side` pixels, ready for a crop of side x side.
+    """Make both sides at least `side` pixels, for a crop of side x side.
 
-    A picture whose shorter side is between 7/8 of `side` and `side` keeps its pixels and gets a black margin (a 28 x 28
-    digit: 2 pixels on each side); any other is resized (bilinear) so that its shorter side fits.
+    A picture whose shorter side is between 7/8 of `side` and `side` keeps its pixels and is padded with black (28 x 28
+    digits: 2 pixels on each side); any other is resized (bilinear) so that its shorter side is `side`.
     """
 
     side: int = 32

@@ -1,6 +1,6 @@
-"""The transforms of large pictures: random resized crops for training, the resized centre for evaluation.
+"""Transforms of large pictures: random resized crops for training, the resized centre for evaluation.
 
-Sizes differ, so pictures are processed one by one; only the random numbers are drawn for the whole batch.
+Pictures differ in size, so they are processed one by one; only the random numbers are drawn for the whole batch.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class FullSize:
-    """The picture as it is, at its own size."""
+    """The picture at its own size."""
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         return np.asarray(image)
@@ -35,8 +35,7 @@ class LargeTrain:
     """RandomResizedCrop(side), RandomHorizontalFlip if `flip`, ColorJitter(brightness) and AutoAugment with the
     ImageNet policy if `autoaugment`.
 
-    The crop is torchvision's, with one difference: the pixels are resized by torch, which rounds up to one level apart
-    from Pillow.
+    The crop is torchvision's, but torch resizes the pixels, which differ from Pillow's by at most one level of 255.
     """
 
     flip: bool
@@ -85,9 +84,9 @@ class LargeTest:
 def random_boxes(sizes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """RandomResizedCrop's boxes: N x 4 of (top, left, height, width).
 
-    sizes: N x (height, width); numbers: N x 4 * tries of uniform numbers.  Each try draws the area, uniform in SCALE
-    of the picture's, the ratio width / height, log-uniform in RATIO, and the position.  The first try that fits is
-    taken, otherwise `centre_box`.
+    sizes: N x (height, width); numbers: N x 4 * tries, uniform in [0, 1).  Each try draws the area (uniform in SCALE of
+    the picture's), the ratio width / height (log-uniform in RATIO) and the position.  The first try that fits in the
+    picture is used, else `centre_box`.
     """
     height, width = sizes[:, :1], sizes[:, 1:]
     tries = numbers.reshape(len(sizes), -1, 4)

@@ -12,7 +12,7 @@ from torchvision import transforms
 
 GREY = (128, 128, 128)
 NUMBERS = 5
-"""Uniform random numbers that one picture takes."""
+"""Uniform random numbers needed for one picture."""
 
 IMAGENET_POLICY = tuple(transforms.AutoAugment(transforms.AutoAugmentPolicy.IMAGENET).policies)
 """25 sub-policies of two operations each: (name, probability, level 0 ... 9 or None)."""
@@ -39,9 +39,9 @@ _OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
 
 
 def auto_augment(picture: Image.Image, numbers: Sequence[float]) -> Image.Image:
-    """One sub-policy applied to an RGB picture.
+    """Apply one sub-policy to an RGB picture.
 
-    numbers: five in [0, 1): which sub-policy; for each of its two operations whether it is applied, then its sign.
+    numbers: five in [0, 1): the choice of sub-policy; whether each of its two operations is applied; their signs.
     """
     policy = IMAGENET_POLICY[int(numbers[0] * len(IMAGENET_POLICY))]
     for (name, probability, level), chance, direction in zip(policy, numbers[1:3], numbers[3:5], strict=True):

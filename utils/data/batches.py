@@ -1,8 +1,7 @@
-"""The pictures of a batch, all of it at once: a phase's training set, and pictures as they are.
+"""Datasets that make a whole batch at a time: a phase's training set, and images without augmentation.
 
-What a picture shows in an epoch is a function of (model_seed, phase, epoch, item) alone (DESIGN section 6).  Datasets
-keep no random state: the epoch travels inside each index, so that neither the number of workers, nor where a run was
-resumed, nor what else is in a batch changes what is drawn.
+How an item is augmented is a function of (model_seed, phase, epoch, item).  Datasets keep no random state: keys contain
+the epoch, so results depend neither on the number of workers, nor on where a run resumed, nor on the rest of the batch.
 """
 
 import abc
@@ -32,38 +31,37 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """(indices: B, images: B x 3 x S x S of uint8, targets: B)."""
 
 AMPLE_SHARED_MEMORY = 2 << 30
-"""Bytes of free shared memory from which on nobody asks how much the workers need."""
+"""Bytes of free shared memory that are taken to be enough without computing what the workers need."""
 PREFETCHED = 2
-"""Batches that a worker makes ahead: DataLoader's default."""
+"""Batches that a worker prepares in advance: DataLoader's default."""
 
-_ITSELF = -1  # in place of a copy's number
+_ITSELF = -1  # instead of a copy's number: the image
 
 
 class Batched(Dataset, abc.ABC):
-    """A dataset that makes a whole batch at a time; `batch_loader` knows about that."""
+    """A dataset that makes a whole batch at a time, for `batch_loader`."""
 
     @abc.abstractmethod
     def __getitems__(self, keys: Sequence) -> Batch:
-        """The batch of some keys."""
+        """The batch of these keys."""
 
     def __getitem__(self, key) -> tuple[int, Tensor, int]:
-        """(index, image: 3 x S x S, target) of one key, as it is in any batch."""
+        """(index, image: 3 x S x S, target) of one key, the same as in any batch."""
         (index,), (image,), (target,) = self.__getitems__([key])
         return int(index), image, int(target)
 
 
 class TrainingSet(Batched):
-    """The training set of a phase; what an item shows is drawn anew in each epoch.
+    """The training set of a phase, augmented differently in each epoch.
 
-    An exemplar that is not kept as an image becomes its copy number k, uniform in 0 ... K-1.  An image is replaced by
-    one of its K copies with probability p: new images and real exemplars with scope "all", real exemplars alone with
+    An exemplar that is not kept as an image is read as its copy number k, uniform in 0 ... K-1.  An image is replaced
+    by one of its K copies with probability p: new images and real exemplars for scope "all", only real exemplars for
     "exemplars".
 
-    items: what is trained on; augmentation_prob: p; augmentations_per_image: K; pixels: where decoded pictures are
-    kept, None to decode them each time.
+    augmentation_prob: p; augmentations_per_image: K; pixels: cache of decoded pictures, None to decode each time.
 
-    Keys are (epoch, index).  Stateless: whoever asks and in whatever order gets the same.
-    Raises UserError naming the file of a picture that can't be read.
+    Keys are (epoch, index); the result for a key does not depend on earlier calls.
+    Raises UserError, naming the file, for a picture that can't be read.
     """
 
     def __init__(
@@ -107,7 +105,7 @@ class TrainingSet(Batched):
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
         index = np.array([index for _, index in keys], np.int64)
         of_epochs = np.array([_epoch_state(*self._seeds, epoch) for epoch, _ in keys], np.uint64)
-        # Each item has a state of its own, and of that one for each purpose.
+        # Each item has its own state, and from it one state for the choice of copy and one for the transform.
         states = random_bits(random_bits(of_epochs + index.astype(np.uint64), 1)[:, 0], 2)
         replaced, number = uniform(states[:, 0], 2).T
         number = (number * self.augmentations_per_image).astype(int)
@@ -117,7 +115,7 @@ class TrainingSet(Batched):
         return torch.from_numpy(index), images, torch.from_numpy(self._targets[index])
 
     def _picture(self, index: int, number: int) -> np.ndarray:
-        """The picture of an item, or one of its copies, as the transform takes it."""
+        """The prepared picture of an item (number _ITSELF) or of one of its copies."""
         if (picture := self._seen.get((index, number))) is not None:
             return picture
         image = self.items[index].image
@@ -131,10 +129,10 @@ class TrainingSet(Batched):
 
 
 class ImageSet(Batched):
-    """Pictures as they are, for evaluation and features.  Keys are indices.
+    """Images under the test transform, for evaluation and features.  Keys are indices.
 
-    pixels: pictures that training has decoded, where some are the same.  None are added: these are read once a phase.
-    Raises UserError naming the file of a picture that can't be read.
+    pixels: cache of pictures that training has decoded.  Nothing is added to it: these images are read once a phase.
+    Raises UserError, naming the file, for a picture that can't be read.
     """
 
     def __init__(
@@ -168,10 +166,10 @@ class ImageSet(Batched):
 def batch_loader(
     dataset: Batched, batches: Iterable[Sequence], workers: int = 0, *, pin_memory: bool = False
 ) -> DataLoader:
-    """The dataset's batches, of the keys that `batches` lists (each time it is gone through).
+    """A loader of the dataset's batches; `batches` gives the keys of each.
 
-    workers: processes, which stay for as long as the loader does; 0: the batches are made when they are asked for, as
-    also, with a warning, where the batches of all workers don't fit in the machine's shared memory.
+    workers: worker processes, which live as long as the loader; 0 makes batches in this process.  Where the batches of
+    all workers don't fit in shared memory, 0 is used, with a warning.
     """
     workers = _fitting_workers(dataset, batches, workers)
     return DataLoader(
@@ -180,16 +178,13 @@ def batch_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         generator=torch.Generator(),
     )
 
 
 def _fitting_workers(dataset: Batched, batches: Iterable[Sequence], workers: int) -> int:
-    """The number of workers, or 0 where a small /dev/shm (Docker's has 64 MB) can't hold their batches.
-
-    A worker that finds it full dies of SIGBUS.
-    """
+    """The number of workers; 0 where /dev/shm (64 MB in Docker) can't hold their batches, as SIGBUS would kill them."""
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:
@@ -201,7 +196,7 @@ def _fitting_workers(dataset: Batched, batches: Iterable[Sequence], workers: int
     if needed <= free:
         return workers
     log.warning(
-        "num_workers: %d workers need up to %d MB of shared memory, /dev/shm has %d: going on without workers. "
+        "num_workers: %d workers need up to %d MB of shared memory, /dev/shm has %d MB: continuing without workers. "
         "Enlarge it (docker run --shm-size=2g), or lower batch_size or num_workers.",
         workers,
         needed >> 20,
@@ -210,11 +205,11 @@ def _fitting_workers(dataset: Batched, batches: Iterable[Sequence], workers: int
     return 0
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
 @lru_cache(maxsize=64)
 def _epoch_state(model_seed: int, phase: int, epoch: int) -> int:
-    """What the states of an epoch's items come from: 64 bits."""
+    """64 bits from which the states of an epoch's items are derived."""
     return int(seed_sequence(model_seed, phase, epoch).generate_state(1, np.uint64)[0])

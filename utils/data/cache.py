@@ -1,7 +1,7 @@
-"""Decoded pictures, shared by all processes of a machine: in memory, or in a file that later runs use too.
+"""A cache of decoded pictures, shared by all processes of a machine: in memory, or in a file that later runs use too.
 
-Own code instead of a library: one shared tensor holds pictures of one size alone, and lmdb, which would do, needs a
-file even for pictures in memory (containers often have 64 MB of /dev/shm).
+Why not a library: one shared tensor only holds pictures of one size, and lmdb needs a file even for pictures in memory
+(containers often have 64 MB of /dev/shm).
 """
 
 import hashlib
@@ -32,19 +32,19 @@ except ImportError:  # Windows: no cache
 log = logging.getLogger(__name__)
 
 _MAGIC = b"ESCORT pixels 2\n"
-_START = 24  # a file begins with _MAGIC and the offset where its last record ends (uint64)
+_START = 24  # before it: _MAGIC and the offset where the last record ends (uint64)
 _RECORD = struct.Struct("<16sIII")  # key, height, width, checksum of the pixels, which follow
 
 
 class PictureCache:
-    """Prepared pictures (H x W x 3, uint8), up to a number of bytes.  Later ones are not kept.
+    """Prepared pictures (H x W x 3, uint8) up to a number of bytes; once full, no more are added.
 
-    budget: bytes; prepare: the start of the dataset's transforms; file: where pictures are kept, for other processes
-    and runs; None keeps them in memory, for this process and those that open `path`.
+    budget: bytes; prepare: the first part of the dataset's transforms; file: where pictures are kept, for other
+    processes and runs; None keeps them in memory, for this process and those that open `path`.
 
-    The file is a log: records are only appended, under a lock, and each process remembers which picture it has seen
-    where.  A picture is known by its path, size, modification time and preparation, so a changed file is another one.
-    Checksums guard against pixels that were lost in a crash of the machine.
+    The file is a log: records are only appended, under a lock, and each process has its own index.  The key is a
+    picture's path, size, modification time and preparation, so that a changed file gets a new record.  Checksums detect
+    pixels that a crash of the machine has lost.
     """
 
     def __init__(self, budget: int, prepare: Prepare, file: Path | None = None):
@@ -55,7 +55,7 @@ class PictureCache:
         self._full = False
         self._fd = -1
         while not self._opened():
-            file.unlink(missing_ok=True)  # damaged; others may have it open, so it is replaced and not emptied
+            file.unlink(missing_ok=True)  # damaged; others may have it open, so it is replaced, not truncated
 
     def __del__(self):
         if self._fd >= 0:
@@ -66,7 +66,7 @@ class PictureCache:
 
     @property
     def path(self) -> Path:
-        """How other processes of this machine open the same cache; for one in memory, while this process lives."""
+        """What other processes of this machine open; for a cache in memory, valid while this process lives."""
         return self.file or Path(f"/proc/{os.getpid()}/fd/{self._fd}")
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class PictureCache:
         return len(self._places)
 
     def read(self, path: Path) -> tuple[np.ndarray, bool]:
-        """(The prepared picture, whether it is in the cache now).  Raises UnreadableImage."""
+        """(prepared picture, whether the cache holds it).  Raises UnreadableImage."""
         if (picture := self.find(path)) is not None:
             return picture, True
         picture = read_prepared(path, self.prepare)
@@ -83,7 +83,7 @@ class PictureCache:
         return (picture, False) if kept is None else (kept, True)
 
     def find(self, path: Path) -> np.ndarray | None:
-        """What is kept of a picture, read-only; None if it is not kept."""
+        """The prepared picture from the cache, read-only; None if it is not there."""
         key = self._key(path)
         if key not in self._places:
             self._scan()
@@ -112,8 +112,8 @@ class PictureCache:
         return struct.unpack_from("<Q", self._map, len(_MAGIC))[0]
 
     def _scan(self) -> None:
-        """Take note of what processes have appended since the last look."""
-        end = min(self._end(), len(self._map))  # beyond the map: of a run with a larger budget
+        """Index the records that any process has appended since the last call."""
+        end = min(self._end(), len(self._map))  # a run with a larger budget writes beyond the map
         while self._scanned + _RECORD.size < end:
             key, height, width, checksum = _RECORD.unpack_from(self._map, self._scanned)
             offset = self._scanned + _RECORD.size
@@ -139,10 +139,10 @@ class PictureCache:
                     _write(self._fd, struct.pack("<Q", end), len(_MAGIC))
         except OSError as error:
             self._full = True
-            log.warning("cache: no more pictures are kept (%s)", error.strerror)
+            log.warning("cache: no more pictures are added (%s)", error.strerror)
 
     def _key(self, path: Path) -> bytes | None:
-        """128 bits that identify a picture as it is now; None if there is no such file."""
+        """128 bits that identify the file's present content; None if there is no such file."""
         try:
             status = os.stat(path)
         except (OSError, ValueError):
@@ -152,7 +152,7 @@ class PictureCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        fcntl.lockf(self._fd, fcntl.LOCK_EX)  # held by a process, not by a descriptor, which forked ones share
+        fcntl.lockf(self._fd, fcntl.LOCK_EX)  # locks the process; a lock on the descriptor is shared by forked ones
         try:
             yield
         finally:
@@ -162,15 +162,16 @@ class PictureCache:
 def open_cache(
     kind: str, gib: float, folder: Path, root: Path, prepare: Prepare, expected: int = 0
 ) -> PictureCache | None:
-    """The cache of a run; None for none.  All processes of a run call it.
+    """The cache of a run, or None.  To be called by all processes of a run.
 
-    kind: "none", "ram" or "disk"; gib: its budget in GiB, in memory at most half of what is free; folder: where a file
-    of pixels lies; root: the dataset's folder; expected: bytes of all pictures, to tell how many of them fit.
+    kind: "none", "ram" or "disk"; gib: its budget in GiB, in memory at most half of what is free; folder: of the file;
+    root: the dataset's folder; expected: bytes of all pictures, to report how many of them fit.
+    Raises UserError for a folder that can't be written to.
     """
     if kind == "none" or gib == 0:
         return None
     if fcntl is None:
-        log.info("cache: not on this system, pictures are decoded each time")
+        log.info("cache: not available on this system, pictures are decoded each time")
         return None
     budget = int(gib * 2**30)
     if kind == "ram":
@@ -181,7 +182,7 @@ def open_cache(
     if kind == "ram":
         return _in_memory(budget, prepare)
     of = "\0".join([str(root.absolute()), Image.__version__, *(features.version(lib) or "" for lib in ("jpg", "webp"))])
-    name = hashlib.sha256(os.fsencode(of)).hexdigest()[:16]  # decoders of other versions may round otherwise
+    name = hashlib.sha256(os.fsencode(of)).hexdigest()[:16]  # decoders of other versions may round differently
     try:
         return PictureCache(budget, prepare, folder / f"{root.name}-{name}.pixels")
     except OSError as error:
@@ -189,7 +190,7 @@ def open_cache(
 
 
 def _in_memory(budget: int, prepare: Prepare) -> PictureCache:
-    """One cache for all processes of a run that are on this machine, made by the first of them."""
+    """One cache for all processes of a run on this machine, made by the first of them."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return PictureCache(budget, prepare)
     hosts: list[str] = [""] * dist.get_world_size()
@@ -203,12 +204,12 @@ def _in_memory(budget: int, prepare: Prepare) -> PictureCache:
             cache = PictureCache(budget, prepare, paths[first])
         except OSError:  # another container, or a system without /proc: a cache of its own
             cache = PictureCache(budget // hosts.count(hosts[first]), prepare)
-    dist.barrier()  # the first one must live until all have opened its memory
+    dist.barrier()  # the first process must live until all have opened its memory
     return cache
 
 
 def _memory_file() -> int:
-    """A file without a name that takes memory only for what is written to it."""
+    """An anonymous file, which takes memory only for what is written to it."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("pixels")
     with tempfile.TemporaryFile() as file:
@@ -221,7 +222,7 @@ def _named_file(file: Path) -> int:
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:
-    """Write all of it.  Raises OSError if disk or memory is full; writing through the map would end in SIGBUS."""
+    """Write all of it.  Raises OSError if disk or memory is full (writing through the map would raise SIGBUS)."""
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
@@ -229,7 +230,7 @@ def _write(fd: int, data: bytes, offset: int) -> None:
 
 
 def _free_memory() -> int:
-    """Bytes that this process may still take; 8 GiB if the system does not say."""
+    """Bytes of memory that this process may still allocate; 8 GiB if the system does not say."""
     free = [8 << 30]
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""From folders of images to classes in the order of a run: class order, phases, and the images of each class."""
+"""The classes of a run: their order, their division into phases, and the images of each."""
 
 import copy
 import re
@@ -19,20 +19,20 @@ from utils.errors import UserError
 
 
 class DataManager:
-    """A dataset's classes in the order in which they arrive, and the images of each.
+    """A dataset's classes in the order of a run, and their images.  A class's target is its index in that order.
 
-    paths: the dataset's folders; shuffle: whether the order is `np.random.seed(seed); np.random.permutation(n)` over
-    the sorted class labels, or the sorted labels themselves; init_cls: number of classes of phase 0; increment: number
-    of classes of every later phase, or a list of them whose last number repeats; the last phase has what is left.
-    class_order: labels, or places in the sorted labels, in place of shuffle; class_sort: "text", or "number" for labels
-    sorted by the numbers in them.
+    paths: the dataset's folders; shuffle: order the sorted class labels by `np.random.seed(seed);
+    np.random.permutation(n)`, else keep them sorted; init_cls: number of classes of phase 0; increment: number of
+    classes of each later phase, or a list of numbers of which the last repeats; the last phase gets the remainder.
+    class_order: labels, or indices of the sorted labels, instead of shuffle; class_sort: "text", or "number" to sort
+    labels by the numbers in them.
 
-    Raises UserError for a missing folder, a class without images, train and test classes that differ, or a split
-    into phases that the classes don't allow.  All folders are listed here, once.
+    Raises UserError for a missing folder, a class without images, train and test classes that differ, or impossible
+    phases.  All folders are listed once, here.
     """
 
     pixels: PictureCache | None = None
-    """Where decoded pictures are kept, for all phases; None: nowhere."""
+    """The cache of decoded pictures, None to decode them each time."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class DataManager:
         if class_order is not None:
             self.class_order = _places(class_order, labels)
         elif shuffle:
-            # The numbers of np.random.seed(seed); np.random.permutation(n), without touching the global generator.
+            # The same as np.random.seed(seed); np.random.permutation(n), but leaves the global generator alone.
             self.class_order = np.random.RandomState(seed).permutation(n).tolist()
         self.class_names: list[str] = [labels[i] for i in self.class_order]
         self._starts = [0, init_cls]
@@ -77,7 +77,7 @@ class DataManager:
         paths.warn_of_nested(labels)
 
     def reordered(self, seed: int) -> "DataManager":
-        """The same classes, shuffled with another seed, without listing the folders again."""
+        """The same classes in the order of another seed; the folders are not listed again."""
         listed = dict(zip(self.class_order, zip(self.class_names, self._train, self._test, strict=True), strict=True))
         other = copy.copy(self)
         other.__dict__.pop("defaults", None)
@@ -95,7 +95,7 @@ class DataManager:
         return len(self._starts) - 1
 
     def phase_targets(self, phase: int) -> range:
-        """The targets of the classes that are new in a phase (0, 1, ...)."""
+        """The targets of a phase's new classes (phase: 0, 1, ...)."""
         if not 0 <= phase < self.nb_phases:
             raise IndexError(f"phase {phase} of {self.nb_phases}")
         return range(self._starts[phase], self._starts[phase + 1])
@@ -113,7 +113,7 @@ class DataManager:
         return self._test[target]
 
     def new_items(self, phase: int) -> list[Item]:
-        """Every train image of a phase's new classes, as items of role "new"."""
+        """All train images of a phase's new classes, as items of role "new"."""
         return [Item(image, target, "new") for target in self.phase_targets(phase) for image in self._train[target]]
 
     @property
@@ -131,18 +131,18 @@ class DataManager:
 
     @property
     def normalise(self) -> Normalise:
-        """From pictures as the transforms leave them to what networks take."""
+        """Turns the transforms' pictures (uint8) into a network's input (float32)."""
         return self.defaults.normalise
 
     @cached_property
     def defaults(self) -> DatasetDefaults:
-        """What fits this dataset's name and the typical size of its images (the median of a few, by their headers)."""
+        """The defaults by this dataset's name and the typical size of its images."""
         sizes = typical_size([images[0] for images in self._train])
         return dataset_defaults(self.paths.dataset, sizes, self.augmentation)
 
     @property
     def decoded_bytes(self) -> int:
-        """Roughly, of all train images once they are decoded."""
+        """Of all train images, decoded; an estimate."""
         width, height = typical_size([images[0] for images in self._train]) if self.image_kind == "large" else (32, 32)
         return 3 * width * height * sum(map(len, self._train))
 
@@ -165,7 +165,7 @@ def _by_numbers(label: str) -> list[tuple[int, str]]:
 
 
 def _places(class_order: Sequence[int | str], labels: list[str]) -> list[int]:
-    """A class order as places in the labels.  Raises UserError where it does not hold each class once."""
+    """A class order as indices of the labels.  Raises UserError unless it has each class once."""
     place = {label: i for i, label in enumerate(labels)}
     texts = [str(entry) for entry in class_order]
     if sorted(texts) == sorted(labels):
@@ -175,7 +175,7 @@ def _places(class_order: Sequence[int | str], labels: list[str]) -> list[int]:
     unknown = [text for text in texts if text not in place]
     raise UserError(
         f"class_order must hold each of the {len(labels)} classes once, as labels or numbers 0 to {len(labels) - 1}; "
-        + (f"{unknown[0]!r} is none of the labels." if unknown else f"it has {len(texts)} entries.")
+        + (f"{unknown[0]!r} is no label." if unknown else f"it has {len(texts)} entries.")
     )
 
 
@@ -190,7 +190,7 @@ def _check_same_classes(paths: DatasetPaths, train: list[str], test: list[str]) 
 
 
 def typical_size(images: Sequence[Path]) -> tuple[int, int]:
-    """(width, height) of the image whose shorter side is the median of up to nine, spread over `images`."""
+    """(width, height) of the image with the median shorter side among up to nine, evenly spread over `images`."""
     sizes = []
     for i in np.linspace(0, len(images) - 1, min(len(images), 9)).round().astype(int):
         try:

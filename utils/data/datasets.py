@@ -1,7 +1,7 @@
-"""What the trainer assumes about a dataset: its transforms, its statistics and the preset of compress/run.py.
+"""Defaults of a dataset: its transforms, its statistics and the preset of compress/run.py.
 
-Any folder in the layout of `utils.data.paths` is a dataset, and the size of its images selects the transforms.  A known
-name only adds what the size cannot tell, so a dataset that is missing from `KNOWN` needs no code.
+Any folder in the layout of `utils.data.paths` is a dataset; the size of its images selects the transforms.  `KNOWN`
+adds what the size does not tell; a dataset need not be in it.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ ImageKind = Literal["small", "large"]
 Augmentation = Literal["pescr", "pycil"]
 
 SMALL_SIDE = 64
-"""Images whose shorter side is at most this many pixels take the small-image transforms."""
+"""Images whose shorter side has at most this many pixels get the transforms of small images."""
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -23,12 +23,11 @@ CIFAR100_STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 @dataclass(frozen=True)
 class Known:
-    """What a dataset's name adds.
+    """Defaults by a dataset's name.
 
     flip: whether training mirrors images; small_statistics: mean and standard deviation of each channel, for small
-    images (an unknown dataset of small images is normalised with CIFAR-100's; large images always with ImageNet's);
-    resolution: the preset of compress/run.py, None to choose by the images' size; pycil_jitter: whether PyCIL jitters
-    the brightness of this dataset's large images.
+    images (large ones are normalised with ImageNet's); resolution: the preset of compress/run.py, None to choose by the
+    images' size; pycil_jitter: whether PyCIL jitters the brightness of this dataset's large images.
     """
 
     flip: bool = True
@@ -53,7 +52,7 @@ KNOWN = {
 @dataclass(frozen=True)
 class DatasetDefaults:
     """image_kind: "small" or "large"; the transforms turn pictures into B x 3 x S x S (uint8), S = 32 for small images
-    and 224 for large ones; `normalise` turns that into what networks take; resolution: the preset of compress/run.py.
+    and 224 for large ones; `normalise` turns these into a network's input; resolution: the preset of compress/run.py.
     """
 
     image_kind: ImageKind
@@ -64,18 +63,18 @@ class DatasetDefaults:
 
 
 def known(name: str) -> Known:
-    """What a dataset's name adds, in any case; an unknown name adds nothing."""
+    """The row of a dataset's name, in any case of letters; the defaults of `Known` for an unknown name."""
     return next((entry for key, entry in KNOWN.items() if key.lower() == name.lower()), Known())
 
 
 def dataset_defaults(
     name: str, sample_image_size: tuple[int, int], augmentation: Augmentation = "pescr"
 ) -> DatasetDefaults:
-    """The transforms of a dataset.
+    """The defaults of a dataset.
 
     name: the dataset's folder name; sample_image_size: (width, height) of a typical image in pixels; augmentation: of
     large images in training.  "pescr" (ESCORT's published code): random resized crop, flip, brightness, AutoAugment;
-    "pycil": as PyCIL treats ImageNet-100, crop and flip alone, and for ImageNet1000 brightness too.
+    "pycil": crop and flip, as PyCIL does for ImageNet-100, and brightness for ImageNet1000.
     """
     entry = known(name)
     shorter = min(sample_image_size)

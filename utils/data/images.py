@@ -1,7 +1,7 @@
-"""Reading and writing image files, with Pillow.
+"""Reading image files with Pillow, and writing files atomically.
 
-A picture is what a viewer shows of its file: turned by its EXIF orientation, over white where it is transparent, and
-the first frame where there are several.
+Images are read as viewers show them: rotated by their EXIF orientation, on white where they are transparent, and the
+first frame of several.
 """
 
 import os
@@ -19,21 +19,21 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from utils.errors import UserError
 
 Image.init()
-# EPS and WMF are programs, which Pillow gives to Ghostscript or Windows to run; the others hold no pictures.
+# Pillow has Ghostscript or Windows execute EPS and WMF files; the others are no pictures.
 _LEFT_OUT = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
 _FORMATS = tuple(sorted(Image.OPEN.keys() - _LEFT_OUT, key=lambda kind: (kind not in ("JPEG", "PNG", "WEBP"), kind)))
-"""What files are tried as, the frequent ones first: some of the others have no mark to tell them by and take time."""
+"""Formats that files are tried as, frequent ones first: formats without a magic number take time to rule out."""
 _PICTURES_NOT_READ = {".eps", ".heic", ".heif", ".jxl", ".svg", ".wmf"}
 IMAGE_ENDINGS = frozenset(
     {ending for ending, kind in Image.registered_extensions().items() if kind in _FORMATS} | _PICTURES_NOT_READ
 )
-"""Lower-case file endings of pictures, with their dot: what Pillow reads, and a few kinds that it doesn't, so that
-these are reported instead of passed over."""
+"""Lower-case file endings of images, with the dot: what Pillow reads, and a few that it doesn't, so that these are
+reported as unreadable and not ignored."""
 
 MAX_PIXELS = 90_000_000
-"""Pictures of more pixels are refused as decompression bombs: a quarter of a GiB as RGB."""
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from here on, and raises from twice as many
-warnings.filterwarnings("ignore", module=r"PIL\.")  # its remarks on odd files: what matters is an error
+"""Larger pictures are refused as decompression bombs: these take a quarter of a GiB as RGB."""
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this, and raises above twice as many
+warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd files that it can read
 
 _BITS_PER_PIXEL = {"1": 1, "L": 8, "LA": 8, "I": 32, "F": 32}
 _TURNS = {
@@ -45,19 +45,19 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns a picture of an EXIF orientation upright (Exif 2.32, 4.6.4 A)."""
+"""EXIF orientation -> what turns the picture upright (Exif 2.32, 4.6.4 A)."""
 
 
 def is_image(path: Path) -> bool:
-    """Whether the file's ending, in any case, is that of a picture.  Hidden files are never images."""
+    """Whether the file's ending, in any case, is that of an image.  Hidden files are no images."""
     return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
 
 
 def read_image(path: Path) -> Image.Image:
-    """The picture as RGB, fully decoded, so that a truncated file fails here and not later.
+    """The picture as RGB, fully decoded: a truncated file fails here and not later.
 
-    Raises OSError, with the path in its message, for whatever is wrong with the file or its content, and for a picture
-    of more than MAX_PIXELS or without a known range of levels (32 bits a channel).
+    Raises OSError, with the path in its message, for anything that is wrong with the file or its content, for more than
+    MAX_PIXELS, and for 32 bits a channel, whose range is unknown.
     """
     with _opened(path) as image:
         turn = _TURNS.get(_orientation(image))
@@ -66,9 +66,9 @@ def read_image(path: Path) -> Image.Image:
 
 
 def image_bits(path: Path) -> tuple[int, int, int]:
-    """(width, height, bits per pixel) of a picture as `read_image` returns it, from its header alone.
+    """(width, height, bits per pixel) of the upright picture, from its header alone.
 
-    8 bits per pixel for greyscale, 24 for anything that becomes RGB, 1 for a bilevel picture.
+    Bits per pixel: 1 for bilevel, 8 for greyscale, 16 and 32 for deeper greyscale, 24 for anything else.
     Raises OSError as `read_image` does.
     """
     with _opened(path) as image:
@@ -79,9 +79,9 @@ def image_bits(path: Path) -> tuple[int, int, int]:
 
 
 class UnreadableImage(UserError):
-    """A picture that does not decode; the message names the file.
+    """A picture that can't be decoded; the message names the file.
 
-    A DataLoader re-raises its worker's error with the whole traceback as its message; only the last line is kept.
+    A DataLoader re-raises its workers' errors with their traceback as the message; only its last line is kept.
     """
 
     def __init__(self, message: str):
@@ -89,9 +89,9 @@ class UnreadableImage(UserError):
 
 
 def read_prepared(path: Path, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-    """A picture, decoded in full and prepared for a transform: H x W x 3, uint8.
+    """A picture, decoded and prepared for a transform: H x W x 3, uint8.
 
-    Raises UnreadableImage, also for one so elongated that resizing its shorter side to 256 takes over MAX_PIXELS.
+    Raises UnreadableImage, also where the picture with its shorter side resized to 256 would exceed MAX_PIXELS.
     """
     try:
         image = read_image(path)
@@ -105,13 +105,14 @@ def read_prepared(path: Path, prepare: Callable[[Image.Image], np.ndarray]) -> n
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The picture with its header read.  What is wrong with it, then or in the body, is an OSError with the path."""
+    """The picture with its header read.  Any error, in opening it or in the `with` body, becomes an OSError with the
+    path."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or a device may never end
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or a device may never end
             raise OSError("not a file, but a folder, pipe or device")
         with Image.open(path, formats=_FORMATS) as image:
             yield image
-    except Exception as error:  # a broken file makes decoders raise whatever they stumble over
+    except Exception as error:  # decoders raise anything for a broken file
         raise OSError(f"{path}: {_reason(error, path)}") from error
 
 
@@ -124,11 +125,11 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 ... 8, as far as it stands before the pixels; broken metadata says nothing."""
+    """The EXIF orientation, 1 ... 8, where it precedes the pixels; 1 for broken or no metadata."""
     if image.format == "TIFF":
-        return 1  # Pillow turns these itself
+        return 1  # Pillow rotates these itself
     try:
-        # Of the base class: PngImageFile's own would decode the picture first.
+        # The base class's method: PngImageFile's would decode the picture first.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
         return orientation if orientation in _TURNS else 1
     except Exception:
@@ -141,10 +142,10 @@ def _is_sixteen_bit_grey(image: Image.Image) -> bool:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    if _is_sixteen_bit_grey(image):  # Pillow would clip it at 255 and leave a white picture
+    if _is_sixteen_bit_grey(image):  # Pillow's convert("L") would clip it at 255
         return image.convert("I").point(lambda level: level * (1 / 256)).convert("L").convert("RGB")
     if image.mode in ("I", "F"):
-        raise OSError("levels of 32 bits, whose range is not known: save it with 8 or 16")
+        raise OSError("32 bits a channel, whose range is unknown: save it with 8 or 16")
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
@@ -152,9 +153,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file in the target's folder, then move it into place.
+    """Let `write` fill a temporary file in the target's folder, then rename it.
 
-    A killed process leaves the old file or the new one, never a half one.  The folder is made where it is missing.
+    A killed process leaves the old file or the new one, never part of one.  Missing folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{os.getpid()}-", suffix=".tmp")

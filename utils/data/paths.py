@@ -1,14 +1,14 @@
-"""Where everything lies on disk: train image <-> edge map <-> copies (DESIGN: one module owns these paths).
+"""The layout on disk: train image <-> edge map <-> copies.  All paths come from this module.
 
     <data-dir>/<dataset>/train/<class-label>/<stem>.<ext>
     <data-dir>/<dataset>/test/<class-label>/<stem>.<ext>
     <data-dir>/<dataset>/edge_maps/<class-label>/<stem>.webp
     <data-dir>/<dataset>/exemplars/<class-label>/<stem>_seed00.jpg
 
-Another exemplar form has folders of its own in the place of these two (`FormFiles`).  What is kept apart under a name
-lies beside them, in `edge_maps-<name>` and `exemplars-<name>`.
-Everything works on path parts, so a data folder that itself contains `train` does no harm.  Two images of a class that
-differ only in their ending (`a.jpg`, `a.png`) keep their whole name as the stem of what is derived from them.
+Other exemplar forms have folders of their own instead of the last two (`FormFiles`).  A variant's folders are
+`edge_maps-<variant>` and `exemplars-<variant>`.  Paths are built from their parts, so the data folder's own path may
+contain `train`.  Where two images of a class differ only in their ending (`a.jpg`, `a.png`), the files derived from
+them have the whole name as their stem.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_WARNED: set[tuple[Path, str]] = set()  # what has been said of a dataset in this process
+_WARNED: set[tuple[Path, str]] = set()  # warnings about datasets that this process has logged
 
 
 def data_dir(chosen: str | os.PathLike | None = None) -> Path:
-    """The folder of all datasets: what was chosen, else $ESCORT_DATA_DIR, else ./data."""
+    """The folder of all datasets: `chosen`, else $ESCORT_DATA_DIR, else ./data."""
     return Path(chosen or os.environ.get("ESCORT_DATA_DIR") or "data").expanduser()
 
 
@@ -41,17 +41,17 @@ def datasets(folder: Path) -> list[str]:
 
 
 def find_dataset(folder: Path, name: str) -> str:
-    """The folder name of a dataset; the case of letters may differ where only one folder fits ("cifar100")."""
+    """A dataset's folder name; the case of letters may differ where only one folder matches ("cifar100")."""
     alike = [other for other in datasets(folder) if other.lower() == name.lower()]
     return alike[0] if len(alike) == 1 and not (folder / name).exists() else name
 
 
 @dataclass(frozen=True)
 class FormFiles:
-    """Where the files of an exemplar form lie, beside `train`; the defaults are those of edge maps.
+    """The folders of an exemplar form, beside `train`; the defaults are those of edge maps.
 
-    kept: the folder of what is kept of train images; copies: that of their copies; kept_endings: of kept files, the
-    first of which is written and all of which are read; copy_ending: of copies.
+    kept: folder of the kept files; copies: folder of the copies; kept_endings: of kept files: the first is written, all
+    are read; copy_ending: of copies.
     """
 
     kept: str = "edge_maps"
@@ -64,9 +64,9 @@ class FormFiles:
 class DatasetPaths:
     """One dataset's folders.
 
-    data_dir: the folder of all datasets; dataset: the dataset's folder name in it; variant: the name of kept files and
-    copies that are kept apart from others, "" for the ordinary ones; files: those of the exemplar form.
-    Raises UserError for a name with odd characters.
+    data_dir: the folder of all datasets; dataset: the dataset's folder name in it; variant: name of a separate set of
+    kept files and copies, "" for the default one; files: of the exemplar form.
+    Raises UserError for a dataset or variant that is no folder name.
     """
 
     data_dir: Path
@@ -79,14 +79,14 @@ class DatasetPaths:
         if self.dataset in ("", ".", "..") or re.search(r"[/\\\0]", self.dataset):
             raise UserError(f"a dataset is one folder of the data folder, not {self.dataset!r} (see --data-dir).")
         if not re.fullmatch(r"[\w.-]*", self.variant):
-            raise UserError(f"a variant's name has letters, digits, '.', '-' and '_' alone, unlike {self.variant!r}.")
+            raise UserError(f"a variant's name consists of letters, digits, '.', '-' and '_', unlike {self.variant!r}.")
 
     @property
     def root(self) -> Path:
         return self.data_dir / self.dataset
 
     def folder(self, mode: str) -> Path:
-        """The folder of a mode: "train", "test", or, of the exemplar form, "kept" or "copies"."""
+        """The folder of "train" or "test" images, or of the exemplar form's "kept" files or "copies"."""
         mode = {"edge_maps": "kept", "exemplars": "copies"}.get(mode, mode)
         if mode not in ("kept", "copies"):
             return self.root / mode
@@ -94,12 +94,12 @@ class DatasetPaths:
         return self.root / (f"{name}-{self.variant}" if self.variant else name)
 
     def classes(self, mode: str = "train") -> list[str]:
-        """Sorted class labels: the names of the mode's sub-folders.  Raises UserError where there are none."""
+        """Sorted class labels: the names of the mode's sub-folders.  Raises UserError if there are none."""
         folder = self.folder(mode)
         if not folder.is_dir():
             raise UserError(
                 f"no {mode} images of dataset {self.dataset!r}: {folder} is not a folder. "
-                f"Put images at {folder}/<class-label>/, or name another place with --data-dir or data_dir."
+                f"Put images in {folder}/<class-label>/, or set another folder with --data-dir or data_dir."
             )
         labels = sorted(entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
         if not labels:
@@ -107,10 +107,7 @@ class DatasetPaths:
         return labels
 
     def images(self, label: str, mode: str = "train") -> list[Path]:
-        """Sorted image files of a class (by ending; whether they decode shows when they are read).
-
-        Raises UserError for a folder that may not be listed.
-        """
+        """Sorted image files of a class, by their endings.  Raises UserError for a folder that can't be listed."""
         folder = self.folder(mode) / label
         if not folder.is_dir():
             return []
@@ -127,14 +124,14 @@ class DatasetPaths:
         return self._other_stems[label].get(image.name, image.stem)
 
     def kept(self, image: Path) -> Path:
-        """Where what is kept of a train image is written."""
+        """Where a train image's kept file is written."""
         return self.folder("kept") / image.parent.name / f"{self._stem(image)}{self.files.kept_endings[0]}"
 
     def find_kept(self, image: Path, among: Container[str] | None = None) -> Path | None:
-        """What is kept of a train image, where it is on disk, in whichever of the form's endings.
+        """A train image's kept file, with any of the form's endings; None if there is none.
 
         An edge map is a .webp, a .png of earlier versions, or a .bmp of the published scripts.
-        among: the names in its folder, where the caller has listed it already.
+        among: the names in its folder, if the caller has listed it.
         """
         folder, stem = self.folder("kept") / image.parent.name, self._stem(image)
         for name in (f"{stem}{ending}" for ending in self.files.kept_endings):
@@ -146,7 +143,7 @@ class DatasetPaths:
     edge_map, find_edge_map = kept, find_kept  # the names that callers have not given up yet
 
     def copy(self, image: Path, k: int) -> Path:
-        """Where copy number k (0, 1, ...) of a train image lies."""
+        """The path of copy number k (0, 1, ...) of a train image."""
         return self.copies_folder(image.parent.name) / self._copy_name(self._stem(image), k)
 
     def copy_name(self, image: Path, k: int) -> str:
@@ -154,7 +151,7 @@ class DatasetPaths:
         return self._copy_name(self._stem(image), k)
 
     def copies_folder(self, label: str) -> Path:
-        """Where the copies of a class's images lie."""
+        """The folder with the copies of a class's images."""
         return self.folder("copies") / label
 
     def copy_names(self, image: Path, count: int) -> list[str]:
@@ -166,10 +163,10 @@ class DatasetPaths:
         return f"{stem}_seed{k:02d}{self.files.copy_ending}"
 
     def class_texts(self) -> dict[str, str]:
-        """Class label -> the text that prompts call it by: `class_names.json`'s if it has one, else the label.
+        """Class label -> its text in prompts: the entry of `class_names.json`, else the label.
 
-        Labels match however their accents are composed.  Bytes of a label that are not UTF-8 become "?".  Logs a
-        warning for entries that match no class.
+        Labels match whether their accents are composed or not.  Bytes of a label that are not UTF-8 become "?".  Logs a
+        warning about entries that match no class.
         """
         given = self._class_names()
         labels = self.classes()
@@ -189,14 +186,14 @@ class DatasetPaths:
         return texts
 
     def _class_names(self) -> dict[str, str]:
-        """What class_names.json says, by label in composed form (NFC)."""
+        """The entries of class_names.json, by label in composed form (NFC)."""
         file = self.root / "class_names.json"
         if not file.is_file():
             return {}
         try:
             texts = json.loads(file.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{file} is not valid JSON: {error}") from error
+            raise UserError(f"{file} can't be read as JSON: {error}") from error
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
             raise UserError(f'{file} must be one object of texts, like {{"n01440764": "tench"}}.')
         return {unicodedata.normalize("NFC", label): text for label, text in texts.items()}
@@ -207,7 +204,7 @@ class DatasetPaths:
         return first
 
     def warn_of_nested(self, labels: Iterable[str]) -> None:
-        """Log a warning if class folders of `train` have folders in them that hold pictures: those are not used."""
+        """Log a warning if class folders of `train` have sub-folders with pictures, which are not used."""
         nested = []
         for label in labels:
             with os.scandir(self.folder("train") / label) as entries:
@@ -215,14 +212,14 @@ class DatasetPaths:
         holding = [folder for folder in nested if any(is_image(path) for path in _entries(folder))]
         if holding and self._warn_once("nested"):
             more = f" (and {len(holding) - 1} more folders)" if len(holding) > 1 else ""
-            log.warning("%s%s: pictures in folders within a class folder are not used", holding[0], more)
+            log.warning("%s%s: pictures in sub-folders of a class folder are not used", holding[0], more)
 
 
 def _distinct_stems(names: Collection[str]) -> dict[str, str]:
-    """File name -> the stem of what is derived from it, for names whose plain stem another one has too.
+    """File name -> the stem of the files derived from it, for names that share their plain stem with another.
 
-    Such a file takes its whole name (a.jpg, a.png), and where that is taken as well, or differs in case alone, which
-    some disks do not distinguish, its name and a digest of it.
+    Such a file's stem is its whole name (a.jpg, a.png), or, where that is taken too or differs only in case (which some
+    file systems ignore), its name and a digest of it.
     """
     choices = {name: (os.path.splitext(name)[0], name, f"{name}-{_digest(name)}") for name in names}
     level = dict.fromkeys(names, 0)
