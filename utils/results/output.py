@@ -71,6 +71,7 @@ class Output:
             report.write_phases(self.folder / "phases.csv", runs)
             if run["finished"]:
                 report.plot({self.config.model_name: content}, self.folder / "accuracy.png")
+                report.write_page({self.config.model_name: self.folder}, self.folder / "report.html")
         return content
 
     def _runs(self) -> list[Mapping[str, Any]]:

@@ -1,6 +1,6 @@
 """What a run leaves: results.json, phases.csv, confusion matrices, accuracy.png; and tables that compare runs.
 
-    python -m utils.results.report FOLDER [NAME=FOLDER ...] [--plot accuracy.png]
+    python -m utils.results.report FOLDER [NAME=FOLDER ...] [--plot accuracy.png] [--html page.html]
 
 results.json (accuracies in percent, seconds, bytes):
     config     the configuration as used
@@ -195,6 +195,17 @@ def load_results(folder: Path) -> dict[str, Any]:
     return content
 
 
+def write_page(folders: Mapping[str, Path], file: Path, title: str = "", notes: Sequence[str] = ()) -> None:
+    """One HTML page of some output folders, by name.
+
+    notes: paragraphs below the title.  Raises UserError for a folder without a finished phase.
+    """
+    from utils.results.page import page  # imports Jinja2 and, for figures, matplotlib
+
+    runs = {name: (at if at.is_dir() else at.parent, load_results(at)) for name, at in folders.items()}
+    write_text(file, page(runs, title, notes))
+
+
 def named_folders(arguments: Sequence[str]) -> dict[str, Path]:
     """The output folders by the names that a table gives them.
 
@@ -229,11 +240,15 @@ def command(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="python -m utils.results.report", description="Compare runs of main.py.")
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help="an output folder of main.py")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the accuracy curves")
+    parser.add_argument("--html", type=Path, metavar="FILE.html", help="also write one page with all that is known")
     arguments = parser.parse_args(argv)
-    runs = {name: load_results(folder) for name, folder in named_folders(arguments.runs).items()}
+    folders = named_folders(arguments.runs)
+    runs = {name: load_results(folder) for name, folder in folders.items()}
     print(table(runs))
     if arguments.plot:
         plot(runs, arguments.plot.expanduser())
+    if arguments.html:
+        write_page(folders, arguments.html.expanduser())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""The page's figures, as SVG text for a place inside HTML."""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from utils.results.entries import Entry
+
+COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#444444", "#e6ab02", "#17becf")
+STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+MARKERS = "osD^v<>PX*"
+
+_SETTINGS = {
+    "text.parse_math": False,  # names may have dollar signs
+    "svg.hashsalt": "page",  # the same page each time
+    "svg.fonttype": "none",  # text stays text: small, and the reader's font
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Arial", "Helvetica", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+
+
+class Looks:
+    """How lines are drawn: a colour a form, a dash pattern and a marker a method, so that both can be read off."""
+
+    def __init__(self, lines: Sequence[tuple[str, str]]):
+        self.methods = list(dict.fromkeys(method for method, _ in lines))
+        self.forms = list(dict.fromkeys(form for _, form in lines))
+
+    def of(self, method: str, form: str) -> dict:
+        """matplotlib's keywords of a line."""
+        m, f = self.methods.index(method), self.forms.index(form)
+        many = f // len(COLOURS)  # a colour comes again with another marker
+        return {
+            "color": COLOURS[f % len(COLOURS)],
+            "linestyle": STYLES[(m + many) % len(STYLES)],
+            "marker": MARKERS[(f if len(self.methods) == 1 else m + many) % len(MARKERS)],
+            "markersize": 5,
+        }
+
+    def label(self, method: str, form: str) -> str:
+        return form if len(self.methods) == 1 else f"{method}, {form}"
+
+
+def accuracy_over_bytes(lines: Mapping[tuple[str, str], Sequence[Entry]]) -> str:
+    """Average incremental accuracy against bytes a class, a line a method and form; bars: standard deviation."""
+    looks = Looks(list(lines))
+    with _figure(len(lines)) as drawn:
+        axes = drawn.axes
+        for (method, form), of_line in lines.items():
+            x = [entry.budget or entry.bytes_a_class for entry in of_line]
+            of_line = [entry.summary["average_incremental_accuracy"] for entry in of_line]
+            mean, std = [value["mean"] for value in of_line], [value["std"] for value in of_line]
+            axes.errorbar(x, mean, std, capsize=2, label=looks.label(method, form), **looks.of(method, form))
+        axes.set_xscale("log")
+        places = sorted({entry.budget or entry.bytes_a_class for of_line in lines.values() for entry in of_line})
+        if len(places) <= 8:
+            axes.set_xticks(places, [f"{place:,.0f}" for place in places])
+            axes.minorticks_off()
+        axes.set_xlabel("memory (bytes a class, log scale)")
+        axes.set_ylabel("average incremental accuracy (%)")
+    return drawn.svg("bytes")
+
+
+def accuracy_over_phases(lines: Mapping[tuple[str, str], Entry], name: str) -> str:
+    """Top-1 accuracy against the number of classes seen; bands: standard deviation.  name: of the figure."""
+    looks = Looks(list(lines))
+    with _figure(len(lines)) as drawn:
+        axes = drawn.axes
+        for (method, form), entry in lines.items():
+            seen, top1 = entry.content["summary"]["classes_seen"], entry.summary["top1"]
+            mean, std, look = np.array(top1["mean"]), np.array(top1["std"]), looks.of(method, form)
+            axes.plot(seen, mean, label=looks.label(method, form), **look)
+            if std.any():
+                axes.fill_between(seen, mean - std, mean + std, color=look["color"], alpha=0.12, linewidth=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("classes seen")
+        axes.set_ylabel("top-1 accuracy (%)")
+    return drawn.svg(name)
+
+
+def bars(rows: Sequence[tuple[str, float, float]], name: str, unit: str) -> str:
+    """Horizontal bars.  rows: (label, value, standard deviation), from top to bottom; name: of the figure."""
+    from matplotlib.ticker import MaxNLocator
+
+    with _figure(0, height=0.7 + 0.28 * len(rows)) as drawn:
+        axes = drawn.axes
+        places = np.arange(len(rows))
+        values, spread = [row[1] for row in rows], [row[2] for row in rows]
+        axes.barh(places, values, xerr=spread if any(spread) else None, color=COLOURS[0], height=0.6, capsize=2)
+        axes.set_yticks(places, [row[0] if len(row[0]) < 36 else row[0][:34] + "…" for row in rows])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel(unit)
+    return drawn.svg(name)
+
+
+class _figure:
+    """A figure whose legend of `entries` lines lies below it.  `axes` inside, `svg` afterwards."""
+
+    def __init__(self, entries: int, height: float = 3.4):
+        self.entries, self.height = entries, height
+
+    def __enter__(self):
+        import matplotlib
+        from matplotlib.figure import Figure  # slow to import, and not needed by other commands
+
+        self.context = matplotlib.rc_context(_SETTINGS)
+        self.context.__enter__()
+        self.figure = Figure(figsize=(5.2, self.height), layout="constrained")
+        self.axes = self.figure.subplots()
+        return self
+
+    def __exit__(self, kind, *error):
+        try:
+            if kind is None:
+                self.text = self._draw()
+        finally:
+            self.context.__exit__(kind, *error)
+
+    def _draw(self) -> str:
+        if self.entries:
+            handles, labels = self.axes.get_legend_handles_labels()
+            labels = [label if len(label) < 60 else label[:58] + "…" for label in labels]
+            columns = max(1, min(3, 64 // (max(map(len, labels), default=1) + 8)))
+            rows = math.ceil(len(labels) / columns)
+            self.figure.set_figheight(self.height + 0.19 * rows + 0.15)
+            look = {"frameon": False, "fontsize": 9, "handlelength": 3}
+            self.figure.legend(handles, labels, loc="outside lower center", ncols=columns, **look)
+        file = io.StringIO()
+        self.figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        return file.getvalue()
+
+    def svg(self, name: str) -> str:
+        """The element, with ids that no other figure of the page has."""
+        text = self.text[self.text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        text = re.sub(r'(?<=\sid=")|(?<=xlink:href="#)|(?<=url\(#)', f"{name}-", text)
+        head, rest = text.split(">", 1)
+        head = re.sub(r'\s(width|height)="[^"]*"', "", head)
+        return f'{head} role="img" class="figure">{rest}'
