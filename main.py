@@ -147,6 +147,7 @@ def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path
         config.memory_per_class,
         config.augmentations_per_image,
         total=None if config.fixed_memory else config.memory_size,
+        bytes_budget=config.memory_bytes_per_class if config.budget_in == "bytes" else None,
         selection=config.exemplar_selection,
         seed=config.model_seed,
     )
@@ -178,7 +179,10 @@ def exemplar_form(config: Config, data):
 
 def quotas(config: Config, form) -> list[tuple[str, int]]:
     """How many exemplars a class has in each form, in order of choice."""
-    return [("real", config.real_per_class), (form.name, config.syn_per_class)]
+    from utils.memory.budget import FILL
+
+    numbers = (FILL if config.real_per_class is None else config.real_per_class), config.syn_per_class
+    return [("real", numbers[0]), (form.name, FILL if numbers[1] == "fill" else numbers[1])]
 
 
 def costs(form, paths: DatasetPaths) -> dict:
@@ -195,17 +199,18 @@ def check_exemplars(config: Config, data, form, fabric):
     none is needed.
     """
     from compress.copies import CopiesAhead
-    from utils.memory.budget import check_budget, check_total, warn_of_small_classes
 
     method = catalogue.methods()[config.model_name]
-    synthetic = config.syn_per_class if method.uses_memory else 0
     images = [data.train_images(target) for target in range(data.nb_classes)]
+    if method.uses_memory:
+        config = within_budget(config, form, images, data.paths, method.least_exemplars)
+    synthetic = config.syn_per_class if method.uses_memory else 0
     if form.deterministic:  # all copies of an image would be equal
         config = replace(config, augmentations_per_image=1)
     may_be_replaced = config.augmentation_prob > 0 and (
         config.real_per_class != 0 or config.augmentation_scope == "all"
     )
-    needs_copies = synthetic > 0 or may_be_replaced
+    needs_copies = synthetic != 0 or may_be_replaced
     copies = None
     if needs_copies and config.regenerate == "on_demand":
         from compress.on_demand import OnDemand  # imports ControlNet: seconds that other runs need not spend
@@ -218,25 +223,60 @@ def check_exemplars(config: Config, data, form, fabric):
             copies=config.augmentations_per_image,
             fabric=fabric,
         )
-    of_form = costs(form, data.paths)[form.name]
-    units = {"real": 1.0, form.name: 1 / 24}
-    if synthetic:
-        units[form.name] = statistics.median(of_form.units(of_class[0]) for of_class in images)
-    if config.real_per_class is None:
-        left = config.memory_per_class - synthetic * units[form.name]
-        config = replace(config, real_per_class=max(0, int(left + 1e-9)))
-    if method.uses_memory:
-        if config.real_per_class + synthetic < method.least_exemplars:
-            what = f"real_per_class + syn_per_class must be at least {method.least_exemplars}"
-            raise UserError(f"{config.model_name} needs exemplars of each class: {what}.")
-        if config.fixed_memory:
-            check_budget(quotas(config, form), config.memory_per_class, units)
-            warn_of_small_classes({of_class[0].parent.name: len(of_class) for of_class in images}, quotas(config, form))
-        else:
-            check_total(config.memory_size, data.nb_classes, quotas(config, form), units, method.least_exemplars)
     if needs_copies and copies is None:
         copies = CopiesAhead(data.paths, form, list(itertools.chain(*images)), config.augmentations_per_image)
     return config, copies
+
+
+def within_budget(config: Config, form, images, paths: DatasetPaths, least: int) -> Config:
+    """The config with the numbers of exemplars filled in that are left to the budget.
+
+    images: of each class; least: exemplars of a class that the method needs.
+    Raises UserError, with the arithmetic, where a typical class's exemplars don't fit.
+    """
+    from utils.memory.budget import check_budget, check_bytes, check_total, warn_of_small_classes
+
+    of_form, asked = costs(form, paths), config.syn_per_class
+    sizes = {of_class[0].parent.name: len(of_class) for of_class in images}
+    typical = [of_class[len(of_class) // 2] for of_class in images]
+    if config.budget_in == "bytes":
+        of_quota = dict(quotas(config, form))
+        median = {
+            name: round(statistics.median(of_form[name].expected_bytes(image) for image in typical))
+            for name, number in of_quota.items()
+            if number
+        }
+        texts = max(of_form[form.name].text_bytes({label}) for label in sizes)
+        check_bytes(quotas(config, form), config.memory_bytes_per_class, median, texts, least)
+        return config
+    units = {"real": 1.0, form.name: 1 / 24}
+    if asked:
+        of_first = [of_form[form.name].units(of_class[0]) for of_class in images]
+        if None in of_first:
+            raise UserError(
+                f"syn_form: {form.name} has no count in units. Set budget_in=bytes and memory_bytes_per_class."
+            )
+        units[form.name] = statistics.median(of_first)
+    real = config.real_per_class
+    if asked == "fill":
+        if not units[form.name]:
+            config = replace(config, syn_per_class=max(sizes.values()))
+        else:
+            left = config.memory_per_class - (real or 0)
+            config = replace(config, syn_per_class=max(0, int(left / units[form.name] + 1e-9)))
+        real = real or 0
+    if real is None:
+        real = max(0, int(config.memory_per_class - asked * units[form.name] + 1e-9))
+    config = replace(config, real_per_class=real)
+    if real + config.syn_per_class < least:
+        what = f"real_per_class + syn_per_class must be at least {least}"
+        raise UserError(f"{config.model_name} needs exemplars of each class: {what}.")
+    if config.fixed_memory:
+        check_budget(quotas(config, form), config.memory_per_class, units)
+        warn_of_small_classes(sizes, quotas(config, form))
+    else:
+        check_total(config.memory_size, len(images), quotas(config, form), units, least)
+    return config
 
 
 def check_folder(key: str, folder: Path) -> None:

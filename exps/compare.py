@@ -69,7 +69,7 @@ def finished(run: Run, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def keeps_exemplars(results: Mapping[str, Any]) -> bool:
-    return results["summary"]["units"]["mean"] > 0
+    return results["summary"]["bytes"]["mean"] > 0
 
 
 def carry_out(todo: Sequence[Run], jobs: int) -> dict[Run, str]:

@@ -243,6 +243,7 @@ class Trainer:
             if (metrics := record[key]) is not None:
                 of_old = "" if metrics["old"] is None else f"old {metrics['old']:.1f}, new {metrics['new']:.1f}, "
                 parts.append(f"{name} {metrics['top1']:.1f} % ({of_old}top-5 {metrics['top5']:.1f})")
-        parts.append(f"memory {memory['units_total']:.1f} units, {memory['bytes_total']:,} bytes")
+        units = "" if memory["units_total"] is None else f"{memory['units_total']:.1f} units, "
+        parts.append(f"memory {units}{memory['bytes_total']:,} bytes")
         parts.append(f"{record['seconds']['total']:.1f} s")
         log.info("%s: %s", method.describe(f"{method.nb_seen} classes"), "; ".join(parts))

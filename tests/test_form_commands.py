@@ -123,8 +123,50 @@ def test_training_on_text(paths, compress, checkpoint, tmp_path, capsys, regener
 def test_a_form_without_a_cost_in_units_is_refused_by_a_budget_in_units(paths, compress, tmp_path, capsys):
     code, said = train(paths, tmp_path / "out", capsys, syn_form="webp:10")
     assert code == 2
-    assert "'webp:10' has no cost in units" in said.err
+    assert "syn_form: webp:10 has no count in units. Set budget_in=bytes" in said.err
     assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("regenerate", ["ahead", "on_demand"])
+@pytest.mark.parametrize("form", ["webp:10@20", "jpeg:30", "edges@20", "text"])
+def test_training_under_a_budget_in_bytes(paths, compress, checkpoint, tmp_path, capsys, form, regenerate):
+    """The bytes of results.json are those of the files, counted here, and every class is within its budget."""
+    if regenerate == "ahead":
+        assert compress("--form", form)[0] == 0
+    real = max(image.stat().st_size for label in ("apple pie", "sushi") for image in paths.images(label))
+    options = f"--model {checkpoint} --size 64 --steps 1 --batch-size 4 --resolution high"
+    values = {"budget_in": "bytes", "memory_bytes_per_class": real + 3000, "syn_per_class": "fill", "syn_form": form}
+    code, said = train(paths, tmp_path / "out", capsys, regenerate=regenerate, regenerate_options=options, **values)
+    assert code == 0, said.err
+    phases = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["phases"]
+    memory = phases[-1]["memory"]
+    assert memory["bytes_budget"] == real + 3000
+    assert 0 < memory["bytes_per_class_max"] <= memory["bytes_budget"]
+    assert memory["nb_real"] == 2
+    assert memory["nb_synthetic"] > 0
+    assert memory["bytes_total"] <= 2 * memory["bytes_budget"]
+    assert (memory["units_total"] is None) == (form in PICTURES)
+    ours, texts = of_form(paths, form), len("apple pie") + len("sushi")
+    if regenerate == "on_demand":  # what is on disk is what is kept
+        kept = ours.root / ours.files.kept
+        assert (
+            memory["bytes_prompts"]
+            == sum(file.stat().st_size for file in kept.rglob("*") if file.suffix in ours.files.kept_endings) + texts
+        )
+
+
+def test_a_budget_in_bytes_is_refused_with_its_arithmetic(paths, compress, tmp_path, capsys):
+    values = {"budget_in": "bytes", "syn_form": "webp:10@20"}
+    for change, words in (
+        ({"memory_bytes_per_class": 2000, "real_per_class": 9}, ["9 real x ", "bytes > 2,000"]),
+        ({"memory_bytes_per_class": 30, "real_per_class": 0, "syn_per_class": "fill"}, ["1 webp:10@20 x ", "> 30"]),
+        ({"real_per_class": 1}, ["budget_in: bytes needs memory_bytes_per_class"]),
+        ({"memory_bytes_per_class": 999, "real_per_class": None}, ["real_per_class must be given"]),
+    ):
+        code, said = train(paths, tmp_path / "out", capsys, **values, **change)
+        assert code == 2
+        assert all(word in said.err for word in words), said.err
+        assert "Traceback" not in said.err
 
 
 def test_the_answer_to_missing_copies_is_the_command_that_made_the_others(

@@ -14,7 +14,7 @@ from tests.folders import save_noise, save_picture
 from utils.data.items import Item
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory.budget import check_budget, warn_of_small_classes
+from utils.memory.budget import FILL, check_budget, warn_of_small_classes
 from utils.memory.exemplars import ExemplarMemory
 from utils.memory.selection import herding
 
@@ -288,6 +288,55 @@ class Fixed:
 
     def text_bytes(self, labels):
         return 5 * len(labels)
+
+
+class Various(Fixed):
+    """A form whose exemplars take the bytes that a table has for them."""
+
+    def __init__(self, sizes, texts):
+        self.sizes, self.texts = sizes, texts
+
+    def units(self, image):
+        return None
+
+    def kept_bytes(self, image):
+        return self.sizes[image]
+
+    expected_bytes = kept_bytes
+
+    def text_bytes(self, labels):
+        return self.texts * len(labels)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_budget_in_bytes_is_kept_and_used(paths, seed):
+    """Whatever the sizes, forms and budgets: within the budget; and one more exemplar of the last form would not be."""
+    rng = np.random.default_rng(seed)
+    images = paths.images("ü")
+    names = ["real", "a", "b"][: 1 + rng.integers(1, 3)]
+    sizes = {name: {image: int(rng.integers(1, 400)) for image in images} for name in names}
+    forms = {name: Various(sizes[name], 0 if name == "real" else int(rng.integers(0, 20))) for name in names}
+    quotas = [(name, FILL if name == names[-1] else int(rng.integers(0, 4))) for name in names]
+    budget = int(rng.integers(20, 2000))
+    memory = ExemplarMemory(paths, quotas, forms, None, K, bytes_budget=budget)
+    order = expected_images(paths, "ü", 1, 8)
+    if all(sizes[name][order[0]] + forms[name].text_bytes(["ü"]) > budget for name, number in quotas if number):
+        with pytest.raises(UserError, match="not one exemplar fits"):
+            memory.add_class(0, images, features_of(1))
+        return
+    memory.add_class(0, images, features_of(1))
+    items = memory.items()
+    assert [item.image for item in items] == order[: len(items)]
+    assert sorted(range(len(items)), key=lambda i: names.index(items[i].role)) == list(range(len(items)))
+    used = {item.role for item in items}
+
+    def bytes_of(items, used):
+        return sum(sizes[i.role][i.image] for i in items) + sum(forms[name].text_bytes(["ü"]) for name in used)
+
+    assert memory.bytes(0) == memory.report()["bytes_total"] == bytes_of(items, used) <= budget
+    if len(items) < 8:
+        one_more = Item(order[len(items)], 0, names[-1])
+        assert bytes_of([*items, one_more], used | {names[-1]}) > budget
 
 
 def test_any_number_of_forms_cut_one_list_and_each_has_its_row(paths):

@@ -173,10 +173,10 @@ class Cost:
         self.form = form
         self.paths = paths
 
-    def units(self, image: Path) -> float:
+    def units(self, image: Path) -> float | None:
         """Cost of a train image's exemplar in units of one real image, whether it has been made or not.
 
-        Raises UserError for a form without such a count, and for an image that can't be read.
+        None for a form that has no such count.  Raises UserError for an image that can't be read.
         """
         if self.form is None:
             return 1.0
@@ -185,9 +185,7 @@ class Cost:
             raw_bits = self.form.raw_bits(height, width, self.paths.find_kept(image))
         except OSError as error:
             raise UserError(f"cannot read image {error}. Replace the file or take it away.") from error
-        if raw_bits is None:
-            raise UserError(f"the form {self.form.name!r} has no cost in units, only in bytes.")
-        return raw_bits / (width * height * bits_per_pixel)
+        return None if raw_bits is None else raw_bits / (width * height * bits_per_pixel)
 
     def kept_bytes(self, image: Path) -> int | None:
         """Bytes that are kept of a train image; None while they have not been made."""
@@ -197,7 +195,12 @@ class Cost:
     def expected_bytes(self, image: Path) -> int:
         """The same, of what has not been made yet too: it is encoded in memory."""
         there = self.kept_bytes(image)
-        return len(self.form.encode(pixels(image))) if there is None else there
+        if there is not None:
+            return there
+        try:
+            return len(self.form.encode(pixels(image)))
+        except OSError as error:
+            raise UserError(f"cannot read image {error}. Replace the file or take it away.") from error
 
     def text_bytes(self, labels: Collection[str]) -> int:
         """Bytes that are kept once for each of some classes: their texts in UTF-8."""

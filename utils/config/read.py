@@ -186,11 +186,21 @@ class _Reading:
         real, synthetic, budget = config.real_per_class, config.syn_per_class, config.memory_per_class
         if config.init_epoch == 0 and not config.pretrained:
             self.refuse("init_epoch must be at least 1, unless pretrained is true", "init_epoch", "pretrained")
+        in_bytes = config.budget_in == "bytes"
+        if in_bytes and not (config.memory_bytes_per_class and config.fixed_memory):
+            message = "budget_in: bytes needs memory_bytes_per_class, and fixed_memory: true"
+            self.refuse(message, "budget_in", "memory_bytes_per_class", "fixed_memory")
+        if in_bytes and real is None and synthetic != 0:
+            message = "real_per_class must be given where budget_in is bytes and syn_per_class is not 0"
+            self.refuse(message, "real_per_class", "syn_per_class", "budget_in")
+        if synthetic == "fill" and not config.fixed_memory:
+            message = 'syn_per_class: "fill" needs fixed_memory: true; with a shared budget it is a ratio'
+            self.refuse(message, "syn_per_class", "fixed_memory")
         if uses_memory and not config.fixed_memory and not config.memory_size:
             message = "memory_size must be given where fixed_memory is false: the units that all classes share"
             self.refuse(message, "fixed_memory", "memory_size", "model_name")
         # A prompt's cost depends on the images, and main.py checks it with them; that of real exemplars is known here.
-        if uses_memory and config.fixed_memory and real is not None and real > budget:
+        if uses_memory and config.fixed_memory and not in_bytes and real is not None and real > budget:
             message = (
                 f"real_per_class: {real} real exemplars cost {real} units, more than memory_per_class = {budget:g}"
             )
@@ -200,7 +210,7 @@ class _Reading:
             message = f"accumulate_batches: a batch of {size} images can't be processed in {parts} parts"
             self.refuse(message, "accumulate_batches", "batch_size")
         probability, keys = config.augmentation_prob, ("syn_per_class", "augmentation_prob")
-        if (synthetic > 0 or probability > 0) and config.augmentations_per_image < 1:
+        if (synthetic != 0 or probability > 0) and config.augmentations_per_image < 1:
             message = "augmentations_per_image must be at least 1 where syn_per_class or augmentation_prob is above 0"
             self.refuse(message, "augmentations_per_image", *keys)
         if config.regenerate == "on_demand" and probability > 0 and config.augmentation_scope == "all":
@@ -210,7 +220,7 @@ class _Reading:
         if uses_memory and self.method and config.fixed_memory and real is not None:
             least = self.method.least_exemplars
             message = f"real_per_class + syn_per_class must be at least {least}: {self.method.name} needs exemplars"
-            if real + synthetic < least:
+            if synthetic != "fill" and real + synthetic < least:
                 self.refuse(message, "real_per_class", "syn_per_class", "model_name", "fixed_memory")
         if config.class_order and len(config.seed) > 1:
             message = f"class_order is one order of classes; seed must be one number, not {config.seed}"
@@ -222,7 +232,7 @@ class _Reading:
 
 def _fill_in(config: Config) -> None:
     """Defaults that follow from other keys."""
-    if config.real_per_class is None and config.syn_per_class == 0:
+    if config.real_per_class is None and config.syn_per_class == 0 and config.budget_in == "units":
         # With a shared budget it is only a ratio, real : synthetic.
         config.real_per_class = int(config.memory_per_class) or int(not config.fixed_memory)
     if config.output_dir is None:

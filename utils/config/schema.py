@@ -69,6 +69,12 @@ class Config:
     memory_per_class: NonNegative = setting(
         20.0, "B: memory budget of a class, in units of one real image", source=ESCORT
     )
+    budget_in: Literal["units", "bytes"] = setting(
+        "units", "what a class's budget counts: raw bits, as the paper (memory_per_class), or true bytes"
+    )
+    memory_bytes_per_class: Count | None = setting(
+        None, "budget_in bytes: a class's budget, files as they are kept and its text counted"
+    )
     fixed_memory: bool = setting(
         True,
         "each class has its own budget; false: all seen share memory_size, real : syn_per_class is a ratio",
@@ -106,7 +112,9 @@ class Config:
     real_per_class: Natural | None = setting(
         None, "R: exemplars of a class kept as images; null: as many as the budget holds", source=ESCORT
     )
-    syn_per_class: Natural = setting(0, "S: exemplars of a class kept as prompts", source=ESCORT)
+    syn_per_class: Natural | Literal["fill"] = setting(
+        0, 'S: exemplars of a class kept as prompts; "fill": as many as the rest of the budget holds', source=ESCORT
+    )
     augmentations_per_image: Natural = setting(5, "K: copies regenerated from each prompt", source=ESCORT)
     # exps/config.json takes 0.4.  Training on copies of the new images too closes the gap between what a class looks
     # like when it is new (images) and when it is old (copies).  At K = 5 each copy then makes 8 % of an image's reads

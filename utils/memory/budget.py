@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
+from utils.data.items import REAL
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -15,6 +16,9 @@ log = logging.getLogger(__name__)
 Quotas = Sequence[tuple[str, int]]
 
 ROUNDING = 1e-9  # of a sum of costs, in units
+
+FILL = 2**31
+"""A quota's number that stands for "as many as the rest of the budget holds"."""
 
 
 def share(units: float, quotas: Quotas, costs: Mapping[str, float]) -> list[int]:
@@ -45,6 +49,31 @@ def check_budget(quotas: Quotas, budget: float | None, costs: Mapping[str, float
         )
 
 
+def check_bytes(quotas: Quotas, budget: int, sizes: Mapping[str, int], texts: int, least: int = 1) -> None:
+    """Raises UserError, with the arithmetic, if a typical class's exemplars take more bytes than its budget.
+
+    quotas: a number may be FILL; sizes: typical bytes of an exemplar, by form; texts: bytes of the longest class text;
+    least: exemplars that the method needs.
+    """
+    asked = [(form, number) for form, number in quotas if number]
+    synthetic = any(form != REAL for form, _ in asked)
+    needed, rest = texts * synthetic, least
+    for form, number in asked:
+        # of a form that fills the rest, only what the method needs
+        count = min(number, max(rest, 0)) if number == FILL else number
+        needed += count * sizes[form]
+        rest -= number
+    if needed > budget:
+        words = [
+            f"{'at least ' * (n == FILL)}{least if n == FILL else n} {form} x {sizes[form]:,}" for form, n in asked
+        ]
+        words += [f"{texts:,} for the class's text"] * bool(synthetic and texts)
+        raise UserError(
+            f"over the memory budget of a class: {' + '.join(words)} = {needed:,} bytes > {budget:,}, by the median of "
+            "its exemplars. Lower real_per_class or syn_per_class, or raise memory_bytes_per_class."
+        )
+
+
 def check_total(total: float, nb_classes: int, quotas: Quotas, costs: Mapping[str, float], least: int = 1) -> None:
     """Raises UserError if `total` units, shared by `nb_classes` classes, hold less than `least` exemplars for each."""
     if sum(share(total / nb_classes, quotas, costs)) < least:
@@ -61,12 +90,12 @@ def warn_of_small_classes(sizes: Mapping[str, int], quotas: Quotas) -> None:
 
     sizes: number of train images by class label.
     """
-    wanted = sum(number for _, number in quotas)
+    wanted = sum(number for _, number in quotas if number != FILL)
     short = sorted((count, label) for label, count in sizes.items() if count < wanted)
     if short:
         count, label = short[0]
         more = f" ({len(short)} classes are smaller than that)" if len(short) > 1 else ""
-        asked = " + ".join(f"{number} {form}" for form, number in quotas)
+        asked = " + ".join(f"{number} {form}" for form, number in quotas if number != FILL)
         log.warning(
             "class %r has %d train images, fewer than %s exemplars%s: it keeps what it has.", label, count, asked, more
         )

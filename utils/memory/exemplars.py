@@ -24,12 +24,17 @@ class ExemplarMemory:
     paths: the dataset's folders; quotas: (form, exemplars of a class) in order, such as [("real", 18), ("edges", 48)];
     forms: what each form costs and keeps, by name; budget: units per class, None for no limit; copies: K, the pictures
     that come back from an exemplar that is not real; total: units of all classes together, None if each class has its
-    own budget; selection: one of `SELECTIONS`; seed: for selection "random".
+    own budget; bytes_budget: bytes per class, in place of units; selection: one of `SELECTIONS`; seed: for selection
+    "random".
 
     With a total, n classes have total / n units each, and the quotas are but a ratio (`share`).  As classes arrive,
     each keeps the start of its list and the boundaries between forms move towards the start: an exemplar that no longer
     fits in its form passes to the next one, and the last are dropped.  A class thus holds what it would hold had it
     been given its present share at once.
+
+    With a budget in bytes, a quota's number is the most that a class keeps in that form: in order of choice, exemplars
+    are kept until the next one no longer fits.  Its true bytes count, and those of the class's text where a form
+    needs it.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class ExemplarMemory:
         copies: int,
         *,
         total: float | None = None,
+        bytes_budget: int | None = None,
         selection: str = "herding",
         seed: int = 0,
     ):
@@ -54,13 +60,14 @@ class ExemplarMemory:
         self.forms = forms
         self.copies = copies
         self.total = total
+        self.bytes_budget = bytes_budget
         self.selection = selection
         self.seed = seed
         self._class_budget = budget
         self._nb_classes = 1  # that share the total
         self._images: dict[int, list[Path]] = {}  # in order of choice
         self._counts: dict[int, list[int]] = {}  # how many of them each quota holds
-        self._units: dict[tuple[str, Path], float] = {}  # of exemplars that have been made
+        self._units: dict[tuple[str, Path], float | None] = {}  # of exemplars that have been made
 
     def add_class(self, target: int, images: Sequence[Path], features: np.ndarray | torch.Tensor) -> None:
         """Choose a class's exemplars.
@@ -73,8 +80,8 @@ class ExemplarMemory:
         if len(images) != len(features):
             raise ValueError(f"{len(images)} images, {len(features)} features")
         counts = self._share(images)
-        chosen = self.select(target, features, min(sum(counts), len(images)))
-        self._keep(target, [images[i] for i in chosen], counts)
+        chosen = [images[i] for i in self.select(target, features, min(sum(counts), len(images)))]
+        self._keep(target, chosen, counts if self.bytes_budget is None else self._fitting(chosen))
 
     def select(self, target: int, features: np.ndarray | torch.Tensor, m: int) -> list[int]:
         """m indices of a class's rows of features in order of choice; the first m - 1 are the choice of m - 1."""
@@ -92,7 +99,9 @@ class ExemplarMemory:
 
     @property
     def budget(self) -> float | None:
-        """Units of a class at present; None for no limit."""
+        """Units of a class at present; None for no limit and for a budget in bytes."""
+        if self.bytes_budget is not None:
+            return None
         return self._class_budget if self.total is None else self.total / self._nb_classes
 
     def enforce_budget(self, target: int) -> None:
@@ -102,7 +111,7 @@ class ExemplarMemory:
         of its own.
         """
         images, counts, before = self._images[target], self._counts[target], len(self._images[target])
-        while self.budget is not None and self.units(target) > self.budget + ROUNDING:
+        while self._over_budget(target):
             last = max((i for i, count in enumerate(counts) if count), default=0)
             if self.quotas[last][0] == REAL or not images:
                 break
@@ -110,12 +119,41 @@ class ExemplarMemory:
             counts[last] -= 1
         if len(images) < before and self.total is None:
             log.warning(
-                "class %r: the last %d of %d exemplars are dropped, with them it takes more than its %g units",
+                "class %r: the last %d of %d exemplars are dropped, with them it takes more than its %s",
                 images[0].parent.name if images else target,
                 before - len(images),
                 before,
-                self.budget,
+                f"{self.budget:g} units" if self.bytes_budget is None else f"{self.bytes_budget:,} bytes",
             )
+
+    def _over_budget(self, target: int) -> bool:
+        if self.bytes_budget is not None:
+            return self.bytes(target) > self.bytes_budget
+        return self.budget is not None and self.units(target) > self.budget + ROUNDING
+
+    def _fitting(self, images: Sequence[Path]) -> list[int]:
+        """How many of a class's images, in order of choice, each quota holds within the budget in bytes.
+
+        The first image that does not fit ends its quota, so that the rest of the budget goes to the next form.
+        """
+        counts, left, first = [], self.bytes_budget, 0
+        label = {image.parent.name for image in images}
+        for form, number in self.quotas:
+            cost, count = self.forms[form], 0
+            room = left - cost.text_bytes(label)
+            for image in images[first : first + number]:
+                room -= cost.expected_bytes(image)
+                if room < 0:
+                    break
+                left, count = room, count + 1
+            counts.append(count)
+            first += count
+        if images and not first:
+            raise UserError(
+                f"{images[0].parent}: not one exemplar fits in memory_bytes_per_class = {self.bytes_budget:,} bytes. "
+                "Raise it, or take a form that needs fewer."
+            )
+        return counts
 
     @property
     def targets(self) -> list[int]:
@@ -144,19 +182,38 @@ class ExemplarMemory:
         return pictures
 
     def units(self, target: int) -> float:
-        """What a class's exemplars cost; what has not been made yet is estimated by its form."""
-        return sum(self._cost(form, image) for form, image in self._of(target))
+        """What a class's exemplars cost; what has not been made yet is estimated by its form.
+
+        Raises UserError for a form that has no count in units.
+        """
+        units = 0.0
+        for form, image in self._of(target):
+            cost = self._cost(form, image)
+            if cost is None:
+                raise UserError(f"the form {form!r} has no count in units: set budget_in to bytes.")
+            units += cost
+        return units
+
+    def bytes(self, target: int) -> int:
+        """Bytes that a class's exemplars take, its text included; what has not been made yet is encoded in memory."""
+        kept = self._of(target)
+        of_files = sum(self.forms[form].expected_bytes(image) for form, image in kept)
+        label = {image.parent.name for _, image in kept}
+        return of_files + sum(self.forms[form].text_bytes(label) for form in {form for form, _ in kept})
 
     def report(self) -> dict[str, Any]:
         """What the memory takes, in units and in bytes on disk.
 
-        units_per_class_mean, units_per_class_max, units_total, units_budget (per class at present, None for no limit),
-        units_budget_total (of all classes in memory); forms: for each form its name, number of exemplars, units, bytes
-        and how many are missing on disk, which therefore add no bytes; bytes_total; bytes_if_all_real: were all kept as
-        image files.  As sums over the forms: nb_real, bytes_real, and of all others nb_synthetic, bytes_prompts,
-        edge_maps_missing.
+        units_per_class_mean, units_per_class_max, units_total (all None where a form has no such count), units_budget
+        (per class at present, None for no limit), units_budget_total (of all classes in memory), bytes_per_class_max,
+        bytes_budget (of a class, None for a budget in units); forms: for each form its name, number of exemplars,
+        units, bytes and how many are missing on disk, which therefore add no bytes; bytes_total; bytes_if_all_real:
+        were all kept as image files.  As sums over the forms: nb_real, bytes_real, and of all others nb_synthetic,
+        bytes_prompts, edge_maps_missing.
         """
-        units = [self.units(target) for target in self.targets]
+        kept = [(form, image) for target in self.targets for form, image in self._of(target)]
+        counted = all(self._cost(form, image) is not None for form, image in kept)
+        units = [self.units(target) for target in self.targets] if counted else None
         rows = [self._row(form) for form in dict.fromkeys(form for form, _ in self.quotas)]
         real, other = ([row for row in rows if (row["form"] == REAL) == is_real] for is_real in (True, False))
 
@@ -164,11 +221,13 @@ class ExemplarMemory:
             return sum(row[key] for row in of_forms)
 
         return {
-            "units_per_class_mean": sum(units) / len(units) if units else 0.0,
-            "units_per_class_max": max(units, default=0.0),
-            "units_total": float(sum(units)),
+            "units_per_class_mean": (sum(units) / len(units) if units else 0.0) if counted else None,
+            "units_per_class_max": max(units, default=0.0) if counted else None,
+            "units_total": float(sum(units)) if counted else None,
             "units_budget": self.budget,
-            "units_budget_total": self.budget * len(units) if self.total is None and self.budget else self.total,
+            "units_budget_total": self.budget * len(self._images) if self.total is None and self.budget else self.total,
+            "bytes_per_class_max": max((self.bytes(target) for target in self.targets), default=0),
+            "bytes_budget": self.bytes_budget,
             "forms": rows,
             "nb_real": total(real, "exemplars"),
             "nb_synthetic": total(other, "exemplars"),
@@ -233,8 +292,9 @@ class ExemplarMemory:
         self._counts[target] = np.diff(ends, prepend=0).tolist()
         self.enforce_budget(target)
 
-    def _cost(self, form: str, image: Path) -> float:
-        """Units of an exemplar; asked of the form once the exemplar has been made, and each time before."""
+    def _cost(self, form: str, image: Path) -> float | None:
+        """Units of an exemplar, None where its form has no such count; asked of the form once the exemplar has been
+        made, and each time before."""
         if (form, image) not in self._units:
             units = self.forms[form].units(image)
             if form != REAL and self.forms[form].kept_bytes(image) is None:
@@ -247,10 +307,11 @@ class ExemplarMemory:
         images = [image for target in self.targets for its_form, image in self._of(target) if its_form == form]
         sizes = [self.forms[form].kept_bytes(image) for image in images]
         texts = self.forms[form].text_bytes({image.parent.name for image in images})
+        units = [self._cost(form, image) for image in images]
         return {
             "form": form,
             "exemplars": len(images),
-            "units": float(sum(self._cost(form, image) for image in images)),
+            "units": None if None in units else float(sum(units)),
             "bytes": sum(size for size in sizes if size is not None) + texts,
             "missing": sizes.count(None),
         }

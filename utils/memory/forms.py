@@ -11,14 +11,17 @@ from typing import Protocol
 class ExemplarForm(Protocol):
     """What one form of exemplar costs and keeps (`compress.forms.Cost`)."""
 
-    def units(self, image: Path) -> float:
+    def units(self, image: Path) -> float | None:
         """Cost of a train image's exemplar, in units of one real image; before it is made, what it will cost.
 
-        Raises UserError naming a file that can't be read.
+        None for a form that has no such count.  Raises UserError naming a file that can't be read.
         """
 
     def kept_bytes(self, image: Path) -> int | None:
         """Bytes on disk that are kept of a train image; None while they have not been made."""
+
+    def expected_bytes(self, image: Path) -> int:
+        """The same, of what has not been made yet too.  Raises UserError naming a file that can't be read."""
 
     def text_bytes(self, labels: Collection[str]) -> int:
         """Bytes that are kept once for each of some classes, such as their labels' texts in UTF-8."""

@@ -91,7 +91,8 @@ class History:
             if record[classifier] is not None
             for key in ("top1", "top5", "old", "new")
         }
-        values["memory/units"] = record["memory"]["units_total"]
+        if record["memory"]["units_total"] is not None:
+            values["memory/units"] = record["memory"]["units_total"]
         values["memory/bytes"] = record["memory"]["bytes_total"]
         values["network/parameters"] = record["parameters"]
         values |= {f"seconds/{key}": seconds for key, seconds in record["seconds"].items()}
