@@ -7,9 +7,11 @@ its exemplars in order of choice: the first 18 stay real, the next 48 are kept a
 import logging
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 from utils.data.items import REAL
 from utils.errors import UserError
+from utils.memory.forms import ExemplarForm
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,32 @@ def check_bytes(quotas: Quotas, budget: int, sizes: Mapping[str, int], texts: in
             f"over the memory budget of a class: {' + '.join(words)} = {needed:,} bytes > {budget:,}, by the median of "
             "its exemplars. Lower real_per_class or syn_per_class, or raise memory_bytes_per_class."
         )
+
+
+def fitting(images: Sequence[Path], quotas: Quotas, forms: Mapping[str, ExemplarForm], budget: int) -> list[int]:
+    """How many of a class's images, in order of choice, each quota holds within a budget in bytes.
+
+    The first image that does not fit ends its quota: the rest of the budget goes to the next form.
+    Raises UserError if not one exemplar fits.
+    """
+    counts, left, first = [], budget, 0
+    label = {image.parent.name for image in images}
+    for form, number in quotas:
+        cost, count = forms[form], 0
+        room = left - cost.text_bytes(label)
+        for image in images[first : first + number]:
+            room -= cost.expected_bytes(image)
+            if room < 0:
+                break
+            left, count = room, count + 1
+        counts.append(count)
+        first += count
+    if images and not first:
+        raise UserError(
+            f"{images[0].parent}: not one exemplar fits in memory_bytes_per_class = {budget:,} bytes. Raise it, or "
+            "take a form that needs fewer."
+        )
+    return counts
 
 
 def check_total(total: float, nb_classes: int, quotas: Quotas, costs: Mapping[str, float], least: int = 1) -> None:

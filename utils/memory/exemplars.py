@@ -11,7 +11,7 @@ import torch
 from utils.data.items import REAL, Item
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory.budget import ROUNDING, Quotas, share
+from utils.memory.budget import ROUNDING, Quotas, fitting, share
 from utils.memory.forms import ExemplarForm
 from utils.memory.selection import SELECTIONS, select
 
@@ -81,7 +81,11 @@ class ExemplarMemory:
             raise ValueError(f"{len(images)} images, {len(features)} features")
         counts = self._share(images)
         chosen = [images[i] for i in self.select(target, features, min(sum(counts), len(images)))]
-        self._keep(target, chosen, counts if self.bytes_budget is None else self._fitting(chosen))
+        self._keep(
+            target,
+            chosen,
+            counts if self.bytes_budget is None else fitting(chosen, self.quotas, self.forms, self.bytes_budget),
+        )
 
     def select(self, target: int, features: np.ndarray | torch.Tensor, m: int) -> list[int]:
         """m indices of a class's rows of features in order of choice; the first m - 1 are the choice of m - 1."""
@@ -111,7 +115,11 @@ class ExemplarMemory:
         of its own.
         """
         images, counts, before = self._images[target], self._counts[target], len(self._images[target])
-        while self._over_budget(target):
+        while (
+            self.bytes(target) > self.bytes_budget
+            if self.bytes_budget is not None
+            else self.budget is not None and self.units(target) > self.budget + ROUNDING
+        ):
             last = max((i for i, count in enumerate(counts) if count), default=0)
             if self.quotas[last][0] == REAL or not images:
                 break
@@ -125,35 +133,6 @@ class ExemplarMemory:
                 before,
                 f"{self.budget:g} units" if self.bytes_budget is None else f"{self.bytes_budget:,} bytes",
             )
-
-    def _over_budget(self, target: int) -> bool:
-        if self.bytes_budget is not None:
-            return self.bytes(target) > self.bytes_budget
-        return self.budget is not None and self.units(target) > self.budget + ROUNDING
-
-    def _fitting(self, images: Sequence[Path]) -> list[int]:
-        """How many of a class's images, in order of choice, each quota holds within the budget in bytes.
-
-        The first image that does not fit ends its quota, so that the rest of the budget goes to the next form.
-        """
-        counts, left, first = [], self.bytes_budget, 0
-        label = {image.parent.name for image in images}
-        for form, number in self.quotas:
-            cost, count = self.forms[form], 0
-            room = left - cost.text_bytes(label)
-            for image in images[first : first + number]:
-                room -= cost.expected_bytes(image)
-                if room < 0:
-                    break
-                left, count = room, count + 1
-            counts.append(count)
-            first += count
-        if images and not first:
-            raise UserError(
-                f"{images[0].parent}: not one exemplar fits in memory_bytes_per_class = {self.bytes_budget:,} bytes. "
-                "Raise it, or take a form that needs fewer."
-            )
-        return counts
 
     @property
     def targets(self) -> list[int]:
