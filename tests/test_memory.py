@@ -286,6 +286,9 @@ class Fixed:
     def kept_bytes(self, image):
         return self.size
 
+    def expected_bytes(self, image):
+        return self.size
+
     def text_bytes(self, labels):
         return 5 * len(labels)
 
