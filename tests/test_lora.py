@@ -10,6 +10,7 @@ from torch import nn
 from compress.generators import build
 from compress.options import parse_settings
 from ControlNet.cldm.model import Lora, ModelError, load_model, weights_fingerprint
+from ControlNet.ldm.text import tokenize
 from tests.little_model import little_config, little_model, save_checkpoint
 
 RANK = 3
@@ -109,8 +110,6 @@ def test_a_merged_lora_computes_what_its_layers_do(naming, scale, factor, checkp
     plain = load_model(checkpoint)
     applied(layers, factor)
 
-    from ControlNet.ldm.text import tokenize
-
     with torch.no_grad():
         context = ours.get_learned_conditioning(["apple pie"] * 2)
         expected = theirs["text_encoder"](input_ids=tokenize(["apple pie"] * 2)).last_hidden_state
@@ -209,3 +208,25 @@ def test_copies_remember_their_loras_by_content_and_scale(checkpoint, theirs, tm
     assert made_by(f"--lora {file}").startswith(f"{plain}+")
     assert len({made_by(f"--lora {file}:{scale}") for scale in ("0.5", "1", "-1")}) == 3
     assert made_by(f"--lora {file}:0.5 --lora {twin}:0.25").count("+") == 2
+
+
+@pytest.mark.parametrize("naming", ["kohya", "peft"])
+def test_equal_to_the_weights_that_diffusers_fuses(naming, checkpoint, theirs, tmp_path):
+    pytest.importorskip("peft", reason="needs peft: pip install peft")
+    from diffusers import StableDiffusionPipeline
+
+    layers = low_rank(theirs, kinds=EVERY_KIND[:12] + EVERY_KIND[-6:])
+    tensors = kohya(layers, 6.0) if naming == "kohya" else diffusers_names(layers, "lora_A.weight", "lora_B.weight")
+    file = save(tensors, tmp_path / "lora.safetensors")
+    rest = dict.fromkeys(("vae", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
+    pipeline = StableDiffusionPipeline(**theirs, **rest, requires_safety_checker=False)
+    pipeline.load_lora_weights(file)
+    pipeline.fuse_lora(lora_scale=0.7)
+    ours = load_model(checkpoint, loras=[Lora(file, 0.7)])
+    with torch.no_grad():
+        context = ours.get_learned_conditioning(["apple pie"] * 2)
+        expected = theirs["text_encoder"](input_ids=tokenize(["apple pie"] * 2)).last_hidden_state
+        assert relative(context, expected) < 1e-4
+        x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([801, 1])
+        expected = theirs["unet"](x, t, encoder_hidden_states=context).sample
+        assert relative(ours.apply_model(x, t, {"c_concat": None, "c_crossattn": [context]}), expected) < 1e-4
