@@ -139,6 +139,18 @@ def _add_settings(parser: argparse.ArgumentParser, resolution: str | None, form:
     settings.add_argument(
         "--guidance", metavar="X", type=finite, help="scale of classifier-free guidance; 1 is none, in half the time"
     )
+    settings.add_argument(
+        "--guidance-window",
+        metavar="A:B",
+        type=window,
+        help="guidance from this part of the steps to that one, 0 is noise and 1 the picture [0:1]",
+    )
+    settings.add_argument(
+        "--reuse-every",
+        metavar="N",
+        type=at_least_one,
+        help="compute the UNet's deep features in every N-th step alone, and reuse them between [1: in every step]",
+    )
     settings.add_argument("--eta", metavar="X", type=finite, help="share of fresh noise, of ddim and tcd [0; tcd 0.3]")
     settings.add_argument("--prompt-template", metavar="TEXT", help="such as 'a photo of {label}'")
     settings.add_argument("--negative-prompt", metavar="TEXT", help="text of what copies should not be like")
@@ -177,7 +189,10 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return machine
 
 
-_SETTINGS = ("size", "steps", "guidance", "sampler", "eta", "prompt_template", "negative_prompt", "quality")
+_SETTINGS = (
+    "size", "steps", "guidance", "guidance_window", "reuse_every", "sampler", "eta", "prompt_template",
+    "negative_prompt", "quality",
+)  # fmt: skip
 
 
 def _words(options: argparse.Namespace) -> tuple[str, ...]:
@@ -185,6 +200,7 @@ def _words(options: argparse.Namespace) -> tuple[str, ...]:
     given = [("resolution", options.resolution), *((name, getattr(options, name)) for name in _SETTINGS)]
     given += [("model", options.model)] * (options.model != "sd15") + [("base", options.base)]
     given += [("lora", f"{file}:{scale:g}") for file, scale in options.lora]
+    given = [(name, "{:g}:{:g}".format(*value) if isinstance(value, tuple) else value) for name, value in given]
     named = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given if value is not None]
     return tuple(word for pair in named for word in pair)
 
@@ -222,6 +238,14 @@ def copy_numbers(text: str) -> list[int]:
     if numbers == [0]:
         raise argparse.ArgumentTypeError("0 copies are none: 1 makes copy number 0")
     return list(range(numbers[0]))
+
+
+def window(text: str) -> tuple[float, float]:
+    """ "0.1:0.8" -> (0.1, 0.8)."""
+    start, colon, end = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B, such as 0:0.5")
+    return finite(start), finite(end)
 
 
 def lora(text: str) -> tuple[str, float]:

@@ -33,7 +33,9 @@ class Sampling:
     steps: number of steps, 1 to 1,000; guidance: scale of classifier-free guidance, at 1 the negative prompt has no
     effect and its branch is not computed; eta: share of fresh noise a step, of the samplers in ETAS (0: deterministic);
     strength: factor of all control tensors; control_decay: factor from each control tensor to the next finer one;
-    unconditional_control: whether the edge map also steers the branch of the negative prompt; sampler: in SAMPLERS.
+    unconditional_control: whether the edge map also steers the branch of the negative prompt; sampler: in SAMPLERS;
+    guidance_from, guidance_until: guidance in this part of the steps alone, 0 (noise) to 1 (picture);
+    reuse_every: compute the UNet's deep features in every n-th step alone, 1 for all.
     """
 
     steps: int
@@ -43,6 +45,14 @@ class Sampling:
     control_decay: float = 1.0
     unconditional_control: bool = True
     sampler: str = "ddim"
+    guidance_from: float = 0.0
+    guidance_until: float = 1.0
+    reuse_every: int = 1
+
+    def guidance_scales(self, steps: int) -> list[float]:
+        """The scale of guidance in each of the steps: 1 outside guidance_from and guidance_until."""
+        inside = [self.guidance_from <= i / steps < self.guidance_until for i in range(steps)]
+        return [self.guidance if each else 1.0 for each in inside]
 
     def control_scales(self, tensors: int = 13) -> list[float]:
         """A factor for each control tensor, from the finest to the middle block's (13 of them at full size)."""
@@ -98,6 +108,8 @@ class Preset:
         guidance: float | None = None,
         sampler: str | None = None,
         eta: float | None = None,
+        guidance_window: tuple[float, float] | None = None,
+        reuse_every: int | None = None,
         prompt_template: str | None = None,
         negative_prompt: str | None = None,
         quality: int | None = None,
@@ -120,13 +132,24 @@ class Preset:
             raise UserError(f"--eta lies between 0 and 1 and goes with --sampler {', '.join(ETAS)}, not {chosen}.")
         if sampler is not None and eta is None:
             eta = ETAS.get(sampler, 0.0)
+        start, end = guidance_window or (None, None)
+        if guidance_window is not None and not 0 <= start < end <= 1:
+            raise UserError(f"--guidance-window a:b has 0 <= a < b <= 1; {start:g}:{end:g} does not.")
         if quality is not None and not 1 <= quality <= 100:
             raise UserError(f"a JPEG's quality lies between 1 and 100; --quality {quality} does not.")
         strange = set(re.findall(r"\{\w*\}", prompt_template or "")) - {"{label}"}
         if strange:
             names = ", ".join(sorted(strange))
             raise UserError(f"--prompt-template knows {{label}}, and not {names}: {prompt_template!r}")
-        sampling_changes = _given(steps=steps, guidance=guidance, sampler=sampler, eta=eta)
+        sampling_changes = _given(
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+            eta=eta,
+            guidance_from=start,
+            guidance_until=end,
+            reuse_every=reuse_every,
+        )
         return replace(
             self,
             sampling=replace(self.sampling, **sampling_changes),

@@ -214,6 +214,15 @@ def test_the_sampler_is_the_presets(name):
         assert (PictureGenerator(PRESET.changed(steps=4), model)(jobs(1))[0] != pictures[0]).mean() > 0.1
 
 
+def test_guidance_in_a_window_of_the_steps(monkeypatch):
+    model, batches = little_model(), []
+    predict = model.apply_model
+    monkeypatch.setattr(model, "apply_model", lambda x, t, cond: batches.append(len(x)) or predict(x, t, cond))
+    PictureGenerator(PRESET.changed(steps=5, guidance_window=(0.2, 0.6)), model, batch_size=1)(jobs(1))
+    assert batches == [1, 2, 2, 1, 1]
+    assert PRESET.changed(guidance_window=(0.0, 1.0)) == PRESET.changed()
+
+
 def test_samplers_have_one_list_of_names():
     assert tuple(SAMPLERS) == presets.SAMPLERS
 
@@ -224,6 +233,7 @@ def test_samplers_have_one_list_of_names():
         ({"sampler": "euler"}, "--sampler is one of ddim, .*, not 'euler'"),
         ({"sampler": "lcm", "steps": 51}, "--sampler lcm takes at most 50 steps"),
         ({"sampler": "lcm", "eta": 0.5}, "--eta lies between 0 and 1 and goes with --sampler ddim.*, not lcm"),
+        ({"guidance_window": (0.5, 0.5)}, "--guidance-window a:b has 0 <= a < b <= 1; 0.5:0.5 does not"),
         ({"sampler": "tcd", "eta": 1.5}, "--eta lies between 0 and 1"),
     ],
 )

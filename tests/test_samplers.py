@@ -10,6 +10,7 @@ import torch
 from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.dpm_solver import DPMSolverSampler, UniPCSampler
 from ControlNet.cldm.few_steps import LCMSampler, TCDSampler
+from ControlNet.cldm.guidance import Guided
 from ControlNet.cldm.samplers import SAMPLERS
 from tests.little_model import little_model
 
@@ -122,6 +123,41 @@ def test_an_item_with_a_generator_of_its_own_does_not_depend_on_its_batch(name, 
     assert not torch.allclose(together[1], other[1])
     with pytest.raises(ValueError, match="3 generators for a batch of 2"):
         sample(SAMPLERS[name], model, 4, eta=eta, generator=generators(5, 6, 7), x_T=None)
+
+
+def test_reused_features_cost_less_and_change_little():
+    """Every step computed is the plain result; between, only the shallow blocks run, of UNet and control network."""
+    model = little_model()
+    plain, _ = sample(DDIMSampler, model, 10, verbose=False)
+    calls = {"middle": 0, "shallow": 0, "control": 0}
+    for name, block in (
+        ("middle", model.model.diffusion_model.middle_block),
+        ("shallow", model.model.diffusion_model.output_blocks[-1]),
+        ("control", model.control_model.middle_block),
+    ):
+        block.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    every, _ = sample(DDIMSampler, model, 10, reuse_every=1, verbose=False)
+    assert torch.equal(every, plain)
+    assert calls == {"middle": 10, "shallow": 10, "control": 10}
+    calls.update(dict.fromkeys(calls, 0))
+    second, _ = sample(DDIMSampler, model, 10, reuse_every=2, verbose=False)
+    assert calls == {"middle": 5, "shallow": 10, "control": 5}
+    fifth, _ = sample(DDIMSampler, model, 10, reuse_every=5, verbose=False)
+    errors = [((latents - plain).norm() / plain.norm()).item() for latents in (second, fifth)]
+    assert 1e-4 < errors[0] < errors[1]
+    assert errors[0] < 0.5
+
+
+def test_a_step_that_reuses_its_own_features_is_the_plain_one(model):
+    """At an unchanged input nothing is lost: what is reused is what would be computed."""
+    x, cond, uncond = prompts(model)
+    t = torch.full((2,), 500)
+    predict = Guided(model, cond, uncond, 9.0, reusing=True)
+    with torch.no_grad():
+        first = predict(x, t)
+        assert torch.allclose(predict(x, t, reuse=True), first, atol=1e-5)
+        changed = predict(x + 0.1, t, reuse=True)
+        assert not torch.allclose(changed, predict(x + 0.1, t), atol=1e-5)
 
 
 def test_guidance_1_skips_the_unconditional_branch(model, monkeypatch):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.ldm.diffusion import LatentDiffusion
-from ControlNet.ldm.unet import TimestepEmbedSequential, UNetEncoder, UNetModel
+from ControlNet.ldm.unet import DeepFeatures, TimestepEmbedSequential, UNetEncoder, UNetModel
 from ControlNet.ldm.util import instantiate_from_config, log_txt_as_img, zero_module
 
 
@@ -22,24 +22,35 @@ class ControlledUnetModel(UNetModel):
         context: Tensor,
         control: Sequence[Tensor] | None = None,
         only_mid_control: bool = False,
+        deep: DeepFeatures | None = None,
     ) -> Tensor:
         """Predict the noise.
 
         x: B x 4 x h x w noisy latents; timesteps: B; context: B x 77 x context_dim.
-        control: one tensor an input block and one for the middle block, in that order, or None.
+        control: one tensor an input block and one for the middle block, in that order, or None; where deep features
+        are reused, those of deep.blocks alone.
+        deep: where to keep the deep features, and whether to reuse them.
         Returns B x 4 x h x w.
         """
         emb = self.embed_timesteps(timesteps, x.dtype)
+        blocks = None if deep is None else deep.blocks
         h, skips = x, []
-        for stage in self.input_blocks:
+        for stage in self.input_blocks[:blocks]:
             h = stage(h, emb, context)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
-        if control is not None:
-            h = h + control[-1]
-            if not only_mid_control:
-                skips = [skip + added for skip, added in zip(skips, control[:-1], strict=True)]
-        for stage in self.output_blocks:
+        if blocks is not None:
+            h = deep.features
+        else:
+            h = self.middle_block(h, emb, context)
+            if control is not None:
+                h = h + control[-1]
+                control = control[:-1]
+        if control is not None and not only_mid_control:
+            skips = [skip + added for skip, added in zip(skips, control, strict=True)]
+        while skips:
+            if deep is not None and len(skips) == deep.SHALLOW:
+                deep.features = h
+            stage = self.output_blocks[-len(skips)]
             h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h)
 
@@ -77,21 +88,23 @@ class ControlNet(UNetEncoder):
         timesteps: Tensor,
         context: Tensor,
         hint_features: Tensor | None = None,
+        blocks: int | None = None,
     ) -> list[Tensor]:
         """The control tensors, one an input block and one for the middle block (13 at full size).
 
-        hint_features: encode_hint(hint), where the caller has it already.
+        hint_features: encode_hint(hint), where the caller has it already; blocks: the first input blocks alone.
         """
         emb = self.embed_timesteps(timesteps, x.dtype)
         if hint_features is None:
             hint_features = self.encode_hint(hint)
         h, control = x, []
-        for i, (stage, zero_conv) in enumerate(zip(self.input_blocks, self.zero_convs, strict=True)):
+        for i, (stage, zero_conv) in enumerate(zip(self.input_blocks[:blocks], self.zero_convs[:blocks], strict=True)):
             h = stage(h, emb, context)
             if i == 0:
                 h = h + hint_features
             control.append(zero_conv(h, emb, context))
-        control.append(self.middle_block_out(self.middle_block(h, emb, context), emb, context))
+        if blocks is None:
+            control.append(self.middle_block_out(self.middle_block(h, emb, context), emb, context))
         return control
 
 
@@ -125,19 +138,22 @@ class ControlLDM(LatentDiffusion):
         """The predicted noise in x_noisy (B x 4 x h x w) at timesteps t (B).
 
         cond: {"c_concat": [hint, B x 3 x 8h x 8w in 0..1] or None, "c_crossattn": [context, B x 77 x context_dim]};
-        "hint_features", if it is there, is control_model.encode_hint(hint) computed before.
+        "hint_features", if it is there, is control_model.encode_hint(hint) computed before; "deep", DeepFeatures.
         """
+        deep = cond.get("deep")
         context = torch.cat(cond["c_crossattn"], dim=1)
         control = None
         if cond["c_concat"] is not None:
             hint = torch.cat(cond["c_concat"], dim=1)
+            blocks = None if deep is None else deep.blocks
+            features = cond.get("hint_features")
             control = self.control_model(
-                x=x_noisy, hint=hint, timesteps=t, context=context, hint_features=cond.get("hint_features")
+                x=x_noisy, hint=hint, timesteps=t, context=context, hint_features=features, blocks=blocks
             )
-            scaled = zip(control, self.control_scales, strict=True)
+            scaled = zip(control, self.control_scales[:blocks], strict=True)
             control = [c if scale == 1 else c * scale for c, scale in scaled]
         return self.model.diffusion_model(
-            x=x_noisy, timesteps=t, context=context, control=control, only_mid_control=self.only_mid_control
+            x=x_noisy, timesteps=t, context=context, control=control, only_mid_control=self.only_mid_control, deep=deep
         )
 
     def low_vram_shift(self, is_diffusing: bool) -> None:

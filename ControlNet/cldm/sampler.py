@@ -82,9 +82,9 @@ class Sampler(ABC):
         score_corrector: Any = None, corrector_kwargs: dict | None = None, verbose: bool = True,
         x_T: Tensor | None = None, log_every_t: int = 100, unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: dict | None = None, dynamic_threshold: None = None,
-        ucg_schedule: Sequence[float] | None = None, generator: Generators = None,
+        ucg_schedule: Sequence[float] | None = None, generator: Generators = None, reuse_every: int = 1,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:  # fmt: skip
-        """Sample latents.  The arguments are the published sampler's, and generator.
+        """Sample latents.  The arguments are the published sampler's, generator and reuse_every.
 
         S: number of steps; shape: (4, H // 8, W // 8); conditioning, unconditional_conditioning: as
         ControlLDM.apply_model takes them; x_T: the initial noise, batch_size x shape, drawn if None; eta: 0 is
@@ -92,7 +92,8 @@ class Sampler(ABC):
         is 1; score_corrector: its modify_score(model, eps, x, t, conditioning, **corrector_kwargs) replaces eps;
         ucg_schedule: a guidance scale for each step; callback(i), img_callback(predicted x0, i): called after step i;
         verbose: show a progress bar; generator: for all noise: one, a list with one for each item of the batch (then an
-        item does not depend on the others), or None for torch's global one.
+        item does not depend on the others), or None for torch's global one; reuse_every: compute the UNet's deep
+        features in every n-th step alone (see ControlNet.ldm.unet.DeepFeatures).
 
         Returns the latents, batch_size x shape, and {"x_inter": [...], "pred_x0": [...]}, one every log_every_t steps.
         Raises ValueError for what is not supported: quantize_x0, dynamic_threshold, normals_sequence.
@@ -106,7 +107,8 @@ class Sampler(ABC):
         as_published = not isinstance(generator, Sequence) and (x_T is None or mask is not None)
         noise = Noise(generator, temperature, noise_dropout, always=as_published)
         x = self._initial(x_T, (batch_size, *shape), generator)
-        predict = Guided(self.model, conditioning, unconditional_conditioning, unconditional_guidance_scale)
+        scale, reusing = unconditional_guidance_scale, reuse_every > 1
+        predict = Guided(self.model, conditioning, unconditional_conditioning, scale, reusing)
         history = {"x_inter": [x], "pred_x0": [x]}
         for i, timestep in enumerate(tqdm(timesteps, type(self).__name__, leave=False, disable=not verbose)):
             t = torch.full((batch_size,), timestep, device=x.device, dtype=torch.int64)
@@ -114,7 +116,7 @@ class Sampler(ABC):
                 x = self.model.q_sample(x0, t, Noise(generator)(x0)) * mask + (1 - mask) * x
             if ucg_schedule is not None:
                 predict.scale = ucg_schedule[i]
-            eps = predict(x, t)
+            eps = predict(x, t, reuse=i % reuse_every > 0)
             if score_corrector is not None:
                 eps = score_corrector.modify_score(self.model, eps, x, t, conditioning, **(corrector_kwargs or {}))
             x, predicted = self.step(i, x, eps, noise)

@@ -1,6 +1,8 @@
 """The denoising UNet of latent diffusion, in the official checkpoint's layout."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +135,27 @@ class UNetEncoder(nn.Module):
     def embed_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """timesteps (B) -> B x 4*model_channels."""
         return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))
+
+
+@dataclass
+class DeepFeatures:
+    """What a UNet's last `SHALLOW` output blocks got from those below, kept from one timestep for the next ones.
+
+    The deep features change little between timesteps (Ma et al. 2023, "DeepCache: Accelerating Diffusion Models for
+    Free").  Where they are reused, only the first input blocks and the last output blocks are computed.
+
+    reuse: whether to take `features`, if there are any, in place of computing them.
+    """
+
+    SHALLOW: ClassVar[int] = 1
+
+    reuse: bool = False
+    features: Tensor | None = None
+
+    @property
+    def blocks(self) -> int | None:
+        """Input blocks to compute now; None for all."""
+        return self.SHALLOW if self.reuse and self.features is not None else None
 
 
 class UNetModel(UNetEncoder):

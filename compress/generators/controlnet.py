@@ -112,13 +112,16 @@ class PictureGenerator:
         contexts = self._encode([self.preset.negative_prompt, *texts])
         model.control_scales = sampling.control_scales(len(model.control_scales))
         with self._at_work("model", "control_model"):
-            latents, _ = SAMPLERS[sampling.sampler](model).sample(
-                steps or sampling.steps,
+            sampler, steps = SAMPLERS[sampling.sampler](model), steps or sampling.steps
+            latents, _ = sampler.sample(
+                steps,
                 len(filled),
                 (model.channels, height // 8, width // 8),
                 {"c_concat": hints, "c_crossattn": [torch.cat([contexts[text] for text in texts])]},
                 eta=sampling.eta,
                 unconditional_guidance_scale=sampling.guidance,
+                ucg_schedule=sampling.guidance_scales(len(sampler.make_schedule(steps, ddim_eta=sampling.eta))),
+                reuse_every=sampling.reuse_every,
                 unconditional_conditioning={
                     "c_concat": hints if sampling.unconditional_control else None,
                     "c_crossattn": [contexts[self.preset.negative_prompt].expand(len(filled), -1, -1)],
