@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from models import catalogue
+from models.use import command as use
 from utils import cli
 from utils import log as logs
 from utils.config.read import load_config
@@ -40,8 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(lambda: command(argv), stopped="the same command goes on from the last checkpoint")
 
 
-def command(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="main.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+def command(argv: Sequence[str] | None) -> int | None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in use.COMMANDS:
+        return use.run(argv)
+    parser = argparse.ArgumentParser(
+        prog="main.py",
+        description=__doc__.partition("\n")[0],
+        epilog="Using a trained network: main.py predict | evaluate | export RUN (--help says more).",
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", metavar="FILE", help="a JSON config; exps/config.json is the paper's experiment")
     parser.add_argument("--help-config", action="store_true", help="list every config key and exit")
     parser.add_argument(
@@ -66,6 +75,7 @@ def command(argv: Sequence[str] | None) -> None:
             print(json.dumps(as_dict(config), indent=2, ensure_ascii=False))
         else:
             run(config)
+    return None
 
 
 def what_there_is(kind: str, folder: str | None) -> Iterable[str]:

@@ -95,12 +95,13 @@ def build_backbone(
     increment: int,
     pretrained: bool = False,
     stem: str | None = None,
+    weights: bool = True,
 ) -> ResNet:
     """A run's backbone, freshly initialised from torch's random state, or with torchvision's weights.
 
     convnet_type: a name of `BACKBONES`; image_kind: "small" (32x32) or "large"; stem: for large images, "7x7" or "3x3";
     None takes 7x7 where all phases are equally large and 3x3 where phase 0 is larger, as PyCIL does.  torchvision's
-    weights are for 7x7.
+    weights are for 7x7; weights: false builds the network that they fit and leaves them out.
     Raises ValueError for an unknown name or where no weights fit, FileNotFoundError where they are not on disk.
     """
     if convnet_type not in BACKBONES:
@@ -114,7 +115,8 @@ def build_backbone(
             raise ValueError(f"torchvision has no weights for {convnet_type}; set pretrained to false")
         if image_kind == "small":
             raise ValueError("torchvision's weights are for large images, these are small; set pretrained to false")
-        load_pretrained(backbone, row.weights)
+        if weights:
+            load_pretrained(backbone, row.weights)
     return backbone
 
 

@@ -1,10 +1,11 @@
 """The one checkpoint format, and what names a cached phase-0 network.  Plain tensors and values, loaded without pickle.
 
-Each holds `config`, `class_names` (in target order), `phase`, `network` (its weights) and `precision` (the scale of
-gradients in 16 bits, else nothing).
+Each holds `config`, `class_names` (in target order), `picture_size` (width and height of a typical one), `phase`,
+`network` (its weights) and `precision` (the scale of gradients in 16 bits, else nothing).
 
-After a phase, `phaseNN.pt` adds `memory` (which images are exemplars), `method` (what else the method carries on) and
-`records` (the results of each phase).
+After a phase, `phaseNN.pt` adds `memory` (which images are exemplars), `class_means` (classes x D: the nearest-mean
+classifier, None where it is not used), `method` (what else the method carries on) and `records` (the results of each
+phase).
 
 Within one, `unfinished.pt` adds `stages` (what came of those that are done), `epoch` and `step` (how many of the
 present stage and of the present epoch are done), `sums` (processes x 3: loss, right answers and images of those

@@ -10,7 +10,7 @@ on nothing but the config, the data, the memory, the state after the phase befor
 """
 
 import abc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from models.networks import GrowingNet, IncrementalNet, Outputs
 from models.run import Run
 from models.stages import Defaults, Schedule, Stage
 from utils.config.schema import Config
-from utils.data.classes import DataManager
+from utils.data.phases import PhasedClasses
 from utils.errors import UserError
 
 
@@ -116,7 +116,7 @@ class Method(abc.ABC):
 
     def backbone(self) -> ResNet:
         """A fresh one."""
-        return fresh_backbone(self.config, self.data, self.stem)
+        return fresh_backbone(self.config, self.data, self.stem, weights=self.run.initial_weights)
 
     def schedule(self, *, as_phase_0: bool = False) -> Schedule:
         """The present phase's, from the config and `defaults`."""
@@ -131,17 +131,30 @@ class Method(abc.ABC):
         """B x nb_old."""
         return self.old_outputs(images).logits
 
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up the network and `state` of a finished phase, from its checkpoint."""
+        for phase in range(state["phase"] + 1):
+            self.network.grow(len(self.data.phase_targets(phase)))
+        self.network.load_state_dict(state["network"])
+        self.run.to_home(self.network)
+        self.state = state["method"]
+
     def describe(self, purpose: str) -> str:
         """Such as "phase 1 (2 of 3), evaluating"."""
         return f"phase {self.phase} ({self.phase + 1} of {self.data.nb_phases}), {purpose}"
 
 
-def fresh_backbone(c: Config, data: DataManager, stem: str | None = None) -> ResNet:
-    """A run's backbone before training.  Raises UserError where pretrained weights are asked for and not there."""
+def fresh_backbone(c: Config, data: PhasedClasses, stem: str | None = None, *, weights: bool = True) -> ResNet:
+    """A run's backbone before training.  Raises UserError where pretrained weights are asked for and not there.
+
+    weights: whether pretrained weights are loaded, where the config asks for them.
+    """
     increments = c.increment if isinstance(c.increment, list) else [c.increment]
     unequal = [increment for increment in increments if increment != c.init_cls]
     phases = {"init_cls": c.init_cls, "increment": [*unequal, c.init_cls][0]}
     try:
-        return build_backbone(c.convnet_type, data.image_kind, **phases, pretrained=c.pretrained, stem=stem)
+        return build_backbone(
+            c.convnet_type, data.image_kind, **phases, pretrained=c.pretrained, stem=stem, weights=weights
+        )
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"pretrained: {error}.") from None

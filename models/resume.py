@@ -162,6 +162,7 @@ class Checkpoints:
         return {
             "config": as_dict(run.config),
             "class_names": run.data.class_names,
+            "picture_size": list(run.data.picture_size),
             "precision": run.fabric.strategy.precision.state_dict(),  # the scale of 16-mixed's gradients
         }
 

@@ -55,7 +55,7 @@ class Run:
     config: checked; data: the classes in their order; memory: the exemplars, empty at first; fabric: devices and
     precision, launched; folder: of this run's checkpoints; cache: folder of trained phase-0 networks, shared by runs;
     copies: of exemplars, None where none are used; history: gets every epoch and phase, None in all processes but the
-    first.
+    first; initial_weights: false where a checkpoint's weights replace the pretrained ones anyway.
     """
 
     config: Config
@@ -66,6 +66,7 @@ class Run:
     cache: Path
     copies: Copies | None = None
     history: History | None = None
+    initial_weights: bool = True
 
     # Random numbers
 

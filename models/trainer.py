@@ -35,6 +35,7 @@ class Trainer:
         self.records: list[dict[str, Any]] = []
         self.checkpoints = Checkpoints(run)
         self.epochs = Epochs(run, self.method, self.checkpoints)
+        self.class_means: Tensor | None = None  # of exemplars, in the phase that was evaluated last
         self.seconds_before = 0.0  # what killed processes spent on the present phase's training
 
     # The phases
@@ -112,12 +113,8 @@ class Trainer:
 
     def _load_phase(self, state: Mapping[str, Any]) -> None:
         run, method = self.run, self.method
-        for phase in range(state["phase"] + 1):
-            method.network.grow(len(self.data.phase_targets(phase)))
-        method.network.load_state_dict(state["network"])
-        run.to_home(method.network)
+        method.restore(state)
         run.memory.load_state_dict(state["memory"])
-        method.state = state["method"]
         self.records = state["records"]
         if len(self.records) < self.data.nb_phases:
             self.make_copies(state["phase"])  # those that were deleted since then
@@ -129,6 +126,7 @@ class Trainer:
             {
                 "phase": method.phase,
                 "network": method.network.state_dict(),
+                "class_means": self.class_means,
                 "memory": self.run.memory.state_dict(),
                 "method": method.state,
                 "records": self.records,
@@ -214,10 +212,10 @@ class Trainer:
         run, method = self.run, self.method
         images = [image for target in range(method.nb_seen) for image in self.data.test_images(target)]
         outputs = run.predict(method.evaluated, images, method.describe("evaluating"))
-        nme = None
+        nme = self.class_means = None
         if self.config.nme and method.uses_memory:
-            means = run.class_means(method.evaluated, range(method.nb_seen), method.describe("class means"))
-            nme = self._metrics(nearest_mean_scores(outputs.features, means))
+            self.class_means = run.class_means(method.evaluated, range(method.nb_seen), method.describe("class means"))
+            nme = self._metrics(nearest_mean_scores(outputs.features, self.class_means))
         others = {}
         for name, network in method.also_evaluated().items():
             others[name] = self._metrics(run.predict(network, images, method.describe(f"evaluating the {name}")).logits)

@@ -9,16 +9,16 @@ from typing import Literal
 
 import numpy as np
 
-from utils.data.augment import Normalise, TestTransform, TrainTransform
 from utils.data.cache import PictureCache
-from utils.data.datasets import Augmentation, DatasetDefaults, ImageKind, dataset_defaults
+from utils.data.datasets import Augmentation
 from utils.data.images import UnreadableImage, image_bits
 from utils.data.items import Item
 from utils.data.paths import DatasetPaths
+from utils.data.phases import PhasedClasses, phase_starts
 from utils.errors import UserError
 
 
-class DataManager:
+class DataManager(PhasedClasses):
     """A dataset's classes in the order of a run, and their images.  A class's target is its index in that order.
 
     paths: the dataset's folders; shuffle: order the sorted class labels by `np.random.seed(seed);
@@ -46,7 +46,7 @@ class DataManager:
         class_sort: Literal["text", "number"] = "text",
         augmentation: Augmentation = "pescr",
     ):
-        self.paths = paths
+        self.paths, self.dataset = paths, paths.dataset
         self.augmentation = augmentation
         labels = paths.classes("train")
         if class_sort == "number":
@@ -67,10 +67,7 @@ class DataManager:
             # The same as np.random.seed(seed); np.random.permutation(n), but leaves the global generator alone.
             self.class_order = np.random.RandomState(seed).permutation(n).tolist()
         self.class_names: list[str] = [labels[i] for i in self.class_order]
-        self._starts = [0, init_cls]
-        while self._starts[-1] < n:
-            size = increments[min(len(self._starts) - 2, len(increments) - 1)]
-            self._starts.append(min(self._starts[-1] + size, n))
+        self.phase_starts = phase_starts(n, init_cls, increments)
         self._train = [paths.images(label, "train") for label in self.class_names]
         self._test = [paths.images(label, "test") for label in self.class_names]
         self._check_no_class_is_empty()
@@ -80,29 +77,12 @@ class DataManager:
         """The same classes in the order of another seed; the folders are not listed again."""
         listed = dict(zip(self.class_order, zip(self.class_names, self._train, self._test, strict=True), strict=True))
         other = copy.copy(self)
-        other.__dict__.pop("defaults", None)
+        for derived in ("picture_size", "defaults"):
+            other.__dict__.pop(derived, None)
         other.class_order = np.random.RandomState(seed).permutation(self.nb_classes).tolist()
         names, train, test = zip(*(listed[place] for place in other.class_order), strict=True)
         other.class_names, other._train, other._test = list(names), list(train), list(test)
         return other
-
-    @property
-    def nb_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
-    def nb_phases(self) -> int:
-        return len(self._starts) - 1
-
-    def phase_targets(self, phase: int) -> range:
-        """The targets of a phase's new classes (phase: 0, 1, ...)."""
-        if not 0 <= phase < self.nb_phases:
-            raise IndexError(f"phase {phase} of {self.nb_phases}")
-        return range(self._starts[phase], self._starts[phase + 1])
-
-    def seen_targets(self, phase: int) -> range:
-        """The targets of all classes seen by the end of a phase."""
-        return range(self.phase_targets(phase).stop)
 
     def train_images(self, target: int) -> list[Path]:
         """All train images of a class, sorted."""
@@ -116,34 +96,15 @@ class DataManager:
         """All train images of a phase's new classes, as items of role "new"."""
         return [Item(image, target, "new") for target in self.phase_targets(phase) for image in self._train[target]]
 
-    @property
-    def image_kind(self) -> ImageKind:
-        """ "small" (32 x 32 inputs) or "large" (224 x 224 inputs)."""
-        return self.defaults.image_kind
-
-    @property
-    def train_transform(self) -> TrainTransform:
-        return self.defaults.train_transform
-
-    @property
-    def test_transform(self) -> TestTransform:
-        return self.defaults.test_transform
-
-    @property
-    def normalise(self) -> Normalise:
-        """Turns the transforms' pictures (uint8) into a network's input (float32)."""
-        return self.defaults.normalise
-
     @cached_property
-    def defaults(self) -> DatasetDefaults:
-        """The defaults by this dataset's name and the typical size of its images."""
-        sizes = typical_size([images[0] for images in self._train])
-        return dataset_defaults(self.paths.dataset, sizes, self.augmentation)
+    def picture_size(self) -> tuple[int, int]:
+        """(width, height) of a typical image: the median of a few, by their headers."""
+        return typical_size([images[0] for images in self._train])
 
     @property
     def decoded_bytes(self) -> int:
         """Of all train images, decoded; an estimate."""
-        width, height = typical_size([images[0] for images in self._train]) if self.image_kind == "large" else (32, 32)
+        width, height = self.picture_size if self.image_kind == "large" else (32, 32)
         return 3 * width * height * sum(map(len, self._train))
 
     def _check_no_class_is_empty(self) -> None:

@@ -1,0 +1,1 @@
+"""Using a trained learner: `python main.py predict | evaluate | export RUN`."""

@@ -1,0 +1,90 @@
+"""The commands that use a trained network; importing this file does not import torch.
+
+    python main.py predict RUN --images DIR          a table (CSV): file, class, probability, and the next four classes
+    python main.py evaluate RUN [--data DIR]         accuracies on test pictures, as in results.json
+    python main.py export RUN --to onnx|torchscript  one file: pictures in, probabilities out
+
+RUN is a run's output folder.  Of several class orders the first is taken unless --seed names one; of several phases the
+last unless --phase does (a run keeps the last `keep_checkpoints`).
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.data.images import write_atomically
+
+COMMANDS = ("predict", "evaluate", "export")
+
+
+def run(argv: Sequence[str]) -> int:
+    """One of `COMMANDS`, with its arguments.  Returns the exit code.  Raises UserError for what is wrong."""
+    options = _parser(argv[0]).parse_args(argv[1:])
+    from models.use.learner import Learner
+
+    learner = Learner(options.run, seed=options.seed, phase=options.phase, device=options.device)
+    print(learner.description, file=sys.stderr)
+    return {"predict": _predict, "evaluate": _evaluate, "export": _export}[argv[0]](learner, options)
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"main.py {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of the run")
+    parser.add_argument("--seed", type=int, metavar="N", help="class order (default: the first)")
+    parser.add_argument("--phase", type=int, metavar="N", help="phase, counted from 0 (default: the last one kept)")
+    parser.add_argument("--device", default="auto", help='as the config\'s "device" (default: %(default)s)')
+    if command == "predict":
+        parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="a picture, or a folder of them")
+        where = "the CSV (default: the terminal)"
+    elif command == "evaluate":
+        data = "a dataset's folder, or a folder of class folders (default: the run's own dataset)"
+        parser.add_argument("--data", type=Path, metavar="DIR", help=data)
+        where = "write all figures there too, as JSON"
+    else:
+        parser.add_argument("--to", choices=("onnx", "torchscript"), required=True)
+        where = "the file to write (default: RUN/seed<N>/phase<NN>.onnx or .pt)"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=where)
+    return parser
+
+
+def _predict(learner, options: argparse.Namespace) -> int:
+    """Exit code 1 where some pictures can't be read: they are listed and left out."""
+    from models.use.predict import header, pictures_of, rows
+
+    table, broken = io.StringIO(), []
+    writer = csv.writer(table if options.output else sys.stdout, lineterminator="\n")
+    writer.writerow(header(learner))
+    writer.writerows(rows(learner, pictures_of(options.images), broken))
+    if options.output:
+        _write(options.output, table.getvalue())
+    for message in broken:
+        print(message, file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _evaluate(learner, options: argparse.Namespace) -> int:
+    from models.use.evaluate import evaluate, in_words
+
+    figures = evaluate(learner, options.data)
+    print("\n".join(in_words(figures)))
+    if options.output:
+        _write(options.output, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    return 0
+
+
+def _export(learner, options: argparse.Namespace) -> int:
+    from models.use.export import ENDINGS, export
+
+    default = learner.folder / f"seed{learner.seed}" / f"phase{learner.phase:02d}{ENDINGS[options.to]}"
+    print(export(learner, options.to, options.output or default))
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))

@@ -1,0 +1,81 @@
+"""A trained network, with the classes and transforms of its run, from a run's output folder."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from models import catalogue, checkpoint
+from models.run import Run
+from utils.config.read import load_config
+from utils.config.schema import accelerator
+from utils.data.phases import PhasedClasses, phase_starts
+from utils.devices import launch
+from utils.errors import UserError
+
+
+class Learner:
+    """What a run had learnt by the end of a phase.
+
+    folder: the run's output folder; seed: the class order, None for the first; phase: None for the last one kept;
+    device: as the config's key of that name.
+    Raises UserError where there is no such checkpoint.
+
+    `network` maps normalised pictures to `models.networks.Outputs`; `class_names` are those of its logits, in order;
+    `class_means` (classes x D) are the nearest-mean classifier's, None where the run has none; `data` has the
+    transforms, and `run` makes predictions (`Run.predict`).
+    """
+
+    def __init__(self, folder: Path, *, seed: int | None = None, phase: int | None = None, device: str = "auto"):
+        self.folder = folder
+        self.seed, self.phase = _choose(folder, seed, phase)
+        path = checkpoint.phase_path(_checkpoints(folder, self.seed), self.phase)
+        state = checkpoint.load(path)
+        if "picture_size" not in state:
+            raise UserError(f"{path} was written by an earlier version, which did not keep the pictures' size.")
+        names = {"methods": catalogue.methods(), "backbones": catalogue.backbones()}
+        config = self.config = load_config(folder / "config.json", [f"device={device}"], **names)
+        on_gpu = torch.cuda.is_available() and config.device != "cpu"
+        precision = "32-true" if config.precision == "16-mixed" and not on_gpu else config.precision
+        fabric = launch(*accelerator(config.device), precision)
+        self.data = PhasedClasses(
+            config.dataset,
+            state["class_names"],
+            phase_starts(len(state["class_names"]), config.init_cls, config.increment),
+            tuple(state["picture_size"]),
+            config.augmentation,
+        )
+        self.run = Run(config, self.data, None, fabric, path.parent, path.parent, initial_weights=False)
+        method = catalogue.load(config.model_name)(self.run)
+        method.phase = self.phase
+        method.restore(state)
+        self.network = method.evaluated.eval()
+        self.class_means: torch.Tensor | None = state.get("class_means")
+        self.class_names = self.data.class_names[: self.network.nb_classes]
+        what = f"{config.model_name}, {config.convnet_type}, {len(self.class_names)} classes"
+        self.description = f"{what}, phase {self.phase} of seed {self.seed}: {path}"
+
+
+def _choose(folder: Path, seed: int | None, phase: int | None) -> tuple[int, int]:
+    """The class order and phase of a checkpoint that is there."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a run's output folder: it has no config.json.")
+    seeds = [int(match[1]) for entry in folder.iterdir() if (match := re.fullmatch(r"seed(\d+)", entry.name))]
+    saved = {number: checkpoint.saved_phases(_checkpoints(folder, number)) for number in sorted(seeds)}
+    saved = {number: phases for number, phases in saved.items() if phases}
+    if not saved:
+        raise UserError(f"{folder} has no finished phase: train it with python main.py --config {folder}/config.json")
+    if seed is None:
+        seed = next(iter(saved))
+    if seed not in saved:
+        raise UserError(f"--seed: {folder} has no finished phase of {seed}, only of {', '.join(map(str, saved))}.")
+    if phase is None:
+        phase = saved[seed][-1]
+    if phase not in saved[seed]:
+        there = ", ".join(map(str, saved[seed]))
+        raise UserError(f"--phase: the network of {phase} is not kept, only of {there} (keep_checkpoints=0 keeps all).")
+    return seed, phase
+
+
+def _checkpoints(folder: Path, seed: int) -> Path:
+    return folder / f"seed{seed}" / "checkpoints"

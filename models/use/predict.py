@@ -1,0 +1,63 @@
+"""The classes of pictures."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.use.learner import Learner
+from utils.data.images import UnreadableImage, is_image, read_prepared
+from utils.devices import nb_cores
+from utils.errors import UserError
+
+SHOWN = 5
+
+
+def pictures_of(place: Path) -> list[Path]:
+    """A picture, or those of a folder and its sub-folders, sorted.  Raises UserError where there are none."""
+    if place.is_file():
+        return [place]
+    inside = [path for path in place.rglob("*") if is_image(path) and path.is_file()]
+    found = sorted(path for path in inside if not any(p.startswith(".") for p in path.relative_to(place).parts))
+    if not found:
+        raise UserError(f"--images: {place} " + ("has no pictures." if place.is_dir() else "is not there."))
+    return found
+
+
+def header(learner: Learner) -> list[str]:
+    """The columns of `rows`."""
+    further = range(2, min(SHOWN, len(learner.class_names)) + 1)
+    return ["file", "class", "probability", *(f"{name}_{n}" for n in further for name in ("class", "probability"))]
+
+
+def rows(learner: Learner, images: Sequence[Path], broken: list[str]) -> Iterator[list[str]]:
+    """One row a picture: the file, then the likeliest classes and their probabilities (softmax of the logits).
+
+    broken: gets a message for each picture that can't be read, which has no row.
+    """
+    run, names = learner.run, learner.class_names
+    prepare, size = learner.data.test_transform.prepare, learner.config.batch_size
+
+    def read(path: Path) -> np.ndarray | str:
+        try:
+            return read_prepared(path, prepare)
+        except UnreadableImage as error:
+            return str(error)
+
+    with ThreadPoolExecutor(nb_cores()) as readers:
+        for start in range(0, len(images), size):
+            paths = images[start : start + size]
+            read_ones = list(zip(paths, readers.map(read, paths), strict=True))
+            broken += [picture for _, picture in read_ones if isinstance(picture, str)]
+            good = [(path, picture) for path, picture in read_ones if not isinstance(picture, str)]
+            if not good:
+                continue
+            pictures = run.to_device(learner.data.test_transform([picture for _, picture in good]))
+            with torch.inference_mode(), run.fabric.autocast():
+                logits = learner.network(pictures).logits
+            best = logits.float().softmax(dim=1).cpu().topk(min(SHOWN, len(names)))
+            for (path, _), values, classes in zip(good, best.values.tolist(), best.indices.tolist(), strict=True):
+                shown = zip(classes, values, strict=True)
+                yield [str(path), *(text for target, p in shown for text in (names[target], f"{p:.4f}"))]
