@@ -92,11 +92,13 @@ def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
 def run(config: Config) -> dict:
     """The experiment.  Returns what it writes to results.json (`utils.results.report` describes it)."""
     # torch and what needs it are imported here: a config with a mistake is answered at once.
-    from models.method import fresh_backbone
+    from models.method import fresh_backbone, network_input
     from utils.data.cache import open_cache
     from utils.data.classes import DataManager
     from utils.devices import check_compiler, launch
+    from utils.results.history import check_loggers
 
+    check_loggers(config.logger)
     fabric = launch(*accelerator(config.device), config.precision)
     if config.batch_size < fabric.world_size:
         raise UserError(
@@ -105,7 +107,7 @@ def run(config: Config) -> dict:
     folder = data_dir(config.data_dir)
     paths = DatasetPaths(folder, find_dataset(folder, config.dataset), config.variant)
     classes = {key: getattr(config, key) for key in CLASS_KEYS}
-    first = DataManager(paths, seed=config.seed[0], **classes)
+    first = DataManager(paths, seed=config.seed[0], network_input=network_input(config), **classes)
     shuffled = config.shuffle and config.class_order is None
     orders = {seed: first.reordered(seed) if shuffled else copy.copy(first) for seed in config.seed}
     any_order = orders[config.seed[0]]
@@ -113,7 +115,7 @@ def run(config: Config) -> dict:
     for data in orders.values():
         data.paths = replace(paths, files=form.files)
     config, copies = check_exemplars(config, any_order, form, fabric)
-    if config.pretrained:
+    if config.pretrained or any_order.network_input:
         fresh_backbone(config, any_order)
     if config.compile:
         check_compiler(fabric.device)
@@ -169,7 +171,7 @@ def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path
 
     first, folder = fabric.is_global_zero, output.seed_folder(seed)
     with output.working_on(seed, alone=first):
-        history = History(folder, tensorboard=config.tensorboard) if first else None
+        history = History(folder, loggers=config.logger) if first else None
         class_order = Run(config, data, memory, fabric, folder / "checkpoints", cache, copies, history)
         records = Trainer(method, class_order).fit(after_phase=write)
         if records and records[-1]["copies_on_demand"] is not None:

@@ -55,3 +55,6 @@ cosine_: signed features for heads that compare directions (no ReLU at the end);
 (PyCIL's basic blocks never apply theirs, so that 18 and 34 compute what the plain ResNets do); _rep: 1x1 adapters
 beside the 3x3 convolutions; memo_: for MEMO, with a 7x7 stem for large images whatever the phases.
 """
+
+LIBRARIES = ("torchvision/", "timm/")
+"""What the name of a library's network begins with (`convs.library`)."""

@@ -6,6 +6,7 @@ layers can be walked through, cut apart (MEMO) and loaded with torchvision's wei
 """
 
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ def build_backbone(
     *,
     init_cls: int,
     increment: int,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     stem: str | None = None,
     weights: bool = True,
 ) -> ResNet:
@@ -101,7 +102,8 @@ def build_backbone(
 
     convnet_type: a name of `BACKBONES`; image_kind: "small" (32x32) or "large"; stem: for large images, "7x7" or "3x3";
     None takes 7x7 where all phases are equally large and 3x3 where phase 0 is larger, as PyCIL does.  torchvision's
-    weights are for 7x7; weights: false builds the network that they fit and leaves them out.
+    weights are for 7x7; pretrained: true for those in torch's cache, or a file; weights: false builds the network that
+    they fit and leaves them out.
     Raises ValueError for an unknown name or where no weights fit, FileNotFoundError where they are not on disk.
     """
     if convnet_type not in BACKBONES:
@@ -116,7 +118,7 @@ def build_backbone(
         if image_kind == "small":
             raise ValueError("torchvision's weights are for large images, these are small; set pretrained to false")
         if weights:
-            load_pretrained(backbone, row.weights)
+            load_pretrained(backbone, row.weights, Path(pretrained) if isinstance(pretrained, str) else None)
     return backbone
 
 

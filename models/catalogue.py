@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convs import BACKBONES
+from convs import BACKBONES, LIBRARIES
 from utils.config.schema import MethodInfo
 from utils.config.show import markdown
 
@@ -81,8 +81,8 @@ def load(name: str) -> type:
 
 
 def backbones() -> tuple[str, ...]:
-    """The allowed values of convnet_type."""
-    return tuple(BACKBONES)
+    """The allowed values of convnet_type; "torchvision/NAME" stands for all that begin like it."""
+    return (*BACKBONES, *(f"{library}NAME" for library in LIBRARIES))
 
 
 def _described(node: ast.ClassDef, module: str) -> _Class:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ from utils.data.sampler import EpochBatchSampler
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
+
+BACKBONE = re.compile(r"(^|\.)(backbone|shared|extractors)\.")
+"""In the name of a parameter: it belongs to a backbone."""
 
 
 @dataclass
@@ -74,8 +78,9 @@ class Epochs:
     def _set_up(self, stage: Stage, place: Place) -> _Training:
         method, fabric, schedule = self.method, self.fabric, stage.schedule
         loader, sampler = self.run.training_loader(stage, method.phase)
-        trained = [parameter for parameter in method.network.parameters() if parameter.requires_grad]
-        optimizer = SGD(trained, lr=schedule.lr, momentum=self.config.momentum, weight_decay=schedule.weight_decay)
+        optimizer = SGD(
+            self._parameters(), lr=schedule.lr, momentum=self.config.momentum, weight_decay=schedule.weight_decay
+        )
         network, optimizer = fabric.setup(self.run.compiled(method.network), optimizer)
         scheduler = schedule.scheduler(optimizer)
         self.restore(place, optimizer, scheduler)
@@ -83,6 +88,16 @@ class Epochs:
         first_epoch = sum(done["epochs"] for done in place.stages)
         name = method.describe(stage.name).removesuffix(", training")
         return _Training(stage, place, loader, sampler, network, optimizer, scheduler, first_epoch, name)
+
+    def _parameters(self) -> list[nn.Parameter] | list[dict[str, Any]]:
+        """What is trained; in two groups where the backbone has a learning rate of its own."""
+        trained = {name: p for name, p in self.method.network.named_parameters() if p.requires_grad}
+        if self.config.backbone_lrate is None:
+            return list(trained.values())
+        heads = [p for name, p in trained.items() if BACKBONE.search(name) is None]
+        backbone = [p for name, p in trained.items() if BACKBONE.search(name)]
+        groups = [{"params": heads}, {"params": backbone, "lr": self.config.backbone_lrate}]
+        return [group for group in groups if group["params"]]
 
     def _epoch(self, training: _Training, bar: tqdm) -> tuple[float, float]:
         """Train what is left of an epoch.  Returns the mean loss and the accuracy of the whole epoch."""

@@ -24,6 +24,7 @@ class MEMO(DER, name="memo"):
     """DER's loss and alignment, on a network that shares its early blocks."""
 
     stem = "7x7"
+    needs_stages = True
 
     def build_network(self, backbone: ResNet) -> ExpandableNet:
         return memo_net(backbone)

@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from convs import LIBRARIES
+from convs.library import Input, library_backbone, library_input
 from convs.resnet import ResNet, build_backbone
 from models.networks import GrowingNet, IncrementalNet, Outputs
 from models.run import Run
@@ -46,6 +48,8 @@ class Method(abc.ABC):
     """Whether phase 0 is a backbone and a linear head, trained by cross-entropy: all such methods share one network."""
     phase_0_keys: ClassVar[Sequence[str]] = ()
     """The method's own config keys that the trained network of phase 0 depends on."""
+    needs_stages: ClassVar[bool] = False
+    """Whether the method reads or cuts the stages of a ResNet, so that backbones of libraries won't do."""
     stem: ClassVar[str | None] = None
     """The backbone's stem for large images, where the method has one of its own."""
 
@@ -152,9 +156,22 @@ def fresh_backbone(c: Config, data: PhasedClasses, stem: str | None = None, *, w
     increments = c.increment if isinstance(c.increment, list) else [c.increment]
     unequal = [increment for increment in increments if increment != c.init_cls]
     phases = {"init_cls": c.init_cls, "increment": [*unequal, c.init_cls][0]}
+    options = {"pretrained": c.pretrained, "weights": weights}
     try:
-        return build_backbone(
-            c.convnet_type, data.image_kind, **phases, pretrained=c.pretrained, stem=stem, weights=weights
-        )
+        if c.convnet_type.startswith(LIBRARIES):
+            backbone = library_backbone(c.convnet_type, c.image_size, **options)
+        else:
+            backbone = build_backbone(c.convnet_type, data.image_kind, **phases, stem=stem, **options)
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"pretrained: {error}.") from None
+        raise UserError(f"{'pretrained' if c.pretrained else 'convnet_type'}: {error}.") from None
+    return backbone.requires_grad_(not c.freeze_backbone)
+
+
+def network_input(c: Config) -> Input | None:
+    """What a library's backbone takes; None for those whose input the dataset decides.  Raises UserError."""
+    if not c.convnet_type.startswith(LIBRARIES):
+        return None
+    try:
+        return library_input(c.convnet_type, c.image_size)
+    except ValueError as error:
+        raise UserError(f"convnet_type: {error}.") from None

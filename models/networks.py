@@ -111,6 +111,9 @@ class CosineNet(GrowingNet):
         return self.backbone, self.head
 
     def forward(self, x: Tensor) -> Outputs:
+        if not hasattr(self.backbone, "feature_maps"):  # a library's
+            features = self.backbone(x)
+            return Outputs(self.head(features), features)
         maps = self.backbone.feature_maps(x)
         features = maps[-1].mean(dim=(2, 3))
         return Outputs(self.head(features), features, maps=maps)

@@ -48,13 +48,18 @@ def path_of(run: Run, method: Method) -> Path:
         "layers": [str(layer) for layer in backbone.children()],
         "head": [list(parameter.shape) for parameter in head.parameters()],
         "transform": str(data.train_transform),
+        "normalise": str(data.normalise),
         "classes": [data.class_names[target] for target in data.phase_targets(0)],
         "schedule": list(method.schedule()),
         "processes": run.fabric.world_size,
     }
     for key in ("dataset", "model_seed", "batch_size", "accumulate_batches", "momentum", "precision", "pretrained"):
         settings[key] = getattr(config, key)
-    settings["compile"] = config.compile
+    for key in ("compile", "freeze_backbone", "backbone_lrate"):
+        settings[key] = getattr(config, key)
+    if isinstance(config.pretrained, str):
+        stat = Path(config.pretrained).stat()
+        settings["weights"] = [stat.st_size, stat.st_mtime_ns]
     images = [item.image for item in data.new_items(0)]
     copies: Iterable[Path] = ()
     if config.augmentation_prob > 0 and config.augmentation_scope == "all":

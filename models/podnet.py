@@ -42,6 +42,7 @@ class PODNet(Method, name="podnet"):
     defaults = Defaults(epochs=160, weight_decay=5e-4, init_epoch=160, scheduler="cosine")
     keeps_old_network = True
     plain_phase_0 = False
+    needs_stages = True
     phase_0_keys = ("nca",)
 
     def build_network(self, backbone: ResNet) -> CosineNet:

@@ -381,7 +381,7 @@ def config_of(reference: Reference, folder: Path) -> Config:
         **{"dataset": "CIFAR100", "batch_size": 8, "num_workers": 0, "device": "cpu", "cache": "none"},
         **{"epochs": 2, "init_epoch": 2, "ft_epochs": 2, "compression_epochs": 2, "lrate": rate},
         **{"init_lr": reference.constants.get("init_lr", reference.args.get("init_lr", rate)), "checkpoint_every": 0},
-        **{"data_dir": str(folder), "output_dir": str(folder / "out"), "tensorboard": False},
+        **{"data_dir": str(folder), "output_dir": str(folder / "out"), "logger": ["csv"]},
     }
     if ("milestones" in reference.constants and reference.method != "simplecil") or reference.method == "memo":
         values |= {"milestones": [1], "init_milestones": [1]}

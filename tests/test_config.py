@@ -266,8 +266,13 @@ def test_increments_and_class_orders(tmp_path):
     assert load(tmp_path, None, "increment=3,1").output_dir == "outputs/D-der-resnet8-2+3+1"
     assert load(tmp_path, None, "class_order=[b, a]").class_order == ["b", "a"]
     assert load(tmp_path, {"class_order": [1, 0]}).class_order == [1, 0]
+    for name, content in (("order.json", '["b", "apple pie"]'), ("order.txt", "b\n\napple pie\n")):
+        (tmp_path / name).write_text(content)
+        assert load(tmp_path, {"class_order": str(tmp_path / name)}).class_order == ["b", "apple pie"]
+        assert load(tmp_path, None, f"class_order={tmp_path / name}").class_order == ["b", "apple pie"]
     for values, words in (
         ({"increment": [3, 0]}, "increment must be at least 1"),
+        ({"class_order": "none.txt"}, "class_order names a file that can't be read"),
         ({"class_order": [1, 1]}, "class_order must list one or more different values"),
         ({"class_order": [1, 0], "seed": [1, 2]}, "class_order is one order of classes"),
     ):

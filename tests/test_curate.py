@@ -349,3 +349,18 @@ def test_a_dataset_outside_the_data_folder_is_refused(curate, tmp_path):
 def test_a_failed_download_leaves_no_folder(curate, tmp_path):
     assert curate("Caltech256")[0] == 2
     assert not (tmp_path / "source").exists()
+
+
+def test_links_in_place_of_copies(curate, tmp_path):
+    for label in ("a", "b"):
+        for i in range(4):
+            save_noise(tmp_path / "source" / label / f"{i}.png", seed=i)
+    assert curate("folder", "--dataset", "Copied")[0] == 0
+    for _ in range(2):  # a rerun finds them there
+        code, said, _ = curate("folder", "--dataset", "Linked", "--link")
+        assert code == 0
+    assert "0 of 8 images were written now" in said
+    assert files(tmp_path / "data" / "Linked") == files(tmp_path / "data" / "Copied")
+    linked = [file for file in (tmp_path / "data" / "Linked").rglob("*.png") if file.is_symlink()]
+    assert len(linked) == 8
+    assert {file.resolve().parent.parent for file in linked} == {tmp_path / "source"}

@@ -9,7 +9,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from models.resume import Checkpoints
 from tests.test_main import data_dir, results, train  # noqa: F401  (fixtures)
-from utils.results import report
+from utils.results import history, report
 from utils.results.history import History
 
 SHORT = {
@@ -153,7 +153,7 @@ def test_going_on_in_the_middle_of_a_phase(tmp_path):
 
 
 def test_tensorboard_can_be_left_out(train, tmp_path):  # noqa: F811
-    assert train("tensorboard=false", init_epoch=1, epochs=1, init_cls=6) == 0
+    assert train("logger=csv", init_epoch=1, epochs=1, init_cls=6) == 0
     assert len(table(tmp_path / "out" / "seed1993" / "epochs.csv")) == 1
     assert not list(tmp_path.rglob("*tfevents*"))
 
@@ -168,3 +168,33 @@ def test_an_epochs_csv_of_another_kind_is_refused(train, tmp_path, capsys):  # n
         assert str(path) in said
         assert "delete" in said
         assert path.read_text() == content
+
+
+def test_wandb_gets_the_curves_through_lightning_s_logger(tmp_path, monkeypatch):
+    import pytorch_lightning.loggers
+
+    made = []
+
+    class Recorder:
+        def __init__(self, **options):
+            made.append(options)
+
+        def log_metrics(self, metrics, step):
+            made.append((step, metrics))
+
+    monkeypatch.setattr(history.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(pytorch_lightning.loggers, "WandbLogger", Recorder)
+    written = history.History(tmp_path, loggers=["wandb"])
+    written.epoch(0, "training", 1, step=1, learning_rate=0.1, loss=2.0, accuracy=50.0, seconds=1.0)
+    options, (step, metrics) = made
+    assert options["resume"] == "allow"
+    assert (step, metrics["train/loss"], metrics["train/train_accuracy"]) == (1, 2.0, 50.0)
+    assert not list(tmp_path.glob("*tfevents*"))
+
+
+def test_a_logger_whose_package_is_missing(train, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(history.importlib.util, "find_spec", lambda name: None)
+    assert train("logger=[csv, wandb]") == 2
+    assert "logger: wandb needs the package wandb: pip install wandb" in capsys.readouterr().err
+    assert train("logger=[csv, mlflow]") == 2
+    assert "logger must list some of tensorboard, csv, wandb" in capsys.readouterr().err

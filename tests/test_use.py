@@ -44,7 +44,7 @@ def trained(data_dir, tmp_path_factory):
             }
             config |= {"init_cls": 2, "increment": 2, "model_name": method, "convnet_type": METHODS[method]}
             config |= {"init_epoch": 1, "epochs": 1, "init_lr": 0.05, "lrate": 0.05, "batch_size": 8, "num_workers": 0}
-            config |= {"memory_per_class": 2, "keep_checkpoints": 2, "tensorboard": False}
+            config |= {"memory_per_class": 2, "keep_checkpoints": 2, "logger": ["csv"]}
             own = {"foster": {"compression_epochs": 1}, "podnet": {"ft_epochs": 1}}
             (folder / "config.json").write_text(json.dumps(config | own.get(method, {})))
             assert main.main(["--config", str(folder / "config.json")]) == 0

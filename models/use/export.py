@@ -112,7 +112,7 @@ def classifier(learner: Learner) -> Classifier:
         side = test.prepare.side
         sizes = (side, side, side * 7 // 8, False)
     else:
-        sizes = (test.side, test.resize, test.resize, getattr(test, "mode", "bilinear") == "bicubic")
+        sizes = (test.side, test.resize, test.resize, test.mode == "bicubic")
     transform = TestPictures(*sizes, (normalise.mean, normalise.std))
     network = learner.network.to(device="cpu", memory_format=torch.contiguous_format)
     return Classifier(transform, Logits(network), list(learner.class_names)).eval()

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from models import catalogue, checkpoint
+from models.method import network_input
 from models.run import Run
 from utils.config.read import load_config
 from utils.config.schema import accelerator
@@ -44,6 +45,7 @@ class Learner:
             phase_starts(len(state["class_names"]), config.init_cls, config.increment),
             tuple(state["picture_size"]),
             config.augmentation,
+            network_input(config),
         )
         self.run = Run(config, self.data, None, fabric, path.parent, path.parent, initial_weights=False)
         method = catalogue.load(config.model_name)(self.run)

@@ -26,7 +26,7 @@ from tests.processes import start, torchrun  # noqa: E402
 CONFIG = {
     **{"dataset": "MNIST", "init_cls": 2, "increment": 2, "convnet_type": "resnet8", "device": "cpu", "num_workers": 0},
     **{"memory_per_class": 4, "real_per_class": 2, "syn_per_class": 8, "augmentations_per_image": 4},
-    **{"augmentation_prob": 0.2, "batch_size": 32, "init_lr": 0.05, "lrate": 0.05, "tensorboard": False},
+    **{"augmentation_prob": 0.2, "batch_size": 32, "init_lr": 0.05, "lrate": 0.05, "logger": ["csv"]},
     **{"init_epoch": 8, "init_milestones": [5, 7], "epochs": 8, "milestones": [5, 7]},
 }
 

@@ -171,7 +171,7 @@ class _Reading:
             value = None
         try:
             value = TypeAdapter(key.annotation).validate_python(value, strict=entry.typed)
-            if choices is None or value in choices:
+            if choices is None or _is_among(value, choices):
                 return value
             message = _not_among(choices, _as_json(value))
         except ValidationError as error:
@@ -205,6 +205,7 @@ class _Reading:
                 f"real_per_class: {real} real exemplars cost {real} units, more than memory_per_class = {budget:g}"
             )
             self.refuse(message, "real_per_class", "memory_per_class", "fixed_memory")
+        self._check_backbone(config)
         parts, size = config.accumulate_batches, config.batch_size
         if parts > size:
             message = f"accumulate_batches: a batch of {size} images can't be processed in {parts} parts"
@@ -229,6 +230,17 @@ class _Reading:
             for message in config.settings.check(config):
                 self.refuse(message, "model_name", message.partition(":")[0])
 
+    def _check_backbone(self, config: Config) -> None:
+        of_library = "/" in config.convnet_type
+        if self.method and self.method.needs_stages and of_library:
+            message = f"{self.method.name} needs the stages of a ResNet: set convnet_type to resnet18, resnet32, ..."
+            self.refuse(message, "convnet_type", "model_name")
+        if config.image_size and not of_library:
+            self.refuse("image_size is for convnet_type torchvision/... and timm/...", "image_size", "convnet_type")
+        if config.freeze_backbone and config.backbone_lrate:
+            message = "backbone_lrate: freeze_backbone leaves the backbone without a learning rate; set one of them"
+            self.refuse(message, "backbone_lrate", "freeze_backbone")
+
 
 def _fill_in(config: Config) -> None:
     """Defaults that follow from other keys."""
@@ -238,7 +250,8 @@ def _fill_in(config: Config) -> None:
     if config.output_dir is None:
         increments = config.increment if isinstance(config.increment, list) else [config.increment]
         phases = "+".join(map(str, [config.init_cls, *increments]))
-        config.output_dir = f"outputs/{config.dataset}-{config.model_name}-{config.convnet_type}-{phases}"
+        backbone = config.convnet_type.replace("/", "-")
+        config.output_dir = f"outputs/{config.dataset}-{config.model_name}-{backbone}-{phases}"
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -294,6 +307,12 @@ def _what_is_wrong(annotation: Any, error: ValidationError, shown: str) -> str:
             said = str(fault["ctx"]["error"])
             return f"{said}, not {shown}" if said.startswith("must") else f"{said}: {json.dumps(shown)}"
     return f"must be {in_words(annotation)}, not {shown}"
+
+
+def _is_among(value: str, choices: Sequence[str]) -> bool:
+    """Whether a value is one of the choices; "timm/NAME" stands for whatever has a name after "timm/"."""
+    patterns = [choice.removesuffix("NAME") for choice in choices if choice.endswith("/NAME")]
+    return value in choices or any(value.startswith(pattern) and value != pattern for pattern in patterns)
 
 
 def _not_among(choices: Sequence[str], shown: str) -> str:

@@ -22,12 +22,14 @@ from utils.config.types import (
     FolderName,
     Fraction,
     Increments,
+    Loggers,
     Natural,
     NonNegative,
     Positive,
     Probability,
     Seeds,
     Text,
+    YesOrFile,
 )
 
 PYCIL = "PyCIL"
@@ -90,14 +92,27 @@ class Config:
         source=PYCIL,
     )
     class_order: ClassOrder | None = setting(
-        None, "the classes in the order of a run, as labels or as places in the sorted labels, in place of shuffle"
+        None,
+        "the classes in the order of a run, as labels or as places in the sorted labels, in place of shuffle; or a "
+        "file of them, .json (a list) or .txt (one a line)",
     )
     class_sort: Literal["text", "number"] = setting(
         "text", "how class labels are sorted: as text, as PyCIL does, or by the numbers in them (2 before 10)"
     )
     model_name: str = setting(REQUIRED, "the method", source=PYCIL)
     convnet_type: str = setting(REQUIRED, "the backbone", source=PYCIL)
-    pretrained: bool = setting(False, "start from torchvision's ImageNet weights, where torch's cache has them")
+    pretrained: YesOrFile = setting(
+        False,
+        "start from pretrained weights: those that the library has downloaded earlier (torch's cache; timm's: Hugging "
+        "Face's), or those of a file (.pth, .safetensors); nothing is downloaded",
+    )
+    image_size: Count | None = setting(
+        None, "torchvision/... and timm/...: side of the pictures that the backbone takes; null: the library's"
+    )
+    freeze_backbone: bool = setting(False, "the backbone keeps its initial weights; only heads are trained")
+    backbone_lrate: Positive | None = setting(
+        None, "learning rate of the backbone in all phases, which decays as the heads' does; null: theirs"
+    )
     device: Device = setting(
         "auto",
         '"auto", "cpu", "cuda", or CUDA devices as PyCIL writes them: ["0"], ["0", "1"]; [-1] is the CPU',
@@ -205,7 +220,12 @@ class Config:
         "trained phase-0 networks, shared by runs that agree on them; null: phase0_cache in output_dir",
         result=False,
     )
-    tensorboard: bool = setting(True, "write TensorBoard's event files beside epochs.csv", result=False)
+    logger: Loggers = setting(
+        ["tensorboard", "csv"],
+        "where curves go: tensorboard (event files), csv (epochs.csv, always written), wandb (Weights & Biases, in "
+        "the project that $WANDB_PROJECT names)",
+        result=False,
+    )
     keep_checkpoints: Natural = setting(1, "how many phases' checkpoints are kept per seed; 0 keeps all", result=False)
     checkpoint_every: NonNegative = setting(
         600.0, "seconds of training between checkpoints within a phase, of which one is kept; 0: none", result=False
@@ -221,13 +241,15 @@ class MethodInfo(NamedTuple):
     """What reading a config has to know of a method.
 
     settings: its `Settings` dataclass, None where it has no keys of its own; uses_memory: whether it keeps exemplars;
-    least_exemplars: how many of each class it needs at least.
+    least_exemplars: how many of each class it needs at least; needs_stages: whether its backbone must be a ResNet of
+    `convs`.
     """
 
     name: str
     settings: type | None = None
     uses_memory: bool = True
     least_exemplars: int = 1
+    needs_stages: bool = False
 
 
 class Key(NamedTuple):

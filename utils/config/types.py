@@ -38,6 +38,12 @@ def _folder_name(text: str) -> str:
     return text
 
 
+def _true_or_file(value: Any) -> Any:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    return _folder(value) if isinstance(value, str) else value
+
+
 def _finite(number: float) -> float:
     if not math.isfinite(number):
         raise ValueError("must be a number")
@@ -52,6 +58,18 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _listed_or_in_file(value: Any) -> Any:
+    """As `_listed`, and from a file: a JSON list, or text with an entry a line."""
+    if not isinstance(value, str) or Path(value).suffix not in (".json", ".txt"):
+        return _listed(value)
+    try:
+        text = Path(value).expanduser().read_text(encoding="utf-8")
+        return json.loads(text) if value.endswith(".json") else list(filter(None, map(str.strip, text.splitlines())))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a list in UTF-8"
+        raise ValueError(f"names a file that can't be read ({reason})") from None
+
+
 def _number_or_list(value: Any) -> Any:
     return _listed(value) if isinstance(value, str) and ("," in value or "[" in value) else value
 
@@ -60,6 +78,15 @@ def _different(entries: list) -> list:
     if not entries or len(set(entries)) < len(entries):
         raise ValueError("must list one or more different values")
     return entries
+
+
+LOGGERS = ("tensorboard", "csv", "wandb")
+
+
+def _loggers(names: list[str]) -> list[str]:
+    if not set(names) <= set(LOGGERS):
+        raise ValueError(f"must list some of {', '.join(LOGGERS)}")
+    return names
 
 
 def _numpy_seed(numbers: list[int]) -> list[int]:
@@ -94,7 +121,9 @@ Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 Epochs = Annotated[list[Count], BeforeValidator(_listed)]
 Increments = Annotated[Count | list[Count], BeforeValidator(_number_or_list)]
-ClassOrder = Annotated[list[int | str], BeforeValidator(_listed), AfterValidator(_different)]
+ClassOrder = Annotated[list[int | str], BeforeValidator(_listed_or_in_file), AfterValidator(_different)]
+Loggers = Annotated[list[str], BeforeValidator(_listed), AfterValidator(_loggers)]
+YesOrFile = Annotated[bool | str, BeforeValidator(_true_or_file)]
 Seeds = Annotated[list[Natural], BeforeValidator(_listed), AfterValidator(_different), AfterValidator(_numpy_seed)]
 Device = Annotated[Any, AfterValidator(_device)]
 """PyCIL's spellings and torch's: "0", ["0", "1"], [0], "cuda:0"; -1 is the CPU.  Becomes "auto", "cpu", "cuda" or a

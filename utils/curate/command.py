@@ -82,8 +82,10 @@ def digits() -> Iterator[tuple[str, list[Picture]]]:
         )
 
 
-def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture]) -> int:
+def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture], *, link: bool = False) -> int:
     """Write the pictures that are not there yet.  Returns their number.
+
+    link: make symbolic links to pictures that are files, in place of copies.
 
     Raises UserError where the dataset holds other pictures: of another source or another split, which could put the
     same picture into train and test.
@@ -106,7 +108,11 @@ def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture]) -> int:
         bar.update(len(pictures) - len(missing))
         for picture in missing:
             file = paths.folder(picture.mode) / picture.label / picture.name
-            write_atomically(file, functools.partial(_fill, picture.content))
+            if link and isinstance(picture.content, Path):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.symlink_to(picture.content.absolute())
+            else:
+                write_atomically(file, functools.partial(_fill, picture.content))
             bar.update()
     return len(missing)
 
@@ -155,6 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ))  # fmt: skip
     parser.add_argument("--split-seed", type=int, default=Split().seed, metavar="N", help=(
         "seed of that split (default: %(default)s)"
+    ))  # fmt: skip
+    parser.add_argument("--link", action="store_true", help=(
+        "make symbolic links to the source's pictures in place of copies; the source must stay where it is"
     ))  # fmt: skip
     for mode in ("train", "test"):
         parser.add_argument(f"--{mode}-part", type=_part, default=slice(None), metavar="A:B", help=(
@@ -222,12 +231,14 @@ def curate(options: argparse.Namespace) -> None:
             f"give a list with --texts FILE, or write it yourself."
         )
         named = {}
-    write_dataset(paths, pictures, named)
+    write_dataset(paths, pictures, named, link=options.link)
 
 
-def write_dataset(paths: DatasetPaths, pictures: Sequence[Picture], texts: Mapping[str, str]) -> None:
+def write_dataset(
+    paths: DatasetPaths, pictures: Sequence[Picture], texts: Mapping[str, str], *, link: bool = False
+) -> None:
     """Write a dataset in the project's layout, and print a line on each of its parts."""
-    written = write_pictures(paths, pictures)
+    written = write_pictures(paths, pictures, link=link)
     if texts and write_class_names(paths, texts):
         print(f"{paths.root / 'class_names.json'}: {len(texts)} texts for the prompts, which you may edit")
     for mode in ("train", "test"):

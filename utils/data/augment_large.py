@@ -63,10 +63,11 @@ class LargeTrain:
 
 @dataclass(frozen=True)
 class LargeTest:
-    """Resize(resize) of the shorter side and CenterCrop(side)."""
+    """Resize(resize) of the shorter side, by `mode` ("bilinear" or "bicubic"), and CenterCrop(side)."""
 
     side: int = SIDE
     resize: int = 256
+    mode: str = "bilinear"
     prepare: FullSize = FullSize()
 
     def __call__(self, pictures: Sequence[np.ndarray]) -> Tensor:
@@ -78,7 +79,7 @@ class LargeTest:
             height, width = self.resize, int(self.resize * width / height)
         else:
             height, width = int(self.resize * height / width), self.resize
-        return centre(resized(picture, height, width), self.side)
+        return centre(resized(picture, height, width, self.mode), self.side)
 
 
 def random_boxes(sizes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -115,8 +116,8 @@ def centre_box(height: int, width: int) -> tuple[int, int, int, int]:
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+def resized(picture: np.ndarray, height: int, width: int, mode: str = "bilinear") -> np.ndarray:
     """H x W x 3 -> height x width x 3, bilinear with antialiasing, as Pillow's Resize."""
     images = torch.tensor(picture)[None].permute(0, 3, 1, 2)
-    scaled = F.interpolate(images, size=(height, width), mode="bilinear", antialias=True)
+    scaled = F.interpolate(images, size=(height, width), mode=mode, antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from utils.data.cache import PictureCache
-from utils.data.datasets import Augmentation
+from utils.data.datasets import Augmentation, NetworkInput
 from utils.data.images import UnreadableImage, image_bits
 from utils.data.items import Item
 from utils.data.paths import DatasetPaths
@@ -25,7 +25,7 @@ class DataManager(PhasedClasses):
     np.random.permutation(n)`, else keep them sorted; init_cls: number of classes of phase 0; increment: number of
     classes of each later phase, or a list of numbers of which the last repeats; the last phase gets the remainder.
     class_order: labels, or indices of the sorted labels, instead of shuffle; class_sort: "text", or "number" to sort
-    labels by the numbers in them.
+    labels by the numbers in them; network_input: of a backbone that takes a size of its own.
 
     Raises UserError for a missing folder, a class without images, train and test classes that differ, or impossible
     phases.  All folders are listed once, here.
@@ -45,9 +45,10 @@ class DataManager(PhasedClasses):
         class_order: Sequence[int | str] | None = None,
         class_sort: Literal["text", "number"] = "text",
         augmentation: Augmentation = "pescr",
+        network_input: NetworkInput | None = None,
     ):
         self.paths, self.dataset = paths, paths.dataset
-        self.augmentation = augmentation
+        self.augmentation, self.network_input = augmentation, network_input
         labels = paths.classes("train")
         if class_sort == "number":
             labels.sort(key=_by_numbers)

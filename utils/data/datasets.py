@@ -5,10 +5,10 @@ adds what the size does not tell; a dataset need not be in it.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from utils.data.augment import BRIGHTNESS, Normalise, SmallTest, SmallTrain, TestTransform, TrainTransform
-from utils.data.augment_large import LargeTest, LargeTrain
+from utils.data.augment_large import SIDE, LargeTest, LargeTrain
 
 ImageKind = Literal["small", "large"]
 Augmentation = Literal["pescr", "pycil"]
@@ -62,34 +62,55 @@ class DatasetDefaults:
     resolution: Literal["high", "low"]
 
 
+class NetworkInput(Protocol):
+    """What a network of a library takes.
+
+    side: of its square pictures; resize: of a picture's shorter side before its centre is cropped; mean, std: of each
+    channel; mode: of resizing, "bilinear" or "bicubic".
+    """
+
+    side: int
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mode: str
+
+
 def known(name: str) -> Known:
     """The row of a dataset's name, in any case of letters; the defaults of `Known` for an unknown name."""
     return next((entry for key, entry in KNOWN.items() if key.lower() == name.lower()), Known())
 
 
 def dataset_defaults(
-    name: str, sample_image_size: tuple[int, int], augmentation: Augmentation = "pescr"
+    name: str,
+    sample_image_size: tuple[int, int],
+    augmentation: Augmentation = "pescr",
+    network_input: NetworkInput | None = None,
 ) -> DatasetDefaults:
     """The defaults of a dataset.
 
     name: the dataset's folder name; sample_image_size: (width, height) of a typical image in pixels; augmentation: of
     large images in training.  "pescr" (ESCORT's published code): random resized crop, flip, brightness, AutoAugment;
-    "pycil": crop and flip, as PyCIL does for ImageNet-100, and brightness for ImageNet1000.
+    "pycil": crop and flip, as PyCIL does for ImageNet-100, and brightness for ImageNet1000; network_input: of a
+    backbone with a size of its own, to which images of all sizes are brought.
     """
     entry = known(name)
     shorter = min(sample_image_size)
-    kind: ImageKind = "small" if shorter <= SMALL_SIDE else "large"
+    kind: ImageKind = "small" if shorter <= SMALL_SIDE and network_input is None else "large"
+    side, test, statistics = SIDE, LargeTest(), IMAGENET_STATISTICS
+    if network_input is not None:
+        side, statistics = network_input.side, (network_input.mean, network_input.std)
+        test = LargeTest(side, network_input.resize, network_input.mode)
     if kind == "small":
-        train, test = SmallTrain(entry.flip), SmallTest()
+        train, test, statistics = SmallTrain(entry.flip), SmallTest(), entry.small_statistics
     elif augmentation == "pescr":
-        train, test = LargeTrain(entry.flip), LargeTest()
+        train = LargeTrain(entry.flip, side=side)
     else:
-        train = LargeTrain(entry.flip, BRIGHTNESS if entry.pycil_jitter else 0.0, autoaugment=False)
-        test = LargeTest()
+        train = LargeTrain(entry.flip, BRIGHTNESS if entry.pycil_jitter else 0.0, autoaugment=False, side=side)
     return DatasetDefaults(
         image_kind=kind,
         train_transform=train,
         test_transform=test,
-        normalise=Normalise(*(entry.small_statistics if kind == "small" else IMAGENET_STATISTICS)),
+        normalise=Normalise(*statistics),
         resolution=entry.resolution or ("low" if shorter < 256 else "high"),
     )

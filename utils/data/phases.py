@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from utils.data.augment import Normalise, TestTransform, TrainTransform
-from utils.data.datasets import Augmentation, DatasetDefaults, ImageKind, dataset_defaults
+from utils.data.datasets import Augmentation, DatasetDefaults, ImageKind, NetworkInput, dataset_defaults
 
 
 class PhasedClasses:
     """What a trained network's user needs to know of its data, without the data.
 
     dataset: its name; class_names: in the order in which they arrive; phase_starts: see the function of that name;
-    picture_size: (width, height) of a typical picture; augmentation: of large pictures in training.
+    picture_size: (width, height) of a typical picture; augmentation: of large pictures in training;
+    network_input: where the backbone takes a size of its own.
     """
 
     def __init__(
@@ -21,12 +22,13 @@ class PhasedClasses:
         starts: Sequence[int],
         picture_size: tuple[int, int],
         augmentation: Augmentation = "pescr",
+        network_input: NetworkInput | None = None,
     ):
         self.dataset = dataset
         self.class_names = list(class_names)
         self.phase_starts = list(starts)
         self.picture_size = picture_size
-        self.augmentation = augmentation
+        self.augmentation, self.network_input = augmentation, network_input
 
     pixels = None
     """No decoded pictures are kept."""
@@ -51,7 +53,7 @@ class PhasedClasses:
 
     @property
     def image_kind(self) -> ImageKind:
-        """ "small" (32 x 32 inputs) or "large" (224 x 224 inputs)."""
+        """ "small" (32 x 32 inputs) or "large" (224 x 224 inputs, or what `network_input` says)."""
         return self.defaults.image_kind
 
     @property
@@ -70,7 +72,7 @@ class PhasedClasses:
     @cached_property
     def defaults(self) -> DatasetDefaults:
         """What fits the dataset's name and the typical size of its pictures."""
-        return dataset_defaults(self.dataset, self.picture_size, self.augmentation)
+        return dataset_defaults(self.dataset, self.picture_size, self.augmentation, self.network_input)
 
 
 def phase_starts(nb_classes: int, init_cls: int, increments: int | Sequence[int]) -> list[int]:

@@ -10,8 +10,10 @@ A run that goes on after it was killed repeats epochs; their rows and events are
 """
 
 import csv
+import hashlib
 import importlib.util
 import io
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,17 +38,18 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) 
 class History:
     """What one seed's run writes down after each epoch and each phase.  For one process of a run alone.
 
-    folder: of this seed's results, where an earlier part of the run may have left its history; tensorboard: whether
-    there are event files too.  Raises UserError for an epochs.csv that is not of this kind, and where tensorboardX is
-    not installed.
+    folder: of this seed's results, where an earlier part of the run may have left its history; loggers: "tensorboard"
+    for event files, "wandb" for Weights & Biases.  Raises UserError for an epochs.csv that is not of this kind, and as
+    `check_loggers` does.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool = True):
+    def __init__(self, folder: Path, *, loggers: Sequence[str] = ("tensorboard",)):
+        check_loggers(loggers)
         self.folder = folder
-        self.tensorboard = tensorboard
+        self.tensorboard = "tensorboard" in loggers
         self.path = folder / "epochs.csv"
-        if tensorboard and importlib.util.find_spec("tensorboardX") is None:
-            raise UserError("event files need tensorboardX: pip install -r requirements.txt, or tensorboard=false")
+        self._wandb = _wandb_logger(folder) if "wandb" in loggers else None
+        self._step = 0  # the last epoch's
         self.rows = self._read()
         self._phase: int | None = None  # whose event file is open
         self._events = None
@@ -70,9 +73,12 @@ class History:
         self.rows = [row for row in self.rows if (int(row["phase"]), int(row["epoch"])) < (phase, epoch)]
         values = (phase, stage, epoch, f"{learning_rate:.6g}", f"{loss:.6g}", f"{accuracy:.6g}", f"{seconds:.3f}")
         row = dict(zip(COLUMNS, map(str, values), strict=True))
+        self._step, curves = step, {f"train/{key}": float(row[key]) for key in _CURVES}
         if self.tensorboard:
             self._open(phase, first_step=step - epoch)
-            self._add(step, {f"train/{key}": float(row[key]) for key in _CURVES})
+            self._add(step, curves)
+        if self._wandb:
+            self._wandb.log_metrics({**curves, "phase": phase}, step=step)
         self.rows.append(row)
         self._write()
 
@@ -82,9 +88,8 @@ class History:
         if any(int(row["phase"]) > phase for row in self.rows):
             self.rows = [row for row in self.rows if int(row["phase"]) <= phase]
             self._write()
-        if not self.tensorboard:
+        if not self.tensorboard and not self._wandb:
             return
-        self._open(phase)
         values = {
             f"{classifier}/{key}": record[classifier][key]
             for classifier in ("cnn", "nme")
@@ -96,8 +101,13 @@ class History:
         values["memory/bytes"] = record["memory"]["bytes_total"]
         values["network/parameters"] = record["parameters"]
         values |= {f"seconds/{key}": seconds for key, seconds in record["seconds"].items()}
-        self._add(phase, {tag: value for tag, value in values.items() if value is not None})
-        self.close()
+        values = {tag: value for tag, value in values.items() if value is not None}
+        if self._wandb:
+            self._wandb.log_metrics({**values, "phase": phase}, step=self._step)
+        if self.tensorboard:
+            self._open(phase)
+            self._add(phase, values)
+            self.close()
 
     def close(self) -> None:
         """Close the event file that is being written, if there is one."""
@@ -144,3 +154,25 @@ class History:
         for tag, value in values.items():
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
         self._events.flush()
+
+
+def check_loggers(loggers: Sequence[str]) -> None:
+    """Raises UserError where a package is missing that they need."""
+    packages = {
+        "tensorboard": ("tensorboardX", "pip install -r requirements.txt"),
+        "wandb": ("wandb", "pip install wandb"),
+    }
+    for name in loggers:
+        package, command = packages.get(name, ("csv", ""))
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"logger: {name} needs the package {package}: {command}, or leave it out of the list.")
+
+
+def _wandb_logger(folder: Path):
+    """Lightning's, for a run whose identity is its folder's, so that a run that goes on adds to its curves."""
+    from pytorch_lightning.loggers import WandbLogger
+
+    identity = hashlib.sha256(str(folder.absolute()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    project = os.environ.get("WANDB_PROJECT", "escort")
+    name = f"{folder.parent.name}-{folder.name}"
+    return WandbLogger(name=name, save_dir=str(folder), id=identity, project=project, resume="allow")
