@@ -1,12 +1,16 @@
-"""Trains a ControlLDM on a folder of pictures: how the tiny bundled model was made.
+"""Train a small ControlLDM on a folder of pictures, as the bundled model was trained.
 
     python ControlNet/train.py ControlNet/models/cldm_tiny_train.yaml [key=value ...]
 
-One loop, four stages: the autoencoder; the text encoder; then, on their outputs, the UNet and the control network
-together (and the text encoder still, where the model's config says cond_stage_trainable); and the same again with
-settings of its own, to refine what sampling starts with, the noisiest timesteps.  Every step's pictures,
-noise and timesteps are a function of (seed, stage, step) alone, so a killed run goes on from its last checkpoint as if
-nothing had happened.
+Four stages share one loop:
+- autoencoder;
+- text: the text encoder;
+- diffusion: the UNet and the control network together, and the text encoder too where the model's config sets
+  cond_stage_trainable;
+- refine: the same with other settings, mostly at the noisiest timesteps, where sampling starts.
+
+Every step's pictures, noise and timesteps are a function of (seed, stage, step) alone, so a killed run resumes from its
+last checkpoint and ends with the same weights.
 """
 
 import json
@@ -43,7 +47,7 @@ STAGES = ("autoencoder", "text", "diffusion", "refine")
 
 
 class Views(Dataset):
-    """Pairs of a picture and an edge map, drawn afresh for every (step, position in the batch).
+    """Pairs of an augmented picture and its edge map; the random choices depend on (step, position in the batch).
 
     An item is (picture, 3 x S x S float in [-1, 1]; edge map, 1 x S x S float, 0 or 1; class number).
     """
@@ -72,7 +76,7 @@ class Views(Dataset):
         file, label = self.items[rng.integers(len(self.items))]
         with Image.open(file) as image:
             source = _moved(np.asarray(image.convert("RGB")), rng, self.augmentation)
-        # The two ways in which prompts are extracted: edges at the picture's own size, or at the generated size.
+        # Both presets' ways of finding edges: at the picture's own size, or at the generated size.
         if rng.random() < 0.5:
             edges = self._resized(cv2.Canny(source, 100, 200), cv2.INTER_NEAREST)
         else:
@@ -87,7 +91,10 @@ class Views(Dataset):
 
 
 def _moved(image: np.ndarray, rng: np.random.Generator, amount: DictConfig) -> np.ndarray:
-    """The picture under a random affine map about its centre; amounts are the largest, edges repeat outwards."""
+    """The picture under a random affine map about its centre.
+
+    amount: the largest rotation (degrees), scale, shear and shift (fractions).  Border pixels are repeated outwards.
+    """
     height, width = image.shape[:2]
     angle = math.radians(rng.uniform(-1, 1) * amount.rotate)
     zoom = math.exp(rng.uniform(-1, 1) * amount.scale)
@@ -101,7 +108,7 @@ def _moved(image: np.ndarray, rng: np.random.Generator, amount: DictConfig) -> n
 
 
 class StepSampler:
-    """Batches of (step, position) for the steps that are left."""
+    """Batches of (step, position) for the remaining steps."""
 
     def __init__(self, start: int, stop: int, batch_size: int):
         self.start, self.stop, self.batch_size = start, stop, batch_size
@@ -115,7 +122,7 @@ class StepSampler:
 
 
 class AutoencoderTask(nn.Module):
-    """Reconstruction (L1 and L2) plus a little KL, in the pictures' scale."""
+    """The autoencoder's loss: L1 and L2 of the reconstruction, plus kl_weight times the KL divergence."""
 
     def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
         super().__init__()
@@ -131,10 +138,10 @@ class AutoencoderTask(nn.Module):
 
 
 class TextTask(nn.Module):
-    """Which text is this? asked of a linear probe at the end token and the padding after it.
+    """Trains the text encoder to tell the texts apart: a linear probe classifies the text at the end token and padding.
 
-    It stands in for CLIP's training with pictures, in what diffusion needs of it: these positions, nearly all that
-    cross-attention sees, then say what the whole text names.  The probe is thrown away; no picture is looked at.
+    This replaces CLIP's training with pictures.  Cross-attention mostly sees these positions, which then encode what
+    the whole text names.  Pictures are not used, and the probe is discarded afterwards.
     """
 
     def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
@@ -153,10 +160,10 @@ class TextTask(nn.Module):
 
 
 class DiffusionTask(nn.Module):
-    """The noise-prediction loss of DDPM, equation 14, under the text and the edge map.
+    """The noise-prediction loss (DDPM, equation 14), conditioned on text and edge map.
 
-    Some texts become a negative one and some controls are left out, so that guidance has an unconditional branch and
-    the UNet works without control.
+    A share of the texts is replaced by a negative text, to train the unconditional branch of guidance, and a share of
+    the control tensors is set to zero, to train the UNet without control.
     """
 
     def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
@@ -191,12 +198,12 @@ class DiffusionTask(nn.Module):
 
 
 def step_seed(seed: int, stage: str, step: int) -> int:
-    """What a step's random numbers start from, 0 to 2**63 - 1."""
+    """The seed of a step's random numbers, 0 to 2**63 - 1."""
     return int(np.random.SeedSequence([seed, STAGES.index(stage), step]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> None:
-    """Train one stage to its number of steps, from its last checkpoint if there is one; leaves the weights in model."""
+    """Train one stage of the model in place, resuming from its last checkpoint if there is one."""
     settings, output = config[stage], Path(config.output)
     data = Views(config, stage)
     tasks = {"autoencoder": AutoencoderTask, "text": TextTask, "diffusion": DiffusionTask, "refine": DiffusionTask}
@@ -254,9 +261,9 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
 
 @torch.no_grad()
 def normalise_latents(model: ControlLDM, config: DictConfig, batches: int = 16) -> float:
-    """Rescale the autoencoder so that its latents times scale_factor have unit variance, and return the factor used.
+    """Rescale the autoencoder so that its latents times scale_factor have unit variance.  Returns the factor.
 
-    The scale moves between quant_conv and post_quant_conv, so pictures decode as before.
+    The factor is multiplied into quant_conv and divided out of post_quant_conv, so reconstructions stay the same.
     """
     data, autoencoder = Views(config, "autoencoder"), model.first_stage_model.eval()
     pictures = [torch.stack([data[step, i][0] for i in range(16)]) for step in range(batches)]
@@ -271,12 +278,12 @@ def normalise_latents(model: ControlLDM, config: DictConfig, batches: int = 16) 
 
 
 def export(model: ControlLDM, path: Path) -> None:
-    """Write the weights as safetensors: float16, and the token embedding, most of a small model, in 8 bits."""
+    """Write the weights as safetensors: float16, and float8 for the token embedding, most of a small model."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name.endswith("token_embedding.weight"):
             tensor = tensor.to(torch.float8_e4m3fn)
-        elif tensor.is_floating_point() and "." in name:  # without a dot: the schedule's tables, which stay exact
+        elif tensor.is_floating_point() and "." in name:  # names without a dot: the schedule's tables, kept in float32
             tensor = tensor.half()
         tensors[name] = tensor.cpu().contiguous()
     temporary = path.with_suffix(".tmp")

@@ -181,7 +181,10 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     machine.add_argument("--download", action="store_true", help="fetch sd15's weights (5.7 GB) if they are not there")
     machine.add_argument(
-        "--precision", default="auto", choices=("auto", *PRECISIONS), help="[bf16 or fp16 on a GPU, fp32 on a CPU]"
+        "--precision",
+        default="auto",
+        choices=("auto", *PRECISIONS),
+        help="[bf16 where the device has it, else fp16/fp32]",
     )
     machine.add_argument("--batch-size", metavar="N", type=at_least_one, help="copies made at a time [by device]")
     machine.add_argument("--low-memory", action="store_true", help="keep on the GPU only the network that is at work")

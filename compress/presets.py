@@ -49,6 +49,37 @@ class Sampling:
     guidance_until: float = 1.0
     reuse_every: int = 1
 
+    def changed(
+        self,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        guidance_window: tuple[float, float] | None = None,
+        reuse_every: int | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
+    ) -> "Sampling":
+        """With the given values in place of its own.  A sampler brings its own eta where none is given.
+
+        guidance_window: guidance_from and guidance_until.  Raises UserError for invalid values.
+        """
+        name = sampler or self.sampler
+        if name not in SAMPLERS:
+            raise UserError(f"--sampler is one of {', '.join(SAMPLERS)}, not {name!r}.")
+        if steps is not None and not 1 <= steps <= 1000:
+            raise UserError(f"the number of steps lies between 1 and 1000; --steps {steps} does not.")
+        if (steps or self.steps) > (most := MOST_STEPS.get(name, 1000)):
+            raise UserError(f"--sampler {name} takes at most {most} steps; choose fewer with --steps.")
+        if eta is not None and (name not in ETAS or not 0 <= eta <= 1):
+            raise UserError(f"--eta lies between 0 and 1 and goes with --sampler {', '.join(ETAS)}, not {name}.")
+        if sampler is not None and eta is None:
+            eta = ETAS.get(sampler, 0.0)
+        start, end = guidance_window or (None, None)
+        if guidance_window is not None and not 0 <= start < end <= 1:
+            raise UserError(f"--guidance-window a:b has 0 <= a < b <= 1; {start:g}:{end:g} does not.")
+        values = _given(steps=steps, guidance=guidance, reuse_every=reuse_every, sampler=sampler, eta=eta)
+        return replace(self, **values, **_given(guidance_from=start, guidance_until=end))
+
     def guidance_scales(self, steps: int) -> list[float]:
         """The scale of guidance in each of the steps: 1 outside guidance_from and guidance_until."""
         inside = [self.guidance_from <= i / steps < self.guidance_until for i in range(steps)]
@@ -104,56 +135,27 @@ class Preset:
         self,
         *,
         size: int | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
-        eta: float | None = None,
-        guidance_window: tuple[float, float] | None = None,
-        reuse_every: int | None = None,
         prompt_template: str | None = None,
         negative_prompt: str | None = None,
         quality: int | None = None,
+        **sampling,
     ) -> "Preset":
-        """A preset with the given values in place of its own; what concerns sampling also changes guess mode.
+        """A preset with the given values in place of its own; sampling: of `Sampling.changed`, also for guess mode.
 
-        A sampler brings its own eta where none is given.
         size: the shorter side of every generated picture, whatever the image's.  Raises UserError for invalid values.
         """
         if size is not None and size < 64:
             raise UserError(f"a generated picture's shorter side is at least 64 pixels; --size {size} is too small.")
-        if steps is not None and not 1 <= steps <= 1000:
-            raise UserError(f"the number of steps lies between 1 and 1000; --steps {steps} does not.")
-        chosen = sampler or self.sampling.sampler
-        if chosen not in SAMPLERS:
-            raise UserError(f"--sampler is one of {', '.join(SAMPLERS)}, not {sampler!r}.")
-        if (steps or self.sampling.steps) > (most := MOST_STEPS.get(chosen, 1000)):
-            raise UserError(f"--sampler {chosen} takes at most {most} steps; choose fewer with --steps.")
-        if eta is not None and (chosen not in ETAS or not 0 <= eta <= 1):
-            raise UserError(f"--eta lies between 0 and 1 and goes with --sampler {', '.join(ETAS)}, not {chosen}.")
-        if sampler is not None and eta is None:
-            eta = ETAS.get(sampler, 0.0)
-        start, end = guidance_window or (None, None)
-        if guidance_window is not None and not 0 <= start < end <= 1:
-            raise UserError(f"--guidance-window a:b has 0 <= a < b <= 1; {start:g}:{end:g} does not.")
         if quality is not None and not 1 <= quality <= 100:
             raise UserError(f"a JPEG's quality lies between 1 and 100; --quality {quality} does not.")
         strange = set(re.findall(r"\{\w*\}", prompt_template or "")) - {"{label}"}
         if strange:
             names = ", ".join(sorted(strange))
             raise UserError(f"--prompt-template knows {{label}}, and not {names}: {prompt_template!r}")
-        sampling_changes = _given(
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            eta=eta,
-            guidance_from=start,
-            guidance_until=end,
-            reuse_every=reuse_every,
-        )
         return replace(
             self,
-            sampling=replace(self.sampling, **sampling_changes),
-            guess=self.guess and replace(self.guess, **sampling_changes),
+            sampling=self.sampling.changed(**sampling),
+            guess=self.guess and self.guess.changed(**sampling),
             **_given(
                 shorter_side=size,
                 small_shorter_side=size,

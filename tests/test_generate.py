@@ -11,6 +11,7 @@ import torch
 from compress import presets
 from compress.forms import Condition, Request
 from compress.generators import controlnet
+from compress.generators.build import choose_precision
 from compress.generators.controlnet import SAMPLERS, PictureGenerator, default_batch_size
 from compress.presets import HIGH
 from ControlNet.cldm import inference
@@ -96,6 +97,27 @@ def test_a_batch_that_does_not_fit_is_halved(exhaust, monkeypatch, caplog):
     generator(jobs(3))
     assert tried == [2, 2]  # it remembers
     assert len(caplog.records) == 1
+
+
+def test_a_decoder_that_does_not_fit_decodes_fewer_at_a_time(monkeypatch, caplog):
+    model, tried = little_model(), []
+    expected = PictureGenerator(PRESET, little_model(), batch_size=4)(jobs(4))
+    decode = model.decode_first_stage
+
+    def decode_two(latents):
+        tried.append(len(latents))
+        if len(latents) > 2:
+            exhaust_gpu()
+        return decode(latents)
+
+    monkeypatch.setattr(model, "decode_first_stage", decode_two)
+    generator = PictureGenerator(PRESET, model, batch_size=4)
+    assert_alike(generator(jobs(4)), expected)
+    assert tried == [4, 2, 2]
+    generator(jobs(4))
+    assert tried == [4, 2, 2, 2, 2]  # it remembers
+    assert generator.batch_size == 4
+    assert not caplog.records
 
 
 def test_a_picture_that_does_not_fit_is_said_in_words(monkeypatch):
@@ -246,6 +268,21 @@ def test_a_sampler_brings_its_eta():
     assert HIGH.changed(sampler="tcd").sampling.eta == 0.3
     assert HIGH.changed(sampler="tcd", eta=0.0).sampling.eta == 0.0
     assert HIGH.changed(sampler="tcd").changed(sampler="lcm").sampling.eta == 0.0
+
+
+# --- precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"amx_bf16": True}, "bf16"), ({"avx512_bf16": True}, "bf16"), ({"avx2": True, "avx512_bf16": False}, "fp32")],
+)
+def test_auto_precision_is_bf16_on_a_cpu_that_computes_in_it(capabilities, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert choose_precision("auto", torch.device("cpu")) == expected
+    assert choose_precision("fp32", torch.device("cpu")) == "fp32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert choose_precision("auto", torch.device("cpu")) == "fp32"
 
 
 # --- batch sizes -------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Weights in diffusers' layout -> the official checkpoint's names.
 
-diffusers keeps each network in a folder of its own and numbers the blocks level by level (`down_blocks.1.resnets.0`),
-where the official checkpoint counts through (`input_blocks.4.0`).  The tables below say which module is which, for any
-number of levels and blocks; widths don't matter.
+diffusers stores each network in its own folder and numbers blocks within each level (`down_blocks.1.resnets.0`), where
+the official checkpoint numbers them consecutively (`input_blocks.4.0`).  The tables below map modules for any number
+of levels and blocks.
 """
 
 import json
@@ -23,7 +23,7 @@ NETWORKS = {
 """Folder of each network in a pipeline's folder -> what the official names begin with."""
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_ENDINGS = ("safetensors", "bin", "fp16.safetensors", "fp16.bin")  # in the order in which they are looked for
+_ENDINGS = ("safetensors", "bin", "fp16.safetensors", "fp16.bin")  # the first that exists is read
 
 _UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -63,11 +63,11 @@ def read_folder(path: Path) -> dict[str, Tensor]:
 
 
 def _check_schedule(folder: Path) -> None:
-    """Refuse a model whose UNet predicts something else than noise: no shape would show it."""
+    """Raise ModelError for a model whose UNet does not predict noise, which its shapes do not show."""
     try:
         settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_bytes())
     except (OSError, ValueError):
-        return  # the folder may lack it: Stable Diffusion 1.5's schedule, then
+        return  # without a schedule Stable Diffusion 1.5's is assumed
     prediction = settings.get("prediction_type", "epsilon") if isinstance(settings, dict) else "epsilon"
     if prediction != "epsilon":
         raise ModelError(f"{folder} was trained for {prediction}, and this is a model that predicts noise (epsilon)")
@@ -107,7 +107,7 @@ def is_controlnet(state: Iterable[str]) -> bool:
 
 
 def to_official(network: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one network (a key of NETWORKS) by official names; names that are unknown stay as they are."""
+    """The tensors of one network (a key of NETWORKS) by official names; unknown names are kept."""
     if network == "text_encoder":
         modules, parts = {}, {}  # transformers' own names in both
     elif network == "vae":
@@ -124,7 +124,7 @@ def to_official(network: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rename(name: str, modules: Mapping[str, str], parts: Mapping[str, str]) -> str:
-    """modules: longest beginning that is known -> its official name; parts: what comes next, inside that module."""
+    """Replace the longest prefix found in `modules`, and the word after it if `parts` has it."""
     words = name.split(".")
     for end in range(len(words) - 1, 0, -1):
         module = modules.get(".".join(words[:end]))
@@ -134,7 +134,7 @@ def _rename(name: str, modules: Mapping[str, str], parts: Mapping[str, str]) -> 
 
 
 def _count(state: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that the names hold at the pattern's group."""
+    """One more than the largest number that the pattern's group matches in the names."""
     return max((int(match[1]) + 1 for name in state if (match := re.match(pattern, name))), default=0)
 
 

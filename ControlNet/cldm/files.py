@@ -1,4 +1,4 @@
-"""Load a weights file, or explain why it is not one.  No code in a file is ever run."""
+"""Load a weights file without running code from it, or raise an error that says what is wrong with it."""
 
 import os
 import pickle
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 class ModelError(ValueError):
-    """A config or weights that can't be used.  The message is for the person who named them."""
+    """A config or weights that can't be used.  The message is written for the user."""
 
 
 def load_state_dict(path: str | os.PathLike, location: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, by name: safetensors, or anything torch.save wrote, by any ending.
+    """The tensors of a checkpoint file by name: safetensors or any torch.save format, whatever the file's ending.
 
-    Nothing in the file is run (weights_only), and on the CPU its tensors are views of the memory-mapped file: they
-    take no memory until they are used.  Tensors nested under "state_dict" are found.
+    Code in the file is not run (weights_only).  On the CPU the tensors are views of the memory-mapped file and take no
+    memory until they are used.  Tensors may be nested under "state_dict".
     Raises ModelError where the file is missing, broken or not a checkpoint.
     """
     path = Path(path)
@@ -32,14 +32,14 @@ def load_state_dict(path: str | os.PathLike, location: str | torch.device = "cpu
         kind = _kind(path)
         if kind == "safetensors":
             return load_file(path, device=str(location))
-        if kind == "zip" and path.suffix != ".safetensors":  # torch believes that ending
+        if kind == "zip" and path.suffix != ".safetensors":  # torch.load goes by that ending
             content = torch.load(path, map_location=location, weights_only=True, mmap=True)
         else:  # torch maps files of its zip format only; older ones are read whole
             with path.open("rb") as file:
                 content = torch.load(file, map_location=location, weights_only=True)
     except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
-    except pickle.UnpicklingError as error:  # torch's own words advise to switch the protection off
+    except pickle.UnpicklingError as error:  # torch's own message advises to disable weights_only
         raise ModelError(f"{path} {_why_not_plain(error)}") from error
     except PermissionError as error:
         raise ModelError(f"{path} may not be read: {error.strerror}") from error
@@ -54,7 +54,7 @@ def load_state_dict(path: str | os.PathLike, location: str | torch.device = "cpu
 def _kind(path: Path) -> str:
     """ "zip" (torch.save's), "safetensors" or "pickle" (torch.save's before 2020), by the first bytes of the file.
 
-    Raises ModelError for the things that downloads leave under a checkpoint's name instead.
+    Raises ModelError for other content that failed downloads leave under a checkpoint's name.
     """
     with path.open("rb") as file:
         head = file.read(512)
@@ -92,7 +92,7 @@ def _why_not_whole(path: Path, error: Exception) -> str:
 
 
 def expected_size(path: Path) -> int | None:
-    """Bytes that the file should have (of a zip, its tensors alone); None where its head does not tell."""
+    """The file size in bytes according to its header (for a zip: of its tensors alone); None where it can't be read."""
     with path.open("rb") as file:
         head = file.read(30)
         try:
@@ -106,12 +106,12 @@ def expected_size(path: Path) -> int | None:
             file.seek(8)
             ends = re.findall(rb'"data_offsets":\s*\[\d+,\s*(\d+)\]', file.read(length))
             return 8 + length + max(map(int, ends)) if file.tell() == 8 + length else None
-        except Exception:  # the file is broken: any step of this may fail, and then there is nothing to tell
+        except Exception:  # the file is broken, so any step of this may fail
             return None
 
 
 class _Blank(dict):
-    """Stands for whatever a pickle names, and does nothing."""
+    """Placeholder for every class and function that a pickle names."""
 
     def __init__(self, *args):
         super().__init__()
@@ -124,7 +124,7 @@ class _Blank(dict):
 
 
 class _TensorTable(pickle.Unpickler):
-    """Reads torch.save's table of contents for the sizes in it.  Every class and function that it names is a blank."""
+    """Reads the storage sizes from the pickle of a torch.save file; classes and functions become _Blank."""
 
     def __init__(self, file):
         super().__init__(file)

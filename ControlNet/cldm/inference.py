@@ -1,4 +1,4 @@
-"""A model made ready for sampling: how it lies in memory, compiled steps, parts that visit a small device in turns."""
+"""Prepare a model for sampling: memory layout, torch.compile, and moving parts to a small device in turns."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -11,17 +11,17 @@ from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.ldm.packed import pack_weights
 
 MOST_SHAPES = 64
-"""Shapes of a batch that are compiled for; torch's own limit of 8 is less than the sizes that photographs come in."""
+"""Batch shapes to compile for.  Photographs come in more sizes than torch's default limit of 8."""
 
 log = logging.getLogger(__name__)
 
 
 def make_ready(model: ControlLDM, *, compile: bool = False, low_memory: bool = False) -> None:
-    """Choose, by device, what is fastest there; the model's outputs change by rounding alone.
+    """Apply the optimisations that suit the model's device; its outputs change by rounding alone.
 
-    GPU: convolution weights channels last, the order that tensor cores read.  CPU: packed weights (ldm/packed.py).
-    compile: torch.compile for the denoising step and the decoder; takes minutes for each size of picture, once a run.
-    low_memory: leave the weights where and as they are.
+    GPU: channels-last convolution weights.  CPU: packed weights (ldm/packed.py).
+    compile: torch.compile the denoising step and the decoder, which takes minutes for each picture size in each run.
+    low_memory: change neither layout nor device of the weights.
     """
     if compile:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
@@ -40,7 +40,7 @@ def make_ready(model: ControlLDM, *, compile: bool = False, low_memory: bool = F
 
 
 class _Compiled:
-    """A function through torch.compile; where that fails, as without a compiler, the function itself."""
+    """A compiled function that falls back to the plain one where torch.compile fails, as without a compiler."""
 
     def __init__(self, function: Callable, options: dict | None):
         self.plain = function
@@ -59,7 +59,7 @@ class _Compiled:
 
 @contextmanager
 def visiting(device: torch.device, *networks: nn.Module) -> Iterator[None]:
-    """Inside, the networks' tensors are on the device; afterwards they are what they were, without a copy back."""
+    """Within the context the networks' tensors are on `device`; on leaving, the original tensors are put back."""
     tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
     homes = [tensor.data for tensor in tensors]
     try:
@@ -72,6 +72,6 @@ def visiting(device: torch.device, *networks: nn.Module) -> Iterator[None]:
 
 
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device; a convolution's weight channels last on a GPU."""
+    """The tensor on the device; convolution weights channels last on a GPU."""
     channels_last = tensor.ndim == 4 and device.type == "cuda"
     return tensor.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)

@@ -1,4 +1,4 @@
-"""Weights as people have them -> the official checkpoint's names, what is wrong with them, and a fingerprint."""
+"""Find weights, rename them to the official checkpoint's names, check them against a model, and fingerprint them."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ BUNDLED = {
 
 CONTROL = diffusers_layout.NETWORKS["controlnet"]
 UNET = diffusers_layout.NETWORKS["unet"]
-# What base checkpoints carry beside the networks, none of which a picture depends on.
+# Tensors of base checkpoints that pictures do not depend on.
 HARMLESS = (
     "model_ema.", "first_stage_model.loss.", "first_stage_model.model_ema.", "cond_stage_model.logit_scale",
     "cond_stage_model.text_projection", "cond_stage_model.transformer.text_projection.", "embedding_manager.",
@@ -32,7 +32,7 @@ FINGERPRINT_VALUES = 24  # of each tensor
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by official names, the config of the model that they are for, and what to call them in a message."""
+    """state: tensors by official names; config: of their model; name: for messages."""
 
     state: dict[str, Tensor]
     config: Path
@@ -40,7 +40,7 @@ class Weights:
 
 
 def find_weights(spec: str | os.PathLike, base: str | os.PathLike | None = None) -> Weights:
-    """The weights that `ControlNet.cldm.model.load_model` is asked for.  Raises ModelError."""
+    """The weights of `ControlNet.cldm.model.load_model(spec, base=base)`.  Raises ModelError."""
     path, config = _locate(spec)
     state, name = _read(path), str(path)
     if base is not None:
@@ -61,7 +61,7 @@ def find_weights(spec: str | os.PathLike, base: str | os.PathLike | None = None)
 
 
 def _locate(spec: str | os.PathLike) -> tuple[Path, Path | None]:
-    """(file or folder, config or None) of a short name or a path.  Raises ModelError where there is nothing."""
+    """(file or folder, config or None) of a short name or a path.  Raises ModelError where it does not exist."""
     if str(spec) in BUNDLED:
         config, weights = (MODELS_FOLDER / name for name in BUNDLED[str(spec)])
         if not weights.exists():
@@ -71,13 +71,13 @@ def _locate(spec: str | os.PathLike) -> tuple[Path, Path | None]:
     if not path.exists():
         raise ModelError(f"no checkpoint at {path}: name a file, a diffusers folder, or one of {', '.join(BUNDLED)}")
     config = path / "model.yaml" if path.is_dir() else path.with_suffix(".yaml")
-    # A config of Stable Diffusion alone, as web UIs put beside a base, does not describe a ControlNet.
+    # Ignore a config of Stable Diffusion alone, which web UIs put beside base checkpoints.
     described = config.is_file() and b"control_stage_config" in config.read_bytes()
     return path, config if described else None
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Official name -> tensor, of whatever networks are there."""
+    """Official name -> tensor, of all networks in the file or folder."""
     if path.is_dir():
         return diffusers_layout.read_folder(path)
     state = load_state_dict(path)
@@ -95,12 +95,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """16 hex digits that tell these weights from others.  state: tensors by official names.
+    """16 hex digits that identify the weights.  state: tensors by official names.
 
-    A digest of every tensor's name and shape and of a few dozen evenly spaced values of it, rounded to float16: the
-    same for a float32 and a float16 file of the same weights, in any layout (bfloat16 rounds away more and differs),
-    and it leaves most of a memory-mapped file unread.
-    The schedule's tables and position_ids, which some files leave out, don't count.
+    A digest of each tensor's name, its shape and a few dozen evenly spaced values rounded to float16.  It is the same
+    for float32 and float16 files of the same weights in any layout (bfloat16 files differ), and reads only a small part
+    of a memory-mapped file.  The schedule's tables and position_ids, which some files leave out, are not included.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted((_bare(name), tensor) for name, tensor in state.items()):
@@ -127,7 +126,7 @@ def complete(weights: Weights, model_state: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _bare(name: str) -> str:
-    """A name as all releases of transformers have it: some put `text_model.` before the text encoder's."""
+    """The name without `text_model.`, which only some releases of transformers put before the text encoder's names."""
     return name.replace(".transformer.text_model.", ".transformer.")
 
 
@@ -154,7 +153,7 @@ def _check(weights: Weights, state: Mapping[str, Tensor], expected: Mapping[str,
 
 
 def _likely_reason(state: Mapping[str, Tensor], misshapen: Sequence[str]) -> str | None:
-    """What these weights are instead, in words; None where nothing is known that looks like them."""
+    """What these weights seem to be, in words; None where they resemble nothing known."""
 
     def has(*beginnings: str) -> bool:
         return any(name.startswith(beginnings) for name in state)
@@ -195,7 +194,7 @@ def _likely_reason(state: Mapping[str, Tensor], misshapen: Sequence[str]) -> str
 
 
 def _other_control(state: Iterable[str]) -> str | None:
-    """What these weights are, if another kind of control than a ControlNet."""
+    """What these weights are, if they are another kind of control than a ControlNet."""
     names = list(state)
     if "lora_controlnet" in names:
         return "it is a Control-LoRA, which is not supported: use a full ControlNet for Stable Diffusion 1.5"

@@ -34,7 +34,8 @@ class PictureGenerator:
     low_memory: for small GPUs.  The model stays where it is, on the CPU; only the part at work is on `device`: the text
     encoder, then UNet and control network, then the decoder, which makes one picture at a time.
 
-    A batch that does not fit the device's memory is halved until it does, and so are those that follow.
+    A batch that does not fit the device's memory is halved until it does, first the decoder's, and so are those that
+    follow.
 
     A copy depends on its prompt, its seed, the settings and the model alone.  It has a random generator of its own, on
     the CPU, from which its initial noise and the noise of each step are drawn.  As kernels may round differently at
@@ -64,6 +65,7 @@ class PictureGenerator:
                     setattr(model, name, table.to(self.device))
             make_ready(model, compile=compile, low_memory=low_memory)
         self.batch_size = batch_size or default_batch_size(model)
+        self._decoded_together = 1 if low_memory else self.batch_size
 
     @torch.inference_mode()
     def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray]:
@@ -129,16 +131,26 @@ class PictureGenerator:
                 generator=[torch.Generator().manual_seed(request.seed) for request in filled],
                 verbose=False,
             )
-        with self._at_work("first_stage_model"):
-            at_a_time = 1 if self.low_memory else len(filled)
-            decoded = [model.decode_first_stage(z) for z in latents.to(model.dtype).split(at_a_time)]
-        decoded = torch.cat(decoded)[: len(batch)].float()
+        decoded = self._decoded(latents.to(model.dtype))[: len(batch)].float()
         if not decoded.isfinite().all():
             raise UserError(
                 f"in {model.dtype} the model's pictures hold values that are no numbers: use --precision fp32."
             )
         pictures = (decoded * 127.5 + 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return list(pictures)
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents' pictures, B x 3 x H x W.  The decoder needs the most memory, and has a batch size of its own."""
+        while True:
+            try:
+                with self._at_work("first_stage_model"):
+                    return torch.cat([self.model.decode_first_stage(z) for z in latents.split(self._decoded_together)])
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error) or self._decoded_together == 1:
+                    raise
+            self._decoded_together //= 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _hints(self, requests: Sequence[Request]) -> list[torch.Tensor] | None:
         """[B x 3 x H x W, 0 to 1], or None where nothing controls the pictures."""

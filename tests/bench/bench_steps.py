@@ -1,9 +1,10 @@
 """What few steps cost: python tests/bench/bench_steps.py --data-dir data --dataset MNIST [--train]
 
-Copies of test pictures, which neither the generator nor the classifier has seen, for each setting:
+Two copies of test pictures, which neither the generator nor the classifier has seen, for each setting:
 
 - edges: share of a prompt's edge pixels with an edge of the copy at most 2 pixels away;
 - class: share of copies that a small network, trained on the real train pictures, puts into their class;
+- variety: mean difference between two copies of one prompt, in grey levels of 255;
 - seconds a copy, of the processor's time on one thread, in batches of --batch-size.
 
 --train adds what counts: the average incremental accuracy of main.py on --config, with copies made on demand, mean and
@@ -104,19 +105,19 @@ class Study:
 
     @torch.no_grad()
     def agreement(self, pictures: Sequence[np.ndarray]) -> float:
-        """Share of pictures of the held-out images' classes, in percent."""
-        targets = torch.tensor([i for _, i in self.held_out])
+        """Share of the held-out images' pictures, one or more of each in turn, in their class; in percent."""
+        targets = torch.tensor([i for _, i in self.held_out]).repeat_interleave(len(pictures) // len(self.held_out))
         return 100 * (self.classifier(batch(pictures)).argmax(1) == targets).float().mean().item()
 
-    def copies(self, setting: str) -> tuple[float, float, float]:
-        """(edges, class, seconds a copy) of one copy of each held-out picture."""
+    def copies(self, setting: str) -> tuple[float, float, float, float]:
+        """(edges, class, variety, seconds a copy) of two copies of each held-out picture."""
         words = f"{self.options.model} --batch-size {self.options.batch_size} {setting}"
         form, machine, _, _ = parse_settings(words, self.options.resolution)
         generator = build.make_generator(form, machine, torch.device("cpu"), "fp32")
         requests = []
         for image, i in self.held_out:
             text = self.texts[self.labels[i]]
-            requests += form.requests(image, form.encode(pixels(image), text), text, [0])
+            requests += form.requests(image, form.encode(pixels(image), text), text, [0, 1])
         made, seconds = [], 0.0
         for start in range(0, len(requests), generator.batch_size):
             part = requests[start : start + generator.batch_size]
@@ -126,7 +127,8 @@ class Study:
             made += generator(part)
             seconds += time.process_time() - began
         edges = edges_found([request.condition.hint for request in requests], made)
-        return 100 * edges, self.agreement(made), seconds / len(made)
+        variety = np.mean([abs(a.astype(float) - b).mean() for a, b in zip(made[::2], made[1::2], strict=True)])
+        return 100 * edges, self.agreement(made), float(variety), seconds / len(made)
 
     def accuracy(self, setting: str) -> tuple[float, float]:
         """Average incremental accuracy with these copies: mean and standard error over the class orders."""
@@ -156,7 +158,7 @@ def main() -> None:
     parser.add_argument("--resolution", default="high")
     parser.add_argument("--model", default="--model tiny --size 64", help="options of compress/run.py for all settings")
     parser.add_argument("--settings", action="append", help="options of one setting (may be repeated) [the grid]")
-    parser.add_argument("--images", type=int, default=8, help="test pictures of each class")
+    parser.add_argument("--images", type=int, default=4, help="test pictures of each class")
     parser.add_argument("--batch-size", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=6, help="of the classifier")
     parser.add_argument("--train", action="store_true", help="also the average incremental accuracy")
@@ -166,11 +168,11 @@ def main() -> None:
     torch.set_num_threads(1)
     study = Study(options)
     print(f"real test pictures in the right class: {study.real_accuracy:.1f} %")
-    print("| setting | edges % | class % | s a copy |" + " accuracy % |" * options.train)
-    print("|---|---|---|---|" + "---|" * options.train)
+    print("| setting | edges % | class % | variety | s a copy |" + " accuracy % |" * options.train)
+    print("|---|---|---|---|---|" + "---|" * options.train)
     for setting in options.settings or GRID:
-        edges, right, seconds = study.copies(setting)
-        row = f"| `{setting}` | {edges:.1f} | {right:.1f} | {seconds:.3f} |"
+        edges, right, variety, seconds = study.copies(setting)
+        row = f"| `{setting}` | {edges:.1f} | {right:.1f} | {variety:.1f} | {seconds:.3f} |"
         if options.train:
             row += " {:.1f} ± {:.1f} |".format(*study.accuracy(setting))
         print(row, flush=True)
