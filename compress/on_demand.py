@@ -40,6 +40,8 @@ class OnDemand(Copies):
             self.precision = fabric.broadcast(build.choose_precision(machine.precision, fabric.device))
         except UserError as error:
             raise UserError(f"regenerate_options: {error}") from error
+        if fabric.is_global_zero:
+            build.warn_of_long_prompts(form, machine, paths.class_texts())
         todo = self._plan((image for label in paths.classes() for image in paths.images(label)[:1]), with_copies=True)
         self.made_by = by_settings(todo.records.copies.wanted(label) for label in paths.classes())
         self._forget()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from compress.generators.build import choose_precision, download, fingerprint, make_generator
+from compress.generators.build import choose_precision, download, fingerprint, make_generator, warn_of_long_prompts
 from compress.job import Data, Job
 from compress.options import Action
 from compress.plan import Plan, Survey, survey, to_plan
@@ -41,6 +41,7 @@ def run(job: Job, action: Action) -> int:
         by_first(fabric, lambda: download(job.machine.model))
     todo = together(fabric, lambda: find_work(fabric, job, images, action))
     if fabric.is_global_zero:
+        warn_of_long_prompts(job.form, job.machine, todo.records.copies.texts)
         report_plan(todo, f"{job.data.paths.dataset}, {job.form.preset.name} resolution")
     if action.dry_run:
         return dry_run(job, todo, fabric)

@@ -1,8 +1,12 @@
-"""Class order, phases, the training set and its batches (utils/data_manager.py)."""
+"""Class order, phases, the training set and its batches."""
 
+import gc
+import multiprocessing
 import pickle
 import re
 import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +23,7 @@ from utils.data.batches import ImageSet, TrainingSet, batch_loader
 from utils.data.cache import open_cache
 from utils.data.classes import DataManager
 from utils.data.datasets import dataset_defaults
-from utils.data.items import Item
+from utils.data.items import Item, PathTable
 from utils.data.paths import DatasetPaths
 from utils.data.sampler import EpochBatchSampler
 from utils.errors import UserError
@@ -570,6 +574,38 @@ def test_the_first_missing_copy_is_the_one_that_is_gone(tmp_path):
     paths.copies_folder("ü").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=f"^6 of 12 .*{re.escape(str(paths.copy(images[3], 0)))}"):
         check_copies(paths, EDGES, images, 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs /proc/self/smaps_rollup")
+def test_workers_do_not_copy_the_paths():
+    """A forked process that reads all of them writes to next to no memory."""
+    paths = [Path(f"/data/Many/train/class {i // 1000}/{i:08d}.jpg") for i in range(50_000)]
+    table = PathTable(paths)
+    assert list(table) == list(map(str, paths))
+
+    def private_kib() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private"))
+
+    def grown_by_reading(of: Sequence) -> int:
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+
+        def read() -> None:
+            gc.freeze()
+            before = private_kib()
+            for i in range(len(of)):
+                str(of[i])
+            sender.send(private_kib() - before)
+
+        child = multiprocessing.get_context("fork").Process(target=read)
+        child.start()
+        grown = receiver.recv()
+        child.join()
+        return grown
+
+    as_list, as_table = grown_by_reading(paths), grown_by_reading(table)
+    assert as_list > 5000
+    assert as_table < 1000
 
 
 def test_increments_and_orders_as_lists(tmp_path):

@@ -41,6 +41,11 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def nb_tokens(texts: Sequence[str]) -> list[int]:
+    """The number of each text's tokens, of which `tokenize` keeps MAX_LENGTH - 2."""
+    return [len(encoding.ids) for encoding in _tokenizer().encode_batch(list(texts), add_special_tokens=False)]
+
+
 def tokenize(texts: str | Sequence[str]) -> Tensor:
     """CLIP token ids: int64, B x 77; start, the text cut to 75 tokens, end, and end again as padding.
 

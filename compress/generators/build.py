@@ -1,5 +1,8 @@
 """The model and the generator that a job asks for."""
 
+import logging
+from collections.abc import Mapping
+
 import torch
 
 from compress.forms import Form
@@ -9,7 +12,10 @@ from compress.job import Machine
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.download import download_sd15
 from ControlNet.cldm.model import Lora, ModelError, load_model, weights_fingerprint
+from ControlNet.ldm.text import MAX_LENGTH, nb_tokens
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -80,3 +86,15 @@ def make_generator(form: Form, machine: Machine, device: torch.device, precision
         low_memory=machine.low_memory,
         device=device,
     )
+
+
+def warn_of_long_prompts(form: Form, machine: Machine, texts: Mapping[str, str]) -> None:
+    """Log a warning about prompts that have more tokens than the text encoder reads.  texts: by class label."""
+    if not form.needs_model or machine.model in generators():
+        return
+    most = MAX_LENGTH - 2
+    counts = nb_tokens([form.preset.prompt_text(text) for text in texts.values()])
+    cut = [label for label, count in zip(texts, counts, strict=True) if count > most]
+    if cut:
+        message = "%d prompts have more than %d tokens and are cut, such as that of class %r: shorten class_names.json"
+        log.warning(message, len(cut), most, cut[0])

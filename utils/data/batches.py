@@ -5,6 +5,7 @@ the epoch, so results depend neither on the number of workers, nor on where a ru
 """
 
 import abc
+import gc
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils.data.augment import TestTransform, TrainTransform, random_bits, uniform
 from utils.data.cache import PictureCache
 from utils.data.images import read_prepared
-from utils.data.items import NEW, REAL, Item
+from utils.data.items import NEW, REAL, Item, PathTable
 from utils.data.paths import DatasetPaths
 from utils.data.sampler import seed_sequence
 from utils.errors import UserError
@@ -80,7 +81,7 @@ class TrainingSet(Batched):
             raise UserError(f"augmentation_prob is a probability, 0 to 1, not {augmentation_prob}.")
         if augmentation_scope not in ("all", "exemplars"):
             raise UserError(f'augmentation_scope is "all" or "exemplars", not {augmentation_scope!r}.')
-        self.items = items
+        self.images = PathTable(item.image for item in items)
         self.paths = paths
         self.transform = transform
         self.augmentations_per_image = augmentations_per_image
@@ -97,7 +98,7 @@ class TrainingSet(Batched):
             paths.copy(image, 0)  # lists the class's folder here once, not in each worker
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.images)
 
     def __getstate__(self):
         return {**self.__dict__, "_seen": {}}
@@ -118,8 +119,8 @@ class TrainingSet(Batched):
         """The prepared picture of an item (number _ITSELF) or of one of its copies."""
         if (picture := self._seen.get((index, number))) is not None:
             return picture
-        image = self.items[index].image
-        path = image if number == _ITSELF else self.paths.copy(image, number)
+        image = self.images[index]
+        path = image if number == _ITSELF else self.paths.copy(Path(image), number)
         if self.pixels is None:
             return read_prepared(path, self.transform.prepare)
         picture, kept = self.pixels.read(path)
@@ -144,8 +145,8 @@ class ImageSet(Batched):
     ):
         if len(images) != len(targets):
             raise ValueError(f"{len(images)} images, {len(targets)} targets")
-        self.images = images
-        self.targets = targets
+        self.images = PathTable(images)
+        self.targets = np.array(targets, np.int64)
         self.transform = transform
         self.pixels = pixels
 
@@ -154,10 +155,10 @@ class ImageSet(Batched):
 
     def __getitems__(self, keys: Sequence[int]) -> Batch:
         pictures = [self._picture(self.images[index]) for index in keys]
-        targets = torch.tensor([self.targets[index] for index in keys])
-        return torch.tensor(keys), self.transform(pictures), targets
+        index = np.array(keys, np.int64)
+        return torch.from_numpy(index), self.transform(pictures), torch.from_numpy(self.targets[index])
 
-    def _picture(self, path: Path) -> np.ndarray:
+    def _picture(self, path: str) -> np.ndarray:
         prepare = self.transform.prepare
         picture = None if self.pixels is None else self.pixels.find(path)
         return read_prepared(path, prepare) if picture is None else picture
@@ -179,6 +180,7 @@ def batch_loader(
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         collate_fn=_unchanged,
+        worker_init_fn=_share_memory,
         generator=torch.Generator(),
     )
 
@@ -203,6 +205,11 @@ def _fitting_workers(dataset: Batched, batches: Iterable[Sequence], workers: int
         free >> 20,
     )
     return 0
+
+
+def _share_memory(worker: int) -> None:
+    """Keep the garbage collector from writing to, and so copying, the parent's objects in a worker."""
+    gc.freeze()
 
 
 def _unchanged(batch: Batch) -> Batch:

@@ -73,7 +73,7 @@ class PictureCache:
         self._scan()
         return len(self._places)
 
-    def read(self, path: Path) -> tuple[np.ndarray, bool]:
+    def read(self, path: str | Path) -> tuple[np.ndarray, bool]:
         """(prepared picture, whether the cache holds it).  Raises UnreadableImage."""
         if (picture := self.find(path)) is not None:
             return picture, True
@@ -82,7 +82,7 @@ class PictureCache:
         kept = self.find(path)
         return (picture, False) if kept is None else (kept, True)
 
-    def find(self, path: Path) -> np.ndarray | None:
+    def find(self, path: str | Path) -> np.ndarray | None:
         """The prepared picture from the cache, read-only; None if it is not there."""
         key = self._key(path)
         if key not in self._places:
@@ -122,7 +122,7 @@ class PictureCache:
             self._places[key] = offset, height, width, checksum
             self._scanned = offset + 3 * height * width
 
-    def _add(self, path: Path, picture: np.ndarray) -> None:
+    def _add(self, path: str | Path, picture: np.ndarray) -> None:
         if self._full:
             return
         data = np.ascontiguousarray(picture)
@@ -141,7 +141,7 @@ class PictureCache:
             self._full = True
             log.warning("cache: no more pictures are added (%s)", error.strerror)
 
-    def _key(self, path: Path) -> bytes | None:
+    def _key(self, path: str | Path) -> bytes | None:
         """128 bits that identify the file's present content; None if there is no such file."""
         try:
             status = os.stat(path)

@@ -53,7 +53,7 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: str | Path) -> Image.Image:
     """The picture as RGB, fully decoded: a truncated file fails here and not later.
 
     Raises OSError, with the path in its message, for anything that is wrong with the file or its content, for more than
@@ -88,7 +88,7 @@ class UnreadableImage(UserError):
         super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
-def read_prepared(path: Path, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+def read_prepared(path: str | Path, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     """A picture, decoded and prepared for a transform: H x W x 3, uint8.
 
     Raises UnreadableImage, also where the picture with its shorter side resized to 256 would exceed MAX_PIXELS.
@@ -104,7 +104,7 @@ def read_prepared(path: Path, prepare: Callable[[Image.Image], np.ndarray]) -> n
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     """The picture with its header read.  Any error, in opening it or in the `with` body, becomes an OSError with the
     path."""
     try:
@@ -116,7 +116,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise OSError(f"{path}: {_reason(error, path)}") from error
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, path: str | Path) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS:,} pixels"
     if isinstance(error, UnidentifiedImageError):

@@ -1,0 +1,126 @@
+"""Full disks, little shared memory, several jobs at once: real commands in real processes, through main.py."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import main
+from compress import run as compress
+from tests import processes
+from tests.folders import make_dataset
+from tests.little_run import command, little_dataset
+
+CONFIG = {
+    **{"dataset": "Toy", "init_cls": 2, "increment": 1, "model_name": "replay", "convnet_type": "resnet8"},
+    **{"device": "cpu", "memory_per_class": 2, "init_epoch": 1, "epochs": 1, "init_lr": 0.01, "lrate": 0.01},
+    **{"batch_size": 4, "num_workers": 0},
+}
+
+
+def _can_mount() -> bool:
+    unshare = shutil.which("unshare")
+    script = 'd=$(mktemp -d); mount -t tmpfs -o size=64k tmpfs "$d"; code=$?; umount "$d"; rmdir "$d"; exit $code'
+    return bool(unshare) and subprocess.run([unshare, "-m", "sh", "-c", script], capture_output=True).returncode == 0
+
+
+needs_mount = pytest.mark.skipif(not _can_mount(), reason="this user can't mount a file system of its own")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a config for the dataset Toy; -> its file."""
+    make_dataset(tmp_path / "data", "abc", train=4, test=2)
+
+    def write(name="config", **changes):
+        folders = {"data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out" / name)}
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({**CONFIG, **folders, **changes}))
+        return file
+
+    return write
+
+
+def in_own_mounts(script: str, folder: Path, **variables: object) -> subprocess.CompletedProcess:
+    """A shell script that may mount file systems, which end with it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
+    start = ["unshare", "-m", "sh", "-c", script]
+    return subprocess.run(start, cwd=processes.REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+@needs_mount
+@pytest.mark.parametrize("size", ["8k", "100k", "700k"])
+def test_a_disk_that_is_full_while_training_loses_nothing(config, tmp_path, size):
+    """With room for the config alone, for part of the checkpoints, and for phase 0's."""
+    (tmp_path / "out").mkdir()
+    script = """
+        mount -t tmpfs -o size=$SIZE tmpfs "$OUT"
+        "$PYTHON" main.py --config "$CONFIG"; echo "code $?"
+        mount -o remount,size=200m "$OUT"
+        "$PYTHON" main.py --config "$CONFIG" 2>&1; echo "code $?"
+    """
+    done = in_own_mounts(script, tmp_path, SIZE=size, OUT=tmp_path / "out", PYTHON=sys.executable, CONFIG=config())
+    assert [line for line in done.stdout.splitlines() if line.startswith("code")] == ["code 2", "code 0"], done.stdout
+    assert "No space left" in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == done.stderr.splitlines()[-1:]
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+@needs_mount
+def test_a_small_shared_memory_goes_on_without_workers(config, tmp_path):
+    script = 'mount -t tmpfs -o size=16k tmpfs /dev/shm; exec "$PYTHON" main.py --config "$CONFIG"'
+    file = config(cache="none", num_workers=2)
+    done = in_own_mounts(script, tmp_path, PYTHON=sys.executable, CONFIG=file)
+    assert done.returncode == 0, done.stderr
+    assert "--shm-size" in done.stdout
+
+
+@pytest.mark.parametrize("command", [main.main, compress.main])
+def test_a_slurm_job_without_srun_is_told_at_once(command, config, monkeypatch, capsys):
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    file = config()
+    of_compress = [
+        "--data-dir",
+        str(file.parent / "data"),
+        "--dataset",
+        "Toy",
+        "--resolution",
+        "low",
+        "--form",
+        "webp:9",
+    ]
+    assert command(["--config", str(file)] if command is main.main else of_compress) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: SLURM's job has 8 tasks")
+    assert "srun" in said
+    assert said.count("\n") == 1
+
+
+def test_two_jobs_of_two_processes_share_a_phase_0_cache(config, tmp_path):
+    """Started at once: neither waits for the other, and nothing half done is left."""
+    jobs = []
+    for name in ("one", "two"):
+        file = config(name, phase0_cache=str(tmp_path / "cache"), increment=2)
+        launched = processes.torchrun(processes.REPOSITORY / "main.py", "--config", file)
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        jobs.append(processes.start(launched, os.environ, **streams))
+    for job in jobs:
+        said, _ = job.communicate(timeout=300)
+        assert job.returncode == 0, said
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".pt"]
+    one, two = (json.loads((tmp_path / "out" / name / "results.json").read_text()) for name in ("one", "two"))
+    cnn_of_one, cnn_of_two = ([phase["cnn"] for phase in job["runs"][0]["phases"]] for job in (one, two))
+    assert cnn_of_one == cnn_of_two
+
+
+def test_prompts_that_are_cut_are_told(tmp_path, checkpoint, capsys, caplog):
+    paths = little_dataset(tmp_path)
+    long = {"sushi": "raw fish on rice, " * 20, "apple pie": "apple pie"}
+    (paths.root / "class_names.json").write_text(json.dumps(long))
+    assert command(paths, checkpoint, capsys)("--dry-run")[0] == 0
+    assert "1 prompts have more than 75 tokens and are cut, such as that of class 'sushi'" in caplog.text
