@@ -293,6 +293,11 @@ def test_parts_share_no_picture(curate, tmp_path, imagenet):
     assert "'x' is not of the form 0:200" in said
 
 
+def test_a_source_that_is_not_there(curate, tmp_path):
+    code, _, said = curate("folder", "--dataset", "X")
+    assert (code, said) == (2, f"error: --source: {tmp_path / 'source'} is not a folder.\n")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -305,6 +310,7 @@ def test_parts_share_no_picture(curate, tmp_path, imagenet):
     ],
 )
 def test_mistakes(curate, tmp_path, options, words):
+    (tmp_path / "source").mkdir()
     (tmp_path / "list.txt").write_text("dog\ncat\n")
     (tmp_path / "broken.json").write_text('{"a": 3}')
     places = {"LIST": str(tmp_path / "list.txt"), "BROKEN": str(tmp_path / "broken.json")}

@@ -145,6 +145,8 @@ def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None
     labels: the classes to take, None for all.  Pictures in sub-folders of a class folder are named folder_file.
     Raises UserError where the folder, a class or pictures of a class are missing.
     """
+    if not folder.is_dir():
+        raise UserError(f"--source: {folder} is not a folder.")
     has_train = bool(class_folders(folder / "train"))
     train = folder / "train" if has_train else folder
     taken = choose(labels, class_folders(train), train)
