@@ -231,7 +231,7 @@ class _Reading:
                 self.refuse(message, "model_name", message.partition(":")[0])
 
     def _check_backbone(self, config: Config) -> None:
-        of_library = "/" in config.convnet_type
+        of_library = "/" in str(config.convnet_type)  # which may not be given
         if self.method and self.method.needs_stages and of_library:
             message = f"{self.method.name} needs the stages of a ResNet: set convnet_type to resnet18, resnet32, ..."
             self.refuse(message, "convnet_type", "model_name")

@@ -158,14 +158,11 @@ class History:
 
 def check_loggers(loggers: Sequence[str]) -> None:
     """Raises UserError where a package is missing that they need."""
-    packages = {
-        "tensorboard": ("tensorboardX", "pip install -r requirements.txt"),
-        "wandb": ("wandb", "pip install wandb"),
-    }
-    for name in loggers:
-        package, command = packages.get(name, ("csv", ""))
+    packages = {"tensorboard": ("tensorboardX", "-r requirements.txt"), "wandb": ("wandb", "wandb")}
+    for name in filter(packages.get, loggers):
+        package, source = packages[name]
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"logger: {name} needs the package {package}: {command}, or leave it out of the list.")
+            raise UserError(f"logger: {name} needs the package {package}: pip install {source}, or leave it out.")
 
 
 def _wandb_logger(folder: Path):
