@@ -151,6 +151,12 @@ def _add_settings(parser: argparse.ArgumentParser, resolution: str | None, form:
         type=at_least_one,
         help="compute the UNet's deep features in every N-th step alone, and reuse them between [1: in every step]",
     )
+    settings.add_argument(
+        "--start-strength",
+        metavar="X",
+        type=finite,
+        help="of copies that start from a picture: the share of the steps that change it, above 0 up to 1 [0.7]",
+    )
     settings.add_argument("--eta", metavar="X", type=finite, help="share of fresh noise, of ddim and tcd [0; tcd 0.3]")
     settings.add_argument("--prompt-template", metavar="TEXT", help="such as 'a photo of {label}'")
     settings.add_argument("--negative-prompt", metavar="TEXT", help="text of what copies should not be like")
@@ -193,8 +199,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 _SETTINGS = (
-    "size", "steps", "guidance", "guidance_window", "reuse_every", "sampler", "eta", "prompt_template",
-    "negative_prompt", "quality",
+    "size", "steps", "guidance", "guidance_window", "reuse_every", "start_strength", "sampler", "eta",
+    "prompt_template", "negative_prompt", "quality",
 )  # fmt: skip
 
 

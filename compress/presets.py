@@ -35,7 +35,9 @@ class Sampling:
     strength: factor of all control tensors; control_decay: factor from each control tensor to the next finer one;
     unconditional_control: whether the edge map also steers the branch of the negative prompt; sampler: in SAMPLERS;
     guidance_from, guidance_until: guidance in this part of the steps alone, 0 (noise) to 1 (picture);
-    reuse_every: compute the UNet's deep features in every n-th step alone, 1 for all.
+    reuse_every: compute the UNet's deep features in every n-th step alone, 1 for all;
+    start_strength: of copies that start from a picture: the share of the steps that change it, above 0; at 1 little of
+    it is left.
     """
 
     steps: int
@@ -48,6 +50,7 @@ class Sampling:
     guidance_from: float = 0.0
     guidance_until: float = 1.0
     reuse_every: int = 1
+    start_strength: float = 0.7
 
     def changed(
         self,
@@ -56,6 +59,7 @@ class Sampling:
         guidance: float | None = None,
         guidance_window: tuple[float, float] | None = None,
         reuse_every: int | None = None,
+        start_strength: float | None = None,
         sampler: str | None = None,
         eta: float | None = None,
     ) -> "Sampling":
@@ -77,8 +81,11 @@ class Sampling:
         start, end = guidance_window or (None, None)
         if guidance_window is not None and not 0 <= start < end <= 1:
             raise UserError(f"--guidance-window a:b has 0 <= a < b <= 1; {start:g}:{end:g} does not.")
+        if start_strength is not None and not 0 < start_strength <= 1:
+            raise UserError(f"--start-strength lies above 0 and is at most 1; {start_strength:g} does not.")
         values = _given(steps=steps, guidance=guidance, reuse_every=reuse_every, sampler=sampler, eta=eta)
-        return replace(self, **values, **_given(guidance_from=start, guidance_until=end))
+        ours = _given(guidance_from=start, guidance_until=end, start_strength=start_strength)
+        return replace(self, **values, **ours)
 
     def guidance_scales(self, steps: int) -> list[float]:
         """The scale of guidance in each of the steps: 1 outside guidance_from and guidance_until."""

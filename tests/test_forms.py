@@ -229,6 +229,35 @@ def test_a_smaller_edge_map():
     assert form.settings() != form_named("edges@44", LOW).settings()
 
 
+def test_an_edge_map_and_a_picture_in_one_file():
+    image = photograph()
+    form = form_named("edges+webp:80@40", HIGH)
+    edge_map, small = form_named("edges", HIGH).encode(image), form_named("webp:80@40", HIGH).encode(image)
+    kept = form.encode(image)
+    assert len(kept) == len(edge_map) + len(small) + 4
+    condition = form.condition(kept, image.shape[:2])
+    assert condition.size == condition.hint.shape == condition.start.shape[:2] == (704, 512)
+    assert np.array_equal(condition.hint, cv2.resize(read(edge_map), (512, 704), interpolation=cv2.INTER_NEAREST))
+    assert psnr(cv2.resize(condition.start, (90, 120), interpolation=cv2.INTER_AREA), image) > 22
+    assert form.check(kept, image) is None
+    for other in (photograph()[:60], photograph()[::-1].copy()):
+        assert form.check(form.encode(other), image)
+    swapped = form.encode(image)[: 4 + len(edge_map)] + form_named("webp:80@40", HIGH).encode(255 - image)
+    assert form.check(swapped, image) == ("made otherwise", "the image gives another picture")
+    for broken in (b"", b"\0\0", kept[: len(edge_map)], b"\0" * 20):
+        with pytest.raises(OSError, match=r"\w"):
+            form.condition(broken, (120, 90))
+
+
+def test_only_copies_that_start_from_a_picture_depend_on_its_strength():
+    both = {name: [form_named(name, p).copy_settings() for p in (HIGH, HIGH.changed(start_strength=0.3))]
+            for name in ("edges", "text", "edges+webp:80@40")}  # fmt: skip
+    assert {name: one == other for name, (one, other) in both.items()} == {
+        "edges": True, "text": True, "edges+webp:80@40": False}  # fmt: skip
+    with pytest.raises(UserError, match="--start-strength lies above 0"):
+        HIGH.changed(start_strength=0)
+
+
 def test_text_keeps_nothing_and_its_copies_differ_by_image():
     form = form_named("text", LOW)
     assert form.encode(picture(), "disc") == b""
@@ -248,6 +277,8 @@ def test_text_keeps_nothing_and_its_copies_differ_by_image():
         ("webp:x", "needs a quality"),
         ("text@3", "takes no argument"),
         ("edges:3", "takes a side alone"),
+        ("edges+text", "comes a picture"),
+        ("webp:10+webp:10", r"no form 'webp\+'"),
         ("depth", "no form 'depth': choose one of edges"),
         ("webp:10@0", "no form's name"),
     ],

@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,23 @@ def test_guidance_in_a_window_of_the_steps(monkeypatch):
     PictureGenerator(PRESET.changed(steps=5, guidance_window=(0.2, 0.6)), model, batch_size=1)(jobs(1))
     assert batches == [1, 2, 2, 1, 1]
     assert PRESET.changed(guidance_window=(0.0, 1.0)) == PRESET.changed()
+
+
+def test_copies_that_start_from_a_picture():
+    """They depend on it, the less the higher the strength, and not on what else is in their batch."""
+    model, rng = little_model(), np.random.default_rng(1)
+    starts = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    first, second = ([replace(job, condition=replace(job.condition, start=s)) for job in jobs(3)] for s in starts)
+    apart = []
+    for strength in (0.25, 1.0):
+        preset = PRESET.changed(steps=4, start_strength=strength)
+        pictures = PictureGenerator(preset, model, batch_size=4)(first)
+        assert_alike(PictureGenerator(preset, model, batch_size=1)(first), pictures)
+        others = PictureGenerator(preset, model, batch_size=4)(second)
+        apart.append(np.abs(np.stack(pictures).astype(int) - np.stack(others)).mean())
+    assert apart[0] > 1.5 * apart[1]
+    low = PictureGenerator(preset, model, batch_size=4, low_memory=True, device="cpu")(first)
+    assert_alike(low, pictures)
 
 
 def test_samplers_have_one_list_of_names():

@@ -321,6 +321,41 @@ def test_a_script_with_a_loop_of_its_own_samples_the_same(model):
     assert predicted.shape == x.shape
 
 
+def test_from_a_start_ddim_is_the_published_image_to_image(model):
+    """stochastic_encode, then decode with the last steps of the schedule."""
+    (_, cond, uncond), steps = prompts(model), 8
+    noise, start = torch.randn((2, 2, *SHAPE), generator=torch.Generator().manual_seed(1))
+    options = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": uncond}
+    ours, _ = DDIMSampler(model).sample(
+        steps, 2, SHAPE, cond, x_T=noise, start=start, strength=0.5, verbose=False, **options
+    )
+    published = DDIMSampler(model)
+    published.make_schedule(steps, verbose=False)
+    noisy = published.stochastic_encode(start, torch.tensor([steps // 2 - 1] * 2), noise=noise)
+    torch.testing.assert_close(ours, published.decode(noisy, cond, steps // 2, **options), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_goes_on_from_a_start(name, model, monkeypatch):
+    """Where the noise that was added is predicted, the start comes back; and only the last steps are computed."""
+    sampler, noise = SAMPLERS[name](model), torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+    start, calls = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8), []
+
+    def added_noise(x, t, cond):
+        calls.append(int(t))
+        alpha = model.alphas_cumprod[t].double()
+        return ((x - alpha.sqrt() * start) / (1 - alpha).sqrt()).float()
+
+    monkeypatch.setattr(model, "apply_model", added_noise)
+    cond = {"c_concat": None, "c_crossattn": [torch.zeros(1, 77, 64)]}
+    for strength, expected in ((0.5, 4), (1.0, 8), (0.01, 1)):
+        calls.clear()
+        options = {"x_T": noise, "start": start, "strength": strength, "generator": [torch.Generator().manual_seed(0)]}
+        latents, _ = sampler.sample(8, 1, (4, 8, 8), cond, verbose=False, **options)
+        assert len(calls) == expected
+        torch.testing.assert_close(latents, start, rtol=0, atol=0.1)
+
+
 def test_inversion_leads_back(model):
     _, cond, _ = prompts(model)
     sampler = DDIMSampler(model)

@@ -101,7 +101,7 @@ class UniPCSampler(MultistepSampler):
         if self._came is not None:
             x = self._advance(i - 1, *self._came, x0)
         self._x0s = [*self._x0s[-1:], x0]
-        order = min(2, i + 1, len(self.lambdas) - 1 - i)
+        order = min(2, len(self._x0s), len(self.lambdas) - 1 - i)
         self._came = x, order
         return self._advance(i, x, order), x0
 

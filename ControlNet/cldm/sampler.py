@@ -83,8 +83,9 @@ class Sampler(ABC):
         x_T: Tensor | None = None, log_every_t: int = 100, unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: dict | None = None, dynamic_threshold: None = None,
         ucg_schedule: Sequence[float] | None = None, generator: Generators = None, reuse_every: int = 1,
+        start: Tensor | None = None, strength: float = 1.0,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:  # fmt: skip
-        """Sample latents.  The arguments are the published sampler's, generator and reuse_every.
+        """Sample latents.  The arguments are the published sampler's, and generator, reuse_every, start and strength.
 
         S: number of steps; shape: (4, H // 8, W // 8); conditioning, unconditional_conditioning: as
         ControlLDM.apply_model takes them; x_T: the initial noise, batch_size x shape, drawn if None; eta: 0 is
@@ -93,30 +94,35 @@ class Sampler(ABC):
         ucg_schedule: a guidance scale for each step; callback(i), img_callback(predicted x0, i): called after step i;
         verbose: show a progress bar; generator: for all noise: one, a list with one for each item of the batch (then an
         item does not depend on the others), or None for torch's global one; reuse_every: compute the UNet's deep
-        features in every n-th step alone (see ControlNet.ldm.unet.DeepFeatures).
+        features in every n-th step alone (see ControlNet.ldm.unet.DeepFeatures); start: clean latents (batch_size x
+        shape) to begin with, x_T being the noise in them, in the last `strength` (0 to 1) of the steps, at least one.
 
         Returns the latents, batch_size x shape, and {"x_inter": [...], "pred_x0": [...]}, one every log_every_t steps.
         Raises ValueError for what is not supported: quantize_x0, dynamic_threshold, normals_sequence.
         """
         self._refuse_unsupported(quantize_x0, dynamic_threshold, normals_sequence)
+        if mask is not None and x0 is None:
+            raise ValueError("mask needs x0, the latents to keep where it is 1")
         timesteps = self.make_schedule(S, ddim_eta=eta, verbose=verbose)
         if ucg_schedule is not None and len(ucg_schedule) != len(timesteps):
             raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {len(timesteps)} steps")
-        if mask is not None and x0 is None:
-            raise ValueError("mask needs x0, the latents to keep where it is 1")
         as_published = not isinstance(generator, Sequence) and (x_T is None or mask is not None)
         noise = Noise(generator, temperature, noise_dropout, always=as_published)
         x = self._initial(x_T, (batch_size, *shape), generator)
         scale, reusing = unconditional_guidance_scale, reuse_every > 1
         predict = Guided(self.model, conditioning, unconditional_conditioning, scale, reusing)
+        first = 0 if start is None else len(timesteps) - max(1, round(strength * len(timesteps)))
+        if start is not None:
+            x = self.model.q_sample(start.to(x), torch.full((batch_size,), timesteps[first], device=x.device), x)
         history = {"x_inter": [x], "pred_x0": [x]}
-        for i, timestep in enumerate(tqdm(timesteps, type(self).__name__, leave=False, disable=not verbose)):
+        bar = tqdm(timesteps[first:], type(self).__name__, leave=False, disable=not verbose)
+        for i, timestep in enumerate(bar, first):
             t = torch.full((batch_size,), timestep, device=x.device, dtype=torch.int64)
             if mask is not None:
                 x = self.model.q_sample(x0, t, Noise(generator)(x0)) * mask + (1 - mask) * x
             if ucg_schedule is not None:
                 predict.scale = ucg_schedule[i]
-            eps = predict(x, t, reuse=i % reuse_every > 0)
+            eps = predict(x, t, reuse=(i - first) % reuse_every > 0)
             if score_corrector is not None:
                 eps = score_corrector.modify_score(self.model, eps, x, t, conditioning, **(corrector_kwargs or {}))
             x, predicted = self.step(i, x, eps, noise)
@@ -124,7 +130,7 @@ class Sampler(ABC):
                 callback(i)
             if img_callback is not None:
                 img_callback(predicted, i)
-            if (len(timesteps) - 1 - i) % log_every_t == 0 or i == 0:
+            if (len(timesteps) - 1 - i) % log_every_t == 0 or i == first:
                 history["x_inter"].append(x)
                 history["pred_x0"].append(predicted)
         return x, history

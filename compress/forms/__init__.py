@@ -1,9 +1,9 @@
 """The forms in which exemplars are kept: what is stored of an image, and what pictures come back from it.
 
 One file each, found by being in this folder.  A form's module has a table FORMS: the head of its name ("edges" in
-"edges@64") -> a function of (Spec, Preset) that returns the form; and, where other names than these heads are to be
-listed, EXAMPLES.  Everything else (plan, resume, verify, repair, copies on demand, records, budget) works through the
-contract of `Form`.
+"edges@64"; "edges+" in "edges+webp:10@32", which has another form's name behind the "+") -> a function of (Spec,
+Preset) that returns the form; and, where other names than these heads are to be listed, EXAMPLES.  Everything else
+(plan, resume, verify, repair, copies on demand, records, budget) works through the contract of `Form`.
 """
 
 import abc
@@ -84,11 +84,13 @@ class Form(abc.ABC):
 
     A form has, as class attributes or as fields of its own where they depend on its name:
     name: as users write it; noun: what messages call a kept file; files: where kept files and copies lie (FormFiles);
-    needs_model: whether copies come from a diffusion model; deterministic: whether all copies of an image are equal.
+    needs_model: whether copies come from a diffusion model; has_start: whether they start from a kept picture;
+    deterministic: whether all copies of an image are equal.
     """
 
     preset: Preset
     needs_model = True
+    has_start = False
     deterministic = False
 
     @abc.abstractmethod
@@ -134,6 +136,9 @@ class Form(abc.ABC):
             return {"form": self.name, **self.settings()}
         settings = asdict(self.preset)
         del settings["name"]
+        for sampling in (settings["sampling"], settings["guess"]):
+            if sampling and not self.has_start:
+                del sampling["start_strength"]
         return settings
 
     def requests(self, image: Path, kept: bytes, text: str, numbers: Sequence[int]) -> list[Request]:
@@ -264,9 +269,10 @@ def parsed(name: str) -> Spec:
 def form_named(name: str, preset: Preset) -> Form:
     """The form that a user names, with a preset's settings.  Raises UserError for an unknown or impossible one."""
     spec = parsed(name)
-    if spec.head not in _table():
-        raise UserError(f"no form {spec.head!r}: choose one of {', '.join(examples())}.")
-    return _table()[spec.head](spec, preset)
+    head = spec.head + "+" * bool(spec.plus)
+    if head not in _table():
+        raise UserError(f"no form {head!r}: choose one of {', '.join(examples())}.")
+    return _table()[head](spec, preset)
 
 
 def examples() -> list[str]:

@@ -115,7 +115,7 @@ def read(kept: bytes) -> np.ndarray:
 
 
 def edges(spec: Spec, preset: Preset) -> Edges:
-    if spec.argument or spec.plus:
+    if spec.argument:
         raise UserError("the form 'edges' takes a side alone: edges, edges@64.")
     if spec.side is None:
         return Edges(preset)

@@ -109,7 +109,7 @@ class PictureGenerator:
         model, sampling = self.model, self.preset.sampling_for(batch[0].text)
         filled = list(batch) + [batch[-1]] * (self.batch_size - len(batch))
         height, width = batch[0].condition.size
-        hints = self._hints(filled)
+        hints, start = self._hints(filled), self._starts(filled)
         texts = [self.preset.prompt_text(request.text) for request in filled]
         contexts = self._encode([self.preset.negative_prompt, *texts])
         model.control_scales = sampling.control_scales(len(model.control_scales))
@@ -124,6 +124,8 @@ class PictureGenerator:
                 unconditional_guidance_scale=sampling.guidance,
                 ucg_schedule=sampling.guidance_scales(len(sampler.make_schedule(steps, ddim_eta=sampling.eta))),
                 reuse_every=sampling.reuse_every,
+                start=start,
+                strength=sampling.start_strength,
                 unconditional_conditioning={
                     "c_concat": hints if sampling.unconditional_control else None,
                     "c_crossattn": [contexts[self.preset.negative_prompt].expand(len(filled), -1, -1)],
@@ -158,6 +160,17 @@ class PictureGenerator:
             return None
         hints = torch.from_numpy(np.stack([request.condition.hint for request in requests])).to(self.device)
         return [(hints.to(self.model.dtype) / 255)[:, None].expand(-1, 3, -1, -1)]
+
+    def _starts(self, requests: Sequence[Request]) -> torch.Tensor | None:
+        """Mean latents of the pictures that the copies start from, B x 4 x H/8 x W/8; None where there are none."""
+        if requests[0].condition.start is None:
+            return None
+        starts = torch.from_numpy(np.stack([request.condition.start for request in requests])).permute(0, 3, 1, 2)
+        with self._at_work("first_stage_model"):
+            pictures = (starts.to(self.device).float() / 127.5 - 1).to(self.model.dtype)
+            parts = pictures.split(1 if self.low_memory else len(pictures))
+            means = torch.cat([self.model.encode_first_stage(part).mode() for part in parts])
+        return self.model.get_first_stage_encoding(means.float())
 
     def _encode(self, texts: Iterable[str]) -> dict[str, torch.Tensor]:
         """Text -> 1 x 77 x D.  Each is encoded once, and by itself: with others it might be rounded differently."""
