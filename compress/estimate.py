@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.forms import Request
-from compress.generators import group
+from compress.forms import Form, Request
+from compress.generators import Generator, group
 from compress.plan import Plan
 from compress.regenerate import Regenerator
 from ControlNet.ldm.schedule import ddim_timesteps
@@ -49,15 +49,14 @@ def estimate(regenerator: Regenerator, plan: Plan) -> Estimate:
     return Estimate(
         plan.kept_missing * _mean(kept_bytes) if plan.kept_missing else 0.0,
         plan.copies_missing * _mean(copy_bytes) if plan.copies_missing else 0.0,
-        plan.copies_missing * _seconds_per_copy(regenerator, requests) if regenerator.generator else 0.0,
+        plan.copies_missing * seconds_per_copy(form, regenerator.generator, requests) if regenerator.generator else 0.0,
     )
 
 
-def _seconds_per_copy(regenerator: Regenerator, requests: list[Request]) -> float:
+def seconds_per_copy(form: Form, generator: Generator, requests: list[Request]) -> float:
     """The time of one copy on average; it grows with the generated area, which differs between images."""
     if not requests:
         return math.nan
-    generator = regenerator.generator
     areas = [math.prod(request.condition.size) for request in requests]
     typical = requests[areas.index(sorted(areas)[len(areas) // 2])]
     alike = [request for request in requests if group(request) == group(typical)]
@@ -71,7 +70,7 @@ def _seconds_per_copy(regenerator: Regenerator, requests: list[Request]) -> floa
         return time.perf_counter() - start
 
     once, five = seconds(1), seconds(5)
-    steps = len(ddim_timesteps(regenerator.form.preset.sampling_for(typical.text).steps))
+    steps = len(ddim_timesteps(form.preset.sampling_for(typical.text).steps))
     whole = once + max(five - once, 0) / 4 * (steps - 1)
     return whole / generator.batch_size * _mean(areas) / math.prod(typical.condition.size)
 

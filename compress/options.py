@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Action]:
 def make_job(options: argparse.Namespace) -> Job:
     """The job that the options describe.  Raises UserError for impossible settings."""
     if options.resolution == "auto":
-        options.resolution = _fitting_preset(DatasetPaths(data_dir(options.data_dir), options.dataset))
+        options.resolution = fitting_preset(DatasetPaths(data_dir(options.data_dir), options.dataset))
     form = _form(options)
     paths = DatasetPaths(data_dir(options.data_dir), options.dataset, options.keep_apart, form.files)
     classes = tuple(options.classes) if options.classes else None
@@ -214,7 +214,7 @@ def _words(options: argparse.Namespace) -> tuple[str, ...]:
     return tuple(word for pair in named for word in pair)
 
 
-def _fitting_preset(paths: DatasetPaths) -> str:
+def fitting_preset(paths: DatasetPaths) -> str:
     """The preset that the trainer assumes too: by the dataset's name, else by the size of a few images."""
     from utils.data.classes import typical_size  # imports torch, which other commands need only later
     from utils.data.datasets import dataset_defaults

@@ -10,22 +10,18 @@ config's seeds; it is written to <output>/table.md too.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from exps.runs import MAIN, call, last_words, side_by_side
 from utils import cli
-from utils import log as logs
 from utils.config.schema import differences
 from utils.errors import UserError
 from utils.results import report
 from utils.results.show import curves
 
-MAIN = Path(__file__).resolve().parent.parent / "main.py"
 MEMORIES = {
     "real": ("real_per_class=null", "syn_per_class=0", "augmentation_prob=0"),  # null: as many as the budget holds
     "mix": (),
@@ -41,18 +37,15 @@ class Run(NamedTuple):
     folder: Path
     arguments: tuple[str, ...]
 
-
-def main_py(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run main.py and keep what it prints."""
-    command = [sys.executable, str(MAIN), *arguments]
-    return subprocess.run(command, env={**environment, **os.environ}, capture_output=True, text=True, check=False)
+    def __str__(self) -> str:
+        return f"{self.method}, {self.memory}"
 
 
 def checked_config(run: Run) -> dict[str, Any]:
     """The config that a run will have, with all defaults.  Raises UserError with what main.py says against it."""
-    shown = main_py(*run.arguments, "--show-config")
+    shown = call(MAIN, *run.arguments, "--show-config")
     if shown.returncode:
-        raise UserError(shown.stderr.strip().removeprefix("error: "))
+        raise UserError(last_words(shown))
     return json.loads(shown.stdout)
 
 
@@ -70,26 +63,6 @@ def finished(run: Run, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def keeps_exemplars(results: Mapping[str, Any]) -> bool:
     return results["summary"]["bytes"]["mean"] > 0
-
-
-def carry_out(todo: Sequence[Run], jobs: int) -> dict[Run, str]:
-    """Run main.py for each, `jobs` at a time, sharing the cores equally.  Returns the last words of what failed."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // jobs))
-    failed = {}
-    with ThreadPoolExecutor(jobs) as pool, logs.progress(len(todo), "runs") as bar:
-        futures = {pool.submit(main_py, *run.arguments, OMP_NUM_THREADS=threads): run for run in todo}
-        try:
-            for future in as_completed(futures):
-                run, outcome = futures[future], future.result()
-                if outcome.returncode:
-                    failed[run] = (outcome.stderr.strip().splitlines() or ["no message"])[-1]
-                bar.set_postfix_str(f"{run.method}, {run.memory}", refresh=False)
-                bar.update()
-        except KeyboardInterrupt:  # the runs have had it too, and stop; those that wait need not begin
-            pool.shutdown(cancel_futures=True)
-            raise
-    return failed
 
 
 def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -124,7 +97,7 @@ def _cell(value: Mapping[str, float] | None, digits: int) -> str:
 def compare(options: argparse.Namespace) -> int:
     """What the command line asks for.  Returns the exit code."""
     output = (options.output or Path("outputs") / options.config.stem).expanduser()
-    known = main_py("--list", "methods").stdout.split()
+    known = call(MAIN, "--list", "methods").stdout.split()
     methods = options.methods.split(",") if options.methods else known
     if unknown := sorted(set(methods) - set(known)):
         raise UserError(f"--methods: {', '.join(unknown)} is not among {', '.join(known)}.")
@@ -141,7 +114,8 @@ def compare(options: argparse.Namespace) -> int:
         if options.only in (None, memory):
             without = {method for method, of_real in results["real"].items() if not keeps_exemplars(of_real)}
             wanted = [run for run in runs if memory == "real" or run.method not in without]
-            failed |= carry_out([run for run in wanted if finished(run, configs[run]) is None], options.jobs)
+            todo = {run: run.arguments for run in wanted if finished(run, configs[run]) is None}
+            failed |= side_by_side(todo, options.jobs)
         for run in runs:
             if (of_run := finished(run, configs[run])) is not None:
                 results[memory][run.method] = of_run
@@ -150,7 +124,7 @@ def compare(options: argparse.Namespace) -> int:
         print(text)
         report.write_text(output / "table.md", text + "\n")
     for run, words in failed.items():
-        print(f"{run.method}, {run.memory}: {words.removeprefix('error: ')}", file=sys.stderr)
+        print(f"{run}: {words}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,10 +1,11 @@
 """`make demo`: the whole path on real handwritten digits, with the commands that a user would type.
 
-Digits become prompts and copies (compress/run.py); main.py then learns 5 phases of 2 classes twice at one memory
-budget, with real exemplars alone and with ESCORT's mix, and the two are compared.  Everything that is there already is
-reused.  SEEDS in the environment chooses the class orders: SEEDS="1993 1994 1995" make demo.
+Some digits become prompts and copies (compress/run.py); the planner says what 1,200 bytes of a class hold; and the
+referee (exps.pareto) learns 5 phases of 2 classes with that memory as image files, as WebP pictures, as edge maps and
+as the class's text alone.  Everything that is there already is reused.  SEEDS in the environment chooses the class
+orders: SEEDS="1993 1994 1995" make demo.
 
-`make demo-on-demand`: the same digits learnt twice with augmentation_prob 0, with copies made ahead and on demand,
+`make demo-on-demand`: the digits learnt twice with augmentation_prob 0, with copies made ahead and on demand,
 which must not differ in a copy's byte, in the memory or in an accuracy.
 """
 
@@ -16,7 +17,6 @@ import sys
 import time
 from pathlib import Path
 
-from exps.compare import MEMORIES
 from utils import cli
 from utils.config.read import read_json
 from utils.data.paths import DatasetPaths, data_dir
@@ -25,6 +25,7 @@ from utils.results import report
 from utils.results.gallery import plot_exemplars
 
 CONFIG = Path("exps/demo.json")
+SWEEP = Path("exps/pareto_demo.json")
 OUTPUT = Path("outputs/demo")
 SETTINGS = "--model tiny --resolution high --size 64 --steps 10 --batch-size 50"
 """Of the copies; 64 pixels are what the tiny model was made for."""
@@ -52,34 +53,21 @@ def class_orders(seeds: list[int]) -> tuple[str, str]:
 
 
 def demo(seeds: list[int]) -> None:
-    """Real exemplars alone against ESCORT's mix."""
-    config = read_json(CONFIG)
-    dataset, copies = config["dataset"], config["augmentations_per_image"]
-    compress(config)
-    orders, tag = class_orders(seeds)
-    folders = {"real exemplars only": OUTPUT / f"real-only-{tag}", "ESCORT": OUTPUT / f"escort-{tag}"}
-    run(f"main.py --config {CONFIG} {orders} {' '.join(MEMORIES['real'])} output_dir={folders['real exemplars only']}")
-    run(f"main.py --config {CONFIG} {orders} output_dir={folders['ESCORT']}")
-
-    results = {name: report.load_results(folder) for name, folder in folders.items()}
-    report.write_json(OUTPUT / "results.json", results)
-    report.plot(results, OUTPUT / "accuracy.png")
-    plot_exemplars(DatasetPaths(data_dir(), dataset), copies, OUTPUT / "exemplars.png")
-    orders = f"class order{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-    print(f"\nTop-1 accuracy in % over all classes seen, after each phase of 2 classes; {orders}\n")
-    print(report.table(results))
-    averages = [r["summary"]["cnn"]["average_incremental_accuracy"]["mean"] for r in results.values()]
-    print(f"\nAt the same budget, {config['memory_per_class']} units a class (1 unit = the bits of one real image),")
-    gain = averages[1] - averages[0]
-    print(f"ESCORT's average incremental accuracy minus that of real exemplars only: {gain:+.1f} points.")
-    before_last = results["ESCORT"]["runs"][0]["phases"][-2]["memory"]["nb_synthetic"]
-    ahead = len(list(DatasetPaths(data_dir(), dataset).folder("exemplars").rglob("*.jpg")))
+    """Forms of exemplars at equal bytes."""
+    sweep = read_json(SWEEP)
+    config, forms = sweep["config"], "webp:10,webp:5@14,edges,edges@14,text"
+    where, copies = f"--dataset {config['dataset']}", config["augmentations_per_image"]
+    run("-m utils.curate digits")
+    run(f"compress/run.py {where} --limit 2 --seeds {copies} {sweep['settings']}")
+    plot_exemplars(DatasetPaths(data_dir(), config["dataset"]), copies, OUTPUT / "exemplars.png")
+    budget = f"--bytes-per-class {sweep['budgets'][0]} --copies {copies}"
+    run(f"-m exps.plan {where} {budget} --forms {forms} --settings '{sweep['settings']}'")
+    run(f"-m exps.pareto {SWEEP} --seeds {','.join(map(str, seeds))} --output {OUTPUT}")
     print(
-        f"\nOf the {ahead:,} copies made ahead, regenerate=on_demand makes {before_last * copies:,} "
-        f"({1 - before_last * copies / ahead:.1%} saved) and\n"
-        "ends, without augmentation_prob, with the same numbers: make demo-on-demand."
+        "\nAverage incremental accuracy in %, each form at the same bytes a class: one real exemplar and as many of\n"
+        "the form as fit (text: nine, which keep no bytes). Copies are made of the chosen exemplars only.\n"
+        f"\n{OUTPUT}/: report.html (for a browser), table.md, table.csv, exemplars.png (image | edge map | copies)"
     )
-    print(f"\n{OUTPUT}/: results.json, accuracy.png, exemplars.png (image | edge map | copies)")
 
 
 def demo_on_demand(seeds: list[int]) -> None:

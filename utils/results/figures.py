@@ -78,7 +78,7 @@ def accuracy_over_phases(lines: Mapping[tuple[str, str], Entry], name: str) -> s
             seen, top1 = entry.content["summary"]["classes_seen"], entry.summary["top1"]
             mean, std, look = np.array(top1["mean"]), np.array(top1["std"]), looks.of(method, form)
             axes.plot(seen, mean, label=looks.label(method, form), **look)
-            if std.any():
+            if std.any() and len(lines) <= 6:  # the bands of more lines hide each other
                 axes.fill_between(seen, mean - std, mean + std, color=look["color"], alpha=0.12, linewidth=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("classes seen")

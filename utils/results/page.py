@@ -19,9 +19,7 @@ def page(runs: Mapping[str, tuple[Path, Mapping]], title: str = "", notes: Seque
 
     of = compared.entries(runs)
     lines = compared.lines(of)
-    named = {(entry.method, form): entry for (_, form), of_line in lines.items() for entry in of_line}
     single = len(runs) == 1
-    by_phase = named if len(named) == len(of) else {(e.method, _name(e)): e for e in of}
     sizes = {entry.budget or round(entry.bytes_a_class) for entry in of}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["mean_std"] = mean_std
@@ -35,7 +33,7 @@ def page(runs: Mapping[str, tuple[Path, Mapping]], title: str = "", notes: Seque
         entries=[_row(entry) for entry in of],
         budgets=any(entry.budget for entry in of),
         over_bytes=figures.accuracy_over_bytes(lines) if len(sizes) > 1 else None,
-        over_phases=phase_figures(by_phase),
+        over_phases=phase_figures(of),
         forgetting=_forgetting(of),
         areas=area_table(lines),
         paired=paired_table(of),
@@ -88,17 +86,21 @@ def _row(entry: Entry) -> dict[str, Any]:
     }
 
 
-def phase_figures(named: Mapping[tuple[str, str], Entry], most: int = 12) -> list[tuple[str, str]]:
-    """(title, figure) of accuracy over phases: one for each budget where there are several."""
-    groups: dict[Any, dict] = {}
-    for key, entry in named.items():
-        groups.setdefault(entry.budget if len(named) > most else None, {})[key] = entry
+def phase_figures(of: Sequence[Entry], most: int = 24) -> list[tuple[str, str]]:
+    """(title, figure) of accuracy over phases: one for each budget, and for each `most` lines."""
+    budgets = {entry.budget for entry in of}
+    groups: dict[int | None, dict[tuple[str, str], Entry]] = {}
+    for entry in of:
+        group = groups.setdefault(entry.budget, {})
+        alike = [e for e in of if (e.budget, e.method, e.form) == (entry.budget, entry.method, entry.form)]
+        group[entry.method, entry.form if len(alike) == 1 else f"{entry.form}: {entry.name}"] = entry
     found = []
-    for number, (budget, group) in enumerate(groups.items()):
-        items = list(group.items())
-        for start in range(0, len(items), 2 * most):
-            text = figures.accuracy_over_phases(dict(items[start : start + 2 * most]), f"phases{number}-{start}")
-            found.append((f"{budget:,} bytes a class" if budget else "", text))
+    for budget, group in groups.items():
+        lines = list(group.items())
+        title = f"{budget:,} bytes a class" if budget and len(budgets) > 1 else ""
+        for start in range(0, len(lines), most):
+            name = f"phases{budget or 0}-{start}"
+            found.append((title, figures.accuracy_over_phases(dict(lines[start : start + most]), name)))
     return found
 
 

@@ -3,7 +3,7 @@
 import base64
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def form_files(form: str) -> FormFiles:
 def form_rows(of: Sequence[Entry], most: int = 4) -> tuple[list[str], list[list[Picture]]]:
     """What the forms of several runs of one dataset keep: (titles, rows of pictures), a row an image.
 
-    The columns are the image, then for each form what is kept and the first copy.  Shows the first image of the first
+    The columns are the image, then for each form what is kept and the first copy.  Shows an image of each of the first
     classes, as far as files are at hand; no rows where none is, or where the runs have several datasets.
     """
     forms = [form for form in dict.fromkeys(entry.form for entry in of) if form != REAL]
@@ -47,20 +47,38 @@ def form_rows(of: Sequence[Entry], most: int = 4) -> tuple[list[str], list[list[
     if not forms or len(places) != 1:
         return [], []
     folder, dataset, variant = places.pop()
+    of_forms = {form: DatasetPaths(Path(folder), dataset, variant, form_files(form)) for form in forms}
+    paths = DatasetPaths(Path(folder), dataset, variant)
     try:
-        paths = DatasetPaths(Path(folder), dataset, variant)
-        first = [images[0] for label in paths.classes()[:most] if (images := paths.images(label))]
+        first = [
+            _shown(images, of_forms.values()) for label in paths.classes()[:most] if (images := paths.images(label))
+        ]
     except UserError:
         return [], []
     titles, rows = ["original"], [[_thumbnail(image, _size(image))] for image in first]
-    for form in forms:
-        of_form = DatasetPaths(Path(folder), dataset, variant, form_files(form))
+    for form, of_form in of_forms.items():
         cells = [(_kept(of_form, image), _copy(of_form, image)) for image in first]
         if any(cell is not None for pair in cells for cell in pair):
             titles += [f"{form}: kept", f"{form}: comes back"]
             for row, pair in zip(rows, cells, strict=True):
                 row += [cell or Picture(None, "not there") for cell in pair]
     return (titles, rows) if len(titles) > 1 else ([], [])
+
+
+def _shown(images: Sequence[Path], of_forms: Collection[DatasetPaths]) -> Path:
+    """Of a class's images the first one of which the most forms have files: those on demand have few."""
+    names = [(paths, _stems(paths, images[0].parent.name)) for paths in of_forms]
+
+    def found(image: Path) -> int:
+        return sum(paths.kept(image).stem in stems for paths, stems in names)
+
+    return max(images, key=found)
+
+
+def _stems(paths: DatasetPaths, label: str) -> set[str]:
+    """Of the images of which a form has a copy 0."""
+    folder = paths.copies_folder(label)
+    return {file.stem.removesuffix("_seed00") for file in folder.glob("*_seed00.*")} if folder.is_dir() else set()
 
 
 def _beside(folder: Path, stem: str) -> Path | None:
