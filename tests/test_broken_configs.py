@@ -105,7 +105,7 @@ def complaint(tmp_path, data_dir, monkeypatch, capsys):
         ({"device": "gpu"}, ["device must be", '"cpu"', '"gpu"']),
         ({"device": []}, ["device must be"]),
         ({"device": ["0", "0"]}, ["device must be", '["0", "0"]']),
-        ({"device": ["99"]}, ["device cuda:99 is not there"]),
+        ({"device": ["99"]}, ["no device cuda:99"]),
         ({"precision": "16-mixed"}, ["precision: 16-mixed needs a GPU", "bf16-mixed"]),
         # folders
         ({"dataset": "Nowhere"}, ["Nowhere", "is not a folder"]),

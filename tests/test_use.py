@@ -141,12 +141,13 @@ def test_the_exported_transform_is_that_of_evaluation(size):
     rng, normalise = np.random.default_rng(0), Normalise(*IMAGENET_STATISTICS)
     picture = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     images = torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None]
-    for test, sizes in ((SmallTest(), (32, 32, 28, False)), (LargeTest(), (224, 256, 256, False))):
+    bicubic = LargeTest(64, 71, "bicubic"), (64, 71, 71, True)
+    for test, sizes in ((SmallTest(), (32, 32, 28, False)), (LargeTest(), (224, 256, 256, False)), bicubic):
         transform = export.TestPictures(*sizes, IMAGENET_STATISTICS)
         expected = normalise(test([test.prepare(picture)]))
         levels = ((transform(images) - expected) / transform.scale).abs()
         assert levels.max() < 1.01
-        assert (levels > 0.5).float().mean() < 0.01
+        assert (levels > 0.5).float().mean() < 0.02
 
 
 def test_mistakes_are_one_line(trained, tmp_path, capsys, monkeypatch):
