@@ -133,14 +133,13 @@ def run(config: Config) -> dict:
     where = cache.with_name("pixel_cache")
     pixels = open_cache(config.cache, config.cache_gib, where, paths.root, prepare, any_order.decoded_bytes)
     for seed, data in orders.items():
-        data.pixels = pixels
-        results = run_class_order(config, data, seed, fabric, output, cache, form, copies)
+        results = run_class_order(config, data, seed, fabric, output, cache, pixels, form, copies)
     fabric.barrier()  # wait until rank 0 has written: an early exit looks like a crash to the others
     log.info("\n%s\n\nresults: %s", report.table({config.model_name: results}), output.folder / "results.json")
     return results
 
 
-def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, form, copies) -> dict:
+def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, pixels, form, copies) -> dict:
     """One seed's phases.  Returns the results of all seeds so far."""
     from models.run import Run
     from models.trainer import Trainer
@@ -172,7 +171,7 @@ def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path
     first, folder = fabric.is_global_zero, output.seed_folder(seed)
     with output.working_on(seed, alone=first):
         history = History(folder, loggers=config.logger) if first else None
-        class_order = Run(config, data, memory, fabric, folder / "checkpoints", cache, copies, history)
+        class_order = Run(config, data, memory, fabric, folder / "checkpoints", cache, pixels, copies, history)
         records = Trainer(method, class_order).fit(after_phase=write)
         if records and records[-1]["copies_on_demand"] is not None:
             log.info(copies_saved(config, data, records))
@@ -214,6 +213,10 @@ def check_exemplars(config: Config, data, form, fabric):
 
     method = catalogue.methods()[config.model_name]
     images = [data.train_images(target) for target in range(data.nb_classes)]
+    fewest = min(images, key=len)
+    if method.uses_memory and data.nb_phases > 1 and len(fewest) < method.least_exemplars:
+        needs = f"{config.model_name} needs at least {method.least_exemplars} train images of each class"
+        raise UserError(f"{fewest[0].parent} has {len(fewest)}: {needs}. Add images, or take the class away.")
     if method.uses_memory:
         config = within_budget(config, form, images, data.paths, method.least_exemplars)
     synthetic = config.syn_per_class if method.uses_memory else 0

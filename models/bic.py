@@ -71,7 +71,7 @@ class BiC(Method, name="bic"):
         """(trained on, held out): of every class as many, split_ratio of the exemplars of the smallest one."""
         fewest = min(Counter(item.target for item in items).values())
         if fewest < 2:
-            raise UserError("BiC holds exemplars of each class out: it needs at least 2 a class. Raise the budget.")
+            raise UserError("bic holds images of each class out: it needs at least 2 a class. Raise the budget.")
         share = max(1, int(self.settings.split_ratio * fewest))
         held, taken = set(), Counter()
         for index in self.run.rng(self.phase, "held out").permutation(len(items)).tolist():

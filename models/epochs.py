@@ -20,8 +20,9 @@ from models.resume import Checkpoints, Place, StepClock
 from models.run import Run
 from models.stages import Stage, learning_only
 from utils import log as logs
+from utils.cli import signals
 from utils.data.sampler import EpochBatchSampler
-from utils.errors import UserError
+from utils.errors import Stopped, UserError
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ class Epochs:
             epochs, loss, accuracy = stage.schedule.epochs, 0.0, 0.0
             steps = len(training.sampler)
             done, quiet = place.epoch * steps + place.step, not self.fabric.is_global_zero
-            with logs.progress(epochs * steps, training.name, done=done, quiet=quiet, rate=False) as bar:
+            bar = logs.progress(epochs * steps, training.name, done=done, quiet=quiet, rate=False)
+            with bar, signals.delayed():
                 for _ in range(place.epoch, epochs):
                     loss, accuracy = self._epoch(training, bar)
         self.run.share(self.method.network)
@@ -107,9 +109,13 @@ class Epochs:
         sampler.set_epoch(of_phase, place.step)
         for _, images, targets in training.loader:
             self._step(training, self.run.to_device(images), self.fabric.to_device(targets))
-            if self.clock.is_over():
+            is_time, signal = self.clock.look(last=epoch + 1 == schedule.epochs and place.step == len(sampler))
+            if is_time or signal:
                 self.save(place, training.optimizer, training.scheduler)
             bar.update()
+            if signal:
+                done = f"{training.name} is kept up to epoch {epoch + 1}, step {place.step} of {len(sampler)}"
+                raise Stopped(signal, f"{done}, in {self.checkpoints.unfinished}")
         rate = training.optimizer.param_groups[0]["lr"]
         training.scheduler.step()
         loss, accuracy = self._finish_epoch(place)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from models import checkpoint
 from models.run import Run
+from utils.cli import signals
 from utils.config.schema import as_dict, differences
 from utils.errors import UserError
 from utils.fabric import Fabric
@@ -74,9 +75,10 @@ class Place:
 
 
 class StepClock:
-    """Tells after a step whether so many seconds have passed: the same in every process, by the first one's clock.
+    """Decides after each step whether the place is kept and whether a signal ends the run, alike in all processes.
 
-    Asking it takes all processes, and is not done at each step: after 1, 2, 4, ... steps, then when time must be up.
+    seconds: between two times that the place is kept, by the first process's clock; 0 for never.
+    Processes agree after 1, 2, 4, ... steps, and then about once a second: a message at each step would slow them down.
     """
 
     def __init__(self, seconds: float, fabric: Fabric):
@@ -87,17 +89,22 @@ class StepClock:
     def restart(self) -> None:
         self.start, self.steps, self.next_look = time.monotonic(), 0, 1
 
-    def is_over(self) -> bool:
-        """To be called after every step.  Never for 0 seconds."""
+    def look(self, *, last: bool = False) -> tuple[bool, int]:
+        """(whether it is time to keep the place, the number of a signal that has come or 0); once after every step.
+
+        last: of a stage, which is kept where it took a minute: what follows may take long and keeps nothing.
+        """
         self.steps += 1
-        if self.seconds == 0 or self.steps < self.next_look:
-            return False
-        passed = self.fabric.broadcast(time.monotonic() - self.start)
-        if passed >= self.seconds:
-            return True
-        left = self.steps * (self.seconds / max(passed, 1e-9) - 1)
-        self.next_look = self.steps + max(1, int(min(left, self.steps)))
-        return False
+        passed, signal = time.monotonic() - self.start, signals.received or 0
+        if self.fabric.world_size > 1:
+            if self.steps < self.next_look and not last:
+                return False, 0
+            said = [passed if self.fabric.global_rank == 0 else 0.0, signal]
+            said = torch.tensor(said, dtype=torch.float64, device=self.fabric.device)
+            passed, signal = self.fabric.all_reduce(said, reduce_op="max").tolist()
+            self.next_look = self.steps + min(self.steps, max(1, int(self.steps / max(passed, 1e-9))))
+        limit = min(self.seconds, 60.0) if last else self.seconds
+        return self.seconds > 0 and passed >= limit, int(signal)
 
 
 class Checkpoints:

@@ -20,6 +20,7 @@ from models.stages import Stage
 from utils import log as logs
 from utils.config.schema import Config
 from utils.data.batches import ImageSet, TrainingSet, batch_loader
+from utils.data.cache import PictureCache
 from utils.data.classes import DataManager
 from utils.data.items import Item
 from utils.data.sampler import EpochBatchSampler
@@ -54,8 +55,9 @@ class Run:
 
     config: checked; data: the classes in their order; memory: the exemplars, empty at first; fabric: devices and
     precision, launched; folder: of this run's checkpoints; cache: folder of trained phase-0 networks, shared by runs;
-    copies: of exemplars, None where none are used; history: gets every epoch and phase, None in all processes but the
-    first; initial_weights: false where a checkpoint's weights replace the pretrained ones anyway.
+    pixels: decoded images, None where none are kept; copies: of exemplars, None where none are used; history: gets
+    every epoch and phase, None in all processes but the first; initial_weights: false where a checkpoint's weights
+    replace the pretrained ones anyway.
     """
 
     config: Config
@@ -64,6 +66,7 @@ class Run:
     fabric: Fabric
     folder: Path
     cache: Path
+    pixels: PictureCache | None = None
     copies: Copies | None = None
     history: History | None = None
     initial_weights: bool = True
@@ -124,7 +127,7 @@ class Run:
             c.augmentation_scope,
             c.model_seed,
             phase,
-            self.data.pixels,
+            self.pixels,
         )
 
     def loader(self, dataset: ImageSet | TrainingSet, batches: Iterable[Sequence]) -> DataLoader:
@@ -133,7 +136,7 @@ class Run:
 
     def _nb_workers(self) -> int:
         """None for small images that are cached: making a batch of those takes less time than handing it over."""
-        if self.data.image_kind == "small" and self.data.pixels is not None:
+        if self.data.image_kind == "small" and self.pixels is not None:
             return 0
         return min(self.config.num_workers, nb_cores())
 
@@ -193,7 +196,7 @@ class Run:
     ) -> Iterator[tuple[Tensor, Outputs]]:
         """(indices, outputs) of this process's share of the images, by batches in ascending order."""
         fabric = self.fabric
-        dataset = ImageSet(images, [0] * len(images), self.data.test_transform, self.data.pixels)
+        dataset = ImageSet(images, [0] * len(images), self.data.test_transform, self.pixels)
         own = range(fabric.global_rank, len(images), fabric.world_size)
         batches = self.loader(dataset, BatchSampler(own, self.config.batch_size, drop_last=False))
         network.eval()

@@ -38,12 +38,15 @@ def run_all(files) -> int:
         return next((code for file in files if (code := main.main(["--config", str(file)])) != 0), 0)
 
 
-def torchrun(*arguments) -> list[str]:
-    """A command in two processes of this machine."""
+def free_port() -> str:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+        return str(s.getsockname()[1])
+
+
+def torchrun(*arguments) -> list[str]:
+    """A command in two processes of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     return [*launcher, *map(str, arguments)]
 
 

@@ -504,7 +504,8 @@ def train(reference: Reference, pictures: Pictures, measured: Measured, scratch:
         total=total,
     )
     folders = (scratch / "checkpoints", scratch / "phase0")
-    run = FedRun(config, data, memory, launch("cpu", 1), *folders, None, None, reference, pictures, measured)
+    given = {"reference": reference, "pictures": pictures, "measured": measured}
+    run = FedRun(config, data, memory, launch("cpu", 1), *folders, **given)
     FedTrainer(fed(METHODS[reference.method], reference, pictures, measured), run).fit()
 
 

@@ -127,6 +127,10 @@ def complaint(tmp_path, data_dir, monkeypatch, capsys):
         ({"real_per_class": 1, "syn_per_class": 0, "model_name": "bic"}, ["real_per_class", "at least 2", "bic"]),
         ({"fixed_memory": False}, ["memory_size must be given"]),
         ({"fixed_memory": False, "memory_size": 1}, ["memory_size = 1", "each of 6 classes", "Raise memory_size"]),
+        (
+            {"model_name": "bic", "fixed_memory": False, "memory_size": 7, "syn_per_class": 0},
+            ["memory_size = 7", "the 2 exemplars that the method needs", "Raise memory_size to at least 12."],
+        ),
         ({"augmentations_per_image": 0}, ["augmentations_per_image must be at least 1"]),
         ({"regenerate": "on_demand", "augmentation_prob": 0.4}, ["regenerate", "augmentation_scope", "exemplars"]),
         ({"pretrained": True}, ["pretrained", "no weights", "false"]),
@@ -194,6 +198,12 @@ def test_copies_that_are_not_there(complaint):
     what, command = complaint({"dataset": "Bare"}).splitlines()
     assert "144 of 144 copies are missing" in what
     assert command.startswith("python compress/run.py --data-dir")
+
+
+def test_a_class_too_small_for_the_method(complaint, tmp_path):
+    make_shapes(tmp_path / "small", train=1)
+    said = complaint({"model_name": "bic", "data_dir": str(tmp_path / "small")})
+    assert "has 1: bic needs at least 2 train images of each class" in said
 
 
 def test_all_at_once(complaint):

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -171,3 +172,31 @@ def test_a_process_without_an_image_of_its_own_weighs_nothing():
     assert sampler.sizes(1) == (0, 1)
     (only,) = parts(torch.zeros(1, 3, 2, 2), torch.zeros(1), 3, sampler.sizes(1), 2)
     assert (only.count, only.share, only.last) == (0, 0.0, True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_one_process_is_one_line_and_ends_both(tmp_path, workers):
+    """A broken image, which one of two processes meets, as srun would start them."""
+    paths = make_shapes(tmp_path / "data")
+    broken = paths.images("red disc")[5]
+    broken.write_bytes(broken.read_bytes()[:-200])
+    own = {"data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out"), "model_name": "icarl"}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**CONFIG, **own, "num_workers": workers, "cache": "none", "init_cls": 6}))
+    several = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0"}
+    several |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": processes.free_port()}
+    started = [
+        processes.start(
+            [sys.executable, "main.py", "--config", file],
+            {**os.environ, **several, "RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = "".join(process.communicate()[1] for process in started)
+    assert [process.returncode for process in started] == [2, 2]
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if "error" in line]
+    assert line.startswith("error: ")
+    assert str(broken) in line

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from torch.optim import SGD
 import main
 from models import checkpoint, resume
 from models.trainer import Trainer
+from tests import processes
 from tests.digits import make_digits
 from tests.shapes import make_shapes
 from utils.data.sampler import EpochBatchSampler
@@ -200,30 +203,54 @@ def test_the_rest_of_an_epoch():
 
 
 def test_the_clock_is_one_for_all_processes_and_is_seldom_asked(monkeypatch):
-    now = 0.0
+    now, said = 0.0, []
     monkeypatch.setattr(resume.time, "monotonic", lambda: now)
-    said = []
 
-    def broadcast_of_first(seconds):
-        said.append(seconds)
-        return seconds
+    def all_reduce(values, reduce_op):
+        """What the second process gets is what the first, which is asked first, has said."""
+        said.append(values.tolist())
+        return torch.tensor(said[-1] if len(said) % 2 else said[-2])
 
-    first = resume.StepClock(100, SimpleNamespace(broadcast=broadcast_of_first))
-    second = resume.StepClock(100, SimpleNamespace(broadcast=lambda seconds: said[-1]))
+    fabrics = [SimpleNamespace(world_size=2, global_rank=r, device="cpu", all_reduce=all_reduce) for r in (0, 1)]
+    first, second = (resume.StepClock(100, fabric) for fabric in fabrics)
     second.start = -1000.0  # a clock that goes wrong
     over = []
-    for step in range(1, 1001):
-        now = 0.5 * step
-        answers = first.is_over(), second.is_over()
+    for step in range(1, 10101):
+        now = 0.05 * step
+        answers = first.look(), second.look()
         assert answers[0] == answers[1]
-        if answers[0]:
+        if answers[0][0]:
             over.append(step)
             first.restart()
             second.restart()
-    assert over == [200, 400, 600, 800, 1000]
-    assert len(said) < 60
-    never = resume.StepClock(0, SimpleNamespace(broadcast=None))
-    assert not any(never.is_over() for _ in range(10))
+    assert over == pytest.approx([2000, 4000, 6000, 8000, 10000], abs=3 * 20)
+    assert len(said) < 2 * 550
+    alone = SimpleNamespace(world_size=1)
+    never = resume.StepClock(0, alone)
+    assert not any(never.look(last=True)[0] for _ in range(10))
+    stage = resume.StepClock(100, alone)
+    now += 61
+    assert [stage.look(last=last)[0] for last in (False, True)] == [False, True]
+
+
+@pytest.mark.parametrize(("ending", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_a_signal_is_answered_by_a_checkpoint(train, tmp_path, ending, workers):
+    """The command itself, in the middle of a phase's training: the place is kept, and the end is as if undisturbed."""
+    values = {"num_workers": workers, "cache": "none", "epochs": 12, "increment": 4, **NEVER}
+    assert train("whole", **values) == 0
+    command = [sys.executable, "main.py", "--config", tmp_path / "config.json", f"output_dir={tmp_path / 'killed'}"]
+    process = processes.start(command, os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    epochs = tmp_path / "killed" / "seed1993" / "epochs.csv"
+    while process.poll() is None and not (epochs.exists() and len(epochs.read_text().splitlines()) > 4):
+        time.sleep(0.01)
+    process.send_signal(ending)
+    (said,) = [line for line in process.communicate()[1].splitlines() if "stopped" in line]
+    assert process.returncode == 128 + ending
+    unfinished = tmp_path / "killed" / "seed1993" / "checkpoints" / "unfinished.pt"
+    assert re.search(rf"stopped; phase \d .* is kept up to epoch \d+, step \d of \d, in {unfinished}; the same", said)
+    assert unfinished.exists()
+    assert train("killed", **values) == 0
+    assert_ends_alike(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.slow

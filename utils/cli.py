@@ -1,49 +1,140 @@
-"""What all commands share: exit codes, one line for an error, Ctrl-C, and odd terminals.
+"""What all commands share: exit codes, one line for an error, signals that end a run, and odd terminals.
 
 Exit codes: 0 done, 1 some inputs failed (the command has listed them), 2 the command, the config or the data is wrong,
-130 interrupted.
+130 ended by Ctrl-C, 143 by SIGTERM, as schedulers send it.
 """
 
 import argparse
 import logging
 import os
 import select
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
-from utils.errors import UserError
+from utils.errors import Stopped, UserError
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 10.0
+"""Seconds within which a second signal is taken for the first one's echo: torchrun passes on what all have had."""
+
+
+class Signals:
+    """Ctrl-C and SIGTERM.  Each raises `Stopped` at once, but while `delayed` holds, the first one is only noted."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self._delayed = False
+        self._since = 0.0
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Handle them.  In another thread than the main one, where Python does not allow it, do nothing."""
+        before, self.received = {}, None
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, self._handle)
+        except ValueError:
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def delayed(self) -> Iterator[None]:
+        """Let a piece of work reach a point where it can be kept; it looks at `received` and raises `Stopped`."""
+        self._delayed = True
+        try:
+            yield
+        finally:
+            self._delayed = False
+        if self.received is not None:
+            raise Stopped(self.received)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        if not self._delayed or time.monotonic() - self._since > PATIENCE:
+            raise Stopped(number)
+
+
+signals = Signals()
+"""Those of this process."""
 
 
 def run(command: Callable[[], int | None], *, stopped: str = "the same command goes on where it stopped") -> int:
     """Call a command and return its exit code; None counts as 0.
 
-    UserError and OSError (a full disk, a file that may not be read) become one line on stderr; other exceptions are
-    bugs and pass through.  stopped: what to say after Ctrl-C.
+    UserError and OSError (a full disk, a file that may not be read) become one line on stderr, of one process where
+    several run the command together; other exceptions are bugs and pass through.  stopped: what to say after a signal.
     """
     tolerate_odd_names()
     try:
-        code = command() or 0
+        with signals.caught():
+            code = command() or 0
         sys.stdout.flush()
         return code
     except SystemExit as leave:  # argparse has said what is wrong
         return leave.code if isinstance(leave.code, int) else 0 if leave.code is None else 2
     except UserError as error:
         return _refuse(error)
-    except KeyboardInterrupt:
-        print(f"\nstopped; {stopped}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        kept = f"{stop.note}; " if getattr(stop, "note", "") else ""
+        return _end(128 + getattr(stop, "number", signal.SIGINT), f"\nstopped; {kept}{stopped}")
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 0
         return _refuse(f"{error.strerror or error}" + (f": {os.fsdecode(error.filename)}" if error.filename else ""))
+    except Exception as error:
+        if (code := _ended_by_another(error)) is None:
+            raise
+        return code
 
 
 def _refuse(message: object) -> int:
     log.debug("ended with an error", exc_info=True)
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+    return _end(2, f"error: {message}")
+
+
+def _end(code: int, message: str) -> int:
+    """The exit code, when the first process that ends has said why, or the one that runs alone."""
+    traceback.clear_frames(sys.exc_info()[2])  # workers of a DataLoader end with what refers to it
+    if _runs_together():
+        from utils import devices
+
+        code, is_first = devices.end_together(code)
+    else:
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # all read the same config: one line for a machine
+    if is_first:
+        print(message, file=sys.stderr)
+    return code
+
+
+def _ended_by_another(error: Exception) -> int | None:
+    """An exit code, where an exception only tells that another process has ended; else None."""
+    if not _runs_together():
+        return None
+    from utils import devices
+
+    if (end := devices.ended_by_another(error)) is None:
+        return None
+    code, message = end
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _runs_together() -> bool:
+    """Whether this is one of several processes that are connected."""
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _stdout_is_closed() -> bool:

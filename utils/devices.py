@@ -5,9 +5,11 @@ import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
 # isort: split
 import atexit
 import os
+import time
 from datetime import timedelta
 
 import torch
+from torch.distributed.distributed_c10d import _get_default_store
 
 from utils.errors import UserError
 from utils.fabric import Fabric
@@ -15,6 +17,12 @@ from utils.fabric import Fabric
 # isort: split
 from lightning_fabric.plugins.environments import SLURMEnvironment
 from lightning_fabric.strategies import DDPStrategy
+
+_PATIENCE = timedelta(days=7)
+"""How long processes wait for each other: a process may make copies alone for hours.  When one ends, torchrun or srun
+ends the others."""
+_ENDED = "escort: exit code of the first process that ended"
+_LEFT = "escort: processes that know"
 
 
 def launch(
@@ -43,8 +51,9 @@ def launch(
     if precision == "16-mixed" and accelerator == "cpu":
         raise UserError("precision: 16-mixed needs a GPU, and this runs on the CPU. Use 32-true or bf16-mixed.")
     strategy = "auto"
-    if patience is not None and per_node * nodes > 1:
-        strategy = DDPStrategy(process_group_backend="gloo", timeout=patience)
+    if per_node * nodes > 1 or (isinstance(devices, list) and len(devices) > 1):
+        backend = None if patience is None else "gloo"
+        strategy = DDPStrategy(process_group_backend=backend, timeout=patience or _PATIENCE)
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy)
     fabric.launch()
     if torch.distributed.is_initialized():
@@ -56,6 +65,41 @@ def _leave() -> None:
     """Destroy the process group at exit: under gloo, a rank that exits early can crash one that is shutting down."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def end_together(code: int) -> tuple[int, bool]:
+    """Let the processes of a run end, one after an error or a signal.
+
+    Returns the exit code of the first one that ends, and whether it is this one, which then says why.
+    """
+    store, world_size = _get_default_store(), torch.distributed.get_world_size()
+    own = f"{code} {torch.distributed.get_rank()}"
+    try:
+        first = store.compare_set(_ENDED, "", own).decode()
+        store.add(_LEFT, 1)
+        if torch.distributed.get_backend() == "gloo":
+            torch.distributed.destroy_process_group()  # others that wait for this process fail now
+        if own.endswith(" 0") and "TORCHELASTIC_RUN_ID" not in os.environ:  # this process has the store
+            deadline = time.monotonic() + 5
+            while store.add(_LEFT, 0) < world_size and time.monotonic() < deadline:
+                time.sleep(0.05)
+        return int(first.partition(" ")[0]), first == own
+    except RuntimeError:  # the process that had the store has ended before
+        return code, False
+
+
+def ended_by_another(error: Exception) -> tuple[int, str] | None:
+    """The exit code, and a message or "", where an error is but the end of another process; else None."""
+    store = _get_default_store()
+    try:
+        if store.check([_ENDED]):
+            store.add(_LEFT, 1)
+            return int(store.get(_ENDED).decode().partition(" ")[0]), ""
+    except RuntimeError:
+        return 2, ""
+    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+        return 1, "another process of this run has ended without a message (killed, or out of memory?)"
+    return None
 
 
 def started_processes() -> tuple[int, int]:

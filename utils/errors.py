@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exceptions that are meant for the person at the keyboard."""
 
 
 class UserError(Exception):
@@ -7,3 +7,15 @@ class UserError(Exception):
     The message says what is wrong, where, and what to do, in one or two lines.  The command lines print it without a
     traceback and leave with exit code 2.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the program.
+
+    number: the signal; note: what was kept before the end, "" for nothing.
+    """
+
+    def __init__(self, number: int, note: str = ""):
+        super().__init__(number)
+        self.number = number
+        self.note = note

@@ -37,6 +37,7 @@ def evaluate(learner: Learner, place: Path | None) -> dict[str, Any]:
     def metrics(scores: torch.Tensor) -> dict[str, Any]:
         with np.errstate(invalid="ignore"):  # classes without pictures: 0 / 0
             figures = phase_metrics(scores, targets, ends)
+        figures["confusion"] = figures["confusion"].tolist()
         figures["per_class"] = dict(zip(names, figures["per_class"], strict=True))
         return _without_nan(figures)
 

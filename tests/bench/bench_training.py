@@ -165,7 +165,6 @@ def measure_loading(data: DataManager, items: Sequence[Item], side: int, options
 
 def measure_training(data: DataManager, items: Sequence[Item], name: str, options, cache: PictureCache, folder) -> None:
     side, convnet = PARTS[name]
-    data.pixels = cache
     fabric = Fabric(accelerator=options.device, devices=1, precision=options.precision)
     fabric.launch()
 
@@ -173,7 +172,7 @@ def measure_training(data: DataManager, items: Sequence[Item], name: str, option
         config = Config(dataset=name, init_cls=10, increment=10, model_name="finetune", convnet_type=convnet)
         config.batch_size, config.num_workers, config.checkpoint_every = options.batch_size, workers, 0.0
         memory = ExemplarMemory(data.paths, [], {}, None, 0)
-        trainer = Trainer(METHODS["finetune"], Run(config, data, memory, fabric, folder, folder))
+        trainer = Trainer(METHODS["finetune"], Run(config, data, memory, fabric, folder, folder, cache))
         trainer.start_phase(0)
         stage = Stage("training", items, Schedule(1, 0.01, (), 0.1, 5e-4))
 

@@ -8,6 +8,7 @@ import abc
 import gc
 import logging
 import shutil
+import signal
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +36,8 @@ AMPLE_SHARED_MEMORY = 2 << 30
 """Bytes of free shared memory that are taken to be enough without computing what the workers need."""
 PREFETCHED = 2
 """Batches that a worker prepares in advance: DataLoader's default."""
+
+_SECONDS_AFTER_SIGTERM = 20
 
 _ITSELF = -1  # instead of a copy's number: the image
 
@@ -180,7 +183,7 @@ def batch_loader(
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         collate_fn=_unchanged,
-        worker_init_fn=_share_memory,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),
     )
 
@@ -207,9 +210,16 @@ def _fitting_workers(dataset: Batched, batches: Iterable[Sequence], workers: int
     return 0
 
 
-def _share_memory(worker: int) -> None:
-    """Keep the garbage collector from writing to, and so copying, the parent's objects in a worker."""
+def _start_worker(worker: int) -> None:
+    """Share memory with the main process, and outlive the signals that it gets.
+
+    The garbage collector must not write to, and so copy, the main process's objects.  Ctrl-C and a scheduler's SIGTERM
+    reach the workers too, when training wants a few more batches.  The main process ends them, and multiprocessing does
+    so by SIGTERM: after that they live for some seconds at most.
+    """
     gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
 
 
 def _unchanged(batch: Batch) -> Batch:

@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 
-from utils.data.cache import PictureCache
 from utils.data.datasets import Augmentation, NetworkInput
 from utils.data.images import UnreadableImage, image_bits
 from utils.data.items import Item
@@ -30,9 +29,6 @@ class DataManager(PhasedClasses):
     Raises UserError for a missing folder, a class without images, train and test classes that differ, or impossible
     phases.  All folders are listed once, here.
     """
-
-    pixels: PictureCache | None = None
-    """The cache of decoded pictures, None to decode them each time."""
 
     def __init__(
         self,

@@ -107,9 +107,11 @@ def check_total(total: float, nb_classes: int, quotas: Quotas, costs: Mapping[st
     if sum(share(total / nb_classes, quotas, costs)) < least:
         few = "not one exemplar" if least == 1 else f"less than the {least} exemplars that the method needs"
         ratio = " to ".join(f"{number} {form}" for form, number in quotas)
+        larger = range(int(total) + 1, 100 * nb_classes * least)
+        enough = next((units for units in larger if sum(share(units / nb_classes, quotas, costs)) >= least), None)
         raise UserError(
             f"memory_size = {total:g} units are {total / nb_classes:.3g} for each of {nb_classes} classes: {few} in "
-            f"the ratio of {ratio}. Raise memory_size."
+            f"the ratio of {ratio}. Raise memory_size{'' if enough is None else f' to at least {enough}'}."
         )
 
 

@@ -19,7 +19,8 @@ def phase_metrics(scores: "Tensor", targets: "Tensor", phase_ends: Sequence[int]
     phase 0, 1, ..., the last one C.  Returns
         top1, top5 (100 where C <= 5), old, new: accuracy over all images, over those of earlier phases (None in phase
         0), and over the newest phase's; per_class: C accuracies; per_phase: over the images of each phase's classes;
-        per_ten: over the images of each ten classes, in target order; confusion: C x C counts, rows are true classes.
+        per_ten: over the images of each ten classes, in target order; confusion: C x C counts as a tensor, rows are the
+        true classes.
     """
     nb_classes = phase_ends[-1]
     pairs = targets.numpy() * nb_classes + scores.argmax(dim=1).numpy()
@@ -40,7 +41,7 @@ def phase_metrics(scores: "Tensor", targets: "Tensor", phase_ends: Sequence[int]
         "per_class": (100 * right / total).tolist(),
         "per_phase": [accuracy(first, end) for first, end in zip(starts, phase_ends, strict=True)],
         "per_ten": [accuracy(first, min(first + 10, nb_classes)) for first in range(0, nb_classes, 10)],
-        "confusion": confusion.tolist(),
+        "confusion": targets.new_tensor(confusion),
     }
 
 

@@ -153,8 +153,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_confusion(path: Path, confusion: Sequence[Sequence[int]], class_names: Sequence[str]) -> None:
     """A confusion matrix as CSV: a row a true class, a column a predicted one, counts of test images."""
-    names = list(class_names[: len(confusion)])
-    write_csv(path, ["true \\ predicted", *names], [[name, *row] for name, row in zip(names, confusion, strict=True)])
+    names, rows = list(class_names[: len(confusion)]), np.asarray(confusion).tolist()
+    write_csv(path, ["true \\ predicted", *names], [[name, *row] for name, row in zip(names, rows, strict=True)])
 
 
 def write_phases(path: Path, runs: Sequence[Mapping]) -> None:
