@@ -20,6 +20,7 @@ import argparse
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,6 +156,19 @@ def points(sweep: Sweep, measures: Mapping[str, Any]) -> list[Point]:
     return found
 
 
+def check(sweep: Sweep) -> None:
+    """Raises UserError, with what main.py says, for keys that it refuses with any of the methods."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        for method in sweep.methods:
+            keys = {"model_name": method, "seed": sweep.seeds, "budget_in": "bytes", "fixed_memory": True}
+            keys |= {"memory_bytes_per_class": sweep.budgets[0], "augmentation_prob": 0}
+            report.write_json(file, {**sweep.config, **keys})
+            done = call(MAIN, "--config", str(file), "--show-config")
+            if done.returncode:
+                raise UserError(f"config: {last_words(done).removeprefix(str(file)).lstrip(': ')}")
+
+
 def arguments(sweep: Sweep, point: Point) -> list[str]:
     """Of main.py, after its keys are written beside its results."""
     report.write_json(point.folder / "point.json", point.keys)
@@ -256,9 +270,7 @@ def write(sweep: Sweep, done: Sequence[Point], problems: Sequence[str]) -> str:
 def pareto(options: argparse.Namespace) -> int:
     """What the command line asks for.  Returns the exit code."""
     sweep = read(options.file, options.output, options.seeds)
-    known = call(MAIN, "--list", "methods").stdout.split()
-    if unknown := sorted(set(sweep.methods) - set(known)):
-        raise UserError(f"methods: {', '.join(unknown)} is not among {', '.join(known)}.")
+    check(sweep)
     measures = measured(sweep.config, [REAL, *sweep.kept], sweep.settings, *["--time"] * options.dry_run)
     problems = [f"{form}: {of['error']}" for form, of in measures["forms"].items() if "error" in of]
     all_points = points(sweep, measures)

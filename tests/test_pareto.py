@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 def sweep_file(folder, **changes):
     config = {
-        **{"dataset": "Shapes", "data_dir": str(folder / "data"), "init_cls": 3, "increment": 3, "tensorboard": False},
+        **{"dataset": "Shapes", "data_dir": str(folder / "data"), "init_cls": 3, "increment": 3},
         **{
             "convnet_type": "resnet8",
             "device": "cpu",
@@ -115,7 +115,18 @@ def test_every_run_of_a_budget_has_the_same_bytes(folder):
 
 def test_plan_by_the_arithmetic(folder, capsys):
     where = ["--data-dir", str(folder / "data"), "--dataset", "Shapes"]
-    code = plan.main([*where, "--bytes", "30,000", "--forms", "webp:10@8,edges,text,nosuch", "--copies", "3"])
+    code = plan.main(
+        [
+            *where,
+            "--bytes",
+            "30,000",
+            "--settings=--resolution high",
+            "--forms",
+            "webp:10@8,edges,text,nosuch",
+            "--copies",
+            "3",
+        ]
+    )
     out, err = capsys.readouterr()
     assert code == 1
     assert "nosuch" in err
