@@ -18,18 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import cv2
 import numpy as np
 import torch
-from torch import nn
 
 from compress.forms import pixels
 from compress.generators import build
+from compress.measures import batch, edges_found, predicted, trained
 from compress.options import parse_settings
 from utils.data.paths import DatasetPaths
 
@@ -40,50 +39,6 @@ GRID = [
     for steps in (1, 2, 4, 8, 20)
     for guidance in (1, 9)
 ]
-SIDE = 32  # pixels that the classifier sees
-
-
-def network(classes: int) -> nn.Module:
-    """A classifier of 3 x SIDE x SIDE pictures."""
-
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
-
-    layers = [*block(3, 32), *block(32, 64), *block(64, 128), nn.Flatten(), nn.Dropout(0.3)]
-    return nn.Sequential(*layers, nn.Linear(128 * (SIDE // 8) ** 2, classes))
-
-
-def batch(pictures: Iterable[np.ndarray]) -> torch.Tensor:
-    """Pictures (HxWx3 or HxW uint8) as the classifier takes them, -1 to 1."""
-    rgb = [np.repeat(p[:, :, None], 3, 2) if p.ndim == 2 else p for p in pictures]
-    resized = [cv2.resize(p, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for p in rgb]
-    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def trained(pictures: torch.Tensor, labels: torch.Tensor, classes: int, epochs: int) -> nn.Module:
-    """A classifier, trained with shifts of up to 3 pixels."""
-    torch.manual_seed(0)
-    model = network(classes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(pictures)).split(64):
-            shift = torch.randint(-3, 4, (2,)).tolist()
-            loss = nn.functional.cross_entropy(model(pictures[chosen].roll(shift, (2, 3))), labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return model.eval()
-
-
-def edges_found(prompts: Sequence[np.ndarray], copies: Sequence[np.ndarray], reach: int = 2) -> float:
-    """Share of the prompts' edge pixels near an edge of the copy; both at the prompt's size."""
-    kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
-    found = total = 0
-    for prompt, picture in zip(prompts, copies, strict=True):
-        picture = cv2.resize(picture, prompt.shape[::-1], interpolation=cv2.INTER_LINEAR)
-        near = cv2.dilate(cv2.Canny(picture, 100, 200), kernel)
-        found, total = found + ((near > 0) & (prompt > 0)).sum(), total + (prompt > 0).sum()
-    return found / max(1, total)
 
 
 class Study:
@@ -103,11 +58,10 @@ class Study:
         self.classifier = trained(batch(pixels(image) for image, _ in real), targets, len(labels), options.epochs)
         self.real_accuracy = self.agreement([pixels(image) for image, _ in self.held_out])
 
-    @torch.no_grad()
     def agreement(self, pictures: Sequence[np.ndarray]) -> float:
         """Share of the held-out images' pictures, one or more of each in turn, in their class; in percent."""
-        targets = torch.tensor([i for _, i in self.held_out]).repeat_interleave(len(pictures) // len(self.held_out))
-        return 100 * (self.classifier(batch(pictures)).argmax(1) == targets).float().mean().item()
+        targets = np.repeat([i for _, i in self.held_out], len(pictures) // len(self.held_out))
+        return 100 * float((predicted(self.classifier, pictures) == targets).mean())
 
     def copies(self, setting: str) -> tuple[float, float, float, float]:
         """(edges, class, variety, seconds a copy) of two copies of each held-out picture."""

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import torch
 
+from compress.measures import edges_found
 from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.model import load_model
 from utils.curate.command import DIGIT_NAMES, read_digits
@@ -54,12 +55,6 @@ def generate(model, texts: list[str], hints: np.ndarray | None, seed: int) -> np
     )
     pictures = model.decode_first_stage(latents).clamp(-1, 1).mean(dim=1)
     return ((pictures + 1) * 127.5).round().byte().numpy()
-
-
-def edges_found(hints: np.ndarray, copies: np.ndarray, reach: int = 2) -> float:
-    kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
-    near = np.stack([cv2.dilate(cv2.Canny(copy, 100, 200), kernel) > 0 for copy in copies])
-    return float((near & hints).sum() / hints.sum())
 
 
 def nearest_neighbour(pictures: np.ndarray, real: np.ndarray, labels: np.ndarray) -> np.ndarray:
