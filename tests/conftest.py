@@ -15,6 +15,12 @@ def checkpoint(tmp_path_factory):
     return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.pth")
 
 
+@pytest.fixture(autouse=True)
+def a_cpu_without_bf16(monkeypatch):
+    """Whatever the CPU, so that what is expected of "auto" precision is the same on all of them."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+
+
 @pytest.fixture
 def one_thread():
     """Torch with one thread, in which copies are the same to the last byte whatever else runs."""

@@ -146,7 +146,7 @@ def test_another_model_is_another_setting(paths, compress, other_checkpoint):
 
 
 def test_copies_of_two_precisions_are_never_mixed(tmp_path, compress, capsys):
-    """The bundled model, whose pictures differ between them; "auto" on this machine's CPU is fp32."""
+    """The bundled model, whose pictures differ between them; "auto" on a CPU without bf16 is fp32."""
     paths = little_dataset(tmp_path / "tiny")
     tiny = command(paths, Path("tiny"), capsys)
     assert tiny("--precision", "bf16")[0] == 0

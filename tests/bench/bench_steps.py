@@ -14,6 +14,7 @@ standard error over --orders.  That takes minutes a setting and class order.
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -94,9 +95,9 @@ class Study:
                 *("regenerate=on_demand", "augmentation_scope=exemplars", f"regenerate_options={settings}"),
                 *("variant=bench-steps", f"seed={json.dumps(self.options.orders)}", f"output_dir={folder}"),
             ]
-            kept_apart = [self.paths.root / f"{kind}-bench-steps" for kind in ("edge_maps", "exemplars")]
             done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
-            subprocess.run(["rm", "-rf", *map(str, kept_apart)], check=True)
+            for kind in ("edge_maps", "exemplars"):
+                shutil.rmtree(self.paths.root / f"{kind}-bench-steps", ignore_errors=True)
             if done.returncode:
                 raise SystemExit(f"{shlex.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
             results = json.loads((Path(folder) / "results.json").read_bytes())
