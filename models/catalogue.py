@@ -8,6 +8,7 @@ parsing the file; of its code only `Settings` and the imports that it may need a
 """
 
 import ast
+import dataclasses
 import importlib
 from functools import cache
 from pathlib import Path
@@ -55,7 +56,7 @@ def methods(folder: Path = FOLDER) -> dict[str, MethodInfo]:
     for name, described in classes.items():
         if described.method:
             line = _ancestors(name, classes)
-            own = next((settings[of.module] for of in line if of.module in settings), None)
+            own = _joined(list(dict.fromkeys(settings[of.module] for of in line if of.module in settings)))
             facts = {}
             for of in line[::-1]:
                 facts |= {key: value for key, value in of.constants.items() if key in MethodInfo._fields[2:]}
@@ -105,6 +106,13 @@ def _ancestors(name: str, classes: dict[str, _Class]) -> list[_Class]:
             line.append(described)
             waiting += described.bases
     return line
+
+
+def _joined(settings: list[type]) -> type | None:
+    """The keys of a method and of those that it derives from, nearest first, as one dataclass."""
+    if len(settings) < 2:
+        return settings[0] if settings else None
+    return dataclasses.dataclass(type("Settings", tuple(settings), {}))
 
 
 def _compiled(tree: ast.Module, node: ast.ClassDef, file: Path) -> type:

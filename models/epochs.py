@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -80,9 +80,7 @@ class Epochs:
     def _set_up(self, stage: Stage, place: Place) -> _Training:
         method, fabric, schedule = self.method, self.fabric, stage.schedule
         loader, sampler = self.run.training_loader(stage, method.phase)
-        optimizer = SGD(
-            self._parameters(), lr=schedule.lr, momentum=self.config.momentum, weight_decay=schedule.weight_decay
-        )
+        optimizer = schedule.build_optimizer(self._parameters(), self.config.momentum)
         network, optimizer = fabric.setup(self.run.compiled(method.network), optimizer)
         scheduler = schedule.scheduler(optimizer)
         self.restore(place, optimizer, scheduler)
@@ -140,11 +138,12 @@ class Epochs:
         training.optimizer.zero_grad()
         for part in parts(images, targets, self.config.accumulate_batches, sizes, fabric.world_size):
             with fabric.no_backward_sync(training.network, enabled=not part.last):
-                outputs = training.network(part.images)
+                shown, labels = method.prepare(part.images, part.targets)
+                outputs = training.network(shown)
                 with fabric.autocast():
-                    loss = loss_of(outputs, part.images, part.targets)
+                    loss = loss_of(outputs, shown, labels)
                 fabric.backward(loss * part.share)
-            right = (outputs.logits.detach().argmax(dim=1) == part.targets)[: part.count].sum()
+            right = (outputs.logits.detach().argmax(dim=1) == labels).sum() * part.count / len(labels)
             place.sums += torch.stack([loss.detach() * part.count, right])  # read once an epoch
             place.seen += part.count
         method.before_step()

@@ -98,6 +98,13 @@ class Method(abc.ABC):
     def before_stage(self, stage: Stage) -> None:
         """Called before each stage."""
 
+    def prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network and the loss get for a batch, or a part of one: the method's own augmentation.
+
+        images: B x 3 x H x W, normalised; targets: B.  May return more of both, as rotations of every image.
+        """
+        return images, targets
+
     def before_batch(self) -> None:
         """Called before a batch's forward passes; the network is in training mode."""
 
@@ -110,6 +117,15 @@ class Method(abc.ABC):
     def also_evaluated(self) -> dict[str, GrowingNet]:
         """Further networks whose metrics go into a phase's record, by the key that they have there."""
         return {}
+
+    def class_means(self) -> Tensor | None:
+        """Features by which classes are told by nearest mean, of unit length, nb_seen x D; None where there are none.
+
+        By default the means of the exemplars.
+        """
+        if not self.uses_memory:
+            return None
+        return self.run.class_means(self.evaluated, range(self.nb_seen), self.describe("class means"))
 
     # For their use
 

@@ -1,11 +1,11 @@
 """A phase's training as data: the stages that the epoch loop goes through, one after another."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from utils.config.schema import Config
@@ -13,9 +13,9 @@ from utils.data.items import Item
 
 
 class Schedule(NamedTuple):
-    """SGD's settings: the learning rate is multiplied by `decay` after each epoch in `milestones`.
+    """The optimizer's settings: the learning rate is multiplied by `decay` after each epoch in `milestones`.
 
-    Where milestones is None it falls along half a cosine instead, from lr to 0 at the last epoch.
+    Where milestones is None it falls along half a cosine instead, from lr to `floor` at the last epoch.
     """
 
     epochs: int
@@ -23,11 +23,20 @@ class Schedule(NamedTuple):
     milestones: Sequence[int] | None
     decay: float
     weight_decay: float
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    floor: float = 0.0
+
+    def build_optimizer(self, parameters: Iterable[Any], momentum: float) -> Optimizer:
+        """parameters: as torch's optimizers take them, groups too; momentum: SGD's alone."""
+        if self.optimizer == "sgd":
+            return SGD(parameters, lr=self.lr, momentum=momentum, weight_decay=self.weight_decay)
+        kind = Adam if self.optimizer == "adam" else AdamW
+        return kind(parameters, lr=self.lr, weight_decay=self.weight_decay)
 
     def scheduler(self, optimizer: Optimizer) -> LRScheduler:
         """Stepped once an epoch."""
         if self.milestones is None:
-            return CosineAnnealingLR(optimizer, self.epochs)
+            return CosineAnnealingLR(optimizer, self.epochs, self.floor)
         return MultiStepLR(optimizer, list(self.milestones), self.decay)
 
 

@@ -35,7 +35,7 @@ class Trainer:
         self.records: list[dict[str, Any]] = []
         self.checkpoints = Checkpoints(run)
         self.epochs = Epochs(run, self.method, self.checkpoints)
-        self.class_means: Tensor | None = None  # of exemplars, in the phase that was evaluated last
+        self.class_means: Tensor | None = None  # for NME, in the phase that was evaluated last
         self.seconds_before = 0.0  # what killed processes spent on the present phase's training
 
     # The phases
@@ -212,9 +212,8 @@ class Trainer:
         run, method = self.run, self.method
         images = [image for target in range(method.nb_seen) for image in self.data.test_images(target)]
         outputs = run.predict(method.evaluated, images, method.describe("evaluating"))
-        nme = self.class_means = None
-        if self.config.nme and method.uses_memory:
-            self.class_means = run.class_means(method.evaluated, range(method.nb_seen), method.describe("class means"))
+        nme, self.class_means = None, method.class_means() if self.config.nme else None
+        if self.class_means is not None:
             nme = self._metrics(nearest_mean_scores(outputs.features, self.class_means))
         others = {}
         for name, network in method.also_evaluated().items():

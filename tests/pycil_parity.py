@@ -124,6 +124,8 @@ def initial_weight(name: str, shape: Sequence[int]) -> Tensor:
     x = random.standard_normal(int(np.prod(shape))).reshape(tuple(shape))
     if len(shape) == 4:
         x *= np.sqrt(2 / (shape[0] * shape[2] * shape[3]))
+    elif len(shape) >= 2:
+        x /= np.sqrt(shape[-1])
     elif name.endswith("weight"):
         x = (1 + 0.1 * x) * (0.25 if name.endswith("bn_b.weight") else 1)
     else:
@@ -212,6 +214,18 @@ class GivenBatches:
             yield [(self.epoch, index) for index in batch]
 
 
+class Drawn:
+    """Where the run is in the random numbers that PyCIL drew in a phase, by kind."""
+
+    def __init__(self):
+        self.used: dict[tuple[int, str], int] = {}
+
+    def next(self, reference: Reference, phase: int, name: str, shape: Sequence[int]) -> np.ndarray:
+        start = self.used.get((phase, name), 0)
+        end = self.used[phase, name] = start + int(np.prod(shape))
+        return reference.get(phase, f"draw/{name}")[start:end].reshape(shape)
+
+
 @dataclass
 class Measured:
     """What the project's run came to: per phase and name, arrays like the file's."""
@@ -219,6 +233,7 @@ class Measured:
     loss: float = 0.0
     steps: list[tuple[float, float]] = field(default_factory=list)
     phases: list[dict[str, np.ndarray]] = field(default_factory=list)
+    drawn: Drawn = field(default_factory=Drawn)
 
     def on_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         squares = [
@@ -253,6 +268,26 @@ def fed(method: type[Method], reference: Reference, pictures: Pictures, measured
                 [item for item in items if pictures.numbers[item.image] not in held],
                 [item for item in items if pictures.numbers[item.image] in held],
             )
+
+        def drawn(self, count) -> Tensor:
+            """PASS's prototypes."""
+            return torch.from_numpy(self.next_drawn("choice", (count,)))
+
+        def noise(self, like) -> Tensor:
+            return torch.from_numpy(self.next_drawn("normal", tuple(like.shape)))
+
+        def next_drawn(self, name, shape):
+            return measured.drawn.next(reference, self.phase, name, shape)
+
+        def feature_batches(self, epoch, count):
+            """FeTrIL's batches of rows of features."""
+            batches = reference.batches(self.phase, 0)
+            length = len(batches) // 2
+            return (torch.tensor(rows) for rows in batches[epoch * length : (epoch + 1) * length])
+
+        def train_head(self, features, targets) -> None:
+            self.loss = self.watched(self.loss)
+            super().train_head(features, targets)
 
         # What is seen
 
@@ -333,7 +368,18 @@ class FedTrainer(Trainer):
         super().grow(nb_new)
         network, old, name = self.method.network, self.method.nb_old, self.run.reference.method
         weight = self.given("init/fc.weight")
-        if name == "foster" and old > 0:
+        if name in ("acil", "ds-al"):
+            if old == 0:
+                network.head.weight.copy_(initial_weight("Linear.weight", network.head.weight.shape))
+                network.projection.copy_(initial_weight("Linear.weight", network.projection.shape))
+        elif name == "aper_finetune":
+            if self.method.phase < 2:  # PyCIL makes two further heads in phase 1, of which the second is trained
+                (fresh,) = network.learner.proxies
+                number = 2 * self.method.phase
+                fresh.copy_(initial_weight(f"CosineLinear.p{self.method.phase}.n{number}.weight", fresh.shape))
+        elif name == "pass":
+            network.head.weight[4 * old :] = weight[4 * old :]
+        elif name == "foster" and old > 0:
             student, pair = network.student, network.pair
             student.head.weight[old:] = self.given("init2/fc.weight")[old:]
             fill_around(pair.head.weight, weight, old, student.head.in_features)
@@ -376,14 +422,19 @@ def config_of(reference: Reference, folder: Path) -> Config:
     keys = all_keys([catalogue.methods()[reference.method]])
     ignored |= {"init_milestones", "init_weight_decay", "num_workers"}
     values = {key: value for key, value in reference.args.items() if key in keys and key not in ignored}
-    rate = reference.setting("lrate", "lr", "init_lr")
+    first, later = (reference.get(phase, "lr") for phase in (0, 1))
+    try:
+        rate = reference.setting("lrate", "lr", "init_lr")
+    except KeyError:  # ACIL's and APER's are not among the keys
+        rate = float((later if len(later) else first)[0])
     values |= {
         **{"dataset": "CIFAR100", "batch_size": 8, "num_workers": 0, "device": "cpu", "cache": "none"},
         **{"epochs": 2, "init_epoch": 2, "ft_epochs": 2, "compression_epochs": 2, "lrate": rate},
-        **{"init_lr": reference.constants.get("init_lr", reference.args.get("init_lr", rate)), "checkpoint_every": 0},
-        **{"data_dir": str(folder), "output_dir": str(folder / "out"), "logger": ["csv"]},
+        **{"init_lr": reference.constants.get("init_lr", reference.args.get("init_lr", float(first[0])))},
+        **{"data_dir": str(folder), "output_dir": str(folder / "out"), "logger": ["csv"], "checkpoint_every": 0},
     }
-    if ("milestones" in reference.constants and reference.method != "simplecil") or reference.method == "memo":
+    steps = reference.method in ("memo", "acil", "ds-al")
+    if ("milestones" in reference.constants and reference.method != "simplecil") or steps:
         values |= {"milestones": [1], "init_milestones": [1]}
     if reference.args.get("fixed_memory"):
         values |= {"memory_per_class": 4, "real_per_class": 4}

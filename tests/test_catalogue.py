@@ -111,8 +111,8 @@ def test_a_key_of_another_method_is_checked_and_noted():
 
 def test_the_config_s_code_names_no_method():
     for file in (ROOT / "utils" / "config").glob("*.py"):
-        words = set(re.findall(r"[a-z]+", file.read_text().lower()))
-        assert not words & set(catalogue.methods()), file
+        words = set(re.findall(r"[a-z_]+", file.read_text().lower()))
+        assert not words & (set(catalogue.methods()) - {"pass"}), file  # Python's own word
 
 
 HEAVY = ("torch", "transformers", "scipy", "torchmetrics", "matplotlib")

@@ -19,6 +19,7 @@ from utils.data.images import read_prepared
 from utils.data.paths import DatasetPaths
 
 CHANCE = 100 / 6
+ANALYTIC = {"init_epoch": 15, "init_milestones": [8, 12], "buffer_size": 200, "IL_batch_size": 50}
 
 OPTIONS = {
     "ewc": {"ewc_lambda": 10000.0},  # what 1000 holds on to over thousands of steps, it does not within so few
@@ -26,6 +27,8 @@ OPTIONS = {
     # a cosine head starts with logits within [-1, 1]: its scale has to grow before old classes are told apart
     "coil": {"epochs": 30, "milestones": [20], "lrate": 0.1},
     "podnet": {"nb_proxy": 2, "ft_epochs": 10, "ft_lrate": 0.1},
+    "acil": ANALYTIC,
+    "ds-al": ANALYTIC,
     "foster": {"epochs": 12, "milestones": [], "compression_epochs": 20, "beta2": 0.5},
 }
 
@@ -106,6 +109,38 @@ def test_methods_that_remember(train, method):
         assert last["student"]["top1"] > CHANCE + 15
 
 
+@pytest.mark.parametrize("method", ["acil", "ds-al", "fetril", "aper_finetune"])
+def test_methods_that_remember_without_exemplars(train, method):
+    phases = train(method)
+    assert [phase["classes_seen"] for phase in phases] == [2, 4, 6]
+    last = phases[-1]
+    assert last["memory"]["nb_real"] == last["memory"]["nb_synthetic"] == last["memory"]["bytes_total"] == 0
+    assert last["cnn"]["old"] > CHANCE + 5
+    assert last["cnn"]["top1"] > CHANCE + 10
+    assert last["nme"] is None
+    trained = [len(phase["training"]["stages"]) for phase in phases]
+    assert trained == ([1, 1, 0] if method == "aper_finetune" else [1, 0, 0])
+
+
+def test_acil_is_one_ridge_regression_of_all_images(folders, tmp_path):
+    """What three phases add up to, batch by batch, is what all images at once give."""
+    trainer = after_phase_0(
+        DatasetPaths(folders / "data", "MNIST"), tmp_path / "run", "acil", buffer_size=40, IL_batch_size=7, gamma=0.5
+    )
+    method = trainer.method
+    method.after_training()
+    for phase in (1, 2):
+        trainer.start_phase(phase)
+        method.after_training()
+    images = [method.data.train_images(target) for target in range(6)]
+    features = torch.cat(list(trainer.run.features(method.network, images))).double()
+    hidden = torch.relu(features @ method.network.projection.T)
+    wanted = F.one_hot(torch.arange(6).repeat_interleave(torch.tensor([len(rows) for rows in images]))).double()
+    penalty = 0.5**0.5 * torch.eye(40, dtype=torch.float64)  # as further rows of the least squares problem
+    stacked = torch.cat([hidden, penalty]), torch.cat([wanted, torch.zeros(40, 6, dtype=torch.float64)])
+    torch.testing.assert_close(method.network.weight0, torch.linalg.lstsq(*stacked).solution)
+
+
 def accuracy_within_phase_0(folder, folders):
     """Percent of phase 0's test digits that the last network tells right, had it to choose among phase 0's classes.
 
@@ -157,6 +192,10 @@ def test_the_schedule_is_the_methods_own_where_the_config_is_silent():
         "coil": (160, [80, 120], 5e-4, 160, [80, 120], 5e-4),
         "simplecil": (None, [], None, 200, *cosine),
         "joint": (None, [], None, 200, *steps),
+        "acil": (None, [], None, 160, [120, 140], 5e-4),
+        "ds-al": (None, [], None, 160, [120, 140], 5e-4),
+        "fetril": (50, [], 5e-4, 200, *cosine),
+        "aper_finetune": (20, [], 0.05, 200, [], 0.05),
     }
     assert set(expected) == set(METHODS)
     for name, numbers in expected.items():
@@ -165,7 +204,12 @@ def test_the_schedule_is_the_methods_own_where_the_config_is_silent():
         found = (own.epochs, [*own.milestones] if falls else [], own.weight_decay, own.init_epoch)
         found = (*found, [*own.init_milestones] if falls else [], own.init_weight_decay)
         assert all(b is None or a == b for a, b in zip(found, numbers, strict=True)), (name, found, numbers)
-        assert (own.init_lr, own.lrate) == (0.01 if name == "simplecil" else 0.1, 0.1)
+        rates = {
+            "simplecil": (0.01, 0.1),
+            "fetril": (0.1, 0.05),
+            "aper_finetune": (0.01, 0.005),
+        }
+        assert (own.init_lr, own.lrate) == rates.get(name, (0.1, 0.1))
 
 
 @pytest.fixture

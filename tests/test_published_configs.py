@@ -12,6 +12,7 @@ from utils.config.read import load_config
 
 CONFIGS = json.loads((Path(__file__).parent / "reference" / "published_configs.json").read_text())
 SHORT = ["init_epoch=1", "epochs=1", "compression_epochs=1", "ft_epochs=1", "batch_size=16", "num_workers=0"]
+SHORT += ["buffer_size=64"]
 SMALL = ["device=cpu", "init_cls=2", "increment=2", "memory_per_class=2", "real_per_class=null", "cache=none"]
 
 
@@ -50,6 +51,11 @@ def test_what_keys_mean(file):
     assert sum("changes nothing here" in note for note in memo.notes) >= 4
     simplecil = load_config(file("simplecil.json"), **known)
     assert (simplecil.init_lr, simplecil.weight_decay, simplecil.memory_size) == (0.01, 0.05, 0)
+    acil = load_config(file("acil.json"), **known)
+    assert (acil.init_epoch, acil.init_milestones, acil.init_lr, acil.scheduler) == (160, [120, 140], 0.1, "steps")
+    assert (acil.settings.buffer_size, acil.settings.IL_batch_size, acil.init_weight_decay) == (8192, 4096, 0.0005)
+    aper = load_config(file("aper_finetune.json"), **known)
+    assert (aper.init_epoch, aper.epochs, aper.lrate, aper.settings.optimizer) == (200, 20, 0.005, "sgd")
     pescr = load_config(file("pescr/config.json"), **known)
     assert (pescr.dataset, pescr.real_per_class, pescr.device, pescr.model_seed) == ("Food101", 20, [0, 1], 1)
 

@@ -34,6 +34,7 @@ def test_every_step_is_pycil_s(name, arrays, pictures):
 
 def test_a_method_that_differs_is_reported(monkeypatch, capsys):
     monkeypatch.setattr("models.gem.projected", lambda gradient, memory, margin: gradient)
+    monkeypatch.setattr(pycil_parity, "METHODS", {"gem": pycil_parity.METHODS["gem"]})
     assert pycil_parity.main([str(FILE), "--methods", "gem,acil"]) == 1
     said = capsys.readouterr().out
     assert "DIFFERS: phase 1: " in said

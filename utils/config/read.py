@@ -17,6 +17,7 @@ PYCIL_ONLY: dict[str, tuple[tuple | None, str]] = {
     "skip": ((False,), "phase 0 is trained, or reused from phase0_cache"),
     "debug": (None, "it only changes what PyCIL prints"),
     "min_lr": ((0,), "the cosine ends at 0"),
+    "warmup": ((0,), "the learning rate starts at its full height"),
     "t_max": (None, "the cosine ends with the last epoch"),
 }
 """Keys of PyCIL's files that are no keys here: the values that mean what happens anyway (None: all), and why.
@@ -45,7 +46,7 @@ def load_config(
     Values may refer to other keys, as in "outputs/${dataset}".
     Raises UserError that lists every problem found, each with the file or the override it is in.
     """
-    given = {name: Given(value, str(file), True) for name, value in read_json(Path(file)).items()}
+    given = {name: Given(value, str(file), True) for name, value in _flat(read_json(Path(file))).items()}
     problems: list[tuple[str, str]] = []
     for override in overrides:
         name, separator, text = override.partition("=")
@@ -60,6 +61,29 @@ def load_config(
         count = "" if len(lines) == 1 else f"{len(lines)} problems in the config\n  "
         raise UserError(count + "\n  ".join(lines))
     return config
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """PyCIL's files that nest: the keys that they have by dataset, with a schedule among them, become keys."""
+    by_dataset, dataset = values.get("configurations"), values.get("dataset")
+    if not isinstance(by_dataset, dict) or not isinstance(by_dataset.get(str(dataset).lower()), dict):
+        return values
+    values = {key: value for key, value in values.items() if key != "configurations"}
+    values |= by_dataset[str(dataset).lower()]
+    if isinstance(schedule := values.get("scheduler"), dict):
+        values |= {_SCHEDULER[key]: value for key, value in schedule.items() if key in _SCHEDULER}
+        values["scheduler"] = {"MultiStep": "steps", "CosineAnnealing": "cosine"}.get(schedule.get("type"))
+        values |= {key: value for key, value in schedule.items() if key not in (*_SCHEDULER, "type")}
+    return values
+
+
+_SCHEDULER = {
+    "init_lr": "init_lr",
+    "init_epochs": "init_epoch",
+    "milestones": "init_milestones",
+    "decay": "init_lr_decay",
+}
+"""PyCIL's names in a nested schedule, and ours."""
 
 
 class _Reading:

@@ -158,13 +158,15 @@ class Config:
 
     # The schedule (PyCIL keeps these in its method files)
     model_seed: Natural = setting(1993, "initial weights, batch order, augmentation, choice of copies")
-    batch_size: Count = setting(128, "images of a training step, over all devices together", source=PYCIL)
+    batch_size: Count = setting(
+        128, "images of a training step, over all devices together", source=PYCIL, also=["init_batch_size"]
+    )
     accumulate_batches: Count = setting(
         1, "parts in which a batch is processed one after another, so that large ones fit; one step for all of them"
     )
     momentum: Fraction = setting(0.9, "SGD's momentum", source=PYCIL)
     init_epoch: Natural | None = setting(
-        None, "phase 0: epochs; null: the method's own", source=PYCIL, also=["init_epochs"]
+        None, "phase 0: epochs; null: the method's own", source=PYCIL, also=["init_epochs", "trained_epoch"]
     )
     init_lr: Positive | None = setting(None, "phase 0: learning rate; null: the method's own", source=PYCIL)
     init_milestones: Epochs | None = setting(
@@ -173,10 +175,10 @@ class Config:
     init_lr_decay: Positive = setting(0.1, "phase 0: factor of each decay", source=PYCIL)
     init_weight_decay: NonNegative | None = setting(None, "phase 0: weight decay; null: the method's own", source=PYCIL)
     epochs: Count | None = setting(
-        None, "later phases: epochs; null: the method's own", source=PYCIL, also=["boosting_epochs"]
+        None, "later phases: epochs; null: the method's own", source=PYCIL, also=["boosting_epochs", "tuned_epoch"]
     )
     lrate: Positive | None = setting(
-        None, "later phases: learning rate; null: the method's own", source=PYCIL, also=["lr"]
+        None, "later phases: learning rate; null: the method's own", source=PYCIL, also=["lr", "finetune_lr"]
     )
     milestones: Epochs | None = setting(
         None, "later phases: epochs after which the rate decays; null: the method's own", source=PYCIL
