@@ -17,6 +17,7 @@ from models.epochs import Epochs
 from models.method import Method
 from models.resume import Checkpoints, Place
 from models.run import Run
+from utils.memory import archive
 from utils.results.metrics import nearest_mean_scores, phase_metrics
 
 log = logging.getLogger(__name__)
@@ -208,7 +209,8 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """The record of a phase: phase, classes_seen, cnn and nme (`metrics.phase_metrics`; nme None where unused), the
-        same of the method's further networks, memory (`ExemplarMemory.report`), parameters."""
+        same of the method's further networks, memory (`ExemplarMemory.report`, and archive_bytes: the size of the file
+        that holds all of it), parameters."""
         run, method = self.run, self.method
         images = [image for target in range(method.nb_seen) for image in self.data.test_images(target)]
         outputs = run.predict(method.evaluated, images, method.describe("evaluating"))
@@ -223,10 +225,18 @@ class Trainer:
             "classes_seen": method.nb_seen,
             "cnn": self._metrics(outputs.logits),
             "nme": nme,
-            "memory": run.memory.report(),
+            "memory": {**run.memory.report(), "archive_bytes": self._archive()},
             "parameters": nb_parameters(method.evaluated),
             **others,
         }
+
+    def _archive(self) -> int | None:
+        """Write the exemplars as one file, beside the checkpoints.  Returns its bytes; None without exemplars."""
+        run, method = self.run, self.method
+        if not method.uses_memory or not run.fabric.is_global_zero:
+            return None
+        run.folder.mkdir(parents=True, exist_ok=True)
+        return archive.write(run.memory, run.folder / f"memory{method.phase:02d}.zip")
 
     def _metrics(self, scores: Tensor) -> dict[str, Any]:
         """`phase_metrics` of scores for the test images of all classes seen, by target."""

@@ -178,6 +178,10 @@ class Cost:
         self.form = form
         self.paths = paths
 
+    def settings(self) -> dict[str, Any]:
+        """The form's; none for real exemplars."""
+        return self.form.settings() if self.form else {}
+
     def units(self, image: Path) -> float | None:
         """Cost of a train image's exemplar in units of one real image, whether it has been made or not.
 

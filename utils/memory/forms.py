@@ -5,11 +5,14 @@ The forms themselves are in compress/forms/; main.py hands them to the memory, b
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class ExemplarForm(Protocol):
     """What one form of exemplar costs and keeps (`compress.forms.Cost`)."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a kept file depends on beside its image: plain values."""
 
     def units(self, image: Path) -> float | None:
         """Cost of a train image's exemplar, in units of one real image; before it is made, what it will cost.

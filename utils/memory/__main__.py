@@ -1,0 +1,50 @@
+"""Look into an exemplar memory: python -m utils.memory show FILE | extract FILE [--to FOLDER]
+
+FILE is one of a run's `checkpoints/memoryNN.zip`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils import cli
+from utils.memory import archive
+
+
+def command(arguments: Sequence[str] | None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m utils.memory", description="Look into a run's exemplar memory.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="what the memory holds, in exemplars and bytes")
+    extract = commands.add_parser("extract", help="write its files into a folder")
+    for each in (show, extract):
+        each.add_argument("file", type=Path, help="a run's checkpoints/memoryNN.zip")
+    extract.add_argument("--to", metavar="FOLDER", type=Path, help="[FILE without its ending]")
+    options = parser.parse_args(arguments)
+    if options.command == "extract":
+        folder = options.to or options.file.with_suffix("")
+        print(f"{archive.extract(options.file, folder)} files in {folder}")
+        return
+    found = archive.summary(options.file)
+    print(f"{found['dataset']}, {found['classes']} classes, {found['bytes']:,} bytes")
+    files = found["text_bytes"]
+    for row in found["forms"]:
+        missing = row["exemplars"] - row["files"]
+        more = f", {missing} without a kept file" if missing else ""
+        settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in row["settings"].items())
+        print(
+            f"{row['form']}: {row['exemplars']} exemplars, {row['bytes']:,} bytes{more}"
+            + f" ({settings})" * bool(settings)
+        )
+        files += row["bytes"]
+    print(
+        f"texts: {found['text_bytes']:,} bytes; names, sizes and the archive itself: {found['bytes'] - files:,} bytes"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return cli.run(lambda: command(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
