@@ -87,7 +87,8 @@ def test_what_a_class_says(load):
 
 
 def test_the_catalogue_is_what_the_classes_say():
-    assert set(catalogue.methods()) == {file.stem for file in (ROOT / "exps").glob("*.json")} - {
+    files = {file.stem for file in (ROOT / "exps").glob("*.json") if not file.stem.startswith("pareto")}
+    assert set(catalogue.methods()) == files - {
         "config",
         "cifar10",
         "demo",
