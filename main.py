@@ -163,10 +163,14 @@ def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path
         seed=config.model_seed,
     )
 
+    written: dict[int, dict] = {}  # by number of phases
+
     def write(records: Sequence[dict]) -> dict:
-        entry = report.run_entry(seed, data.class_names, records, data.nb_phases)
-        confusions = [record["cnn"]["confusion"] for record in records]
-        return output.write(entry, confusions) if first else report.results({}, [entry])
+        if len(records) not in written:
+            entry = report.run_entry(seed, data.class_names, records, data.nb_phases)
+            confusions = [record["cnn"]["confusion"] for record in records]
+            written[len(records)] = output.write(entry, confusions) if first else report.results({}, [entry])
+        return written[len(records)]
 
     first, folder = fabric.is_global_zero, output.seed_folder(seed)
     with output.working_on(seed, alone=first):

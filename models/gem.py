@@ -62,7 +62,7 @@ class GEM(Method, name="gem"):
         rank, world_size, weights = self.fabric.global_rank, self.fabric.world_size, self.weights()
         self.memory_gradients = []
         for phase, (images, targets) in enumerate(self.memories):
-            chosen = self.drawn(phase, len(targets))
+            chosen = self.exemplars_of_step(phase, len(targets))
             own = chosen[rank::world_size]
             share = world_size * len(own) / len(chosen)
             if not len(own):  # batch norm needs an image; it does not count
@@ -92,7 +92,7 @@ class GEM(Method, name="gem"):
         images, labels = zip(*((images, labels) for _, images, labels in batches), strict=True)
         return torch.cat(images), torch.cat(labels)
 
-    def drawn(self, phase: int, number: int) -> Tensor:
+    def exemplars_of_step(self, phase: int, number: int) -> Tensor:
         """Indices of the exemplars of a phase that this step uses, of `number`: the same in every process."""
         wanted = self.settings.gem_memory_batch
         if wanted is None or wanted >= number:

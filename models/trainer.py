@@ -231,12 +231,13 @@ class Trainer:
         }
 
     def _archive(self) -> int | None:
-        """Write the exemplars as one file, beside the checkpoints.  Returns its bytes; None without exemplars."""
+        """Write the exemplars as one file, memory/phaseNN.zip.  Returns its bytes; None without exemplars."""
         run, method = self.run, self.method
         if not method.uses_memory or not run.fabric.is_global_zero:
             return None
-        run.folder.mkdir(parents=True, exist_ok=True)
-        return archive.write(run.memory, run.folder / f"memory{method.phase:02d}.zip")
+        folder = run.folder.parent / "memory"
+        folder.mkdir(parents=True, exist_ok=True)
+        return archive.write(run.memory, folder / f"phase{method.phase:02d}.zip")
 
     def _metrics(self, scores: Tensor) -> dict[str, Any]:
         """`phase_metrics` of scores for the test images of all classes seen, by target."""

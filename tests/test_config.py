@@ -14,7 +14,11 @@ from utils.errors import UserError
 
 KNOWN = {"methods": catalogue.methods(), "backbones": catalogue.backbones()}
 GOOD = {"dataset": "D", "init_cls": 2, "increment": 2, "model_name": "der", "convnet_type": "resnet8"}
-EXPS = sorted((Path(__file__).parent.parent / "exps").glob("*.json"))
+EXPS = [
+    file
+    for file in sorted((Path(__file__).parent.parent / "exps").glob("*.json"))
+    if not file.stem.startswith("pareto")  # sweeps: test_pareto.py
+]
 
 
 def load(tmp_path, values=None, *overrides, drop=()):

@@ -28,6 +28,7 @@ CONFIG = {
     **{"init_epoch": 1, "epochs": 1, "compression_epochs": 1, "ft_epochs": 1, "logger": ["csv"]},
     # 24 images of two new classes make a batch of 23 and one of a single image, which the second process repeats
     **{"batch_size": 23, "model_seed": 7, "gem_memory_batch": 5, "fishermax": 1.0, "split_ratio": 0.5, "nb_proxy": 2},
+    "buffer_size": 256,
 }
 
 

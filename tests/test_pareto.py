@@ -15,6 +15,7 @@ from exps import pareto, plan
 from tests.shapes import make_shapes
 
 ROOT = Path(__file__).parent.parent
+SWEEPS = sorted((ROOT / "exps").glob("pareto_*.json"))
 FORMS = ["real", "webp:10@8", "nosuch"]
 
 
@@ -111,6 +112,13 @@ def test_every_run_of_a_budget_has_the_same_bytes(folder):
         assert point.keys["augmentation_prob"] == 0
         assert "memory_per_class" not in point.keys
     assert {point.budget for point in found} == {100, 300}
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=[file.name for file in SWEEPS])
+def test_every_sweep_in_exps_can_be_read(file, tmp_path):
+    sweep = pareto.read(file, tmp_path)
+    measures = {"forms": {form: {"deterministic": True} for form in ("real", *sweep.kept)}}
+    assert len(pareto.points(sweep, measures)) == len(sweep.forms) * len(sweep.budgets) * len(sweep.methods)
 
 
 def test_plan_by_the_arithmetic(folder, capsys):

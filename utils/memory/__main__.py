@@ -1,6 +1,6 @@
 """Look into an exemplar memory: python -m utils.memory show FILE | extract FILE [--to FOLDER]
 
-FILE is one of a run's `checkpoints/memoryNN.zip`.
+FILE is one of a run's `memory/phaseNN.zip`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def command(arguments: Sequence[str] | None) -> None:
     show = commands.add_parser("show", help="what the memory holds, in exemplars and bytes")
     extract = commands.add_parser("extract", help="write its files into a folder")
     for each in (show, extract):
-        each.add_argument("file", type=Path, help="a run's checkpoints/memoryNN.zip")
+        each.add_argument("file", type=Path, help="a run's memory/phaseNN.zip")
     extract.add_argument("--to", metavar="FOLDER", type=Path, help="[FILE without its ending]")
     options = parser.parse_args(arguments)
     if options.command == "extract":
