@@ -97,10 +97,10 @@ def run_shared(fabric: Fabric, regenerator: Regenerator, plan: Plan, progress: P
     """
     if fabric.world_size == 1:
         return regenerator.run(plan, progress)
+    if fabric.is_global_zero:  # before the others may create this run's folder
+        _remove_abandoned(regenerator.paths.folder("copies"))
     name = f".work-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
     folder = regenerator.paths.folder("copies") / fabric.broadcast(name)
-    if fabric.is_global_zero:
-        _remove_abandoned(folder.parent)
     todo = [task for task in plan.tasks if not task.is_done]
     size = max(1, min(MOST_IN_A_CHUNK, len(todo) // (CHUNKS_PER_PROCESS * fabric.world_size)))
     chunks = [todo[i : i + size] for i in range(0, len(todo), size)]
@@ -244,7 +244,7 @@ def _remove_abandoned(folder: Path) -> None:
     """The folders of runs whose first process was killed: on this machine, or long ago on another."""
     for work in folder.glob(".work-*"):
         host, process = work.name.removeprefix(".work-").rsplit("-", 2)[:2]
-        newest = max((file.stat().st_mtime for file in work.glob("*")), default=0)
+        newest = max((file.stat().st_mtime for file in [work, *work.glob("*")]), default=0)
         killed_here = host == socket.gethostname() and not is_running(int(process))
         if killed_here or time.time() - newest > 10 * LIFETIME:
             shutil.rmtree(work, ignore_errors=True)

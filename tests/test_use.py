@@ -112,8 +112,9 @@ def test_an_exported_file_computes_what_the_network_does(trained, data_dir, tmp_
     if kind == "onnx":
         runtime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxruntime onnxscript")
         pytest.importorskip("onnxscript")
-    file = tmp_path / f"network.{kind}"
-    assert main.main(["export", str(trained(method)), "--to", kind, "--output", str(file)]) == 0
+    file, run = tmp_path / f"network.{kind}", str(trained(method))
+    capsys.readouterr()  # what training has printed
+    assert main.main(["export", run, "--to", kind, "--output", str(file)]) == 0
     assert capsys.readouterr().out.strip() == str(file)
     learner = Learner(trained(method), device="cpu")
     if kind == "onnx":
