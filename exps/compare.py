@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exps.runs import MAIN, call, last_words, side_by_side
+from exps.runs import MAIN, call, for_each, last_words, side_by_side
 from utils import cli
 from utils.config.schema import differences
 from utils.errors import UserError
@@ -110,7 +110,7 @@ def compare(options: argparse.Namespace) -> int:
             common = ("--config", str(options.config), *options.overrides)
             own = (*overrides, f"model_name={method}", f"output_dir={folder}")
             runs.append(Run(method, memory, folder, (*common, *own)))
-        configs = {run: checked_config(run) for run in runs}
+        configs = dict(zip(runs, for_each(runs, checked_config), strict=True))
         if options.only in (None, memory):
             without = {method for method, of_real in results["real"].items() if not keeps_exemplars(of_real)}
             wanted = [run for run in runs if memory == "real" or run.method not in without]

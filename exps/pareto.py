@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from exps.estimates import tell
-from exps.runs import COMPRESS, MAIN, call, last_words, measured, side_by_side
+from exps.runs import COMPRESS, MAIN, call, for_each, last_words, measured, side_by_side, threads
 from utils import cli
 from utils.config.read import read_json
 from utils.errors import UserError
@@ -176,26 +176,32 @@ def arguments(sweep: Sweep, point: Point) -> list[str]:
     return ["--config", str(point.folder / "point.json"), f"output_dir={point.folder}", f"phase0_cache={cache}"]
 
 
-def encode(sweep: Sweep, measures: Mapping[str, Any]) -> dict[str, str]:
-    """Make what is kept and the copies of the forms that have them made ahead, once for all runs.
+def encode(sweep: Sweep, measures: Mapping[str, Any], jobs: int) -> dict[str, str]:
+    """Make what is kept and the copies of the forms that have them made ahead, once for all runs; `jobs` at a time.
 
     Returns the last words of what failed, by form.
     """
-    failed = {}
     where = ["--data-dir", sweep.config["data_dir"]] if sweep.config.get("data_dir") else []
-    for form in sweep.kept:
-        of_form = measures["forms"][form]
-        if "error" in of_form or not (of_form["deterministic"] or sweep.copies == "ahead"):
-            continue
+    settings = shlex.split(sweep.settings)
+    settings += ["--resolution", "auto"] * ("--resolution" not in settings)
+
+    def of_form(form: str) -> str | None:
         words = ["--dataset", sweep.config["dataset"], "--form", form, "--seeds", str(sweep.nb_copies)]
-        settings = shlex.split(sweep.settings)
-        settings += ["--resolution", "auto"] * ("--resolution" not in settings)
         print(f"{form}: encoding the train images", file=sys.stderr, flush=True)
-        done = call(COMPRESS, *where, *words, *settings)
-        if done.returncode:
-            said = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
-            failed[form] = "; ".join([last_words(done), *said[-3:]] if done.returncode == 2 else said[-3:])
-    return failed
+        done = call(COMPRESS, *where, *words, *settings, **threads(jobs))
+        if not done.returncode:
+            return None
+        said = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
+        return "; ".join([last_words(done), *said[-3:]] if done.returncode == 2 else said[-3:])
+
+    measured_forms = {form: measures["forms"][form] for form in sweep.kept}
+    forms = [
+        form
+        for form, of in measured_forms.items()
+        if "error" not in of and (of["deterministic"] or sweep.copies == "ahead")
+    ]
+    failed = dict(zip(forms, for_each(forms, of_form, jobs), strict=True))
+    return {form: words for form, words in failed.items() if words is not None}
 
 
 def carry_out(sweep: Sweep, todo: Sequence[Point], jobs: int) -> dict[str, str]:
@@ -280,7 +286,7 @@ def pareto(options: argparse.Namespace) -> int:
         print(*(f"can't be made: {problem}" for problem in problems), sep="\n")
         return 1 if problems else 0
     if todo:
-        problems += [f"{form}: {words}" for form, words in encode(sweep, measures).items()]
+        problems += [f"{form}: {words}" for form, words in encode(sweep, measures, options.jobs).items()]
         problems += [f"{point}: {words}" for point, words in carry_out(sweep, todo, options.jobs).items()]
     done = [point for point in all_points if point.is_finished]
     for point in list(done):

@@ -5,10 +5,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from utils import log as logs
 from utils.errors import UserError
@@ -16,6 +16,7 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 MAIN, COMPRESS = ("main.py",), ("compress/run.py",)
 MEASURE = ("-m", "compress.measure")
+Input, Output = TypeVar("Input"), TypeVar("Output")
 _BUSY = "another process is working on"
 """main.py's words where a run of an earlier, killed sweep still goes on."""
 
@@ -59,16 +60,29 @@ def measured(config: Mapping[str, Any], forms: Sequence[str], settings: str, *mo
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def nb_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(jobs: int) -> dict[str, str]:
+    """The environment of each of several commands that share the cores equally."""
+    return {"OMP_NUM_THREADS": str(max(1, nb_cores() // jobs))}
+
+
+def for_each(values: Iterable[Input], function: Callable[[Input], Output], jobs: int | None = None) -> list[Output]:
+    """A function's results, in the values' order; each call waits for a command, `jobs` (one a core) at a time."""
+    with ThreadPoolExecutor(jobs or nb_cores()) as pool:
+        return list(pool.map(function, values))
+
+
 def side_by_side(todo: Mapping[Hashable, Sequence[str]], jobs: int) -> dict[Hashable, str]:
     """Run main.py with each value's arguments, `jobs` at a time, sharing the cores equally.
 
     Returns the last words of what failed, by key.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // jobs))
     failed = {}
     with ThreadPoolExecutor(jobs) as pool, logs.progress(len(todo), "runs") as bar:
-        futures = {pool.submit(call, MAIN, *arguments, OMP_NUM_THREADS=threads): key for key, arguments in todo.items()}
+        futures = {pool.submit(call, MAIN, *arguments, **threads(jobs)): key for key, arguments in todo.items()}
         try:
             for future in as_completed(futures):
                 key, done = futures[future], future.result()

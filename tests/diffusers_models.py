@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -33,18 +33,6 @@ def diffusers_networks(config: DictConfig, state: Mapping[str, Tensor]) -> dict[
         networks[name].load_state_dict(convert(dict(state), dict(networks[name].config)), assign=True)
     networks["text_encoder"] = _text_encoder(params.cond_stage_config.get("params") or {}, state)
     return {name: network.eval().requires_grad_(False) for name, network in networks.items()}
-
-
-def ddim() -> DDIMScheduler:
-    """The published sampler's schedule: Stable Diffusion 1.5's settings."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
 
 
 def _encoder(params: DictConfig) -> dict:

@@ -128,7 +128,7 @@ def test_the_whole_way_from_noise_to_picture(both):
     """Five DDIM steps with guidance 9 in diffusers' own pipeline, and the autoencoder after them."""
     from diffusers import StableDiffusionControlNetPipeline
 
-    from tests.diffusers_models import ddim
+    from tests.diffusers_schedulers import scheduler
 
     ours, _ = DDIMSampler(both.model).sample(
         5,
@@ -145,7 +145,7 @@ def test_the_whole_way_from_noise_to_picture(both):
         tokenizer=None,
         unet=both.unet,
         controlnet=both.controlnet,
-        scheduler=ddim(),
+        scheduler=scheduler("ddim"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

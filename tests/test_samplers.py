@@ -12,6 +12,7 @@ from ControlNet.cldm.dpm_solver import DPMSolverSampler, UniPCSampler
 from ControlNet.cldm.few_steps import LCMSampler, TCDSampler
 from ControlNet.cldm.guidance import Guided
 from ControlNet.cldm.samplers import SAMPLERS
+from tests.diffusers_schedulers import SCHEDULERS, scheduler
 from tests.little_model import little_model
 
 SHAPE = (4, 8, 8)
@@ -53,42 +54,25 @@ def sample(sampler, model, steps, guidance=9.0, **options):
     return sampler(model).sample(steps, 2, SHAPE, cond, **options)
 
 
-# Our name -> diffusers' scheduler with the settings that its users give it, and options of its step().
-DPM = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "final_sigmas_type": "zero"}
-UNIPC = {"solver_type": "bh2", "final_sigmas_type": "zero"}
-DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-THEIRS = {
-    "ddim": ("DDIMScheduler", DDIM, {}),
-    "ddim-trailing": ("DDIMScheduler", {**DDIM, "timestep_spacing": "trailing"}, {}),
-    "dpm++2m": ("DPMSolverMultistepScheduler", DPM, {}),
-    "dpm++2m-karras": ("DPMSolverMultistepScheduler", {**DPM, "use_karras_sigmas": True}, {}),
-    "unipc": ("UniPCMultistepScheduler", UNIPC, {}),
-    "unipc-karras": ("UniPCMultistepScheduler", {**UNIPC, "use_karras_sigmas": True}, {}),
-    "lcm": ("LCMScheduler", {"set_alpha_to_one": False}, {}),
-    "tcd": ("TCDScheduler", {"set_alpha_to_one": False}, {"eta": 0.3}),
-}
-
-
 def by_scheduler(model, name, steps, inputs, guidance, generator):
     """Latents by diffusers' scheduler, from our model's noise predictions."""
-    diffusers = pytest.importorskip("diffusers")
-    kind, settings, options = THEIRS[name]
-    scheduler = getattr(diffusers, kind)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **settings)
-    scheduler.set_timesteps(steps)
+    pytest.importorskip("diffusers")
+    theirs, options = scheduler(name), SCHEDULERS[name][2]
+    theirs.set_timesteps(steps)
     if name in ("lcm", "tcd"):
         options = {**options, "generator": generator}
     x, cond, uncond = inputs
     with torch.no_grad():
-        for t in scheduler.timesteps:
+        for t in theirs.timesteps:
             on, off = (model.apply_model(x, torch.full((len(x),), int(t)), c) for c in (cond, uncond))
-            x = scheduler.step(off + guidance * (on - off), t, x, **options).prev_sample
+            x = theirs.step(off + guidance * (on - off), t, x, **options).prev_sample
     return x
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_agree_with_diffusers(name, steps, model):
-    eta = THEIRS[name][2].get("eta", 0.0)
+    eta = SCHEDULERS[name][2].get("eta", 0.0)
     ours, _ = sample(SAMPLERS[name], model, steps, eta=eta, generator=generators(5, 6), verbose=False)
     theirs = by_scheduler(model, name, steps, prompts(model), 9.0, generators(5, 6))
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
@@ -106,7 +90,7 @@ def test_dpm_solver_agrees_with_diffusers_at_odd_steps(steps, model):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_agree_with_diffusers_at_full_size(name, full_model):
     x, cond, uncond = prompts(full_model)
-    eta = THEIRS[name][2].get("eta", 0.0)
+    eta = SCHEDULERS[name][2].get("eta", 0.0)
     ours, _ = SAMPLERS[name](full_model).sample(
         2, 2, SHAPE, cond, x_T=x, eta=eta, generator=generators(5, 6), verbose=False,
         unconditional_conditioning=uncond, unconditional_guidance_scale=9.0,

@@ -3,16 +3,23 @@
     python tests/bench/bench_controlnet.py                      # the bundled model, 64x64, a minute
     python tests/bench/bench_controlnet.py --full-size          # Stable Diffusion's size, 256x256, float32
     python tests/bench/bench_controlnet.py --full-size --device cuda --precision bf16 --size 512 \
-        --batch-sizes 1,2,4,8,16,32 --compile                   # --model sd15 in place of --full-size: real weights
+        --samplers ddim:20:9,lcm:4:1,dpm++2m:20:9 --batch-sizes 1,4,16,32
+    python tests/bench/bench_controlnet.py --full-size --device cuda --precision bf16 --size 512 \
+        --batch-sizes 16 --skip published,diffusers --contiguous --compile
+
+--model sd15 in place of --full-size: real weights.  --samplers sampler:steps:guidance,...: a table for each.
 
 - published: the loop of the published scripts, on our networks with plain layers: one picture at a time, two passes a
   step for guidance, float32, both texts and (in every pass) the hint encoded each time, attention with all its scores
   in memory.
-- ours: `compress.generators.controlnet.PictureGenerator`, as compress/run.py uses it.
-- diffusers: StableDiffusionControlNetPipeline, with text encodings made beforehand.
+  DDIM alone.
+- ours: `compress.generators.controlnet.PictureGenerator`, as compress/run.py uses it.  Also with torch.compile
+  (--compile), and on a GPU without channels-last weights (--contiguous).
+- diffusers: StableDiffusionControlNetPipeline with the same sampler, and text encodings made beforehand.
 
-"s once" is what does not depend on the steps: texts, hint, decoder.  "GPU peak" is on top of the weights.  The last
-lines compare the pictures; those of --precision bf16 with the published loop's, which are float32.
+"s once" is what does not depend on the steps: texts, hint, decoder.  "GPU peak" is on top of the weights.  The first
+lines compare the pictures with the first contender's: the published loop's are float32 whatever --precision.  Without
+it, a sampler's pictures are compared with diffusers'; LCM draws other noise there, so its pictures differ.
 
 The contenders take turns; of each the fastest round counts, as other work on the machine only ever adds time.
 --full-size fills the networks with random numbers: no checkpoint is needed, and speed depends on none.
@@ -36,8 +43,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.forms import Condition, Request
-from compress.generators.controlnet import PictureGenerator
-from compress.presets import HIGH, Preset
+from compress.generators.controlnet import MOST_ON_A_GPU, PictureGenerator
+from compress.presets import HIGH, Preset, Sampling
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.model import MODELS_FOLDER, create_empty_model, load_model
@@ -45,18 +52,20 @@ from ControlNet.cldm.weights import find_weights
 from ControlNet.ldm.schedule import ddim_timesteps
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DRAWING = ("lcm", "tcd")  # samplers that draw noise in each step
 TEXTS = ("digit four", "digit seven", "apple pie", "golden retriever")
 
-Contender = Callable[[Sequence[Request], int], list[np.ndarray]]  # jobs, steps -> pictures
+Contender = Callable[[Preset, Sequence[Request], int], list[np.ndarray]]  # settings, jobs, steps -> pictures
 
 
 # --- models ------------------------------------------------------------------------------------------------------
 
 
-def random_state(config: Path) -> dict[str, Tensor]:
+def random_state(config: Path, device: str) -> dict[str, Tensor]:
     """Weights that keep activations near unit size: normal numbers over the square root of the fan-in."""
-    model = create_empty_model(config)
-    numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
+    with torch.device(device):
+        model = create_empty_model(config)
+    numbers = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).to(device)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -104,10 +113,10 @@ def initial_noise(job: Request) -> Tensor:
     return torch.randn(1, 4, height // 8, width // 8, generator=torch.Generator().manual_seed(job.seed))
 
 
-def published(model: ControlLDM, preset: Preset) -> Contender:
-    """The published scripts' loop, on their interface."""
+def published(model: ControlLDM) -> Contender:
+    """The published scripts' loop, on their interface.  DDIM alone."""
 
-    def picture(job: Request, steps: int) -> np.ndarray:
+    def picture(preset: Preset, job: Request, steps: int) -> np.ndarray:
         hint = torch.from_numpy(job.condition.hint).to(model.device).float()[None, None].repeat(1, 3, 1, 1) / 255
         cond, uncond = (
             {"c_concat": [hint], "c_crossattn": [model.get_learned_conditioning([text])]}
@@ -122,23 +131,32 @@ def published(model: ControlLDM, preset: Preset) -> Contender:
         decoded = model.decode_first_stage(x)[0].permute(1, 2, 0)
         return (decoded * 127.5 + 127.5).clamp(0, 255).byte().cpu().numpy()
 
-    def pictures(jobs: Sequence[Request], steps: int) -> list[np.ndarray]:
+    def pictures(preset: Preset, jobs: Sequence[Request], steps: int) -> list[np.ndarray]:
         with torch.no_grad(), plain_attention():
-            return [picture(job, steps) for job in jobs]
+            return [picture(preset, job, steps) for job in jobs]
 
     return pictures
 
 
-def diffusers_pipeline(config: Path, model: ControlLDM, preset: Preset) -> Contender:
+def ours(generator: PictureGenerator) -> Contender:
+    def pictures(preset: Preset, jobs: Sequence[Request], steps: int) -> list[np.ndarray]:
+        generator.preset, generator.batch_size = preset, len(jobs)
+        return generator(jobs, steps)
+
+    return pictures
+
+
+def diffusers_pipeline(config: Path, model: ControlLDM) -> Contender:
     """diffusers' pipeline on the model's weights.  Its progress bar and its checker are off."""
     from diffusers import StableDiffusionControlNetPipeline
 
-    from tests.diffusers_models import ddim, diffusers_networks
+    from tests.diffusers_models import diffusers_networks
+    from tests.diffusers_schedulers import scheduler
 
     pipeline = StableDiffusionControlNetPipeline(
         **diffusers_networks(OmegaConf.load(config), model.state_dict()),
         tokenizer=None,
-        scheduler=ddim(),
+        scheduler=scheduler("ddim"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -153,7 +171,8 @@ def diffusers_pipeline(config: Path, model: ControlLDM, preset: Preset) -> Conte
                 contexts[text] = model.get_learned_conditioning([text])
         return torch.cat([contexts[text] for text in texts])
 
-    def pictures(jobs: Sequence[Request], steps: int) -> list[np.ndarray]:
+    def pictures(preset: Preset, jobs: Sequence[Request], steps: int) -> list[np.ndarray]:
+        pipeline.scheduler = scheduler(preset.sampling.sampler)
         hints = torch.from_numpy(np.stack([job.condition.hint for job in jobs])).to(model.device, model.dtype) / 255
         noise = torch.cat([initial_noise(job) for job in jobs])
         made = pipeline(
@@ -182,22 +201,29 @@ def make_jobs(count: int, size: int) -> list[Request]:
     ]
 
 
-def tflop_per_copy(config: Path, size: int, steps: int) -> float:
-    """Multiplications and additions, in 1e12: guided steps and the decoder, counted without computing them."""
+def tflop_per_copy(config: Path, size: int, sampling: Sampling) -> float:
+    """Multiplications and additions, in 1e12: the steps and the decoder, counted without computing them."""
+    passes = 1 if sampling.guidance == 1 else 2
     with torch.device("meta"):
         model = create_empty_model(config).requires_grad_(False)
-        x, hint = torch.empty(2, 4, size // 8, size // 8), torch.empty(2, 3, size, size)
-        context = torch.empty(2, 77, model.model.diffusion_model._context_dim)
-        t = torch.empty(2, dtype=torch.int64)
+        x, hint = torch.empty(passes, 4, size // 8, size // 8), torch.empty(passes, 3, size, size)
+        context = torch.empty(passes, 77, model.model.diffusion_model._context_dim)
+        t = torch.empty(passes, dtype=torch.int64)
         features = model.control_model.encode_hint(hint)
         with FlopCounterMode(display=False) as step:
             model.apply_model(x, t, {"c_concat": [hint], "c_crossattn": [context], "hint_features": features})
         with FlopCounterMode(display=False) as decoder:
             model.decode_first_stage(x[:1])
-    return (steps * step.get_total_flops() + decoder.get_total_flops()) / 1e12
+    return (sampling.steps * step.get_total_flops() + decoder.get_total_flops()) / 1e12
 
 
-def measure(contenders: Mapping[str, Contender], jobs: Mapping[str, Sequence[Request]], steps: list[int], rounds: int):
+def measure(
+    contenders: Mapping[str, Contender],
+    preset: Preset,
+    jobs: Mapping[str, Sequence[Request]],
+    steps: list[int],
+    rounds: int,
+):
     """{contender: {steps: seconds a copy}}, the least of the rounds, and {contender: peak bytes on the GPU}.
 
     A contender whose batch does not fit the GPU is left out.
@@ -213,7 +239,7 @@ def measure(contenders: Mapping[str, Contender], jobs: Mapping[str, Sequence[Req
                         torch.cuda.reset_peak_memory_stats()
                         before = torch.cuda.memory_allocated()
                     start = time.perf_counter()
-                    contenders[name](jobs[name], count)
+                    contenders[name](preset, jobs[name], count)
                     if turn > 0:
                         took = (time.perf_counter() - start) / len(jobs[name])
                         seconds[name][count] = min(seconds[name][count], took)
@@ -224,27 +250,28 @@ def measure(contenders: Mapping[str, Contender], jobs: Mapping[str, Sequence[Req
     return seconds, peaks
 
 
-def real_steps(name: str, steps: int) -> int:
-    """How many steps a contender makes when asked for `steps`: every (1000 // steps)-th timestep.
+def real_steps(name: str, preset: Preset, steps: int) -> int:
+    """How many steps a contender makes when asked for `steps`: of DDIM, every (1000 // steps)-th timestep.
 
     The published schedule takes all of them, which may be more (4 for 3); diffusers takes the first `steps`.
     """
-    return steps if name == "diffusers" else len(ddim_timesteps(steps))
+    return len(ddim_timesteps(steps)) if preset.sampling.sampler == "ddim" and name != "diffusers" else steps
 
 
-def whole_copy(name: str, seconds: Mapping[int, float], steps: int) -> tuple[float, float, float]:
+def whole_copy(name: str, preset: Preset, seconds: Mapping[int, float]) -> tuple[float, float, float]:
     """(seconds of a copy, of a step, of what is done once); from two numbers of steps, or from the whole copy alone."""
+    steps = real_steps(name, preset, preset.sampling.steps)
     if len(seconds) == 1:
         (whole,) = seconds.values()
-        return whole, whole / real_steps(name, steps), float("nan")
-    (few, less), (many, more) = ((real_steps(name, count), time) for count, time in sorted(seconds.items()))
+        return whole, whole / steps, float("nan")
+    (few, less), (many, more) = ((real_steps(name, preset, count), time) for count, time in sorted(seconds.items()))
     step = (more - less) / (many - few)
     once = less - few * step
-    return once + real_steps(name, steps) * step, step, once
+    return once + steps * step, step, once
 
 
 SAME_PSNR = {"fp32": 40, "bf16": 20, "fp16": 30}
-"""dB to the published way's float32 pictures, above which two sets of pictures differ by rounding alone."""
+"""dB to the first contender's pictures, above which two sets of pictures differ by rounding alone."""
 
 
 def compare(pictures: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> tuple[float, str]:
@@ -255,15 +282,20 @@ def compare(pictures: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> tup
     return psnr, f"mean {difference.mean():.3f} and at most {difference.max():.0f} levels of 255, PSNR {psnr:.1f} dB"
 
 
-def comparable(contenders: Mapping[str, Contender], jobs: Sequence[Request], steps: int, least: float) -> set[str]:
-    """Contenders that make the same pictures as the first one; says how far each is from it.  Others are not ranked."""
+def comparable(
+    contenders: Mapping[str, Contender], preset: Preset, jobs: Sequence[Request], steps: int, least: float
+) -> set[str]:
+    """Contenders that make the same pictures as the first one; says how far each is from it.
+
+    Others are not ranked, but for LCM and TCD, where noise that is drawn in each step makes other pictures.
+    """
     first, *others = contenders
-    expected = contenders[first](jobs[:1], steps)
+    expected = contenders[first](preset, jobs[:1], steps)
     same = {first}
     for name in others:
-        psnr, words = compare(contenders[name](jobs[:1], steps), expected)
-        counts = real_steps(name, steps), real_steps(first, steps)
-        if psnr >= least and counts[0] == counts[1]:
+        psnr, words = compare(contenders[name](preset, jobs[:1], steps), expected)
+        counts = real_steps(name, preset, steps), real_steps(first, preset, steps)
+        if counts[0] == counts[1] and (psnr >= least or preset.sampling.sampler in DRAWING):
             same.add(name)
         else:
             words += f": other pictures ({counts[0]} steps against {counts[1]}), not ranked"
@@ -291,67 +323,93 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N [cpu]")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="ours' and diffusers' [fp32]")
     parser.add_argument("--size", type=int, help="of the pictures [64 for tiny, else 256]")
-    parser.add_argument("--steps", type=int, help="DDIM steps of a copy [10 for tiny, else 20]")
+    parser.add_argument("--samplers", help="sampler:steps:guidance,... [ddim:10:9 for tiny, else ddim:20:9]")
     parser.add_argument("--measured-steps", type=int, help="time 1 and this many, and add up [CPU, full size: 4]")
     parser.add_argument("--batch-sizes", help="ours' and diffusers', such as 1,2,4 [by device]")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile as well")
+    parser.add_argument("--contiguous", action="store_true", help="ours without channels-last weights as well")
     parser.add_argument("--skip", default="", help="contenders to leave out, such as published,diffusers")
     return parser.parse_args()
+
+
+def make_contenders(config: Path, state: Mapping[str, Tensor], options: argparse.Namespace) -> dict[str, Contender]:
+    """A model for each contender, as one may be packed and another compiled; on the same tensors, where these agree."""
+    dtype, skipped = PRECISIONS[options.precision], options.skip.split(",")
+    exact = build(config, state, options.device, torch.float32)
+    state = build(config, exact.state_dict(), options.device, dtype).state_dict()
+    contenders: dict[str, Contender] = {}
+    if "published" not in skipped:
+        contenders["published"] = published(exact)
+    if "diffusers" not in skipped:
+        contenders["diffusers"] = diffusers_pipeline(config, build(config, state, options.device, dtype))
+    wanted = {"ours": True, "ours, contiguous": options.contiguous, "ours, compiled": options.compile}
+    for name in [name for name, asked in wanted.items() if asked and name not in skipped]:
+        model = build(config, state, options.device, dtype)
+        generator = PictureGenerator(HIGH, model, compile=name == "ours, compiled")
+        if name == "ours, contiguous":
+            model.to(memory_format=torch.contiguous_format)
+        contenders[name] = ours(generator)
+    return contenders
+
+
+def table(
+    contenders: Mapping[str, Contender], config: Path, preset: Preset, sizes: list[int], options: argparse.Namespace
+) -> None:
+    """Measure with one sampler, and print a row for each batch size and contender."""
+    size, sampling = preset.shorter_side, preset.sampling
+    on_gpu, steps = options.device != "cpu", sampling.steps
+    few = options.measured_steps or (4 if not on_gpu and steps > 4 and config.stem == "cldm_v15" else None)
+    few = few if few and sampling.sampler == "ddim" else None
+    measured = [1, few] if few else [steps]
+    tflop = tflop_per_copy(config, size, sampling)
+    print(f"\n{sampling.sampler}, {steps} steps, guidance {sampling.guidance:g}: {tflop:.3g} TFLOP a copy")
+    if few:
+        print(f"a copy is added up: what is done once and {steps} steps, from copies of 1 and of {few} steps")
+    if sampling.sampler != "ddim":
+        contenders = {name: run for name, run in contenders.items() if name != "published"}
+    ranked = comparable(contenders, preset, make_jobs(1, size), measured[-1], SAME_PSNR[options.precision])
+    row = "{:>5}  {:16} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8} {:>9}"
+    print(row.format("batch", "", "s/copy", "s/step", "s once", "copies/s", "speed-up", "TFLOP/s", "GPU peak"))
+    for batch_size in sizes:
+        jobs = make_jobs(batch_size, size)
+        work = {name: jobs[:1] if name == "published" else jobs for name in contenders}
+        # One picture at a time is the same for every batch size: measured once.
+        taking_part = {name: run for name, run in contenders.items() if name != "published" or batch_size == sizes[0]}
+        seconds, peaks = measure(taking_part, preset, work, measured, options.rounds)
+        if batch_size == sizes[0] or "published" not in contenders:
+            baseline = float("nan")
+        for name in seconds:
+            whole, step, once = whole_copy(name, preset, seconds[name])
+            if name == next(iter(contenders)):
+                baseline = whole
+            figures = [f"{whole:.4g}", f"{step:.3g}", f"{once:.3g}" if few else "", f"{1 / whole:.3g}"]
+            figures.append(f"x{baseline / whole:.2f}" if baseline > 0 and name in ranked else "")
+            peak = f"{peaks[name] / 1e9:.2f} GB" if peaks[name] else ""
+            print(row.format(len(work[name]), name, *figures, f"{tflop / whole:.3g}", peak).rstrip(), flush=True)
 
 
 def main() -> None:
     options = arguments()
     tiny = options.model == "tiny" and not options.full_size
-    size, steps = options.size or (64 if tiny else 256), options.steps or (10 if tiny else 20)
-    few = options.measured_steps or (4 if options.device == "cpu" and not tiny and steps > 4 else None)
-    measured = [1, few] if few else [steps]
-    preset = HIGH.changed(size=size, steps=steps)
+    size = options.size or (64 if tiny else 256)
+    presets = []
+    for text in (options.samplers or ("ddim:10:9" if tiny else "ddim:20:9")).split(","):
+        sampler, steps, guidance = text.split(":")
+        presets.append(HIGH.changed(size=size, sampler=sampler, steps=int(steps), guidance=float(guidance)))
     if options.full_size:
         config = MODELS_FOLDER / "cldm_v15.yaml"
-        state = random_state(config)
+        state = random_state(config, options.device)
     else:
         config, state = find_weights(options.model).config, load_model(options.model).state_dict()
-    dtype = PRECISIONS[options.precision]
-    # A model for each contender, as one may be packed and another compiled; on the same tensors, where these agree.
-    exact = build(config, state, options.device, torch.float32)
-    state = build(config, exact.state_dict(), options.device, dtype).state_dict()
-    contenders: dict[str, Contender] = {
-        "published": published(exact, preset),
-        "diffusers": diffusers_pipeline(config, build(config, state, options.device, dtype), preset),
-        "ours": PictureGenerator(preset, build(config, state, options.device, dtype)),
-    }
-    if options.compile:
-        compiled = build(config, state, options.device, dtype)
-        contenders["ours, compiled"] = PictureGenerator(preset, compiled, compile=True)
-    generators = [contenders[name] for name in contenders if name.startswith("ours")]
-    contenders = {name: run for name, run in contenders.items() if name not in options.skip.split(",")}
-    sizes = [int(n) for n in options.batch_sizes.split(",")] if options.batch_sizes else [generators[0].batch_size]
-    tflop = tflop_per_copy(config, size, steps)
-
+    contenders = make_contenders(config, state, options)
+    del state
+    default = 8 if tiny else 1 if options.device == "cpu" else MOST_ON_A_GPU
+    sizes = [int(number) for number in options.batch_sizes.split(",")] if options.batch_sizes else [default]
     what = "full size, random weights" if options.full_size else f"{options.model} model"
-    print(f"{machine()}\n{what}, {size}x{size}, {steps} DDIM steps, {options.precision}, {tflop:.3g} TFLOP a copy")
-    if few:
-        print(f"a copy is added up: what is done once and {steps} steps, from copies of 1 and of {few} steps")
-    ranked = comparable(contenders, make_jobs(1, size), measured[-1], SAME_PSNR[options.precision])
-    row = "{:>5}  {:15} {:>8} {:>8} {:>8} {:>9} {:>8} {:>8} {:>9}"
-    print(row.format("batch", "", "s/copy", "s/step", "s once", "copies/s", "speed-up", "TFLOP/s", "GPU peak"))
-    baseline = float("nan")
-    for batch_size in sizes:
-        jobs = make_jobs(batch_size, size)
-        work = {name: jobs[:1] if name == "published" else jobs for name in contenders}
-        for generator in generators:
-            generator.batch_size = batch_size
-        # One picture at a time is the same for every batch size: measured once.
-        taking_part = {name: run for name, run in contenders.items() if name != "published" or batch_size == sizes[0]}
-        seconds, peaks = measure(taking_part, work, measured, options.rounds)
-        for name in seconds:
-            whole, step, once = whole_copy(name, seconds[name], steps)
-            baseline = whole if name == "published" else baseline
-            figures = [f"{whole:.4g}", f"{step:.3g}", f"{once:.3g}" if few else "", f"{1 / whole:.3g}"]
-            figures.append(f"x{baseline / whole:.2f}" if baseline > 0 and name in ranked else "")
-            peak = f"{peaks[name] / 1e9:.2f} GB" if peaks[name] else ""
-            print(row.format(len(work[name]), name, *figures, f"{tflop / whole:.3g}", peak).rstrip(), flush=True)
+    print(f"{machine()}\n{what}, {size}x{size}, {options.precision}; speed-up against the first contender")
+    for preset in presets:
+        table(contenders, config, preset, sizes, options)
 
 
 if __name__ == "__main__":
