@@ -12,11 +12,13 @@ import copy
 import itertools
 import json
 import logging
+import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from models import catalogue
 from models.use import command as use
@@ -28,7 +30,7 @@ from utils.config.show import help_text
 from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
 from utils.errors import UserError
 from utils.results import report
-from utils.results.output import Output
+from utils.results.output import Output, seed_folder
 
 log = logging.getLogger("main")
 
@@ -107,14 +109,16 @@ def run(config: Config) -> dict:
     folder = data_dir(config.data_dir)
     paths = DatasetPaths(folder, find_dataset(folder, config.dataset), config.variant)
     classes = {key: getattr(config, key) for key in CLASS_KEYS}
-    first = DataManager(paths, seed=config.seed[0], network_input=network_input(config), **classes)
+    how = {"network_input": network_input(config), "old_may_be_gone": config.memory_only}
+    first = DataManager(paths, seed=config.seed[0], **how, **classes)
     shuffled = config.shuffle and config.class_order is None
     orders = {seed: first.reordered(seed) if shuffled else copy.copy(first) for seed in config.seed}
     any_order = orders[config.seed[0]]
+    numbers = gone_images(config, orders) if config.memory_only else {}
     form = exemplar_form(config, any_order)
     for data in orders.values():
         data.paths = replace(paths, files=form.files)
-    config, copies = check_exemplars(config, any_order, form, fabric)
+    config, copies = check_exemplars(config, any_order, form, fabric, numbers)
     if config.pretrained or any_order.network_input:
         fresh_backbone(config, any_order)
     if config.compile:
@@ -177,19 +181,45 @@ def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path
         history = History(folder, loggers=config.logger) if first else None
         class_order = Run(config, data, memory, fabric, folder / "checkpoints", cache, pixels, copies, history)
         records = Trainer(method, class_order).fit(after_phase=write)
-        if records and records[-1]["copies_on_demand"] is not None:
+        if config.regenerate == "on_demand" and records and records[-1]["copies_on_demand"] is not None:
             log.info(copies_saved(config, data, records))
         return write(records)
+
+
+def gone_images(config: Config, orders: Mapping[int, Any]) -> dict[str, int]:
+    """Of a run that goes on, where train images of old classes are gone: the numbers of exemplars that it began with.
+
+    orders: the class orders' data; those with gone images get the typical size of a picture from their checkpoints.
+    Raises UserError where images of classes are gone that are still to be learned.
+    """
+    from models import checkpoint
+
+    numbers = {}
+    for seed, data in orders.items():
+        folder = seed_folder(Path(config.output_dir), seed) / "checkpoints"
+        done = checkpoint.saved_phases(folder)
+        if data.check_phases(done[-1] + 1 if done else 0):
+            state = checkpoint.load(checkpoint.phase_path(folder, done[-1]))
+            data.picture_size = tuple(state["picture_size"])
+            numbers = {key: state["config"][key] for key in ("real_per_class", "syn_per_class")}
+    return numbers
 
 
 def exemplar_form(config: Config, data):
     """The form in which exemplars that are not real are kept."""
     from compress.options import parse_settings
 
+    options, resolution = config.regenerate_options, data.defaults.resolution
     try:
-        return parse_settings(config.regenerate_options, data.defaults.resolution, config.syn_form)[0]
+        form = parse_settings(options, resolution, config.syn_form)[0]
+        if form.needs_weights:
+            if config.regenerate == "ahead" and not options:
+                options = made_with(config, form, replace(data.paths, files=form.files))
+                form = parse_settings(options, resolution, config.syn_form)[0]
+            form.settings()  # whether the weights are there
     except UserError as error:
         raise UserError(f"regenerate_options: {error}") from error
+    return form
 
 
 def quotas(config: Config, form) -> list[tuple[str, int]]:
@@ -207,21 +237,24 @@ def costs(form, paths: DatasetPaths) -> dict:
     return {"real": Cost(None, paths), form.name: Cost(form, paths)}
 
 
-def check_exemplars(config: Config, data, form, fabric):
+def check_exemplars(config: Config, data, form, fabric, numbers: Mapping[str, int]):
     """Make sure, before any work, that the exemplars can be chosen, fit the budget and have, or can get, their copies.
 
+    numbers: of exemplars, where this has been checked before (`gone_images`).
     Returns the config with real_per_class filled in, and the copies, made ahead or to be made on demand; None where
     none is needed.
     """
     from compress.copies import CopiesAhead
 
     method = catalogue.methods()[config.model_name]
-    images = [data.train_images(target) for target in range(data.nb_classes)]
-    fewest = min(images, key=len)
-    if method.uses_memory and data.nb_phases > 1 and len(fewest) < method.least_exemplars:
+    images = [of_class for target in range(data.nb_classes) if (of_class := data.train_images(target))]
+    fewest = min(images, key=len, default=())
+    if method.uses_memory and data.nb_phases > 1 and fewest and len(fewest) < method.least_exemplars:
         needs = f"{config.model_name} needs at least {method.least_exemplars} train images of each class"
         raise UserError(f"{fewest[0].parent} has {len(fewest)}: {needs}. Add images, or take the class away.")
-    if method.uses_memory:
+    if numbers:
+        config = replace(config, **numbers)
+    elif method.uses_memory:
         config = within_budget(config, form, images, data.paths, method.least_exemplars)
     synthetic = config.syn_per_class if method.uses_memory else 0
     if form.deterministic:  # all copies of an image would be equal
@@ -229,22 +262,37 @@ def check_exemplars(config: Config, data, form, fabric):
     may_be_replaced = config.augmentation_prob > 0 and (
         config.real_per_class != 0 or config.augmentation_scope == "all"
     )
-    needs_copies = synthetic != 0 or may_be_replaced
+    needs_copies = (synthetic != 0 or may_be_replaced) and images  # else all is done
+    from_memory = config.memory_only and method.uses_memory
     copies = None
-    if needs_copies and config.regenerate == "on_demand":
+    if needs_copies and (config.regenerate == "on_demand" or from_memory):
         from compress.on_demand import OnDemand  # imports ControlNet: seconds that other runs need not spend
 
         copies = OnDemand(
             data.paths,
-            config.regenerate_options,
+            config.regenerate_options if config.regenerate == "on_demand" else made_with(config, form, data.paths),
             resolution=data.defaults.resolution,
             form=form.name,
             copies=config.augmentations_per_image,
             fabric=fabric,
         )
-    if needs_copies and copies is None:
-        copies = CopiesAhead(data.paths, form, list(itertools.chain(*images)), config.augmentations_per_image)
+    if needs_copies and config.regenerate == "ahead" and (not from_memory or may_be_replaced):
+        ahead = CopiesAhead(data.paths, form, list(itertools.chain(*images)), config.augmentations_per_image)
+        copies = copies or ahead  # with memory_only, new images have theirs ahead, and exemplars get theirs
     return config, copies
+
+
+def made_with(config: Config, form, paths: DatasetPaths) -> str:
+    """The options that give the copies that were made ahead once more.  Raises UserError where they are unknown."""
+    from compress.records import recorded_options
+
+    options = recorded_options(paths.folder("copies"))
+    if not options and form.needs_model:
+        raise UserError(
+            f"memory_only: how the copies in {paths.folder('copies')} were made is not recorded, so they can't be made "
+            "again from the memory alone. Set regenerate=on_demand with regenerate_options."
+        )
+    return shlex.join(options) or config.regenerate_options
 
 
 def within_budget(config: Config, form, images, paths: DatasetPaths, least: int) -> Config:
@@ -310,7 +358,7 @@ def copies_saved(config: Config, data, records: Sequence[dict]) -> str:
     """Such as "copies on demand: 320 made, against 4,000 of all train images made ahead (92.0 % saved)"."""
     made = sum(record["copies_on_demand"] for record in records)
     ahead = config.augmentations_per_image * sum(len(data.train_images(target)) for target in range(data.nb_classes))
-    saved = f"{1 - made / ahead:.1%} saved"
+    saved = f"{1 - made / max(ahead, 1):.1%} saved"
     return f"copies on demand: {made:,} made, against {ahead:,} of all train images made ahead ({saved})"
 
 

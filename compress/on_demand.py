@@ -1,6 +1,7 @@
 """Copies made while training goes on, of the chosen exemplars alone (the trainer's `regenerate: on_demand`)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +43,32 @@ class OnDemand(Copies):
             raise UserError(f"regenerate_options: {error}") from error
         if fabric.is_global_zero:
             build.warn_of_long_prompts(form, machine, paths.class_texts())
-        todo = self._plan((image for label in paths.classes() for image in paths.images(label)[:1]), with_copies=True)
+        some = [image for label in paths.classes() for image in paths.images(label)[:1]]
+        todo = self._plan(paths, some, with_copies=True)
         self.made_by = by_settings(todo.records.copies.wanted(label) for label in paths.classes())
         self._forget()
 
     def make(self, images: Sequence[Path], with_copies: bool = True) -> int:
         """To be called by all processes, which share the work.  Returns the number of copies that all have made.
 
-        Raises UserError where something could not be made.
+        images: train images, of which a memory's archive may have others than the dataset.  Raises UserError where
+        something could not be made.
         """
+        by_root: dict[Path, list[Path]] = {}
+        for image in images:
+            by_root.setdefault(image.parents[2], []).append(image)
+        return sum(self._make(root, of_root, with_copies) for root, of_root in by_root.items())
+
+    def _make(self, root: Path, images: Sequence[Path], with_copies: bool) -> int:
+        """The same, for images of one dataset folder."""
         fabric, job = self.fabric, self.job
-        todo = fabric.broadcast(by_first(fabric, lambda: self._plan(images, with_copies)))
+        paths = replace(job.data.paths, data_dir=root.parent)
+        todo = fabric.broadcast(by_first(fabric, lambda: self._plan(paths, images, with_copies)))
         generator = None
         if todo.copies_missing:
             generator = build.make_generator(job.form, job.machine, fabric.device, self.precision)
         with progress(todo.copies_missing, "copies", quiet=not fabric.is_global_zero) as bar:
-            result = run_shared(fabric, Regenerator(job.data.paths, job.form, generator), todo, bar.update)
+            result = run_shared(fabric, Regenerator(paths, job.form, generator), todo, bar.update)
         result = fabric.broadcast(result)
         if result.failures:
             more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
@@ -75,11 +86,10 @@ class OnDemand(Copies):
     def _forget(self) -> None:
         self._fingerprint: tuple[list[Path], dict[str, Any]] | None = None
 
-    def _plan(self, images: Iterable[Path], with_copies: bool) -> Plan:
-        data = self.job.data
+    def _plan(self, paths: DatasetPaths, images: Sequence[Path], with_copies: bool) -> Plan:
         try:
-            records = Records(data.paths, self.job.form, self.model, self.precision, self.job.options)
-            return plan(records, images, data.copy_numbers if with_copies else ())
+            records = Records(paths, self.job.form, self.model, self.precision, self.job.options)
+            return plan(records, images, self.job.data.copy_numbers if with_copies else ())
         except MadeOtherwise as error:
             raise UserError(
                 f"{error}\nGive this experiment copies of its own with variant=NAME, "

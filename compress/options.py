@@ -48,7 +48,7 @@ def make_job(options: argparse.Namespace) -> Job:
     """The job that the options describe.  Raises UserError for impossible settings."""
     if options.resolution == "auto":
         options.resolution = fitting_preset(DatasetPaths(data_dir(options.data_dir), options.dataset))
-    form = _form(options)
+    form = _form(options).using(_machine(options))
     paths = DatasetPaths(data_dir(options.data_dir), options.dataset, options.keep_apart, form.files)
     classes = tuple(options.classes) if options.classes else None
     numbers = (0,) if form.deterministic else tuple(options.seeds)  # all others would be equal to it
@@ -70,7 +70,8 @@ def parse_settings(text: str, resolution: str, form: str = "edges") -> tuple[For
         options = parser.parse_args(shlex.split(text))
     except ValueError as error:  # an unmatched quotation mark
         raise UserError(f"{text!r}: {error}") from error
-    return _form(options), _machine(options), _words(options), options.download
+    machine = _machine(options)
+    return _form(options).using(machine), machine, _words(options), options.download
 
 
 def parser() -> argparse.ArgumentParser:

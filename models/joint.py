@@ -11,6 +11,7 @@ from models.stages import Defaults, Stage
 class Joint(Method, name="joint"):
     defaults = Defaults(epochs=200)
     uses_memory = False
+    reads_old_images = True
 
     def stages(self) -> list[Stage]:
         """Every phase is trained as phase 0 is (init_epoch, init_lr, ...)."""

@@ -50,6 +50,8 @@ class Method(abc.ABC):
     """The method's own config keys that the trained network of phase 0 depends on."""
     needs_stages: ClassVar[bool] = False
     """Whether the method reads or cuts the stages of a ResNet, so that backbones of libraries won't do."""
+    reads_old_images: ClassVar[bool] = False
+    """Whether later phases train on images of old classes that are no exemplars."""
     stem: ClassVar[str | None] = None
     """The backbone's stem for large images, where the method has one of its own."""
 

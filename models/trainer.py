@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Trainer:
         self.epochs = Epochs(run, self.method, self.checkpoints)
         self.class_means: Tensor | None = None  # for NME, in the phase that was evaluated last
         self.seconds_before = 0.0  # what killed processes spent on the present phase's training
+        self.archive_bytes: int | None = None  # of the memory after the phase that was done last
 
     # The phases
 
@@ -117,8 +119,11 @@ class Trainer:
         method.restore(state)
         run.memory.load_state_dict(state["memory"])
         self.records = state["records"]
-        if len(self.records) < self.data.nb_phases:
-            self.make_copies(state["phase"])  # those that were deleted since then
+        if len(self.records) < self.data.nb_phases and method.uses_memory:
+            if self.config.memory_only:
+                self._take_from_archive(state["phase"])
+            self.make_kept()  # what was deleted since then
+            self.make_copies(state["phase"])
 
     def save_phase(self) -> None:
         """Keep the phase that has just been done."""
@@ -184,6 +189,10 @@ class Trainer:
         features = self.run.features(method.evaluated, images, method.describe("choosing exemplars"))
         for target, of_class, rows in zip(targets, images, features, strict=True):
             memory.add_class(target, of_class, rows)
+        self.make_kept(there)
+        self._archive()
+        if self.config.memory_only:
+            self._take_from_archive(method.phase)
         return self.make_copies(method.phase, there)
 
     def shown(self) -> list[Path]:
@@ -191,19 +200,46 @@ class Trainer:
         replaced = self.config.augmentation_prob > 0
         return [item.image for item in self.run.memory.items() if replaced or item.regenerated]
 
+    def make_kept(self, there: Collection[Path] = ()) -> None:
+        """Make what is missing of the exemplars' kept files, and drop exemplars for which there is no room then.
+
+        there: exemplars that have theirs.
+        """
+        memory, copies = self.run.memory, self.run.copies
+        if copies is None:
+            return
+        copies.make([image for image in self.shown() if image not in there], with_copies=False)
+        for target in memory.targets:  # edge maps cost what they cost
+            memory.enforce_budget(target)
+
     def make_copies(self, phase: int, there: Collection[Path] = ()) -> int | None:
-        """Make what is missing of the exemplars' edge maps and, where copies are read again, of their copies.
+        """Make what is missing of the exemplars' copies, where these are read again.
 
         there: exemplars that have theirs.  Returns the number of copies made, None where all are made ahead.
         """
-        memory, copies = self.run.memory, self.run.copies
-        if copies is None or not self.method.uses_memory:
+        if self.run.copies is None:
             return None
         needed = phase + 1 < self.data.nb_phases or self.config.nme
-        copies.make([image for image in self.shown() if image not in there], with_copies=False)
-        for target in memory.targets:  # edge maps cost what they cost; no copies of what is dropped
-            memory.enforce_budget(target)
-        return copies.make([image for image in self.shown() if image not in there], with_copies=needed)
+        return self.run.copies.make([image for image in self.shown() if image not in there], with_copies=needed)
+
+    def _archive(self) -> None:
+        """Write the exemplars as one file, memory/phaseNN.zip."""
+        if self.run.fabric.is_global_zero:
+            path = self._archive_path(self.method.phase)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.archive_bytes = archive.write(self.run.memory, path)
+
+    def _archive_path(self, phase: int) -> Path:
+        return self.run.folder.parent / "memory" / f"phase{phase:02d}.zip"
+
+    def _take_from_archive(self, phase: int) -> None:
+        """From now on the exemplars are those of a phase's archive, unpacked beside it."""
+        run, path = self.run, self._archive_path(phase)
+        data_dir = path.with_name("unpacked")
+        if run.fabric.is_global_zero:
+            archive.unpack(path, self.data.paths, data_dir)
+        run.fabric.barrier()
+        run.memory.move(replace(self.data.paths, data_dir=data_dir).folder("train"))
 
     # Evaluation
 
@@ -225,19 +261,10 @@ class Trainer:
             "classes_seen": method.nb_seen,
             "cnn": self._metrics(outputs.logits),
             "nme": nme,
-            "memory": {**run.memory.report(), "archive_bytes": self._archive()},
+            "memory": {**run.memory.report(), "archive_bytes": self.archive_bytes},
             "parameters": nb_parameters(method.evaluated),
             **others,
         }
-
-    def _archive(self) -> int | None:
-        """Write the exemplars as one file, memory/phaseNN.zip.  Returns its bytes; None without exemplars."""
-        run, method = self.run, self.method
-        if not method.uses_memory or not run.fabric.is_global_zero:
-            return None
-        folder = run.folder.parent / "memory"
-        folder.mkdir(parents=True, exist_ok=True)
-        return archive.write(run.memory, folder / f"phase{method.phase:02d}.zip")
 
     def _metrics(self, scores: Tensor) -> dict[str, Any]:
         """`phase_metrics` of scores for the test images of all classes seen, by target."""

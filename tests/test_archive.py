@@ -1,16 +1,22 @@
 """The exemplar memory as one file."""
 
 import json
+import re
 import zipfile
+from contextlib import suppress
 
+import numpy as np
 import pytest
 
-from compress.forms import Cost, form_named, pixels
+from compress.forms import Cost, examples, form_named, pixels
+from compress.job import Machine
 from compress.presets import HIGH
-from tests.folders import make_dataset
+from tests.folders import make_dataset, save_noise
 from utils.data.paths import DatasetPaths
+from utils.errors import UserError
 from utils.memory import archive
 from utils.memory.__main__ import main as look
+from utils.memory.budget import FILL
 from utils.memory.exemplars import ExemplarMemory
 
 
@@ -43,7 +49,8 @@ def test_every_file_is_there_byte_for_byte(memory, tmp_path, capsys):
     assert sum(map(len, files.values())) + texts == report["bytes_total"]
     for item in memory.items():
         kept = item.image if item.role == "real" else memory.paths.kept(item.image)
-        assert files[f"{item.role}/{item.image.parent.name}/{kept.name}"] == kept.read_bytes()
+        name = item.image.name if item.role == "real" else f"{item.image.name}{kept.suffix}"
+        assert files[f"{item.role}/{item.image.parent.name}/{name}"] == kept.read_bytes()
     form = memory.quotas[1][0]
     assert index["forms"] == {"real": {}, form: memory.forms[form].settings()}
     assert [each["size"] for of_class in index["classes"] for each in of_class["exemplars"]] == [[32, 32]] * 6
@@ -59,6 +66,65 @@ def test_every_file_is_there_byte_for_byte(memory, tmp_path, capsys):
     assert look(["extract", str(file), "--to", str(tmp_path / "out")]) == 0
     out = {path.relative_to(tmp_path / "out").as_posix(): path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
     assert {name: out[name] for name in files} == files
+
+
+FORMS = [
+    *("edges", "edges@12", "edges+webp:10@16", "jpeg:30", "jpeg:5@9", "webp:10", "webp:80@20", "avif:20", "avif:60@15"),
+    *("latent:3", "latent:6@16", "text"),
+]
+
+
+def test_the_list_has_all_forms():
+    """A new form belongs into FORMS here, or has a test of its own."""
+    heads, tested = ({re.match("[a-z0-9]+", name)[0] for name in names} for names in (examples(), FORMS))
+    assert heads == tested
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_whatever_the_sizes_and_budgets_no_class_takes_more_and_the_archive_is_what_the_report_says(tmp_path, name):
+    rng = np.random.default_rng(FORMS.index(name))
+    form = form_named(name, HIGH).using(Machine(model="tiny"))
+    paths, kept_something = DatasetPaths(tmp_path, "Toy", files=form.files), 0
+    labels = ["pie", "crème brûlée"]
+    for label in labels:
+        for i in range(5):
+            width, height = (int(side) for side in rng.integers(2, 48, 2))
+            save_noise(paths.folder("train") / label / f"{i}{rng.choice(['.jpg', '.png'])}", i, (width, height))
+    for label in labels:
+        for image in paths.images(label):
+            if rng.random() < 0.8:  # others are made after the choice
+                keep(paths, form, image)
+    costs = {"real": Cost(None, paths), form.name: Cost(form, paths)}
+    for attempt in range(5):
+        budget, real = int(rng.integers(100, 12_000)), int(rng.integers(0, 4))
+        memory = ExemplarMemory(paths, [("real", real), (form.name, FILL)], costs, None, 1, bytes_budget=budget)
+        for target, label in enumerate(labels):
+            images = paths.images(label)
+            with suppress(UserError):  # where not one exemplar fits
+                memory.add_class(target, images, rng.normal(size=(len(images), 3)))
+        kept_something += bool(memory.targets)
+        for item in memory.items():
+            keep(paths, form, item.image)
+        for target in memory.targets:
+            memory.enforce_budget(target)
+            assert memory.bytes(target) <= budget
+        report, file = memory.report(), tmp_path / f"{attempt}.zip"
+        assert report["bytes_total"] <= budget * len(memory.targets)
+        assert report["bytes_per_class_max"] <= budget
+        assert archive.write(memory, file) == file.stat().st_size
+        found = archive.summary(file)
+        assert sum(row["bytes"] for row in found["forms"]) + found["text_bytes"] == report["bytes_total"]
+        of_form = {row["form"]: row for row in found["forms"]}
+        for row in report["forms"]:
+            assert row["exemplars"] == of_form.get(row["form"], {"exemplars": 0})["exemplars"]
+            assert row["missing"] == 0
+    assert kept_something > 2
+
+
+def keep(paths, form, image):
+    if paths.find_kept(image) is None:
+        paths.kept(image).parent.mkdir(parents=True, exist_ok=True)
+        paths.kept(image).write_bytes(form.encode(pixels(image)))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"text"])

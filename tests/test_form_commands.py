@@ -9,6 +9,7 @@ from PIL import Image
 import main
 from compress.forms import Cost, form_named
 from compress.generators import build
+from compress.job import Machine
 from compress.presets import HIGH
 from tests.folders import save_noise
 from tests.little_run import command, little_dataset, tree
@@ -16,7 +17,7 @@ from utils.data.paths import DatasetPaths
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
 
-PICTURES = ["webp:10@20", "jpeg:30"]
+PICTURES = ["webp:10@20", "jpeg:30", "latent:4@32"]
 FORMS = [*PICTURES, "text", "edges@20", "edges+webp:10@16"]
 
 
@@ -82,9 +83,9 @@ def test_forms_lie_side_by_side(paths, compress):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_a_form_costs(paths, compress, form):
+def test_what_a_form_costs(paths, compress, checkpoint, form):
     image = paths.images("sushi")[0]
-    cost = Cost(form_named(form, HIGH), of_form(paths, form))
+    cost = Cost(form_named(form, HIGH).using(Machine(model=str(checkpoint))), of_form(paths, form))
     assert cost.kept_bytes(image) is None
     expected = cost.expected_bytes(image)
     assert compress("--form", form)[0] == 0

@@ -10,8 +10,11 @@ from PIL import Image
 
 from compress.forms import decoded, form_named, resize_back
 from compress.forms.edges import read, written
+from compress.forms.latent import CODERS
+from compress.job import Machine
 from compress.presets import HIGH, LOW
 from compress.records import read_mark
+from tests.digits import make_digits
 from utils.errors import UserError
 
 
@@ -158,7 +161,7 @@ def test_names_of_no_form(name):
         form_named(name, HIGH)
 
 
-# --- pictures, text, smaller edge maps ----------------------------------------------------------------------------
+# --- pictures, latent codes, text, smaller edge maps ----------------------------------------------------------------
 
 
 def photograph(height=120, width=90):
@@ -191,6 +194,59 @@ def test_a_picture_comes_back_as_well_as_its_quality_and_size_allow(codec):
         assert form.raw_bits(*image.shape[:2]) is None
     assert sizes[0] > 1.5 * sizes[1]
     assert sizes[0] > 1.5 * sizes[2]
+
+
+@pytest.fixture(scope="module")
+def digit(tmp_path_factory):
+    """A handwritten digit, 28 x 28, greyscale: what the bundled model's autoencoder knows."""
+    folder = tmp_path_factory.mktemp("digits")
+    make_digits(folder, train=1, test=1)
+    return np.asarray(Image.open(next((folder / "MNIST" / "train").glob("3/*"))).convert("L"))
+
+
+@pytest.mark.parametrize(("bits", "bound"), [(8, 20), (6, 20), (3, 18)])
+def test_a_latent_code_comes_back_as_well_as_its_bits_allow(digit, bits, bound):
+    form = form_named(f"latent:{bits}@64", HIGH).using(Machine(model="tiny"))
+    kept = form.encode(digit)
+    assert kept == form.encode(digit)
+    assert len(kept) <= 5 + form.raw_bits(28, 28) // 8 == 5 + bits * 4 * 8 * 8 // 8
+    exact = form.autoencoder.encode(form.shown(digit))
+    step = np.ptp(exact) / (2**bits - 1)
+    assert np.abs(form.latents(kept, (28, 28)) - exact).max() <= 0.51 * step + 2e-3  # ends of 16 bits
+    back = form.condition(kept, (28, 28)).start
+    assert back.shape == (28, 28, 3)
+    assert psnr(back[:, :, 1], digit) > bound
+    assert form.check(kept, digit) is None
+    assert form.check(kept, np.flipud(digit))[0] == "made otherwise"
+    for broken in (b"", kept[:-1], kept + b"0", b"\x07" + kept[1:]):
+        with pytest.raises(OSError, match="empty" if not broken else "no latent code"):
+            form.condition(broken, (28, 28))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 33), (40, 24)])
+def test_a_latent_code_of_any_size(size):
+    form = form_named("latent:4", HIGH).using(Machine(model="tiny"))
+    image = photograph(*size)
+    kept = form.encode(image)
+    assert form.condition(kept, size).start.shape == image.shape
+    assert form.raw_bits(*size) == 4 * 4 * max(2, -(-size[0] // 8)) * max(2, -(-size[1] // 8))
+    assert form.check(kept, image) is None
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [1, 4, 100, 4000])
+def test_levels_come_back_from_either_coder(bits, count):
+    levels = np.random.default_rng(0).binomial(2**bits - 1, 0.4, count).astype(np.uint8)
+    for code, decode in CODERS:
+        assert np.array_equal(decode(code(levels, bits), count, bits), levels)
+    if count == 4000 and bits > 2:
+        assert len(CODERS[1][0](levels, bits)) < count * bits / 8 + 20
+
+
+def test_a_latent_code_without_weights_says_so():
+    form = form_named("latent:4", HIGH).using(Machine(model="/nowhere/x.pth"))
+    with pytest.raises(UserError, match="nowhere"):
+        form.settings()
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "webp", "avif"])
@@ -277,6 +333,8 @@ def test_text_keeps_nothing_and_its_copies_differ_by_image():
         ("webp:x", "needs a quality"),
         ("text@3", "takes no argument"),
         ("edges:3", "takes a side alone"),
+        ("latent", "needs bits a value, 1 to 8"),
+        ("latent:9", "needs bits a value, 1 to 8"),
         ("edges+text", "comes a picture"),
         ("webp:10+webp:10", r"no form 'webp\+'"),
         ("depth", "no form 'depth': choose one of edges"),

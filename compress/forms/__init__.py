@@ -85,13 +85,18 @@ class Form(abc.ABC):
     A form has, as class attributes or as fields of its own where they depend on its name:
     name: as users write it; noun: what messages call a kept file; files: where kept files and copies lie (FormFiles);
     needs_model: whether copies come from a diffusion model; has_start: whether they start from a kept picture;
-    deterministic: whether all copies of an image are equal.
+    deterministic: whether all copies of an image are equal; needs_weights: whether encoding takes a model (`using`).
     """
 
     preset: Preset
     needs_model = True
     has_start = False
     deterministic = False
+    needs_weights = False
+
+    def using(self, machine: Any) -> "Form":
+        """This form with the model (`compress.job.Machine`) that encodes and decodes; most forms need none."""
+        return self
 
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -215,8 +220,7 @@ class Cost:
         """Bytes that are kept once for each of some classes: their texts in UTF-8."""
         if self.form is None or not labels:
             return 0
-        texts = self.paths.class_texts()
-        return sum(len(texts[label].encode()) for label in labels)
+        return sum(len(text.encode()) for text in self.paths.class_texts(labels).values())
 
 
 def pixels(image: Path) -> np.ndarray:

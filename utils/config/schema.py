@@ -146,6 +146,12 @@ class Config:
     regenerate: Literal["ahead", "on_demand"] = setting(
         "ahead", "copies made beforehand by compress/run.py, or after each phase for the chosen exemplars only"
     )
+    memory_only: bool = setting(
+        False,
+        "later phases read exemplars from the memory's file (memory/phaseNN.zip) alone, as if the folders of old "
+        "classes were gone: they may be deleted after a phase; copies are made again from what the file keeps",
+        result=False,
+    )
     variant: Text = setting("", "edge maps and copies that compress/run.py --keep-apart made under this name")
     syn_form: Text = setting(
         "edges", "form in which synthetic exemplars are kept: edges, text, webp:10@64, ... (compress/run.py --form)"
@@ -244,7 +250,7 @@ class MethodInfo(NamedTuple):
 
     settings: its `Settings` dataclass, None where it has no keys of its own; uses_memory: whether it keeps exemplars;
     least_exemplars: how many of each class it needs at least; needs_stages: whether its backbone must be a ResNet of
-    `convs`.
+    `convs`; reads_old_images: whether later phases train on images of old classes that are no exemplars.
     """
 
     name: str
@@ -252,6 +258,7 @@ class MethodInfo(NamedTuple):
     uses_memory: bool = True
     least_exemplars: int = 1
     needs_stages: bool = False
+    reads_old_images: bool = False
 
 
 class Key(NamedTuple):

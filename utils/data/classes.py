@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,8 @@ class DataManager(PhasedClasses):
     np.random.permutation(n)`, else keep them sorted; init_cls: number of classes of phase 0; increment: number of
     classes of each later phase, or a list of numbers of which the last repeats; the last phase gets the remainder.
     class_order: labels, or indices of the sorted labels, instead of shuffle; class_sort: "text", or "number" to sort
-    labels by the numbers in them; network_input: of a backbone that takes a size of its own.
+    labels by the numbers in them; network_input: of a backbone that takes a size of its own; old_may_be_gone: classes
+    may have no train images (see `check_phases`).
 
     Raises UserError for a missing folder, a class without images, train and test classes that differ, or impossible
     phases.  All folders are listed once, here.
@@ -42,10 +44,11 @@ class DataManager(PhasedClasses):
         class_sort: Literal["text", "number"] = "text",
         augmentation: Augmentation = "pescr",
         network_input: NetworkInput | None = None,
+        old_may_be_gone: bool = False,
     ):
         self.paths, self.dataset = paths, paths.dataset
         self.augmentation, self.network_input = augmentation, network_input
-        labels = paths.classes("train")
+        labels = _labels(paths, old_may_be_gone)
         if class_sort == "number":
             labels.sort(key=_by_numbers)
         _check_same_classes(paths, labels, paths.classes("test"))
@@ -67,7 +70,7 @@ class DataManager(PhasedClasses):
         self.phase_starts = phase_starts(n, init_cls, increments)
         self._train = [paths.images(label, "train") for label in self.class_names]
         self._test = [paths.images(label, "test") for label in self.class_names]
-        self._check_no_class_is_empty()
+        self._check_no_class_is_empty(n if old_may_be_gone else 0)
         paths.warn_of_nested(labels)
 
     def reordered(self, seed: int) -> "DataManager":
@@ -96,7 +99,7 @@ class DataManager(PhasedClasses):
     @cached_property
     def picture_size(self) -> tuple[int, int]:
         """(width, height) of a typical image: the median of a few, by their headers."""
-        return typical_size([images[0] for images in self._train])
+        return typical_size([images[0] for images in self._train if images])
 
     @property
     def decoded_bytes(self) -> int:
@@ -104,16 +107,35 @@ class DataManager(PhasedClasses):
         width, height = self.picture_size if self.image_kind == "large" else (32, 32)
         return 3 * width * height * sum(map(len, self._train))
 
-    def _check_no_class_is_empty(self) -> None:
+    def check_phases(self, first: int) -> bool:
+        """Make sure that there are train images of the classes of a phase and of those after it.
+
+        Returns whether those of a class of an earlier phase are gone.  Raises UserError.
+        """
+        self._check_no_class_is_empty(self.phase_starts[first])
+        return not all(self._train)
+
+    def _check_no_class_is_empty(self, first: int) -> None:
+        """Raises UserError.  first: the target from which on classes need train images."""
         empty = [
             self.paths.folder(mode) / label
-            for mode, listing in (("train", self._train), ("test", self._test))
-            for label, images in zip(self.class_names, listing, strict=True)
+            for mode, listing, start in (("train", self._train, first), ("test", self._test, 0))
+            for label, images in zip(self.class_names[start:], listing[start:], strict=True)
             if not images
         ]
         if empty:
             more = f" (and {len(empty) - 1} more class folders)" if len(empty) > 1 else ""
             raise UserError(f"no images in {min(empty)}{more}: every class needs train and test images.")
+
+
+def _labels(paths: DatasetPaths, old_may_be_gone: bool) -> list[str]:
+    """The sorted labels of the train classes; of all classes, where train folders may be gone."""
+    if not old_may_be_gone:
+        return paths.classes("train")
+    labels = set(paths.classes("test"))
+    with suppress(UserError):  # not one is left
+        labels |= set(paths.classes("train"))
+    return sorted(labels)
 
 
 def _by_numbers(label: str) -> list[tuple[int, str]]:

@@ -7,8 +7,9 @@
 
 Other exemplar forms have folders of their own instead of the last two (`FormFiles`).  A variant's folders are
 `edge_maps-<variant>` and `exemplars-<variant>`.  Paths are built from their parts, so the data folder's own path may
-contain `train`.  Where two images of a class differ only in their ending (`a.jpg`, `a.png`), the files derived from
-them have the whole name as their stem.
+contain `train`.  What belongs to a train image lies beside the `train` folder that the image itself is in, which may be
+another data folder's: exemplars that come from a memory's archive are in one of their own.  Where two images of a class
+differ only in their ending (`a.jpg`, `a.png`), the files derived from them have the whole name as their stem.
 """
 
 import hashlib
@@ -108,24 +109,25 @@ class DatasetPaths:
 
     def images(self, label: str, mode: str = "train") -> list[Path]:
         """Sorted image files of a class, by their endings.  Raises UserError for a folder that can't be listed."""
-        folder = self.folder(mode) / label
-        if not folder.is_dir():
-            return []
-        return sorted(path for path in _entries(folder) if is_image(path))
+        return _images(self.folder(mode) / label)
 
     @cached_property
-    def _other_stems(self) -> dict[str, dict[str, str]]:
+    def _other_stems(self) -> dict[Path, dict[str, str]]:
         return {}
 
     def _stem(self, image: Path) -> str:
-        label = image.parent.name
-        if label not in self._other_stems:
-            self._other_stems[label] = _distinct_stems([path.name for path in self.images(label)])
-        return self._other_stems[label].get(image.name, image.stem)
+        folder = image.parent
+        if folder not in self._other_stems:
+            self._other_stems[folder] = _distinct_stems([path.name for path in _images(folder)])
+        return self._other_stems[folder].get(image.name, image.stem)
+
+    def _beside(self, image: Path, mode: str) -> Path:
+        """The folder of a train image's kept file or copies."""
+        return image.parents[2] / self.folder(mode).name / image.parent.name
 
     def kept(self, image: Path) -> Path:
         """Where a train image's kept file is written."""
-        return self.folder("kept") / image.parent.name / f"{self._stem(image)}{self.files.kept_endings[0]}"
+        return self._beside(image, "kept") / f"{self._stem(image)}{self.files.kept_endings[0]}"
 
     def find_kept(self, image: Path, among: Container[str] | None = None) -> Path | None:
         """A train image's kept file, with any of the form's endings; None if there is none.
@@ -133,7 +135,7 @@ class DatasetPaths:
         An edge map is a .webp, a .png of earlier versions, or a .bmp of the published scripts.
         among: the names in its folder, if the caller has listed it.
         """
-        folder, stem = self.folder("kept") / image.parent.name, self._stem(image)
+        folder, stem = self._beside(image, "kept"), self._stem(image)
         for name in (f"{stem}{ending}" for ending in self.files.kept_endings):
             # isfile: False, not an error, for a name that is too long
             if name in among if among is not None else os.path.isfile(folder / name):
@@ -144,7 +146,7 @@ class DatasetPaths:
 
     def copy(self, image: Path, k: int) -> Path:
         """The path of copy number k (0, 1, ...) of a train image."""
-        return self.copies_folder(image.parent.name) / self._copy_name(self._stem(image), k)
+        return self._beside(image, "copies") / self._copy_name(self._stem(image), k)
 
     def copy_name(self, image: Path, k: int) -> str:
         """The file name of copy number k, within its class's `copies_folder`."""
@@ -162,18 +164,21 @@ class DatasetPaths:
     def _copy_name(self, stem: str, k: int) -> str:
         return f"{stem}_seed{k:02d}{self.files.copy_ending}"
 
-    def class_texts(self) -> dict[str, str]:
+    def class_texts(self, labels: Iterable[str] | None = None) -> dict[str, str]:
         """Class label -> its text in prompts: the entry of `class_names.json`, else the label.
 
-        Labels match whether their accents are composed or not.  Bytes of a label that are not UTF-8 become "?".  Logs a
-        warning about entries that match no class.
+        labels: of some classes, whether they have a folder or not; None for all that have one.  Labels match whether
+        their accents are composed or not.  Bytes of a label that are not UTF-8 become "?".  For all classes, logs a
+        warning about entries that match none.
         """
-        given = self._class_names()
-        labels = self.classes()
+        given, every = self._class_names(), labels is None
+        labels = self.classes() if labels is None else labels
         texts = {
             label: given.get(unicodedata.normalize("NFC", label), label).encode("utf-8", "replace").decode()
             for label in labels
         }
+        if not every:
+            return texts
         unused = given.keys() - {unicodedata.normalize("NFC", label) for label in labels}
         if unused and self._warn_once("class_names.json"):
             log.warning(
@@ -207,7 +212,9 @@ class DatasetPaths:
         """Log a warning if class folders of `train` have sub-folders with pictures, which are not used."""
         nested = []
         for label in labels:
-            with os.scandir(self.folder("train") / label) as entries:
+            if not (folder := self.folder("train") / label).is_dir():
+                continue
+            with os.scandir(folder) as entries:
                 nested += [Path(e.path) for e in entries if e.is_dir() and not e.name.startswith(".")]
         holding = [folder for folder in nested if any(is_image(path) for path in _entries(folder))]
         if holding and self._warn_once("nested"):
@@ -238,6 +245,10 @@ def _distinct_stems(names: Collection[str]) -> dict[str, str]:
 
 def _digest(name: str) -> str:
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in _entries(folder) if is_image(path)) if folder.is_dir() else []
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -68,6 +68,7 @@ class ExemplarMemory:
         self._images: dict[int, list[Path]] = {}  # in order of choice
         self._counts: dict[int, list[int]] = {}  # how many of them each quota holds
         self._units: dict[tuple[str, Path], float | None] = {}  # of exemplars that have been made
+        self._file_bytes: dict[tuple[str, str], int] = {}  # of images by class and name, which may be gone by now
 
     def add_class(self, target: int, images: Sequence[Path], features: np.ndarray | torch.Tensor) -> None:
         """Choose a class's exemplars.
@@ -81,6 +82,7 @@ class ExemplarMemory:
             raise ValueError(f"{len(images)} images, {len(features)} features")
         counts = self._share(images)
         chosen = [images[i] for i in self.select(target, features, min(sum(counts), len(images)))]
+        self._file_bytes |= {_name(image): image.stat().st_size for image in chosen}
         self._keep(
             target,
             chosen,
@@ -100,6 +102,14 @@ class ExemplarMemory:
             if images := self._images[target]:
                 before, after = np.cumsum(self._counts[target]), np.cumsum(self._share(images))
                 self._keep(target, images, np.diff(np.minimum(before, after), prepend=0).tolist())
+
+    def move(self, train: Path) -> None:
+        """From now on the exemplars' images are those of the same names in another `train` folder."""
+        self._images = {
+            target: [train / image.parent.name / image.name for image in images]
+            for target, images in self._images.items()
+        }
+        self._units = {}
 
     @property
     def budget(self) -> float | None:
@@ -213,7 +223,7 @@ class ExemplarMemory:
             "bytes_real": total(real, "bytes"),
             "bytes_prompts": total(other, "bytes"),
             "bytes_total": total(rows, "bytes"),
-            "bytes_if_all_real": sum(image.stat().st_size for images in self._images.values() for image in images),
+            "bytes_if_all_real": sum(self._size(image) for images in self._images.values() for image in images),
             "edge_maps_missing": total(other, "missing"),
         }
 
@@ -221,14 +231,15 @@ class ExemplarMemory:
         """Plain values, fit for JSON and for `torch.load(weights_only=True)`.
 
         forms: their names in the order of the quotas; classes: for each target, as a string, its images in order of
-        choice ("<class>/<file>", undecodable bytes escaped as Python does in paths) and how many each form holds.
+        choice ("<class>/<file>", undecodable bytes escaped as Python does in paths), their bytes as files, and how many
+        each form holds.
         """
-        train = self.paths.folder("train")
         return {
             "forms": [form for form, _ in self.quotas],
             "classes": {
                 str(target): {
-                    "images": [image.relative_to(train).as_posix() for image in self._images[target]],
+                    "images": ["/".join(_name(image)) for image in self._images[target]],
+                    "file_bytes": [self._size(image) for image in self._images[target]],
                     "counts": list(self._counts[target]),
                 }
                 for target in self.targets
@@ -250,7 +261,16 @@ class ExemplarMemory:
             for target, of_class in state["classes"].items()
         }
         self._counts = {int(target): list(of_class["counts"]) for target, of_class in state["classes"].items()}
+        self._units, self._file_bytes = {}, {}
+        for of_class in state["classes"].values():  # checkpoints of earlier versions have no bytes
+            sizes = zip(of_class["images"], of_class.get("file_bytes", ()), strict=False)
+            self._file_bytes |= {tuple(name.split("/")): size for name, size in sizes}
         self._nb_classes = max(len(self._images), 1)
+
+    def _size(self, image: Path) -> int:
+        """Bytes of an image as a file."""
+        size = self._file_bytes.get(_name(image))
+        return image.stat().st_size if size is None else size
 
     def _of(self, target: int) -> list[tuple[str, Path]]:
         """(form, image) of a class's exemplars in order of choice."""
@@ -294,3 +314,8 @@ class ExemplarMemory:
             "bytes": sum(size for size in sizes if size is not None) + texts,
             "missing": sizes.count(None),
         }
+
+
+def _name(image: Path) -> tuple[str, str]:
+    """(class, file)."""
+    return image.parent.name, image.name

@@ -27,7 +27,7 @@ class Output:
 
     def seed_folder(self, seed: int) -> Path:
         """Where a class order's history and checkpoints are."""
-        return self.folder / f"seed{seed}"
+        return seed_folder(self.folder, seed)
 
     def claim(self) -> None:
         """Make the folder, with the config as used."""
@@ -101,3 +101,8 @@ class Output:
         while (name := self.folder.with_name(f"{self.folder.name}-{number}")).exists():
             number += 1
         return name
+
+
+def seed_folder(folder: Path, seed: int) -> Path:
+    """Where a class order's history and checkpoints are, in its experiment's folder."""
+    return folder / f"seed{seed}"

@@ -184,7 +184,7 @@ def _generator(entry: Entry, models: Path) -> list[tuple[str, str]]:
         for p in run["phases"]
         for of in (p.get("copies") or {}).get("made_by", [])
     ]
-    if not any(each.get("model") for each in settings):
+    if not any(each.get("model") or each.get("autoencoder") for each in settings):
         return []
     options = _options(entry)
     name = options[options.index("--model") + 1] if "--model" in options else "sd15"
