@@ -9,11 +9,8 @@ after each of them.
 
 import argparse
 import copy
-import itertools
 import json
 import logging
-import shlex
-import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -94,6 +91,7 @@ def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
 def run(config: Config) -> dict:
     """The experiment.  Returns what it writes to results.json (`utils.results.report` describes it)."""
     # torch and what needs it are imported here: a config with a mistake is answered at once.
+    from compress.exemplars import check_exemplars, exemplar_form
     from models.method import fresh_backbone, network_input
     from utils.data.cache import open_cache
     from utils.data.classes import DataManager
@@ -118,7 +116,8 @@ def run(config: Config) -> dict:
     form = exemplar_form(config, any_order)
     for data in orders.values():
         data.paths = replace(paths, files=form.files)
-    config, copies = check_exemplars(config, any_order, form, fabric, numbers)
+    method = catalogue.methods()[config.model_name]
+    config, copies = check_exemplars(config, method, any_order, form, fabric, numbers)
     if config.pretrained or any_order.network_input:
         fresh_backbone(config, any_order)
     if config.compile:
@@ -145,6 +144,7 @@ def run(config: Config) -> dict:
 
 def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, pixels, form, copies) -> dict:
     """One seed's phases.  Returns the results of all seeds so far."""
+    from compress.exemplars import costs, quotas
     from models.run import Run
     from models.trainer import Trainer
     from utils.memory.exemplars import ExemplarMemory
@@ -203,147 +203,6 @@ def gone_images(config: Config, orders: Mapping[int, Any]) -> dict[str, int]:
             data.picture_size = tuple(state["picture_size"])
             numbers = {key: state["config"][key] for key in ("real_per_class", "syn_per_class")}
     return numbers
-
-
-def exemplar_form(config: Config, data):
-    """The form in which exemplars that are not real are kept."""
-    from compress.options import parse_settings
-
-    options, resolution = config.regenerate_options, data.defaults.resolution
-    try:
-        form = parse_settings(options, resolution, config.syn_form)[0]
-        if form.needs_weights:
-            if config.regenerate == "ahead" and not options:
-                options = made_with(config, form, replace(data.paths, files=form.files))
-                form = parse_settings(options, resolution, config.syn_form)[0]
-            form.settings()  # whether the weights are there
-    except UserError as error:
-        raise UserError(f"regenerate_options: {error}") from error
-    return form
-
-
-def quotas(config: Config, form) -> list[tuple[str, int]]:
-    """How many exemplars a class has in each form, in order of choice."""
-    from utils.memory.budget import FILL
-
-    numbers = (FILL if config.real_per_class is None else config.real_per_class), config.syn_per_class
-    return [("real", numbers[0]), (form.name, FILL if numbers[1] == "fill" else numbers[1])]
-
-
-def costs(form, paths: DatasetPaths) -> dict:
-    """What exemplars cost and keep, by form."""
-    from compress.forms import Cost
-
-    return {"real": Cost(None, paths), form.name: Cost(form, paths)}
-
-
-def check_exemplars(config: Config, data, form, fabric, numbers: Mapping[str, int]):
-    """Make sure, before any work, that the exemplars can be chosen, fit the budget and have, or can get, their copies.
-
-    numbers: of exemplars, where this has been checked before (`gone_images`).
-    Returns the config with real_per_class filled in, and the copies, made ahead or to be made on demand; None where
-    none is needed.
-    """
-    from compress.copies import CopiesAhead
-
-    method = catalogue.methods()[config.model_name]
-    images = [of_class for target in range(data.nb_classes) if (of_class := data.train_images(target))]
-    fewest = min(images, key=len, default=())
-    if method.uses_memory and data.nb_phases > 1 and fewest and len(fewest) < method.least_exemplars:
-        needs = f"{config.model_name} needs at least {method.least_exemplars} train images of each class"
-        raise UserError(f"{fewest[0].parent} has {len(fewest)}: {needs}. Add images, or take the class away.")
-    if numbers:
-        config = replace(config, **numbers)
-    elif method.uses_memory:
-        config = within_budget(config, form, images, data.paths, method.least_exemplars)
-    synthetic = config.syn_per_class if method.uses_memory else 0
-    if form.deterministic:  # all copies of an image would be equal
-        config = replace(config, augmentations_per_image=1)
-    may_be_replaced = config.augmentation_prob > 0 and (
-        config.real_per_class != 0 or config.augmentation_scope == "all"
-    )
-    needs_copies = (synthetic != 0 or may_be_replaced) and images  # else all is done
-    from_memory = config.memory_only and method.uses_memory
-    copies = None
-    if needs_copies and (config.regenerate == "on_demand" or from_memory):
-        from compress.on_demand import OnDemand  # imports ControlNet: seconds that other runs need not spend
-
-        copies = OnDemand(
-            data.paths,
-            config.regenerate_options if config.regenerate == "on_demand" else made_with(config, form, data.paths),
-            resolution=data.defaults.resolution,
-            form=form.name,
-            copies=config.augmentations_per_image,
-            fabric=fabric,
-        )
-    if needs_copies and config.regenerate == "ahead" and (not from_memory or may_be_replaced):
-        ahead = CopiesAhead(data.paths, form, list(itertools.chain(*images)), config.augmentations_per_image)
-        copies = copies or ahead  # with memory_only, new images have theirs ahead, and exemplars get theirs
-    return config, copies
-
-
-def made_with(config: Config, form, paths: DatasetPaths) -> str:
-    """The options that give the copies that were made ahead once more.  Raises UserError where they are unknown."""
-    from compress.records import recorded_options
-
-    options = recorded_options(paths.folder("copies"))
-    if not options and form.needs_model:
-        raise UserError(
-            f"memory_only: how the copies in {paths.folder('copies')} were made is not recorded, so they can't be made "
-            "again from the memory alone. Set regenerate=on_demand with regenerate_options."
-        )
-    return shlex.join(options) or config.regenerate_options
-
-
-def within_budget(config: Config, form, images, paths: DatasetPaths, least: int) -> Config:
-    """The config with the numbers of exemplars filled in that are left to the budget.
-
-    images: of each class; least: exemplars of a class that the method needs.
-    Raises UserError, with the arithmetic, where a typical class's exemplars don't fit.
-    """
-    from utils.memory.budget import check_budget, check_bytes, check_total, warn_of_small_classes
-
-    of_form, asked = costs(form, paths), config.syn_per_class
-    sizes = {of_class[0].parent.name: len(of_class) for of_class in images}
-    typical = [of_class[len(of_class) // 2] for of_class in images]
-    if config.budget_in == "bytes":
-        of_quota = dict(quotas(config, form))
-        median = {
-            name: round(statistics.median(of_form[name].expected_bytes(image) for image in typical))
-            for name, number in of_quota.items()
-            if number
-        }
-        texts = max(of_form[form.name].text_bytes({label}) for label in sizes)
-        check_bytes(quotas(config, form), config.memory_bytes_per_class, median, texts, least)
-        return config
-    units = {"real": 1.0, form.name: 1 / 24}
-    if asked:
-        of_first = [of_form[form.name].units(of_class[0]) for of_class in images]
-        if None in of_first:
-            raise UserError(
-                f"syn_form: {form.name} has no count in units. Set budget_in=bytes and memory_bytes_per_class."
-            )
-        units[form.name] = statistics.median(of_first)
-    real = config.real_per_class
-    if asked == "fill":
-        if not units[form.name]:
-            config = replace(config, syn_per_class=max(sizes.values()))
-        else:
-            left = config.memory_per_class - (real or 0)
-            config = replace(config, syn_per_class=max(0, int(left / units[form.name] + 1e-9)))
-        real = real or 0
-    if real is None:
-        real = max(0, int(config.memory_per_class - asked * units[form.name] + 1e-9))
-    config = replace(config, real_per_class=real)
-    if real + config.syn_per_class < least:
-        what = f"real_per_class + syn_per_class must be at least {least}"
-        raise UserError(f"{config.model_name} needs exemplars of each class: {what}.")
-    if config.fixed_memory:
-        check_budget(quotas(config, form), config.memory_per_class, units)
-        warn_of_small_classes(sizes, quotas(config, form))
-    else:
-        check_total(config.memory_size, len(images), quotas(config, form), units, least)
-    return config
 
 
 def check_folder(key: str, folder: Path) -> None:

@@ -229,9 +229,6 @@ class _Reading:
                 f"real_per_class: {real} real exemplars cost {real} units, more than memory_per_class = {budget:g}"
             )
             self.refuse(message, "real_per_class", "memory_per_class", "fixed_memory")
-        if config.memory_only and self.method and self.method.reads_old_images:
-            message = f"memory_only: {self.method.name} trains on all images of old classes; set it to false"
-            self.refuse(message, "memory_only", "model_name")
         self._check_backbone(config)
         parts, size = config.accumulate_batches, config.batch_size
         if parts > size:

@@ -203,7 +203,7 @@ class ExemplarMemory:
         kept = [(form, image) for target in self.targets for form, image in self._of(target)]
         counted = all(self._cost(form, image) is not None for form, image in kept)
         units = [self.units(target) for target in self.targets] if counted else None
-        rows = [self._row(form) for form in dict.fromkeys(form for form, _ in self.quotas)]
+        rows = [_row(self, form) for form in dict.fromkeys(form for form, _ in self.quotas)]
         real, other = ([row for row in rows if (row["form"] == REAL) == is_real] for is_real in (True, False))
 
         def total(of_forms: list[dict[str, Any]], key: str) -> int:
@@ -223,7 +223,9 @@ class ExemplarMemory:
             "bytes_real": total(real, "bytes"),
             "bytes_prompts": total(other, "bytes"),
             "bytes_total": total(rows, "bytes"),
-            "bytes_if_all_real": sum(self._size(image) for images in self._images.values() for image in images),
+            "bytes_if_all_real": sum(
+                self._file_bytes[_name(image)] for images in self._images.values() for image in images
+            ),
             "edge_maps_missing": total(other, "missing"),
         }
 
@@ -239,7 +241,7 @@ class ExemplarMemory:
             "classes": {
                 str(target): {
                     "images": ["/".join(_name(image)) for image in self._images[target]],
-                    "file_bytes": [self._size(image) for image in self._images[target]],
+                    "file_bytes": [self._file_bytes[_name(image)] for image in self._images[target]],
                     "counts": list(self._counts[target]),
                 }
                 for target in self.targets
@@ -262,15 +264,11 @@ class ExemplarMemory:
         }
         self._counts = {int(target): list(of_class["counts"]) for target, of_class in state["classes"].items()}
         self._units, self._file_bytes = {}, {}
-        for of_class in state["classes"].values():  # checkpoints of earlier versions have no bytes
-            sizes = zip(of_class["images"], of_class.get("file_bytes", ()), strict=False)
-            self._file_bytes |= {tuple(name.split("/")): size for name, size in sizes}
+        for of_class in state["classes"].values():
+            names = of_class["images"]  # checkpoints of earlier versions have no bytes
+            sizes = of_class.get("file_bytes") or [(train / name).stat().st_size for name in names]
+            self._file_bytes |= {tuple(name.split("/")): size for name, size in zip(names, sizes, strict=True)}
         self._nb_classes = max(len(self._images), 1)
-
-    def _size(self, image: Path) -> int:
-        """Bytes of an image as a file."""
-        size = self._file_bytes.get(_name(image))
-        return image.stat().st_size if size is None else size
 
     def _of(self, target: int) -> list[tuple[str, Path]]:
         """(form, image) of a class's exemplars in order of choice."""
@@ -301,21 +299,22 @@ class ExemplarMemory:
             self._units[form, image] = units
         return self._units[form, image]
 
-    def _row(self, form: str) -> dict[str, Any]:
-        """A form's row of the report."""
-        images = [image for target in self.targets for its_form, image in self._of(target) if its_form == form]
-        sizes = [self.forms[form].kept_bytes(image) for image in images]
-        texts = self.forms[form].text_bytes({image.parent.name for image in images})
-        units = [self._cost(form, image) for image in images]
-        return {
-            "form": form,
-            "exemplars": len(images),
-            "units": None if None in units else float(sum(units)),
-            "bytes": sum(size for size in sizes if size is not None) + texts,
-            "missing": sizes.count(None),
-        }
-
 
 def _name(image: Path) -> tuple[str, str]:
     """(class, file)."""
     return image.parent.name, image.name
+
+
+def _row(memory: ExemplarMemory, form: str) -> dict[str, Any]:
+    """A form's row of the report."""
+    images = [image for target in memory.targets for its_form, image in memory._of(target) if its_form == form]
+    sizes = [memory.forms[form].kept_bytes(image) for image in images]
+    texts = memory.forms[form].text_bytes({image.parent.name for image in images})
+    units = [memory._cost(form, image) for image in images]
+    return {
+        "form": form,
+        "exemplars": len(images),
+        "units": None if None in units else float(sum(units)),
+        "bytes": sum(size for size in sizes if size is not None) + texts,
+        "missing": sizes.count(None),
+    }
