@@ -11,6 +11,7 @@ import zlib
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import cv2
@@ -31,6 +32,10 @@ LEAST = 2
 HEADER = struct.Struct("<Bee")
 """The first bytes of a kept file: the coder (its place in CODERS), and the latents that the lowest and the highest
 level stand for, in 16 bits."""
+
+
+_LOADING = Lock()
+"""One of the threads that encode loads the model."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,8 @@ class Latent(Form):
 
     @property
     def autoencoder(self) -> "Autoencoder":
-        return _autoencoder(self.model, self.base)
+        with _LOADING:
+            return _autoencoder(self.model, self.base)
 
 
 class Autoencoder:
