@@ -133,7 +133,7 @@ class Epochs:
         """One optimisation step, on a batch or this process's share of it."""
         fabric, method, place = self.fabric, self.method, training.place
         loss_of, sizes = training.stage.loss or method.loss, training.sampler.sizes(place.step)
-        method.epoch, method.step = place.epoch, place.step
+        method.epoch, method.step, method.images_in_step = place.epoch, place.step, sizes[1]
         method.before_batch()
         training.optimizer.zero_grad()
         for part in parts(images, targets, self.config.accumulate_batches, sizes, fabric.world_size):

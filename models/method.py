@@ -23,6 +23,7 @@ from models.networks import GrowingNet, IncrementalNet, Outputs
 from models.run import Run
 from models.stages import Defaults, Schedule, Stage
 from utils.config.schema import Config
+from utils.data.items import Item
 from utils.data.phases import PhasedClasses
 from utils.errors import UserError
 
@@ -31,7 +32,8 @@ class Method(abc.ABC):
     """A method in a run.
 
     run: what it has.  `phase` is the present one, with classes 0 ... nb_old - 1 from earlier phases and nb_new new
-    ones, nb_seen in all.  `epoch` and `step` are those of the present stage and epoch.
+    ones, nb_seen in all.  `epoch` and `step` are those of the present stage and epoch, `images_in_step` the images of
+    that step, over all parts and processes, before `prepare`.
     """
 
     name: ClassVar[str] = ""
@@ -66,6 +68,7 @@ class Method(abc.ABC):
         self.phase = -1
         self.nb_old = self.nb_new = self.nb_seen = 0
         self.epoch = self.step = 0
+        self.images_in_step = 1
         self.old_network: GrowingNet | None = None
         self.state: dict[str, Any] = {}
         """What is carried on to the next phase: tensors and plain values, changed in `after_training` alone."""
@@ -92,7 +95,11 @@ class Method(abc.ABC):
 
         In a generator, the code after a `yield` runs when that stage is done.
         """
-        return [Stage("training", [*self.data.new_items(self.phase), *self.memory.items()], self.schedule())]
+        return [Stage("training", [*self.new_items(), *self.memory.items()], self.schedule())]
+
+    def new_items(self) -> list[Item]:
+        """The new classes' images that are trained on; by default all of them."""
+        return self.data.new_items(self.phase)
 
     def before_training(self) -> None:
         """Called when the network has grown for a phase."""
@@ -115,6 +122,10 @@ class Method(abc.ABC):
 
     def after_training(self) -> None:
         """Called after a phase's training, before exemplars are chosen and the phase is evaluated."""
+
+    def exemplar_units(self, target: int) -> float | None:
+        """Units of the memory that a new class gets, where all classes share it; None for an equal share."""
+        return None
 
     def also_evaluated(self) -> dict[str, GrowingNet]:
         """Further networks whose metrics go into a phase's record, by the key that they have there."""

@@ -22,6 +22,7 @@ from utils.config.schema import Config
 from utils.data.batches import ImageSet, TrainingSet, batch_loader
 from utils.data.cache import PictureCache
 from utils.data.classes import DataManager
+from utils.data.datasets import Augmentation
 from utils.data.items import Item
 from utils.data.sampler import EpochBatchSampler
 from utils.devices import nb_cores
@@ -112,16 +113,17 @@ class Run:
     def training_loader(self, stage: Stage, phase: int) -> tuple[DataLoader, EpochBatchSampler]:
         """Shuffled and augmented batches of (indices, images, targets), and the sampler that chooses the epoch."""
         c, fabric = self.config, self.fabric
-        ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
-        sampler = EpochBatchSampler(len(stage.items), c.batch_size, c.model_seed, phase, **ranks)
-        return self.loader(self.training_set(stage.items, phase), sampler), sampler
+        others = {"rank": fabric.global_rank, "world_size": fabric.world_size, "views": stage.views}
+        sampler = EpochBatchSampler(len(stage.items), stage.batch_size or c.batch_size, c.model_seed, phase, **others)
+        return self.loader(self.training_set(stage.items, phase, stage.augmentation), sampler), sampler
 
-    def training_set(self, items: Sequence[Item], phase: int) -> TrainingSet:
-        c = self.config
+    def training_set(self, items: Sequence[Item], phase: int, augmentation: Augmentation | None = None) -> TrainingSet:
+        """augmentation: in place of the config's."""
+        c, data = self.config, self.data
         return TrainingSet(
             items,
             self.data.paths,
-            self.data.train_transform,
+            data.train_transform if augmentation is None else data.defaults_with(augmentation).train_transform,
             c.augmentation_prob,
             c.augmentations_per_image,
             c.augmentation_scope,

@@ -9,6 +9,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from utils.config.schema import Config
+from utils.data.datasets import Augmentation
 from utils.data.items import Item
 
 
@@ -80,7 +81,9 @@ class Stage(NamedTuple):
     """One pass of the epoch loop.
 
     name: unique within the phase; items: the training set; schedule: epochs, learning rate and weight decay;
-    parameters: what is trained, None for all that require gradients; loss: replaces the method's own, same signature.
+    parameters: what is trained, None for all that require gradients; loss: replaces the method's own, same signature;
+    batch_size, augmentation: replace the config's; views: how often each image of a batch is read, with other random
+    numbers: first all images once, then all again.
 
     A phase's stages are a function of the phase, the config, the data, the memory and `Method.within_phase`, so that
     they can be made again after a restart: "phase, stage, epoch" is a place in a run.
@@ -91,6 +94,9 @@ class Stage(NamedTuple):
     schedule: Schedule
     parameters: Sequence[nn.Parameter] | None = None
     loss: Callable | None = None
+    batch_size: int | None = None
+    augmentation: Augmentation | None = None
+    views: int = 1
 
 
 @contextmanager

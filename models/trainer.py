@@ -87,7 +87,8 @@ class Trainer:
         method, targets = self.method, self.data.phase_targets(phase)
         method.phase, method.within_phase = phase, {}
         method.nb_old, method.nb_new, method.nb_seen = targets.start, len(targets), targets.stop
-        fold_adapters(method.network)
+        if phase > 0:
+            fold_adapters(method.network)
         if method.keeps_old_network and phase > 0:
             method.old_network = copy.deepcopy(method.network).requires_grad_(False).eval()
         self.run.seed_torch(phase + 1)
@@ -188,7 +189,7 @@ class Trainer:
         images = [self.data.train_images(target) for target in targets]
         features = self.run.features(method.evaluated, images, method.describe("choosing exemplars"))
         for target, of_class, rows in zip(targets, images, features, strict=True):
-            memory.add_class(target, of_class, rows)
+            memory.add_class(target, of_class, rows, method.exemplar_units(target))
         self.make_kept(there)
         self._archive()
         if self.config.memory_only:

@@ -1,13 +1,14 @@
 """Compares the project's methods with PyCIL's, step by step, in float64.
 
-    python tests/pycil_parity.py tests/reference/pycil_steps.npz [--methods gem,bic]
+    python tests/pycil_parity.py tests/reference/pycil_steps.npz [FILE ...] [--methods gem,bic]
 
-FILE.npz holds what PyCIL's trainer computed on a small problem: the loss and gradient norm of every optimisation step,
-and after each phase the logits of the test images, the exemplars and the class means.  Each run of the file is repeated
-by the project's own method, through its real phase loop and epoch loop.  It is given what is random or measured in
-PyCIL's run, and nothing else: pictures without augmentation, the initial weights of backbones and heads, which pictures
-make a batch (and, for BiC, which are held out), and the number of epochs and the learning rate.  Everything else
-(weight decay, shape of the schedule, losses, memory) is the method's own.
+The files hold what PyCIL's trainer computed on a small problem, whose pictures are in the first one: the loss and
+gradient norm of every optimisation step, and after each phase the logits of the test images, the exemplars and the
+class means.  Each run is repeated by the project's own method, through its real phase loop and epoch loop.  It is
+given what is random or measured in PyCIL's run, and nothing else: pictures without augmentation, the initial weights of
+backbones and heads, which pictures make a batch (and, for BiC and BEEF, which are held out), other random numbers, and
+the number of epochs and the learning rate.  Everything else (weight decay, shape of the schedule, losses, memory) is
+the method's own.
 
 Prints a row a run with the worst relative differences.  Exit code 0: every run that both have is within 1e-9 (class
 means 1e-7, PyCIL adds 1e-8 to norms) and keeps the same exemplars; 1: some run is not; 2: the command is wrong.
@@ -23,7 +24,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from compress.forms import Cost
+from convs import BACKBONES, Backbone
 from models import METHODS, catalogue
 from models.method import Method
 from models.run import Run
@@ -55,7 +57,9 @@ TOLERANCE = 1e-9
 MEANS_TOLERANCE = 1e-7
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 SAMPLES_OF_CIFAR100 = 500
-"""What PyCIL's FOSTER takes for the number of a new class's images where the dataset is called cifar100."""
+"""What PyCIL's FOSTER and RMM take for the number of a new class's images where the dataset is called cifar100."""
+BACKBONES["little_rep"] = Backbone("basic", depths=(1, 1), widths=(64, 128), extra="adapters")
+"""What SSRE was measured on."""
 
 
 class Unlike(Exception):
@@ -133,8 +137,12 @@ def initial_weight(name: str, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(x.astype(np.float32).astype(np.float64))
 
 
-def pycil_name(name: str) -> str:
+def pycil_name(name: str, backbone: str) -> str:
     """layer1.0.conv1.weight -> stage_1.0.conv_a.weight, and so on."""
+    if backbone == "little_rep":
+        name = re.sub(r"^bn1", "conv1.1", re.sub(r"^conv1", "conv1.0", name))
+        name = re.sub(r"\.(conv\d)\.(weight|bias)", r".\1.conv.\2", name)
+        return re.sub(r"\.bn(\d)", r".norm\1", name)
     block = re.fullmatch(r"layer(\d)\.(\d+)\.(.*)", name)
     if block is None:
         return name.replace("conv1", "conv_1_3x3").replace("bn1", "bn_1")
@@ -184,6 +192,9 @@ class StillData(DataManager):
     def train_transform(self) -> Still:
         return Still()
 
+    def defaults_with(self, augmentation):
+        return replace(super().defaults_with(augmentation), train_transform=Still())
+
     @property
     def normalise(self) -> Callable[[Tensor], Tensor]:
         mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (MEAN, STD))
@@ -193,8 +204,8 @@ class StillData(DataManager):
 class GivenBatches:
     """A sampler whose batches, of indices into a stage's items, are given for each epoch of the stage."""
 
-    def __init__(self, epochs: list[list[list[int]]]):
-        self.epochs = epochs
+    def __init__(self, epochs: list[list[list[int]]], views: int):
+        self.epochs = [[batch * views for batch in epoch] for epoch in epochs]
         self.first: int | None = None
         self.epoch = 0
 
@@ -219,6 +230,11 @@ class Drawn:
 
     def __init__(self):
         self.used: dict[tuple[int, str], int] = {}
+
+    def number(self, phase: int) -> int:
+        """How often this has been asked before in the phase."""
+        self.used[phase, ""] = self.used.get((phase, ""), -1) + 1
+        return self.used[phase, ""]
 
     def next(self, reference: Reference, phase: int, name: str, shape: Sequence[int]) -> np.ndarray:
         start = self.used.get((phase, name), 0)
@@ -251,7 +267,7 @@ def fed(method: type[Method], reference: Reference, pictures: Pictures, measured
         def backbone(self):
             backbone = super().backbone()
             for name, parameter in backbone.named_parameters():
-                parameter.data.copy_(initial_weight(pycil_name(name), parameter.shape))
+                parameter.data.copy_(initial_weight(pycil_name(name, self.config.convnet_type), parameter.shape))
             return backbone
 
         def image_counts(self, items) -> Tensor:
@@ -259,7 +275,21 @@ def fed(method: type[Method], reference: Reference, pictures: Pictures, measured
             counts = super().image_counts(items)
             if reference.args["dataset"] == "cifar100" and reference.name != "foster_counts":
                 counts[self.nb_old :] = SAMPLES_OF_CIFAR100
+            if reference.method == "rmm-foster":  # the mean of what classes have
+                counts[: self.nb_old] = self.memory.total // self.nb_old
             return counts
+
+        def images_per_class(self):
+            return SAMPLES_OF_CIFAR100
+
+        def picked(self, target, of, count):
+            """The images that RMM leaves of a class."""
+            return self.next_drawn("randint", (count,)).tolist()
+
+        def some(self, target, count):
+            """BEEF's for fusion."""
+            trained = {number for batch in reference.batches(self.phase, 1) for number in batch}
+            return [item for item in super().some(target, 10**6) if pictures.numbers[item.image] in trained]
 
         def split(self, items):
             """BiC's held-out pictures."""
@@ -270,11 +300,22 @@ def fed(method: type[Method], reference: Reference, pictures: Pictures, measured
             )
 
         def drawn(self, count) -> Tensor:
-            """PASS's prototypes."""
+            """Prototypes."""
             return torch.from_numpy(self.next_drawn("choice", (count,)))
 
-        def noise(self, like) -> Tensor:
+        def noise(self, like, *_) -> Tensor:
+            """PASS's and BEEF's."""
+            if reference.method == "beefiso":  # too many to be in the file
+                number = measured.drawn.number(self.phase)
+                return torch.from_numpy(np.random.default_rng([0, self.phase, number]).standard_normal(like.shape))
             return torch.from_numpy(self.next_drawn("normal", tuple(like.shape)))
+
+        def permutation(self, count) -> Tensor:
+            """IL2A's mixtures."""
+            return torch.from_numpy(self.next_drawn("randperm", (count,)))
+
+        def beta(self, count) -> Tensor:
+            return torch.from_numpy(self.next_drawn("beta", (count,)))
 
         def next_drawn(self, name, shape):
             return measured.drawn.next(reference, self.phase, name, shape)
@@ -340,7 +381,7 @@ class FedRun(Run):
         if rest or not length:
             raise Unlike(f"phase {phase}, {stage.name}: {epochs} epochs, PyCIL has {len(batches)} steps")
         indices = [[place[number] for number in batch] for batch in batches]
-        sampler = GivenBatches([indices[e * length : (e + 1) * length] for e in range(epochs)])
+        sampler = GivenBatches([indices[e * length : (e + 1) * length] for e in range(epochs)], stage.views)
         return batch_loader(loader.dataset, sampler), sampler
 
     def predict(self, network: nn.Module, images: Sequence[Path], description: str = ""):
@@ -379,7 +420,12 @@ class FedTrainer(Trainer):
                 fresh.copy_(initial_weight(f"CosineLinear.p{self.method.phase}.n{number}.weight", fresh.shape))
         elif name == "pass":
             network.head.weight[4 * old :] = weight[4 * old :]
-        elif name == "foster" and old > 0:
+        elif name == "beefiso":
+            for ours, theirs in (("new_head", "new_fc"), ("forward_", "forward_prototypes")):
+                getattr(network, ours).weight.copy_(self.given(f"init/{theirs}.weight"))
+            if old > 0:
+                network.backward_.weight.copy_(self.given("init/backward_prototypes.weight"))
+        elif name in ("foster", "rmm-foster") and old > 0:
             student, pair = network.student, network.pair
             student.head.weight[old:] = self.given("init2/fc.weight")[old:]
             fill_around(pair.head.weight, weight, old, student.head.in_features)
@@ -393,8 +439,19 @@ class FedTrainer(Trainer):
             fill_around(network.head.weight, weight, old, weight.shape[1] - network.feature_dim)
             if network.aux_head is not None:
                 network.aux_head.weight.copy_(self.given("init/aux_fc.weight"))
+            if name == "tagfex":
+                self.fill_tagfex(network, first=old == 0)
         else:
             network.head.weight[old:] = weight[old:]
+
+    def fill_tagfex(self, network: nn.Module, *, first: bool) -> None:
+        if first:
+            for place in ("projector.0", "projector.2", "predictor"):
+                network.get_submodule(place).weight.copy_(self.given(f"init/{place}.weight"))
+        network.merged_head.weight.copy_(self.given("init/trans_classifier.weight"))
+        names = {"query": "q", "key_ts": "k_ts", "key_ta": "k_ta", "value_ts": "v_ts", "value_ta": "v_ta"}
+        for ours, theirs in names.items():
+            getattr(network.merge, ours).copy_(self.given(f"init/ts_attn.weight_{theirs}"))
 
     def given(self, name: str) -> Tensor | None:
         array = self.run.reference.get(self.method.phase, name)
@@ -434,6 +491,8 @@ def config_of(reference: Reference, folder: Path) -> Config:
         **{"data_dir": str(folder), "output_dir": str(folder / "out"), "logger": ["csv"], "checkpoint_every": 0},
     }
     steps = reference.method in ("memo", "acil", "ds-al")
+    if reference.method == "ssre":
+        values["convnet_type"] = "little_rep"
     if ("milestones" in reference.constants and reference.method != "simplecil") or steps:
         values |= {"milestones": [1], "init_milestones": [1]}
     if reference.args.get("fixed_memory"):
@@ -566,14 +625,14 @@ def print_row(cells: Sequence[str], last: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pycil_parity.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=Path, metavar="FILE.npz")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.npz")
     parser.add_argument("--methods", default="", help="runs of the file, comma-separated; all where left out")
     asked = parser.parse_args(argv)
-    arrays = dict(np.load(asked.file))
+    arrays = {name: array for file in asked.files for name, array in np.load(file).items()}
     there = runs_of(arrays)
     names = [name for name in asked.methods.split(",") if name] or there
     if unknown := sorted(set(names) - set(there)):
-        print(f"error: {asked.file} has no {', '.join(unknown)}; it has {', '.join(there)}.", file=sys.stderr)
+        print(f"error: {asked.files[0]} has no {', '.join(unknown)}; it has {', '.join(there)}.", file=sys.stderr)
         return 2
     print_row(["run", "losses", "gradients", "logits", "student", "means", "gamma", "exemplars"], "")
     all_agree = True

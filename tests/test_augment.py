@@ -9,9 +9,18 @@ from PIL import Image, ImageEnhance, ImageOps
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from utils.data.augment import FitSmall, SmallTest, SmallTrain, brightened, brightness_factors, random_bits, uniform
+from utils.data.augment import (
+    FitSmall,
+    SmallAutoAugment,
+    SmallTest,
+    SmallTrain,
+    brightened,
+    brightness_factors,
+    random_bits,
+    uniform,
+)
 from utils.data.augment_large import FullSize, LargeTest, LargeTrain, random_boxes
-from utils.data.autoaugment import IMAGENET_POLICY, auto_augment
+from utils.data.autoaugment import CIFAR10_POLICY, IMAGENET_POLICY, auto_augment
 from utils.data.images import read_prepared
 
 SIZES = [(32, 32), (28, 28), (32, 47), (47, 32), (64, 64), (17, 29)]
@@ -104,6 +113,24 @@ def test_brightness_of_every_level_by_many_factors_is_pillow_s():
         np.testing.assert_array_equal(ours, functional.adjust_brightness(Image.fromarray(levels[0]), factor))
 
 
+def test_small_autoaugment_is_the_plain_transform_the_policy_and_a_black_square():
+    transform = SmallAutoAugment(True)
+    pictures = [transform.prepare(noise(SIZES[i % len(SIZES)], i)) for i in range(60)]
+    images = transform(pictures, states(60)).permute(0, 2, 3, 1).numpy()
+    plain = SmallTrain(True)(pictures, states(60)).permute(0, 2, 3, 1).numpy()
+    black = []
+    for before, numbers, ours in zip(plain, uniform(states(60), 11), images, strict=True):
+        expected = np.array(auto_augment(Image.fromarray(before), numbers[4:9], CIFAR10_POLICY))
+        y, x = (int(number * 32) for number in numbers[9:])  # Cutout of PyCIL: np.clip(y - 8, 0, 32) and so on
+        y1, y2, x1, x2 = np.clip([y - 8, y + 8, x - 8, x + 8], 0, 32)
+        expected[y1:y2, x1:x2] = 0
+        np.testing.assert_array_equal(ours, expected)
+        black.append((y2 - y1) * (x2 - x1))
+    assert min(black) < 150
+    assert max(black) == 256
+    assert repr(transform) != repr(SmallTrain(True)), "phase-0 networks are told apart by it"
+
+
 # --- large pictures ---
 
 
@@ -141,38 +168,45 @@ def photograph():
 class Drawn(transforms.AutoAugment):
     """torchvision's AutoAugment with given choices in place of random ones."""
 
-    def __init__(self, policy, probabilities, signs):
-        super().__init__()
+    def __init__(self, policy, probabilities, signs, kind):
+        super().__init__(kind)
         self.drawn = policy, torch.tensor(probabilities), torch.tensor(signs)
 
     def get_params(self, _):
         return self.drawn
 
 
+DIFFERENT = {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "Solarize"}
+POLICIES = {"imagenet": IMAGENET_POLICY, "cifar10": CIFAR10_POLICY}
+
+
+@pytest.mark.parametrize("kind", POLICIES)
 @pytest.mark.parametrize("policy", range(25))
 @pytest.mark.parametrize("sign", [1, -1])
-def test_autoaugment_is_torchvision_s_but_for_rotations_shears_and_solarize(policy, sign):
+def test_autoaugment_is_torchvision_s_but_for_what_moves_pixels_and_solarize(kind, policy, sign):
     """Solarize: its thresholds count down from 255 there; of the policy's levels, 3 and 4 then differ in one level."""
-    numbers = [(policy + 0.5) / 25, 0.0, 0.0, *[0.4 if sign > 0 else 0.6] * 2]
-    names = [name for name, *_ in IMAGENET_POLICY[policy]]
-    ours = auto_augment(photograph(), numbers)
-    theirs = Drawn(policy, [0.0, 0.0], [int(sign > 0)] * 2)(photograph())
-    if {"Rotate", "ShearX", "Solarize"} & set(names):
+    numbers, policies = [(policy + 0.5) / 25, 0.0, 0.0, *[0.4 if sign > 0 else 0.6] * 2], POLICIES[kind]
+    names = [name for name, *_ in policies[policy]]
+    ours = auto_augment(photograph(), numbers, policies)
+    drawn = Drawn(policy, [0.0, 0.0], [int(sign > 0)] * 2, transforms.AutoAugmentPolicy(kind))
+    theirs = drawn(photograph())
+    if DIFFERENT & set(names):
         assert ours.size == theirs.size
-    elif 0.0 in [probability for _, probability, _ in IMAGENET_POLICY[policy]]:
+    elif 0.0 in [probability for _, probability, _ in policies[policy]]:
         assert policy == 12  # torchvision applies an operation of probability 0 where it draws 0.0
-    else:  # torchvision's factors are float32
-        assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+    else:  # torchvision's factors are float32, in one operation after the other
+        assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 2
 
 
 def operation(name, level, sign):
     """One operation alone: the policy's number in which it stands, with only that operation applied."""
-    for policy, pair in enumerate(IMAGENET_POLICY):
-        for place, (its_name, probability, its_level) in enumerate(pair):
-            if (its_name, its_level) == (name, level) and probability > 0:
-                applied = [1.0, 1.0]
-                applied[place] = 0.0
-                return auto_augment(photograph(), [(policy + 0.5) / 25, *applied, *[0.4 if sign > 0 else 0.6] * 2])
+    for policies in POLICIES.values():
+        for policy, pair in enumerate(policies):
+            for place, (its_name, probability, its_level) in enumerate(pair):
+                if (its_name, its_level) == (name, level) and probability > 0:
+                    numbers = [(policy + 0.5) / 25, 1.0, 1.0, *[0.4 if sign > 0 else 0.6] * 2]
+                    numbers[1 + place] = 0.0
+                    return auto_augment(photograph(), numbers, policies)
     raise AssertionError(f"no policy has {name} at level {level}")
 
 
@@ -195,6 +229,29 @@ def test_shears_are_bicubic_and_fill_with_grey(sign):
     np.testing.assert_array_equal(operation("ShearX", 5, sign), expected)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_upright_shears_are_bicubic_too(sign):
+    picture, magnitude = photograph(), sign * np.linspace(0, 0.3, 10)[8]
+    expected = picture.transform(
+        picture.size, Image.AFFINE, (1, 0, 0, magnitude, 1, 0), Image.BICUBIC, fillcolor=(128, 128, 128)
+    )
+    np.testing.assert_array_equal(operation("ShearY", 8, sign), expected)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("name", "level"), [("TranslateX", 9), ("TranslateX", 8), ("TranslateY", 9), ("TranslateY", 3)]
+)
+def test_translations_are_parts_of_a_side_and_fill_with_grey(name, level, sign):
+    picture, part = photograph(), sign * np.linspace(0, 150 / 331, 10)[level]
+    x, y = (part * picture.width, 0) if name == "TranslateX" else (0, part * picture.height)
+    expected = picture.transform(picture.size, Image.AFFINE, (1, 0, x, 0, 1, y), fillcolor=(128, 128, 128))
+    ours = operation(name, level, sign)
+    np.testing.assert_array_equal(ours, expected)
+    corner = (-1, -1) if sign > 0 else (0, 0)
+    assert ours.getpixel((corner[0] % picture.width, corner[1] % picture.height)) == (128, 128, 128)
+
+
 @pytest.mark.parametrize("level", [3, 4, 5, 7, 8])
 def test_solarize_has_the_published_thresholds(level):
     np.testing.assert_array_equal(
@@ -202,7 +259,9 @@ def test_solarize_has_the_published_thresholds(level):
     )
 
 
-@pytest.mark.parametrize(("name", "level"), [("Color", 0), ("Color", 4), ("Contrast", 8), ("Sharpness", 7)])
+@pytest.mark.parametrize(
+    ("name", "level"), [("Color", 0), ("Color", 4), ("Contrast", 8), ("Sharpness", 7), ("Brightness", 9)]
+)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_enhancements_go_both_ways(name, level, sign):
     factor = 1 + sign * np.linspace(0, 0.9, 10)[level]
@@ -217,12 +276,13 @@ def test_posterize_keeps_the_published_bits(level):
     np.testing.assert_array_equal(operation("Posterize", level, 1), ImageOps.posterize(photograph(), bits))
 
 
-def test_sub_policies_and_operations_are_as_likely_as_published():
+@pytest.mark.parametrize("policies", POLICIES.values())
+def test_sub_policies_and_operations_are_as_likely_as_published(policies):
     """Of 25 sub-policies, which pictures change is the sum of their probabilities; 1.8 standard errors and more."""
     numbers = np.random.default_rng(0).random((4000, 5))
     picture = photograph().resize((16, 16))
-    unchanged = np.mean([np.array_equal(auto_augment(picture, row), picture) for row in numbers])
-    idle = [np.prod([1 - probability for _, probability, _ in pair]) for pair in IMAGENET_POLICY]
+    unchanged = np.mean([np.array_equal(auto_augment(picture, row, policies), picture) for row in numbers])
+    idle = [np.prod([1 - probability for _, probability, _ in pair]) for pair in policies]
     assert unchanged >= np.mean(idle) - 0.02  # some operations change nothing in some pictures
     assert unchanged <= np.mean(idle) + 0.12
 

@@ -246,6 +246,14 @@ def test_a_key_that_is_younger_than_a_record_was_its_default_then(tmp_path):
     assert differences(load(tmp_path, {"batch_size": 64}), older) == ["batch_size: 128 -> 64"]
 
 
+@pytest.mark.parametrize("name", ["cifar100_aa", "cifar10_aa"])
+def test_pycil_s_datasets_with_autoaugment(tmp_path, name):
+    config = load(tmp_path, {"dataset": name})
+    assert (config.dataset, config.augmentation) == (name.removesuffix("_aa"), "autoaugment")
+    assert load(tmp_path, {"dataset": name, "augmentation": "pycil"}).augmentation == "pycil"
+    assert load(tmp_path).augmentation == "pescr"
+
+
 def test_help_names_every_key_and_fits_the_terminal():
     text = help_text(**KNOWN, width=80)
     named = re.findall(r"^  (\w+): (?:default|required)", text, re.M)

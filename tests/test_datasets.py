@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
-from utils.data.augment import random_bits
+from utils.data.augment import SmallAutoAugment, random_bits
 from utils.data.datasets import CIFAR10_STATISTICS, CIFAR100_STATISTICS, IMAGENET_STATISTICS, KNOWN, dataset_defaults
 
 
@@ -155,6 +155,7 @@ def test_the_preset_that_fits(name, size, resolution):
         ("ImageNet100", "pycil", 0, False),
         ("imagenet1000", "pycil", 63 / 255, False),
         ("Unheard Of", "pycil", 0, False),
+        ("Unheard Of", "autoaugment", 63 / 255, True),
     ],
 )
 def test_large_images_are_augmented_as_pescr_or_as_pycil(name, augmentation, brightness, autoaugment):
@@ -168,3 +169,4 @@ def test_large_images_are_augmented_as_pescr_or_as_pycil(name, augmentation, bri
         assert levels.max() == pytest.approx(1 + brightness, abs=0.02)
     small = [dataset_defaults(name, (32, 32), kind).train_transform for kind in ("pescr", "pycil")]
     assert small[0] == small[1], "the transforms of small images are the same in both"
+    assert dataset_defaults(name, (32, 32), "autoaugment").train_transform == SmallAutoAugment(small[0].flip)

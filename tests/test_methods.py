@@ -20,6 +20,7 @@ from utils.data.paths import DatasetPaths
 
 CHANCE = 100 / 6
 ANALYTIC = {"init_epoch": 15, "init_milestones": [8, 12], "buffer_size": 200, "IL_batch_size": 50}
+ADAM = {"init_lr": 0.003, "lrate": 0.001, "temp": 0.5, "lambda_proto": 3}
 
 OPTIONS = {
     "ewc": {"ewc_lambda": 10000.0},  # what 1000 holds on to over thousands of steps, it does not within so few
@@ -29,6 +30,13 @@ OPTIONS = {
     "podnet": {"nb_proxy": 2, "ft_epochs": 10, "ft_lrate": 0.1},
     "acil": ANALYTIC,
     "ds-al": ANALYTIC,
+    "pass": ADAM,
+    "il2a": ADAM,
+    "ssre": {"init_lr": 0.003, "lrate": 0.003, "temp": 0.5, "lambda_proto": 3, "convnet_type": "resnet18_rep"},
+    "rmm-icarl": {"memory_size": 24, "m_rate_list": [0.2], "c_rate_list": [0, 0.2]},
+    "rmm-foster": {"memory_size": 24, "m_rate_list": [0.2], "c_rate_list": [0, 0.2]},
+    "tagfex": {"proj_hidden_dim": 32, "proj_output_dim": 16},
+    "beefiso": {"fusion_epochs": 5},
     "foster": {"epochs": 12, "milestones": [], "compression_epochs": 20, "beta2": 0.5},
 }
 
@@ -79,7 +87,7 @@ def train(folders, tmp_path):
     return call
 
 
-@pytest.mark.parametrize("method", ["replay", "gem", "bic", "podnet", "foster", "coil", "simplecil", "joint"])
+@pytest.mark.parametrize("method", ["replay", "gem", "bic", "podnet", "foster", "coil", "simplecil", "joint", "beefiso", "tagfex"])
 def test_methods_that_remember(train, method):
     phases = train(method)
     assert [phase["classes_seen"] for phase in phases] == [2, 4, 6]
@@ -96,6 +104,7 @@ def test_methods_that_remember(train, method):
         "bic": ["training", "bias"],
         "podnet": ["training", "balanced"],
         "foster": ["boosting", "compression"],
+        "beefiso": ["expansion", "fusion"],
         "simplecil": [],
     }
     assert names == expected.get(method, ["training"])
@@ -120,6 +129,18 @@ def test_methods_that_remember_without_exemplars(train, method):
     assert last["nme"] is None
     trained = [len(phase["training"]["stages"]) for phase in phases]
     assert trained == ([1, 1, 0] if method == "aper_finetune" else [1, 0, 0])
+
+
+@pytest.mark.parametrize("method", ["pass", "il2a", "ssre"])
+def test_methods_that_remember_prototypes(train, method):
+    phases = train(method)
+    assert [phase["classes_seen"] for phase in phases] == [2, 4, 6]
+    last = phases[-1]
+    assert last["memory"]["nb_real"] == last["memory"]["bytes_total"] == 0
+    for kind in ("cnn", "nme"):
+        assert last[kind]["old"] > CHANCE + 5, kind
+        assert last[kind]["top1"] > CHANCE + 15, kind
+    assert [len(phase["training"]["stages"]) for phase in phases] == [1, 1, 1]
 
 
 def test_acil_is_one_ridge_regression_of_all_images(folders, tmp_path):
@@ -196,6 +217,13 @@ def test_the_schedule_is_the_methods_own_where_the_config_is_silent():
         "ds-al": (None, [], None, 160, [120, 140], 5e-4),
         "fetril": (50, [], 5e-4, 200, *cosine),
         "aper_finetune": (20, [], 0.05, 200, [], 0.05),
+        "pass": (101, [45, 90], 2e-4, 101, [45, 90], 2e-4),
+        "il2a": (101, [45, 90], 2e-4, 101, [45, 90], 2e-4),
+        "ssre": (101, [45, 90], 5e-4, 101, [45, 90], 5e-4),
+        "rmm-icarl": (170, [80, 120], 2e-4, 200, *steps),
+        "rmm-foster": (170, [], 5e-4, 200, *cosine),
+        "beefiso": (170, [], 5e-4, 200, *cosine),
+        "tagfex": (170, [80, 120, 150], 2e-4, 200, *steps),
     }
     assert set(expected) == set(METHODS)
     for name, numbers in expected.items():
@@ -208,6 +236,9 @@ def test_the_schedule_is_the_methods_own_where_the_config_is_silent():
             "simplecil": (0.01, 0.1),
             "fetril": (0.1, 0.05),
             "aper_finetune": (0.01, 0.005),
+            "pass": (0.001, 0.001),
+            "il2a": (0.001, 0.001),
+            "ssre": (0.001, 0.001),
         }
         assert (own.init_lr, own.lrate) == rates.get(name, (0.1, 0.1))
 

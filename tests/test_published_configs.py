@@ -12,7 +12,7 @@ from utils.config.read import load_config
 
 CONFIGS = json.loads((Path(__file__).parent / "reference" / "published_configs.json").read_text())
 SHORT = ["init_epoch=1", "epochs=1", "compression_epochs=1", "ft_epochs=1", "batch_size=16", "num_workers=0"]
-SHORT += ["buffer_size=64"]
+SHORT += ["buffer_size=64", "fusion_epochs=1", "proj_hidden_dim=16", "proj_output_dim=16"]
 SMALL = ["device=cpu", "init_cls=2", "increment=2", "memory_per_class=2", "real_per_class=null", "cache=none"]
 
 

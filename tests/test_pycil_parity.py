@@ -8,12 +8,16 @@ import pytest
 from models import METHODS
 from tests import pycil_parity
 
-FILE = Path(__file__).parent / "reference" / "pycil_steps.npz"
+FOLDER = Path(__file__).parent / "reference"
+FILES = [FOLDER / "pycil_steps.npz", FOLDER / "pycil_steps_more.npz"]
+
+
+ARRAYS = {name: array for file in FILES for name, array in np.load(file).items()}
 
 
 @pytest.fixture(scope="module")
 def arrays():
-    return dict(np.load(FILE))
+    return ARRAYS
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +25,7 @@ def pictures(arrays, tmp_path_factory):
     return pycil_parity.Pictures.write(arrays, tmp_path_factory.mktemp("pictures"))
 
 
-with np.load(FILE) as file:
-    RUNS = [name for name in pycil_parity.runs_of(file) if pycil_parity.Reference(file, name).method in METHODS]
+RUNS = [name for name in pycil_parity.runs_of(ARRAYS) if pycil_parity.Reference(ARRAYS, name).method in METHODS]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -35,8 +38,8 @@ def test_every_step_is_pycil_s(name, arrays, pictures):
 def test_a_method_that_differs_is_reported(monkeypatch, capsys):
     monkeypatch.setattr("models.gem.projected", lambda gradient, memory, margin: gradient)
     monkeypatch.setattr(pycil_parity, "METHODS", {"gem": pycil_parity.METHODS["gem"]})
-    assert pycil_parity.main([str(FILE), "--methods", "gem,acil"]) == 1
+    assert pycil_parity.main([*map(str, FILES), "--methods", "gem,acil"]) == 1
     said = capsys.readouterr().out
     assert "DIFFERS: phase 1: " in said
     assert "not in the project" in said
-    assert pycil_parity.main([str(FILE), "--methods", "nothing"]) == 2
+    assert pycil_parity.main([*map(str, FILES), "--methods", "nothing"]) == 2

@@ -25,6 +25,10 @@ PYCIL_ONLY: dict[str, tuple[tuple | None, str]] = {
 A method's `Settings` may have a class variable `pycil_only` like this."""
 
 
+PYCIL_AUTOAUGMENT = {"cifar10_aa": "cifar10", "cifar100_aa": "cifar100"}
+"""PyCIL's names of datasets with another augmentation, and the datasets."""
+
+
 class Given(NamedTuple):
     """A value as given.  origin: the file, or the override as typed; typed: false for the text of an override."""
 
@@ -124,6 +128,7 @@ class _Reading:
         config = Config(**{name: values[name] for name in shared})
         if self.method and self.method.settings:
             config.settings = self.method.settings(**{name: values[name] for name in self.own_keys})
+        self._name_of_dataset(config)
         for name in self.given:
             if self.method and name not in shared and name not in self.own_keys and name not in self.broken:
                 self.notes.append(f"{name} is no key of {self.method.name}; it changes nothing")
@@ -132,6 +137,14 @@ class _Reading:
         if not self.problems:
             _fill_in(config)
         return config
+
+    def _name_of_dataset(self, config: Config) -> None:
+        """PyCIL's names with _aa stand for a dataset and `augmentation`."""
+        if plain := PYCIL_AUTOAUGMENT.get(str(config.dataset).lower()):
+            self.notes.append(f"dataset {config.dataset} is {plain} with augmentation: autoaugment")
+            config.dataset = plain
+            if "augmentation" not in self.given:
+                config.augmentation = "autoaugment"
 
     def refuse(self, message: str, *names: str) -> None:
         """Add a problem, unless a key that it is about has been refused already."""

@@ -137,10 +137,11 @@ class Config:
     augmentation_prob: Probability = setting(
         0.0, "p: probability that a real image is replaced by one of its copies when it is read", source=ESCORT
     )
-    augmentation: Literal["pescr", "pycil"] = setting(
+    augmentation: Literal["pescr", "pycil", "autoaugment"] = setting(
         "pescr",
-        "large images in training. pescr: random crop, flip, brightness, AutoAugment; pycil: crop and flip, and for "
-        "ImageNet1000 brightness",
+        "in training. Large images: random crop and flip, with pescr and autoaugment also brightness and AutoAugment, "
+        "with pycil brightness for ImageNet1000; small ones: crop, flip and brightness, with autoaugment also "
+        "AutoAugment and Cutout (PyCIL's cifar100_aa)",
     )
     augmentation_scope: Literal["all", "exemplars"] = setting("all", "which real images p applies to")
     regenerate: Literal["ahead", "on_demand"] = setting(
@@ -181,7 +182,10 @@ class Config:
     init_lr_decay: Positive = setting(0.1, "phase 0: factor of each decay", source=PYCIL)
     init_weight_decay: NonNegative | None = setting(None, "phase 0: weight decay; null: the method's own", source=PYCIL)
     epochs: Count | None = setting(
-        None, "later phases: epochs; null: the method's own", source=PYCIL, also=["boosting_epochs", "tuned_epoch"]
+        None,
+        "later phases: epochs; null: the method's own",
+        source=PYCIL,
+        also=["boosting_epochs", "tuned_epoch", "expansion_epochs"],
     )
     lrate: Positive | None = setting(
         None, "later phases: learning rate; null: the method's own", source=PYCIL, also=["lr", "finetune_lr"]

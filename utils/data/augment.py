@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
 
+from utils.data.autoaugment import CIFAR10_POLICY, NUMBERS, auto_augment
+
 BRIGHTNESS = 63 / 255
 """ColorJitter's: brightness changes by a factor between 1 - BRIGHTNESS and 1 + BRIGHTNESS."""
 
@@ -127,6 +129,23 @@ class SmallTrain:
             target = target[:, ::-1] if mirror else target
             target[top - y : top - y + part.shape[0], left - x : left - x + part.shape[1]] = part
         return as_images(brightened(out, brightness_factors(numbers[:, 3], self.brightness)))
+
+
+@dataclass(frozen=True)
+class SmallAutoAugment(SmallTrain):
+    """SmallTrain, then AutoAugment's CIFAR-10 policy, and Cutout: a black square of `hole` pixels about any pixel."""
+
+    hole: int = 16
+
+    def __call__(self, pictures: Sequence[np.ndarray], states: np.ndarray) -> Tensor:
+        plain = super().__call__(pictures, states).permute(0, 2, 3, 1).numpy()
+        numbers, side = uniform(states, NUMBERS + 2, first=4), self.prepare.side
+        policy = [auto_augment(Image.fromarray(x), row, CIFAR10_POLICY) for x, row in zip(plain, numbers, strict=True)]
+        out = np.stack([np.asarray(picture) for picture in policy])
+        for picture, (y, x) in zip(out, (numbers[:, NUMBERS:] * side).astype(int).tolist(), strict=True):
+            half = self.hole // 2
+            picture[max(y - half, 0) : y + half, max(x - half, 0) : x + half] = 0
+        return as_images(out)
 
 
 @dataclass(frozen=True)

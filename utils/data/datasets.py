@@ -7,11 +7,19 @@ adds what the size does not tell; a dataset need not be in it.
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from utils.data.augment import BRIGHTNESS, Normalise, SmallTest, SmallTrain, TestTransform, TrainTransform
+from utils.data.augment import (
+    BRIGHTNESS,
+    Normalise,
+    SmallAutoAugment,
+    SmallTest,
+    SmallTrain,
+    TestTransform,
+    TrainTransform,
+)
 from utils.data.augment_large import SIDE, LargeTest, LargeTrain
 
 ImageKind = Literal["small", "large"]
-Augmentation = Literal["pescr", "pycil"]
+Augmentation = Literal["pescr", "pycil", "autoaugment"]
 
 SMALL_SIDE = 64
 """Images whose shorter side has at most this many pixels get the transforms of small images."""
@@ -89,10 +97,11 @@ def dataset_defaults(
 ) -> DatasetDefaults:
     """The defaults of a dataset.
 
-    name: the dataset's folder name; sample_image_size: (width, height) of a typical image in pixels; augmentation: of
-    large images in training.  "pescr" (ESCORT's published code): random resized crop, flip, brightness, AutoAugment;
-    "pycil": crop and flip, as PyCIL does for ImageNet-100, and brightness for ImageNet1000; network_input: of a
-    backbone with a size of its own, to which images of all sizes are brought.
+    name: the dataset's folder name; sample_image_size: (width, height) of a typical image in pixels; augmentation: in
+    training.  Large images: "pescr" (ESCORT's published code) and "autoaugment": random resized crop, flip, brightness,
+    AutoAugment; "pycil": crop and flip, as PyCIL does for ImageNet-100, and brightness for ImageNet1000.  Small ones:
+    crop, flip and brightness, and with "autoaugment" also AutoAugment and Cutout, as PyCIL's cifar100_aa.
+    network_input: of a backbone with a size of its own, to which images of all sizes are brought.
     """
     entry = known(name)
     shorter = min(sample_image_size)
@@ -102,8 +111,9 @@ def dataset_defaults(
         side, statistics = network_input.side, (network_input.mean, network_input.std)
         test = LargeTest(side, network_input.resize, network_input.mode)
     if kind == "small":
-        train, test, statistics = SmallTrain(entry.flip), SmallTest(), entry.small_statistics
-    elif augmentation == "pescr":
+        train = (SmallAutoAugment if augmentation == "autoaugment" else SmallTrain)(entry.flip)
+        test, statistics = SmallTest(), entry.small_statistics
+    elif augmentation != "pycil":
         train = LargeTrain(entry.flip, side=side)
     else:
         train = LargeTrain(entry.flip, BRIGHTNESS if entry.pycil_jitter else 0.0, autoaugment=False, side=side)

@@ -72,7 +72,10 @@ class PhasedClasses:
     @cached_property
     def defaults(self) -> DatasetDefaults:
         """What fits the dataset's name and the typical size of its pictures."""
-        return dataset_defaults(self.dataset, self.picture_size, self.augmentation, self.network_input)
+        return self.defaults_with(self.augmentation)
+
+    def defaults_with(self, augmentation: Augmentation) -> DatasetDefaults:
+        return dataset_defaults(self.dataset, self.picture_size, augmentation, self.network_input)
 
 
 def phase_starts(nb_classes: int, init_cls: int, increments: int | Sequence[int]) -> list[int]:

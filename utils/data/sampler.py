@@ -13,6 +13,8 @@ from utils.errors import UserError
 
 _ORDER = 0
 """The stream of random numbers for the order."""
+VIEW = 2**40
+"""What is added to the epoch in the key of an item's second view, so that its random numbers are others."""
 
 
 def seed_sequence(model_seed: int, phase: int, epoch: int, *stream: int) -> np.random.SeedSequence:
@@ -30,6 +32,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     All ranks take the same number of steps, or distributed training would hang: where the last batch has fewer items
     than there are ranks, the ranks without an item repeat one, which `sizes` does not count.
 
+    views: how often a batch has its items, one after another, with random numbers of their own.
+
     Raises UserError for a batch_size below world_size.
     """
 
@@ -42,6 +46,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         *,
         rank: int = 0,
         world_size: int = 1,
+        views: int = 1,
     ):
         if batch_size < world_size:
             raise UserError(f"batch_size {batch_size} is less than one image for each of {world_size} processes.")
@@ -51,6 +56,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
+        self.views = views
         self.epoch = self.first_step = 0
         self._seeds = (model_seed, phase)
 
@@ -62,9 +68,10 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         return -(-self.nb_items // self.batch_size)
 
     def sizes(self, step: int) -> tuple[int, int]:
-        """(items of this rank, items of all ranks) in a batch; 0 for a rank that repeats another's item."""
+        """(items of this rank, items of all ranks) in a batch, each as often as it has views; 0 for a rank that repeats
+        another's item."""
         of_all = min(self.batch_size, self.nb_items - step * self.batch_size)
-        return len(range(self.rank, of_all, self.world_size)), of_all
+        return self.views * len(range(self.rank, of_all, self.world_size)), self.views * of_all
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
@@ -73,4 +80,4 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         for step in range(self.first_step, len(self)):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
             own = batch[self.rank :: self.world_size] or [batch[self.rank % len(batch)]]
-            yield [(epoch, index) for index in own]
+            yield [(epoch + view * VIEW, index) for view in range(self.views) for index in own]

@@ -65,22 +65,32 @@ class ExemplarMemory:
         self.seed = seed
         self._class_budget = budget
         self._nb_classes = 1  # that share the total
+        self._own: dict[int, float] = {}  # units of classes that were given other than their share
         self._images: dict[int, list[Path]] = {}  # in order of choice
         self._counts: dict[int, list[int]] = {}  # how many of them each quota holds
         self._units: dict[tuple[str, Path], float | None] = {}  # of exemplars that have been made
         self._file_bytes: dict[tuple[str, str], int] = {}  # of images by class and name, which may be gone by now
 
-    def add_class(self, target: int, images: Sequence[Path], features: np.ndarray | torch.Tensor) -> None:
+    def add_class(
+        self,
+        target: int,
+        images: Sequence[Path],
+        features: np.ndarray | torch.Tensor,
+        units: float | None = None,
+    ) -> None:
         """Choose a class's exemplars.
 
         images: the class's train images, n of them; features: n x d, in the same order.  A class of fewer images than
-        the quotas ask for keeps all.  With a total, call `make_room` first.
+        the quotas ask for keeps all.  With a total, call `make_room` first; units: in place of the class's share of
+        it, until room is made again.
         """
         if target in self._images:
             raise ValueError(f"class {target} is in memory already")
         if len(images) != len(features):
             raise ValueError(f"{len(images)} images, {len(features)} features")
-        counts = self._share(images)
+        if units is not None:
+            self._own[target] = units
+        counts = self._share(images, units)
         chosen = [images[i] for i in self.select(target, features, min(sum(counts), len(images)))]
         self._file_bytes |= {_name(image): image.stat().st_size for image in chosen}
         self._keep(
@@ -98,6 +108,7 @@ class ExemplarMemory:
         self._nb_classes = max(nb_classes, 1)
         if self.total is None:
             return
+        self._own.clear()
         for target in self.targets:
             if images := self._images[target]:
                 before, after = np.cumsum(self._counts[target]), np.cumsum(self._share(images))
@@ -125,10 +136,11 @@ class ExemplarMemory:
         of its own.
         """
         images, counts, before = self._images[target], self._counts[target], len(self._images[target])
+        budget = self._own.get(target, self.budget)
         while (
             self.bytes(target) > self.bytes_budget
             if self.bytes_budget is not None
-            else self.budget is not None and self.units(target) > self.budget + ROUNDING
+            else budget is not None and self.units(target) > budget + ROUNDING
         ):
             last = max((i for i, count in enumerate(counts) if count), default=0)
             if self.quotas[last][0] == REAL or not images:
@@ -233,8 +245,8 @@ class ExemplarMemory:
         """Plain values, fit for JSON and for `torch.load(weights_only=True)`.
 
         forms: their names in the order of the quotas; classes: for each target, as a string, its images in order of
-        choice ("<class>/<file>", undecodable bytes escaped as Python does in paths), their bytes as files, and how many
-        each form holds.
+        choice ("<class>/<file>", undecodable bytes escaped as Python does in paths), their bytes as files, how many each
+        form holds, and its units where they are not its share.
         """
         return {
             "forms": [form for form, _ in self.quotas],
@@ -243,6 +255,7 @@ class ExemplarMemory:
                     "images": ["/".join(_name(image)) for image in self._images[target]],
                     "file_bytes": [self._file_bytes[_name(image)] for image in self._images[target]],
                     "counts": list(self._counts[target]),
+                    **({"units": self._own[target]} if target in self._own else {}),
                 }
                 for target in self.targets
             },
@@ -268,6 +281,7 @@ class ExemplarMemory:
             names = of_class["images"]  # checkpoints of earlier versions have no bytes
             sizes = of_class.get("file_bytes") or [(train / name).stat().st_size for name in names]
             self._file_bytes |= {tuple(name.split("/")): size for name, size in zip(names, sizes, strict=True)}
+        self._own = {int(t): of_class["units"] for t, of_class in state["classes"].items() if "units" in of_class}
         self._nb_classes = max(len(self._images), 1)
 
     def _of(self, target: int) -> list[tuple[str, Path]]:
@@ -275,12 +289,12 @@ class ExemplarMemory:
         forms = [form for (form, _), count in zip(self.quotas, self._counts[target], strict=True) for _ in range(count)]
         return list(zip(forms, self._images[target], strict=True))
 
-    def _share(self, images: Sequence[Path]) -> list[int]:
+    def _share(self, images: Sequence[Path], units: float | None = None) -> list[int]:
         """How many exemplars of each form a class has at present; the first image tells what each form costs."""
         if self.total is None or not images:
             return [number for _, number in self.quotas]
         costs = {form: self._cost(form, images[0]) for form, number in self.quotas if number}
-        return share(self.budget, self.quotas, costs)
+        return share(self.budget if units is None else units, self.quotas, costs)
 
     def _keep(self, target: int, images: Sequence[Path], counts: Sequence[int]) -> None:
         """Keep the start of `images`, cut into forms by `counts` as far as there are images."""
