@@ -87,7 +87,9 @@ def train(folders, tmp_path):
     return call
 
 
-@pytest.mark.parametrize("method", ["replay", "gem", "bic", "podnet", "foster", "coil", "simplecil", "joint", "beefiso", "tagfex"])
+@pytest.mark.parametrize(
+    "method", ["replay", "gem", "bic", "podnet", "foster", "coil", "simplecil", "joint", "beefiso", "tagfex"]
+)
 def test_methods_that_remember(train, method):
     phases = train(method)
     assert [phase["classes_seen"] for phase in phases] == [2, 4, 6]

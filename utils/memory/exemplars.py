@@ -245,8 +245,8 @@ class ExemplarMemory:
         """Plain values, fit for JSON and for `torch.load(weights_only=True)`.
 
         forms: their names in the order of the quotas; classes: for each target, as a string, its images in order of
-        choice ("<class>/<file>", undecodable bytes escaped as Python does in paths), their bytes as files, how many each
-        form holds, and its units where they are not its share.
+        choice ("<class>/<file>", undecodable bytes escaped as Python does in paths), their bytes as files, how many
+        each form holds, and its units where they are not its share.
         """
         return {
             "forms": [form for form, _ in self.quotas],
