@@ -28,6 +28,7 @@ from utils.data.phases import PhasedClasses
 from utils.errors import UserError
 
 
+# longer than usual: one hook for each thing that a method may change, most of them of one line
 class Method(abc.ABC):
     """A method in a run.
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from utils.config.mistakes import as_json, is_among, not_among, what_is_wrong
 from utils.config.schema import REQUIRED, Config, Key, MethodInfo, all_keys, keys_of
-from utils.config.types import alternatives, choices_of, in_words
+from utils.config.types import alternatives
 from utils.errors import UserError
 
 PYCIL_ONLY: dict[str, tuple[tuple | None, str]] = {
@@ -166,10 +167,10 @@ class _Reading:
                     found[key] = entry
             elif name in self.pycil_only:
                 allowed, reason = self.pycil_only[name]
-                if allowed is None or entry.value in (allowed if entry.typed else [*map(_as_json, allowed)]):
+                if allowed is None or entry.value in (allowed if entry.typed else [*map(as_json, allowed)]):
                     self.notes.append(f"{name} is PyCIL's and changes nothing here: {reason}")
                 else:
-                    only = " or ".join(map(_as_json, allowed))
+                    only = " or ".join(map(as_json, allowed))
                     self.problems.append((entry.origin, f"{name} can only be {only} here: {reason}"))
             else:
                 near = difflib.get_close_matches(name, [*self.keys, *ours], n=1, cutoff=0.5)
@@ -196,7 +197,7 @@ class _Reading:
                     resolved[name] = self.given[name]._replace(value=value, typed=not isinstance(value, str))
                 except OmegaConfBaseException as error:
                     said = str(error).strip().partition("\n")[0]
-                    self.refuse(f"{name}: {_as_json(self.given[name].value)} can't be read ({said})", name)
+                    self.refuse(f"{name}: {as_json(self.given[name].value)} can't be read ({said})", name)
                     self.broken.add(name)
                     resolved.pop(name, None)
         return resolved
@@ -208,11 +209,11 @@ class _Reading:
             value = None
         try:
             value = TypeAdapter(key.annotation).validate_python(value, strict=entry.typed)
-            if choices is None or _is_among(value, choices):
+            if choices is None or is_among(value, choices):
                 return value
-            message = _not_among(choices, _as_json(value))
+            message = not_among(choices, as_json(value))
         except ValidationError as error:
-            message = _what_is_wrong(key.annotation, error, _as_json(value) if entry.typed else value)
+            message = what_is_wrong(key.annotation, error, as_json(value) if entry.typed else value)
         self.refuse(f"{key.name} {message}", key.name)
         self.broken.add(key.name)
         return key.default
@@ -320,44 +321,5 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_BOUNDS = {
-    "greater_than_equal": ("ge", "at least"),
-    "greater_than": ("gt", "above"),
-    "less_than": ("lt", "below"),
-    "less_than_equal": ("le", "at most"),
-}
-
-
 def _may_be_null(annotation: Any) -> bool:
     return types.NoneType in alternatives(annotation)
-
-
-def _what_is_wrong(annotation: Any, error: ValidationError, shown: str) -> str:
-    """Such as "must be at least 1, not 0"; shown: the value as it was written."""
-    for fault in error.errors():
-        if fault["type"] in _BOUNDS:
-            bound, words = _BOUNDS[fault["type"]]
-            return f"must be {words} {fault['ctx'][bound]:g}, not {shown}"
-        if fault["type"] == "literal_error":
-            return _not_among(choices_of(annotation), shown)
-        if fault["type"] == "value_error":
-            said = str(fault["ctx"]["error"])
-            return f"{said}, not {shown}" if said.startswith("must") else f"{said}: {json.dumps(shown)}"
-    return f"must be {in_words(annotation)}, not {shown}"
-
-
-def _is_among(value: str, choices: Sequence[str]) -> bool:
-    """Whether a value is one of the choices; "timm/NAME" stands for whatever has a name after "timm/"."""
-    patterns = [choice.removesuffix("NAME") for choice in choices if choice.endswith("/NAME")]
-    return value in choices or any(value.startswith(pattern) and value != pattern for pattern in patterns)
-
-
-def _not_among(choices: Sequence[str], shown: str) -> str:
-    near = difflib.get_close_matches(shown.strip('"'), choices, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"must be one of {', '.join(choices)}, not {shown}{hint}"
-
-
-def _as_json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 100 else text[:100] + "..."
