@@ -25,7 +25,7 @@ class Data:
 class Machine:
     """Which model, and how it runs; the options of compress/run.py of the same names.
 
-    loras: files and scales; precision: "auto" or a name.
+    loras: files and scales; precision, engine: "auto" or a name.
     """
 
     model: str = "sd15"
@@ -34,7 +34,7 @@ class Machine:
     precision: str = "auto"
     batch_size: int | None = None
     low_memory: bool = False
-    compile: bool = False
+    engine: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,8 @@ def seconds_of_copy(paths: DatasetPaths, images: Sequence[Path], form: Form, mac
     if not form.needs_model:
         return 0.0
     fabric = launch(*accelerator(device))
-    generator = make_generator(form, machine, fabric.device, choose_precision(machine.precision, fabric.device))
+    precision = choose_precision(machine.precision, fabric.device, machine.engine)
+    generator = make_generator(form, machine, fabric.device, precision)
     text = next(iter(paths.class_texts().values()))
     requests = [form.requests(image, form.encode(pixels(image), text), text, [0])[0] for image in images]
 

@@ -38,7 +38,7 @@ class OnDemand(Copies):
             self.job = Job(Data(paths, tuple(range(copies))), form, machine, words)
             # A wrong path, and below copies of other settings, show now and not after the first phase.
             self.model = build.fingerprint(machine) if form.needs_model else None
-            self.precision = fabric.broadcast(build.choose_precision(machine.precision, fabric.device))
+            self.precision = fabric.broadcast(build.choose_precision(machine.precision, fabric.device, machine.engine))
         except UserError as error:
             raise UserError(f"regenerate_options: {error}") from error
         if fabric.is_global_zero:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 from compress.forms import Form, examples, form_named
 from compress.job import Data, Job, Machine
-from compress.presets import PRESETS, SAMPLERS
+from compress.presets import FAST, PRESETS, SAMPLERS
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+
+ENGINES = ("torch", "compile", "openvino")
+"""What runs the networks."""
 
 MOST_COPIES = 1_000_000
 
@@ -135,6 +138,13 @@ def _add_settings(parser: argparse.ArgumentParser, resolution: str | None, form:
     )
     settings.add_argument("--form", default=form, help=f"what is kept of an image: {', '.join(examples())} [{form}]")
     settings.add_argument("--size", metavar="N", type=at_least_one, help="shorter side of the generated pictures")
+    settings.add_argument(
+        "--preset",
+        choices=("paper", "fast"),
+        default="paper",
+        help=f"fast: --sampler {FAST['sampler']} --steps {FAST['steps']} where they are not given, which lost nothing "
+        "measurable on digits (docs/benchmarks.md) [paper]",
+    )
     settings.add_argument("--sampler", choices=tuple(SAMPLERS), help="how latents are sampled [ddim]")
     settings.add_argument("--steps", metavar="N", type=at_least_one, help="steps of the sampler")
     settings.add_argument(
@@ -195,7 +205,16 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     machine.add_argument("--batch-size", metavar="N", type=at_least_one, help="copies made at a time [by device]")
     machine.add_argument("--low-memory", action="store_true", help="keep on the GPU only the network that is at work")
-    machine.add_argument("--compile", action="store_true", help="torch.compile: minutes first, then faster")
+    machine.add_argument(
+        "--engine",
+        default="auto",
+        choices=("auto", *ENGINES),
+        help="what runs the networks: torch; compile: torch.compile, minutes first, then faster (GPUs: CUDA graphs); "
+        "openvino: CPUs, needs `pip install openvino` [torch]",
+    )
+    machine.add_argument(
+        "--compile", dest="engine", action="store_const", const="compile", help="the same as --engine compile"
+    )
     return machine
 
 
@@ -209,6 +228,7 @@ def _words(options: argparse.Namespace) -> tuple[str, ...]:
     """The options as they can be typed again, without the form's and without defaults."""
     given = [("resolution", options.resolution), *((name, getattr(options, name)) for name in _SETTINGS)]
     given += [("model", options.model)] * (options.model != "sd15") + [("base", options.base)]
+    given += [("engine", options.engine)] * (options.engine == "openvino")
     given += [("lora", f"{file}:{scale:g}") for file, scale in options.lora]
     given = [(name, "{:g}:{:g}".format(*value) if isinstance(value, tuple) else value) for name, value in given]
     named = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given if value is not None]
@@ -227,12 +247,15 @@ def fitting_preset(paths: DatasetPaths) -> str:
 
 
 def _form(options: argparse.Namespace) -> Form:
+    for name, value in FAST.items() if options.preset == "fast" else ():
+        if getattr(options, name) is None:
+            setattr(options, name, value)  # recorded as if it had been given
     preset = PRESETS[options.resolution].changed(**{name: getattr(options, name) for name in _SETTINGS})
     return form_named(options.form, preset)
 
 
 def _machine(options: argparse.Namespace) -> Machine:
-    names = ("model", "base", "precision", "batch_size", "low_memory", "compile")
+    names = ("model", "base", "precision", "batch_size", "low_memory", "engine")
     return Machine(**{name: getattr(options, name) for name in names}, loras=tuple(options.lora))
 
 

@@ -196,8 +196,8 @@ class Records:
     """The settings asked for of a dataset's kept files and copies, and the recorded settings of those on disk.
 
     form: with the settings; model: the weights' fingerprint (`weights_fingerprint`, or a loaded model's `fingerprint`);
-    precision: "fp32", "bf16" or "fp16".  A model or precision of None is not compared.  options: those of
-    compress/run.py that give these settings.
+    precision: what `compress.generators.build.choose_precision` returns.  A model or precision of None is not compared.
+    options: those of compress/run.py that give these settings.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class Records:
         texts = paths.class_texts()
         self.kept = Record(paths.folder("kept"), form.settings(), dict.fromkeys(texts))
         made_by = {"model": model, "precision": precision} if form.needs_model else {}
-        options = [*options, *(["--precision", precision] if precision and options else [])]
+        options = [*options, *(["--precision", precision.partition("-")[0]] if precision and options else [])]
         self.copies = Record(paths.folder("copies"), {**form.copy_settings(), **made_by}, texts, options)
 
 

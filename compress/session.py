@@ -9,8 +9,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from compress.generators.build import choose_precision, download, fingerprint, make_generator, warn_of_long_prompts
-from compress.job import Data, Job
+from compress.generators.build import (
+    OPENVINO_BF16,
+    choose_precision,
+    download,
+    fingerprint,
+    make_generator,
+    warn_of_long_prompts,
+)
+from compress.job import Data, Job, Machine
 from compress.options import Action
 from compress.plan import Plan, Survey, survey, to_plan
 from compress.records import MadeOtherwise, Records
@@ -34,7 +41,7 @@ def run(job: Job, action: Action) -> int:
     fabric = launch(*accelerator(action.device), patience=PATIENCE)
     images, empty = together(fabric, lambda: select(job.data))
     if action.verify:
-        records = Records(job.data.paths, job.form, None, named(job.machine.precision))
+        records = Records(job.data.paths, job.form, None, named(job.machine))
         is_well = verified(fabric, records, images, job.data.copy_numbers).is_well
         return DONE if (is_well and not empty) or not fabric.is_global_zero else SOME_FAILED
     if action.download:
@@ -74,12 +81,13 @@ def make_generator_for(job: Job, todo: Plan, fabric: Fabric):
     """The generator of a plan's copies, announced by the first process; None where no copy is missing."""
     if not todo.copies_missing:
         return None
-    precision = todo.records.precision
+    precision, engine = todo.records.precision, job.machine.engine
     generator = make_generator(job.form, job.machine, fabric.device, precision)
     if job.form.needs_model and fabric.is_global_zero:
         where = fabric.device if fabric.world_size == 1 else f"{fabric.world_size} processes ({fabric.device.type})"
         at_a_time = f"{generator.batch_size} at a time"
-        print(f"model {job.machine.model} on {where} in {precision}, {at_a_time}", flush=True)
+        by = "" if engine in ("auto", "torch") else f" by {engine}"
+        print(f"model {job.machine.model} on {where}{by} in {precision.partition('-')[0]}, {at_a_time}", flush=True)
     return generator
 
 
@@ -106,7 +114,7 @@ def find_work(fabric: Fabric, job: Job, images: list[Path], action: Action) -> P
 
     again = job.existing != "refuse"
     try:
-        todo = planned_to_make() if again else planned(None, named(machine.precision))
+        todo = planned_to_make() if again else planned(None, named(machine))
         findings = verified(fabric, todo.records, images, numbers) if action.repair else Findings()
         if findings.repairs(todo).copies_missing and not again:
             todo = planned_to_make()
@@ -117,7 +125,7 @@ def find_work(fabric: Fabric, job: Job, images: list[Path], action: Action) -> P
 
 def made_by(job: Job, device: torch.device, without_weights: bool) -> tuple[str | None, str]:
     """(fingerprint of the model's weights, precision).  Raises UserError without weights, unless they don't matter."""
-    precision = choose_precision(job.machine.precision, device)
+    precision = choose_precision(job.machine.precision, device, job.machine.engine)
     try:
         return fingerprint(job.machine) if job.form.needs_model else None, precision
     except UserError:
@@ -126,9 +134,11 @@ def made_by(job: Job, device: torch.device, without_weights: bool) -> tuple[str 
         raise
 
 
-def named(precision: str) -> str | None:
-    """The precision that the user has named; None for "auto"."""
-    return None if precision == "auto" else precision
+def named(machine: Machine) -> str | None:
+    """The precision that the user has named, as copies record it; None for "auto"."""
+    if (machine.engine, machine.precision) == ("openvino", "bf16"):
+        return OPENVINO_BF16
+    return None if machine.precision == "auto" else machine.precision
 
 
 def verified(fabric: Fabric, records: Records, images: list[Path], copy_numbers: Sequence[int]) -> Findings:

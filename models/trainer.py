@@ -14,6 +14,7 @@ from torch import Tensor
 from convs.blocks import fold_adapters
 from convs.resnet import nb_parameters
 from models import phase0
+from models.copy_choice import choose_copies
 from models.epochs import Epochs
 from models.method import Method
 from models.resume import Checkpoints, Place
@@ -221,7 +222,10 @@ class Trainer:
         if self.run.copies is None:
             return None
         needed = phase + 1 < self.data.nb_phases or self.config.nme
-        return self.run.copies.make([image for image in self.shown() if image not in there], with_copies=needed)
+        made = self.run.copies.make([image for image in self.shown() if image not in there], with_copies=needed)
+        if needed and self.config.copies_kept != "all":
+            choose_copies(self.run, self.method.evaluated, self.method.describe("choosing copies"))
+        return made
 
     def _archive(self) -> None:
         """Write the exemplars as one file, memory/phaseNN.zip."""

@@ -14,7 +14,7 @@ from PIL import Image
 from compress import run, summary
 from compress.generators import build as machine
 from compress.generators.controlnet import PictureGenerator
-from compress.options import copy_numbers
+from compress.options import copy_numbers, parse_settings
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.model import ModelError
 from tests.folders import make_dataset, save_noise
@@ -246,20 +246,27 @@ def test_a_dataset_without_any_image_is_a_wrong_command(tmp_path, compress):
     assert "no images" in err
 
 
-@pytest.mark.parametrize("option", ["--low-memory", "--compile"])
-def test_what_suits_the_machine_changes_no_settings(paths, compress, monkeypatch, option):
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        (["--low-memory"], "low_memory", True),
+        (["--compile"], "engine", "compile"),
+        (["--engine", "compile"], "engine", "compile"),
+    ],
+)
+def test_what_suits_the_machine_changes_no_settings(paths, compress, monkeypatch, options, name, value):
     given = {}
 
     def note(generator, preset, model, of=PictureGenerator.__init__, **how):
         given.update(how)
-        of(generator, preset, model, **{**how, "compile": False})
+        of(generator, preset, model, **{**how, "engine": "torch"})
 
     monkeypatch.setattr(PictureGenerator, "__init__", note)
     compress("--seeds", "1", "--limit", "1")
-    assert (given["low_memory"], given["compile"]) == (False, False)
-    code, out, err = compress("--seeds", "2", "--limit", "1", option)
+    assert (given["low_memory"], given["engine"]) == (False, "torch")
+    code, out, err = compress("--seeds", "2", "--limit", "1", *options)
     assert code == 0, err
-    assert given[option.strip("-").replace("-", "_")] is True
+    assert given[name] == value
     assert "copies: 3 made, 3 skipped" in out
 
 
@@ -357,3 +364,14 @@ def test_sigkill_and_rerun_leave_the_tree_of_an_undisturbed_run(tmp_path, paths,
     compress(*arguments, data=whole)
     assert len(copies(paths)) == 108
     assert made(paths) == made(whole)
+
+
+def test_the_fast_preset_sets_what_is_not_given():
+    def settings(text):
+        form, _, words, _ = parse_settings(text, "high")
+        return form.copy_settings(), words
+
+    assert settings("") == settings("--preset paper")
+    assert settings("--preset fast") == settings("--sampler dpm++2m --steps 4")
+    assert settings("--preset fast --steps 8 --guidance 1") == settings("--steps 8 --guidance 1 --sampler dpm++2m")
+    assert settings("")[0]["sampling"]["steps"] == 20

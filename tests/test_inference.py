@@ -10,6 +10,7 @@ from torch import nn
 
 from ControlNet.cldm import inference
 from ControlNet.cldm.inference import make_ready, visiting
+from ControlNet.cldm.samplers import SAMPLERS
 from ControlNet.ldm.packed import PackedConv2d, PackedLinear, pack_weights
 from tests.little_model import little_model
 
@@ -140,7 +141,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_compiled_steps_predict_the_same(own_cache, caplog):
     plain, compiled = little_model(), little_model()
-    make_ready(compiled, compile=True)
+    make_ready(compiled, engine="compile")
     with torch.inference_mode():
         arguments = inputs(plain)
         assert relative_error(compiled.apply_model(*arguments), plain.apply_model(*arguments)) < 1e-4
@@ -163,7 +164,7 @@ class Model(nn.Module):
 
 def assert_goes_on_without(caplog, reason):
     model = Model()
-    make_ready(model, compile=True)
+    make_ready(model, engine="compile")
     for x in torch.randn(2, 5):
         assert torch.equal(model.apply_model(x), x.sin() + 1)
     (message,) = said(caplog)  # once
@@ -221,3 +222,36 @@ def test_a_visit_that_does_not_fit_ends_at_home(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError), visiting(torch.device("cpu"), network):
         pytest.fail("it did not fit")
     assert [tensor.data_ptr() for tensor in network.parameters()] == homes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("how", [{}, {"reuse_every": 2}, {"sampler": "unipc"}])
+def test_cuda_graphs_sample_the_same(own_cache, caplog, how):
+    """A sampler keeps the results of earlier steps, which the next replay of a graph must not overwrite."""
+    how = dict(how)
+    plain, compiled = little_model().cuda(), little_model().cuda()
+    make_ready(compiled, engine="compile")
+    sampler = SAMPLERS[how.pop("sampler", "ddim")]
+    for batch, size in ((2, 64), (1, 128), (2, 64)):
+        _, _, cond = inputs(plain, batch, size)
+        cond = {name: [tensor.cuda() for tensor in tensors] for name, tensors in cond.items()}
+        uncond = {**cond, "c_crossattn": [torch.zeros_like(tensor) for tensor in cond["c_crossattn"]]}
+        latents = []
+        for model in (plain, compiled):
+            with torch.inference_mode():
+                made, _ = sampler(model).sample(
+                    6,
+                    batch,
+                    (4, size // 8, size // 8),
+                    cond,
+                    unconditional_guidance_scale=3.0,
+                    unconditional_conditioning=uncond,
+                    generator=torch.Generator().manual_seed(0),
+                    verbose=False,
+                    **how,
+                )
+                latents.append((made, model.decode_first_stage(made)))
+        for ours, theirs in zip(*latents, strict=True):
+            assert relative_error(ours, theirs) < 1e-2  # TF32 and other kernels
+    assert not said(caplog)

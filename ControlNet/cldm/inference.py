@@ -1,13 +1,14 @@
-"""Prepare a model for sampling: memory layout, torch.compile, and moving parts to a small device in turns."""
+"""Prepare a model for sampling: memory layout, torch.compile, OpenVINO, and moving parts to a small device in turns."""
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ControlNet.cldm.cldm import ControlLDM
+from ControlNet.cldm.openvino_engine import use_openvino
 from ControlNet.ldm.packed import pack_weights
 
 MOST_SHAPES = 64
@@ -16,19 +17,26 @@ MOST_SHAPES = 64
 log = logging.getLogger(__name__)
 
 
-def make_ready(model: ControlLDM, *, compile: bool = False, low_memory: bool = False) -> None:
+def make_ready(model: ControlLDM, *, engine: str = "torch", low_memory: bool = False, precision: str = "fp32") -> None:
     """Apply the optimisations that suit the model's device; its outputs change by rounding alone.
 
-    GPU: channels-last convolution weights.  CPU: packed weights (ldm/packed.py).
-    compile: torch.compile the denoising step and the decoder, which takes minutes for each picture size in each run.
+    engine: "torch" (GPU: channels-last convolution weights; CPU: packed weights, see ldm/packed.py); "compile":
+    torch.compile the denoising step, on a GPU as CUDA graphs, and the decoder, which takes minutes for each picture
+    size in each run; "openvino": see openvino_engine.py, with this precision.
     low_memory: change neither layout nor device of the weights.
     """
+    if engine == "openvino":
+        use_openvino(model, precision)
+        return
+    compile = engine == "compile"
     if compile:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
-        freeze = model.device.type == "cpu" and not low_memory  # weights as constants, which it then packs
-        for name in ("apply_model", "decode_first_stage"):
+        on_cpu = model.device.type == "cpu"
+        freeze = {"freezing": True} if on_cpu and not low_memory else None  # weights as constants, which it then packs
+        graphs = {"triton.cudagraphs": True} if not on_cpu and not low_memory else None
+        for name, options in (("apply_model", freeze or graphs), ("decode_first_stage", freeze)):
             if not isinstance(getattr(model, name), _Compiled):
-                setattr(model, name, _Compiled(getattr(model, name), {"freezing": True} if freeze else None))
+                setattr(model, name, _Compiled(getattr(model, name), options))
     if low_memory:
         return
     if model.device.type != "cpu":
@@ -40,21 +48,37 @@ def make_ready(model: ControlLDM, *, compile: bool = False, low_memory: bool = F
 
 
 class _Compiled:
-    """A compiled function that falls back to the plain one where torch.compile fails, as without a compiler."""
+    """A compiled function that falls back to the plain one where torch.compile fails, as without a compiler.
+
+    CUDA graphs write all results of a function to the same memory: they are copied, so that they outlast the next call.
+    """
 
     def __init__(self, function: Callable, options: dict | None):
         self.plain = function
+        self.graphs = bool(options and options.get("triton.cudagraphs"))
         self.function = torch.compile(function, dynamic=False, options=options)
 
     def __call__(self, *args, **kwargs):
+        if self.function is self.plain:
+            return self.plain(*args, **kwargs)
         try:
-            return self.function(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+            return self._own(self.function(*args, **kwargs), *args)
+        except torch.OutOfMemoryError:
+            raise
+        except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ImportError, OSError) as error:
             cause = getattr(error, "inner_exception", error)
             reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+            result = self.plain(*args, **kwargs)  # what fails here too is no fault of torch.compile
             log.warning("torch.compile does not work here, going on without it: %s", reason)
             self.function = self.plain
-            return self.plain(*args, **kwargs)
+            return result
+
+    def _own(self, result: Tensor, *args) -> Tensor:
+        if not self.graphs:
+            return result
+        for deep in [arg["deep"] for arg in args if isinstance(arg, dict) and arg.get("deep") is not None]:
+            deep.features = deep.features.clone()
+        return result.clone()
 
 
 @contextmanager

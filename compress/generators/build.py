@@ -9,6 +9,7 @@ from compress.forms import Form
 from compress.generators import Direct, Generator, generators
 from compress.generators.controlnet import PictureGenerator
 from compress.job import Machine
+from ControlNet.cldm import openvino_engine
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.download import download_sd15
 from ControlNet.cldm.model import Lora, ModelError, load_model, weights_fingerprint
@@ -20,8 +21,32 @@ log = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
-    """The precision, with "auto" resolved: bf16 where the device computes in it, else fp16 on a GPU, fp32 on a CPU."""
+OPENVINO_BF16 = "bf16-openvino"
+"""The precision of copies that OpenVINO makes in bf16: where it rounds is not where torch does."""
+
+
+def choose_engine(engine: str, device: torch.device, low_memory: bool = False) -> str:
+    """What runs the networks, with "auto" resolved.  Raises UserError for what can't do it here."""
+    if engine == "openvino":
+        if device.type != "cpu" or low_memory:
+            raise UserError(
+                "--engine openvino is for CPUs, without --low-memory: take --device cpu, or --engine torch."
+            )
+        if not openvino_engine.is_installed():
+            raise UserError("--engine openvino needs a package that is not installed: pip install openvino")
+    return "torch" if engine == "auto" else engine
+
+
+def choose_precision(precision: str, device: torch.device, engine: str = "auto") -> str:
+    """The precision, with "auto" resolved: bf16 where the device computes in it, else fp16 on a GPU, fp32 on a CPU.
+
+    Raises UserError for one that the engine does not have here.
+    """
+    if choose_engine(engine, device) == "openvino":
+        has_bf16 = openvino_engine.computes_bf16()
+        if precision == "fp16" or (precision == "bf16" and not has_bf16):
+            raise UserError(f"--engine openvino does not compute in {precision} on this CPU: take --precision fp32.")
+        return "fp32" if precision == "fp32" or not has_bf16 else OPENVINO_BF16
     if precision != "auto":
         return precision
     if device.type == "cpu":
@@ -62,10 +87,10 @@ def _loras(machine: Machine) -> list[Lora]:
 
 
 def load(machine: Machine, device: torch.device, precision: str) -> ControlLDM:
-    """The model.  precision: "fp32", "bf16" or "fp16".  Raises UserError where it can't be loaded."""
+    """The model.  precision: what `choose_precision` returns.  Raises UserError where it can't be loaded."""
     home = torch.device("cpu") if machine.low_memory else device  # from where the part at work visits the device
     try:
-        return load_model(machine.model, home, PRECISIONS[precision], machine.base, _loras(machine))
+        return load_model(machine.model, home, PRECISIONS.get(precision, torch.float32), machine.base, _loras(machine))
     except ModelError as error:
         raise UserError(str(error)) from error
     except torch.OutOfMemoryError as error:
@@ -82,7 +107,8 @@ def make_generator(form: Form, machine: Machine, device: torch.device, precision
         form.preset,
         load(machine, device, precision),
         batch_size=machine.batch_size,
-        compile=machine.compile,
+        engine=choose_engine(machine.engine, device, machine.low_memory),
+        precision=precision.partition("-")[0],
         low_memory=machine.low_memory,
         device=device,
     )

@@ -29,8 +29,8 @@ class PictureGenerator:
     """Makes the pictures of copies.
 
     preset: the settings; model: a ControlLDM as `ControlNet.cldm.model.load_model` returns it; batch_size: copies
-    generated together, None to choose it by device and model; compile: whether torch.compile is tried (see
-    `ControlNet.cldm.inference.make_ready`).
+    generated together, None to choose it by device and model; engine: what runs the networks, in this precision where
+    that is not the model's own (see `ControlNet.cldm.inference.make_ready`).
     low_memory: for small GPUs.  The model stays where it is, on the CPU; only the part at work is on `device`: the text
     encoder, then UNet and control network, then the decoder, which makes one picture at a time.
 
@@ -50,7 +50,8 @@ class PictureGenerator:
         model,
         *,
         batch_size: int | None = None,
-        compile: bool = False,
+        engine: str = "torch",
+        precision: str = "fp32",
         low_memory: bool = False,
         device: torch.device | str | None = None,
     ):
@@ -63,7 +64,7 @@ class PictureGenerator:
             if low_memory:  # the schedule's tables, which also tell the sampler where the latents are to be
                 for name, table in list(model.named_buffers(recurse=False)):
                     setattr(model, name, table.to(self.device))
-            make_ready(model, compile=compile, low_memory=low_memory)
+            make_ready(model, engine=engine, low_memory=low_memory, precision=precision)
         self.batch_size = batch_size or default_batch_size(model)
         self._decoded_together = 1 if low_memory else self.batch_size
 

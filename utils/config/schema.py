@@ -157,6 +157,14 @@ class Config:
     syn_form: Text = setting(
         "edges", "form in which synthetic exemplars are kept: edges, text, webp:10@64, ... (compress/run.py --form)"
     )
+    copies_kept: Literal["all", "agree", "boundary"] = setting(
+        "all",
+        "which K of an exemplar's candidates are read: agree: those that the classifier of its phase agrees with most; "
+        "boundary: those nearest its boundary; all: there are no others",
+    )
+    copy_candidates: Count | None = setting(
+        None, "copies_kept agree, boundary: copies made of each exemplar, more than K; null: 2 K"
+    )
     regenerate_options: Text = setting(
         "", 'on_demand: settings, model and machine, as options of compress/run.py: "--model tiny --steps 10"'
     )

@@ -58,7 +58,7 @@ class Batched(Dataset, abc.ABC):
 class TrainingSet(Batched):
     """The training set of a phase, augmented differently in each epoch.
 
-    An exemplar that is not kept as an image is read as its copy number k, uniform in 0 ... K-1.  An image is replaced
+    An exemplar that is not kept as an image is read as one of its K copies, each equally often.  An image is replaced
     by one of its K copies with probability p: new images and real exemplars for scope "all", only real exemplars for
     "exemplars".
 
@@ -92,6 +92,7 @@ class TrainingSet(Batched):
         chances = {NEW: augmentation_prob if augmentation_scope == "all" else 0.0, REAL: augmentation_prob}
         self._copy_prob = np.array([chances.get(item.role, 1.0) for item in items])
         self._targets = np.array([item.target for item in items], np.int64)
+        self._numbers = {i: item.copies for i, item in enumerate(items) if item.copies}
         self._seeds = (model_seed, phase)
         self._seen: dict[tuple[int, int], np.ndarray] = {}
         copied = {item.image.parent: item.image for item in items if chances.get(item.role, 1.0) > 0}
@@ -123,7 +124,10 @@ class TrainingSet(Batched):
         if (picture := self._seen.get((index, number))) is not None:
             return picture
         image = self.images[index]
-        path = image if number == _ITSELF else self.paths.copy(Path(image), number)
+        if number == _ITSELF:
+            path = image
+        else:
+            path = self.paths.copy(Path(image), self._numbers[index][number] if index in self._numbers else number)
         if self.pixels is None:
             return read_prepared(path, self.transform.prepare)
         picture, kept = self.pixels.read(path)

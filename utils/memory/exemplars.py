@@ -32,6 +32,9 @@ class ExemplarMemory:
     fits in its form passes to the next one, and the last are dropped.  A class thus holds what it would hold had it
     been given its present share at once.
 
+    chosen_copies: image -> the numbers of the K copies that are read, where these are not 0 ... K-1.  They take a few
+    bits, which are not counted.
+
     With a budget in bytes, a quota's number is the most that a class keeps in that form: in order of choice, exemplars
     are kept until the next one no longer fits.  Its true bytes count, and those of the class's text where a form
     needs it.
@@ -70,6 +73,7 @@ class ExemplarMemory:
         self._counts: dict[int, list[int]] = {}  # how many of them each quota holds
         self._units: dict[tuple[str, Path], float | None] = {}  # of exemplars that have been made
         self._file_bytes: dict[tuple[str, str], int] = {}  # of images by class and name, which may be gone by now
+        self.chosen_copies: dict[Path, tuple[int, ...]] = {}
 
     def add_class(
         self,
@@ -120,6 +124,7 @@ class ExemplarMemory:
             target: [train / image.parent.name / image.name for image in images]
             for target, images in self._images.items()
         }
+        self.chosen_copies = {train.joinpath(*_name(image)): numbers for image, numbers in self.chosen_copies.items()}
         self._units = {}
 
     @property
@@ -163,7 +168,8 @@ class ExemplarMemory:
 
     def items(self) -> list[Item]:
         """The exemplars as items of a training set, by target, in order of choice; an item's role is its form."""
-        return [Item(image, target, form) for target in self.targets for form, image in self._of(target)]
+        kept = [(image, target, form) for target in self.targets for form, image in self._of(target)]
+        return [Item(image, target, form, self.chosen_copies.get(image, ())) for image, target, form in kept]
 
     def nb_exemplars(self, target: int) -> int:
         """Number of a class's exemplars in all forms."""
@@ -179,7 +185,8 @@ class ExemplarMemory:
             if form == REAL:
                 pictures.append((image, 1.0))
             else:
-                pictures += [(self.paths.copy(image, k), 1 / self.copies) for k in range(self.copies)]
+                numbers = self.chosen_copies.get(image, range(self.copies))
+                pictures += [(self.paths.copy(image, k), 1 / self.copies) for k in numbers]
         return pictures
 
     def units(self, target: int) -> float:
@@ -246,7 +253,8 @@ class ExemplarMemory:
 
         forms: their names in the order of the quotas; classes: for each target, as a string, its images in order of
         choice ("<class>/<file>", undecodable bytes escaped as Python does in paths), their bytes as files, how many
-        each form holds, and its units where they are not its share.
+        each form holds, its units where they are not its share, and the numbers of the copies that were chosen, by
+        place in the list of images.
         """
         return {
             "forms": [form for form, _ in self.quotas],
@@ -256,6 +264,7 @@ class ExemplarMemory:
                     "file_bytes": [self._file_bytes[_name(image)] for image in self._images[target]],
                     "counts": list(self._counts[target]),
                     **({"units": self._own[target]} if target in self._own else {}),
+                    **_chosen(self.chosen_copies, self._images[target]),
                 }
                 for target in self.targets
             },
@@ -282,6 +291,11 @@ class ExemplarMemory:
             sizes = of_class.get("file_bytes") or [(train / name).stat().st_size for name in names]
             self._file_bytes |= {tuple(name.split("/")): size for name, size in zip(names, sizes, strict=True)}
         self._own = {int(t): of_class["units"] for t, of_class in state["classes"].items() if "units" in of_class}
+        self.chosen_copies = {
+            self._images[int(target)][int(i)]: tuple(numbers)
+            for target, of_class in state["classes"].items()
+            for i, numbers in of_class.get("copies", {}).items()
+        }
         self._nb_classes = max(len(self._images), 1)
 
     def _of(self, target: int) -> list[tuple[str, Path]]:
@@ -332,3 +346,9 @@ def _row(memory: ExemplarMemory, form: str) -> dict[str, Any]:
         "bytes": sum(size for size in sizes if size is not None) + texts,
         "missing": sizes.count(None),
     }
+
+
+def _chosen(copies: Mapping[Path, tuple[int, ...]], images: Sequence[Path]) -> dict[str, dict[str, list[int]]]:
+    """For a checkpoint: {"copies": {place of an image: numbers}}, empty where all copies are read."""
+    numbers = {str(i): list(copies[image]) for i, image in enumerate(images) if image in copies}
+    return {"copies": numbers} if numbers else {}

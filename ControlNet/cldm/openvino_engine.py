@@ -1,0 +1,211 @@
+"""OpenVINO in place of torch for the networks of sampling, on a CPU: the denoising step and the decoder.
+
+A network is converted once for its weights, whatever the batch and the size of the pictures, and kept on disk, in
+$ESCORT_CACHE_DIR/openvino (default: ~/.cache/escort/openvino) under a digest of the weights.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ControlNet.cldm.cldm import ControlLDM
+from ControlNet.ldm.attention import CrossAttention
+from ControlNet.ldm.packed import pack_weights
+from ControlNet.ldm.unet import DeepFeatures
+
+FORMAT = 1
+"""Of the converted networks: to be raised where the same weights would be converted to another function."""
+SAMPLED_VALUES = 256
+"""Of each tensor, in the digest of a network's weights."""
+
+LARGE = 100_000_000
+"""A network of more parameters is compiled once, for all shapes of its inputs."""
+MOST_SHAPES = 8
+"""For which a smaller network is kept compiled."""
+
+log = logging.getLogger(__name__)
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("openvino") is not None
+
+
+def computes_bf16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this CPU."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def cache_folder() -> Path:
+    """Of converted networks."""
+    home = os.environ.get("ESCORT_CACHE_DIR") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "escort")
+    return Path(home).expanduser() / "openvino"
+
+
+def use_openvino(model: ControlLDM, precision: str = "fp32") -> None:
+    """Let OpenVINO compute the model's apply_model and decode_first_stage.
+
+    model: in float32, on the CPU; precision: "fp32" (torch's results up to rounding), or "bf16" where `computes_bf16`.
+    """
+    steps: dict[tuple[bool, bool], _Network] = {}  # (controlled, reusing deep features) -> network
+
+    def apply_model(x_noisy: Tensor, t: Tensor, cond: dict) -> Tensor:
+        deep = cond.get("deep")
+        reused = deep is not None and deep.blocks is not None
+        inputs = {"x": x_noisy, "t": t, "context": torch.cat(cond["c_crossattn"], dim=1)}
+        if cond["c_concat"] is not None:
+            hint_features = cond.get("hint_features")
+            if hint_features is None:
+                hint_features = model.control_model.encode_hint(torch.cat(cond["c_concat"], dim=1))
+            inputs |= {"hint_features": hint_features, "scales": torch.tensor(model.control_scales)}
+        if reused:
+            inputs["features"] = deep.features
+        kind = (cond["c_concat"] is not None, reused)
+        if kind not in steps:
+            steps[kind] = _Network(_Step(model), precision)
+        eps, *features = steps[kind](inputs)
+        if features and deep is not None:
+            (deep.features,) = features
+        return eps
+
+    decoder = _Network(_Decoder(model.first_stage_model), precision)
+    model.apply_model = apply_model
+    model.decode_first_stage = lambda z, *_, **__: decoder({"z": z / model.scale_factor})[0]
+    for network in (model.control_model.input_hint_block, model.first_stage_model.encoder):  # torch still computes them
+        pack_weights(network)
+
+
+class _Step(nn.Module):
+    """ControlLDM.apply_model, with tensors alone.  Its second output are the deep features, unless they are given."""
+
+    def __init__(self, model: ControlLDM):
+        super().__init__()
+        self.unet, self.control = model.model.diffusion_model, model.control_model
+        self.only_mid_control = model.only_mid_control
+
+    def forward(self, x, t, context, hint_features=None, scales=None, features=None):
+        deep = DeepFeatures(reuse=features is not None, features=features)
+        control = None
+        if hint_features is not None:
+            control = self.control(
+                x=x, hint=None, timesteps=t, context=context, hint_features=hint_features, blocks=deep.blocks
+            )
+            control = [tensor * scales[i] for i, tensor in enumerate(control)]
+        eps = self.unet(
+            x=x, timesteps=t, context=context, control=control, only_mid_control=self.only_mid_control, deep=deep
+        )
+        return (eps, deep.features) if features is None else (eps,)
+
+
+class _Decoder(nn.Module):
+    """AutoencoderKL.decode."""
+
+    def __init__(self, autoencoder: nn.Module):
+        super().__init__()
+        self.post_quant_conv, self.decoder = autoencoder.post_quant_conv, autoencoder.decoder
+
+    def forward(self, z):
+        return (self.decoder(self.post_quant_conv(z)),)
+
+
+class _Network:
+    """A module as OpenVINO computes it, converted at its first call.
+
+    Compiled anew for each shape of the inputs, which takes seconds, and saves a small network half of its time; a large
+    one, whose compiled weights take gigabytes, once for all shapes.
+    """
+
+    def __init__(self, module: nn.Module, precision: str):
+        self.module, self.precision = module.eval(), precision
+        self.is_large = sum(parameter.numel() for parameter in module.parameters()) > LARGE
+        self._graph = None
+        self._requests: dict[tuple, Any] = {}  # by shapes, the last used one at the end
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The module's outputs, float32.  inputs: by the names of its arguments."""
+        shapes = () if self.is_large else tuple(tuple(tensor.shape) for tensor in inputs.values())
+        request = self._requests.pop(shapes, None) or self._compiled(inputs).create_infer_request()
+        self._requests[shapes] = request
+        if len(self._requests) > MOST_SHAPES:
+            del self._requests[next(iter(self._requests))]
+        found = request.infer({name: tensor.contiguous().numpy() for name, tensor in inputs.items()})
+        return [torch.from_numpy(output) for output in found.values()]
+
+    def _compiled(self, inputs: Mapping[str, Tensor]):
+        import openvino
+
+        if self._graph is None:
+            self._graph = self._converted(inputs)
+        if not self.is_large:
+            self._graph.reshape({name: list(tensor.shape) for name, tensor in inputs.items()})
+        options = {
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[self.precision],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,  # several processes on a machine would be bound to the same cores
+        }
+        return openvino.Core().compile_model(self._graph, "CPU", options)
+
+    def _converted(self, inputs: Mapping[str, Tensor]):
+        """OpenVINO's graph, from the cache or, where it is not there yet, converted and put into it."""
+        import openvino
+
+        name = f"{type(self.module).__name__.strip('_').lower()}-{self._digest(inputs, openvino.__version__)}"
+        kept = cache_folder() / name
+        file = kept / "network.xml"
+        if file.is_file():
+            try:
+                return openvino.Core().read_model(file)
+            except RuntimeError:
+                log.warning("%s can't be read, the network is converted again", file)
+                shutil.rmtree(kept, ignore_errors=True)
+        log.info("converting a network for OpenVINO, once for these weights")
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            warnings.simplefilter("ignore")  # the tracer's: the graph does not depend on sizes
+            example = {name: tensor.clone() for name, tensor in inputs.items()}
+            graph = openvino.convert_model(self.module, example_input=example)
+        try:
+            _keep(graph, kept, file.name)
+        except (OSError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or ["?"])[-1]
+            log.warning("the converted network can't be kept in %s and is converted again next time: %s", kept, reason)
+        return graph
+
+    def _digest(self, inputs: Mapping[str, Tensor], version: str) -> str:
+        """Of all that the converted network depends on: the weights by a sample of each tensor's values."""
+        heads = [module.heads for module in self.module.modules() if isinstance(module, CrossAttention)]
+        only_mid = getattr(self.module, "only_mid_control", None)
+        digest = hashlib.sha256(repr((FORMAT, version, sorted(inputs), str(self.module), heads, only_mid)).encode())
+        for name, tensor in self.module.state_dict().items():
+            values = tensor.detach().flatten()
+            picked = values[:: max(1, len(values) // SAMPLED_VALUES)].float().contiguous()
+            digest.update(f"{name} {tuple(tensor.shape)} ".encode() + picked.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _keep(graph, folder: Path, file: str) -> None:
+    """Write a graph into a folder that is there as a whole or not at all."""
+    import openvino
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        openvino.save_model(graph, temporary / file, compress_to_fp16=False)
+        os.chmod(temporary, 0o755)
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
