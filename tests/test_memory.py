@@ -481,7 +481,8 @@ def test_the_state_goes_through_json_and_torch_and_moves_with_the_data(paths, tm
     assert state["forms"] == ["real", "edges"]
     chosen = [f"a b/{image.name}" for image in expected_images(paths, "a b", 0)]
     sizes = [image.stat().st_size for image in expected_images(paths, "a b", 0)]
-    assert state["classes"]["0"] == {"images": chosen, "file_bytes": sizes, "counts": [R, S]}
+    kept = {"images": chosen, "file_bytes": sizes, "counts": [R, S], "copies": [[]] * (R + S)}
+    assert state["classes"]["0"] == kept
     torch.save(state, tmp_path / "state.pt")
     for copy in (json.loads(json.dumps(state)), torch.load(tmp_path / "state.pt", weights_only=True)):
         other = memory_of(paths)

@@ -253,8 +253,7 @@ class ExemplarMemory:
 
         forms: their names in the order of the quotas; classes: for each target, as a string, its images in order of
         choice ("<class>/<file>", undecodable bytes escaped as Python does in paths), their bytes as files, how many
-        each form holds, its units where they are not its share, and the numbers of the copies that were chosen, by
-        place in the list of images.
+        each form holds, its units where they are not its share, and each image's chosen copies ([]: all are read).
         """
         return {
             "forms": [form for form, _ in self.quotas],
@@ -264,7 +263,7 @@ class ExemplarMemory:
                     "file_bytes": [self._file_bytes[_name(image)] for image in self._images[target]],
                     "counts": list(self._counts[target]),
                     **({"units": self._own[target]} if target in self._own else {}),
-                    **_chosen(self.chosen_copies, self._images[target]),
+                    "copies": [list(self.chosen_copies.get(image, ())) for image in self._images[target]],
                 }
                 for target in self.targets
             },
@@ -292,9 +291,10 @@ class ExemplarMemory:
             self._file_bytes |= {tuple(name.split("/")): size for name, size in zip(names, sizes, strict=True)}
         self._own = {int(t): of_class["units"] for t, of_class in state["classes"].items() if "units" in of_class}
         self.chosen_copies = {
-            self._images[int(target)][int(i)]: tuple(numbers)
+            self._images[int(target)][i]: tuple(numbers)
             for target, of_class in state["classes"].items()
-            for i, numbers in of_class.get("copies", {}).items()
+            for i, numbers in enumerate(of_class.get("copies", []))
+            if numbers
         }
         self._nb_classes = max(len(self._images), 1)
 
@@ -346,9 +346,3 @@ def _row(memory: ExemplarMemory, form: str) -> dict[str, Any]:
         "bytes": sum(size for size in sizes if size is not None) + texts,
         "missing": sizes.count(None),
     }
-
-
-def _chosen(copies: Mapping[Path, tuple[int, ...]], images: Sequence[Path]) -> dict[str, dict[str, list[int]]]:
-    """For a checkpoint: {"copies": {place of an image: numbers}}, empty where all copies are read."""
-    numbers = {str(i): list(copies[image]) for i, image in enumerate(images) if image in copies}
-    return {"copies": numbers} if numbers else {}
