@@ -20,6 +20,7 @@ from pathlib import Path
 from utils import cli
 from utils.config.read import read_json
 from utils.data.paths import DatasetPaths, data_dir
+from utils.devices import nb_cores
 from utils.errors import UserError
 from utils.results import report
 from utils.results.gallery import plot_exemplars
@@ -62,7 +63,8 @@ def demo(seeds: list[int]) -> None:
     plot_exemplars(DatasetPaths(data_dir(), config["dataset"]), copies, OUTPUT / "exemplars.png")
     budget = f"--bytes-per-class {sweep['budgets'][0]} --copies {copies}"
     run(f"-m exps.plan {where} {budget} --forms {forms} --settings '{sweep['settings']}'")
-    run(f"-m exps.pareto {SWEEP} --seeds {','.join(map(str, seeds))} --output {OUTPUT}")
+    jobs = min(3, nb_cores())  # the forms that are compared with real exemplars, side by side
+    run(f"-m exps.pareto {SWEEP} --seeds {','.join(map(str, seeds))} --output {OUTPUT} --jobs {jobs}")
     print(
         "\nAverage incremental accuracy in %, each form at the same bytes a class: one real exemplar and as many of\n"
         "the form as fit (text: nine, which keep no bytes). Copies are made of the chosen exemplars only.\n"
