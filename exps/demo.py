@@ -17,10 +17,10 @@ import sys
 import time
 from pathlib import Path
 
+from exps.runs import nb_cores
 from utils import cli
 from utils.config.read import read_json
 from utils.data.paths import DatasetPaths, data_dir
-from utils.devices import nb_cores
 from utils.errors import UserError
 from utils.results import report
 from utils.results.gallery import plot_exemplars
