@@ -5,7 +5,8 @@ phase is trained.  Semantic augmentation: old classes are learnt again from thei
 around them with the class's covariance, which is a term in the logits (section 3.2).
 
 No exemplars; a class leaves its mean feature and their covariance, D^2 numbers.  As in PyCIL the features are held to
-the old network's by the norm of the difference over the whole batch.
+the old network's by the norm of the difference over the whole batch.  An image's partners are of those that a process
+has at a time: of its share of the batch, or of a part (`accumulate_batches`).
 """
 
 from collections.abc import Sequence

@@ -7,6 +7,8 @@ features, and a classifier of the new classes on those teaches the newest extrac
 As in PyCIL: both backbones are of one type; a new extractor is mostly the last one and in part the task-agnostic one,
 with fresh running statistics; the classifier teaches only in steps in which its loss is the smaller one; and images are
 augmented by AutoAugment and Cutout where the dataset is PyCIL's cifar100_aa (`augmentation: autoaugment`).
+
+InfoNCE compares the images that a process has in a step: with several processes, each compares its own share.
 """
 
 import copy
@@ -132,7 +134,13 @@ class TagFex(Method, name="tagfex"):
         return TagFexNet(backbone, self.backbone(), copy.copy(self.settings))
 
     def stages(self) -> list[Stage]:
-        return [stage._replace(views=2) for stage in super().stages()]
+        """In phase 0 what distils and merges has nothing to do, and several processes wait for unused gradients."""
+        (stage,) = super().stages()
+        network, parameters = self.network, None
+        if self.phase == 0:
+            learning = (network.extractors, network.head, network.agnostic, network.projector)
+            parameters = [parameter for module in learning for parameter in module.parameters()]
+        return [stage._replace(views=2, parameters=parameters)]
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """images: the first views of all images, then the second ones."""

@@ -33,6 +33,15 @@ CONFIG = {
 }
 
 
+OWN = {
+    "ssre": {"convnet_type": "resnet18_rep", "init_lr": 0.0001, "lrate": 0.0001},  # has adapters
+    **{key: {"memory_size": 24, "m_rate_list": [0.2], "c_rate_list": [0, 0.2]} for key in ("rmm-icarl", "rmm-foster")},
+    "tagfex": {"proj_hidden_dim": 32, "proj_output_dim": 16},
+    "beefiso": {"fusion_epochs": 1},
+}
+"""Keys that these methods need, or that make them small."""
+COMPARING = ("il2a", "tagfex")
+"""Methods that mix or compare the images that a process has at a time, so that dividing a batch changes the result."""
 NEARLY_TIED = ("coil", "podnet")
 """Methods whose features after one epoch are so alike that herding's best two scores are 1e-6 apart, which rounding
 decides."""
@@ -53,7 +62,7 @@ def train(tmp_path_factory):
             own["phase0_cache"] = str(folder / name / "cache")
             if method in NEARLY_TIED:
                 own["exemplar_selection"] = "random"
-            file.write_text(json.dumps({**CONFIG, **own, **values}))
+            file.write_text(json.dumps({**CONFIG, **own, **OWN.get(method, {}), **values}))
             files.append(file)
         assert launch(files) == 0
         last = {method: folder / name / method / "seed1993" / "checkpoints" / "phase02.pt" for method in methods}
@@ -88,19 +97,23 @@ def assert_alike(ours, theirs):
             assert like_a == like_b
             a, b = (torch.cat([torch.as_tensor(leaf).flatten().double() for leaf in leaves]) for leaves in (a, b))
             apart[f"{method}'s {name}"] = ((a - b).norm() / a.norm()).item()
+    # In float64 SSRE agrees to 1e-10.  Adam's first steps are as long for a gradient of rounding as for any other.
     # At a phase's start PODNet's maps are those of before: the gradient of their distance is that of rounding, of any
     # direction and of unit length.  EWC's Fisher information is of squares, which are twice as far apart.
     limits = {"podnet's weights": 1e-3, "ewc's fisher": 5e-5}
+    limits |= {"ssre's weights": 5e-4, "ssre's prototypes": 5e-4}
     loose = {name: error for name, error in apart.items() if error > limits.get(name, 1e-5)}
     assert not loose, loose
 
 
 def test_batches_in_parts(train, at_once):
-    assert_alike(train("in parts", processes.run_all, accumulate_batches=3), at_once)
+    divisible = {method: state for method, state in at_once.items() if method not in COMPARING}
+    assert_alike(train("in parts", processes.run_all, (*divisible,), accumulate_batches=3), divisible)
 
 
 def test_two_processes(train, at_once):
-    assert_alike(train("two processes", in_two_processes), at_once)
+    ours = train("two processes", in_two_processes)
+    assert_alike(ours, {method: state for method, state in at_once.items() if method not in COMPARING})
 
 
 def test_sixteen_bits(train, at_once):
