@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import main
+from convs import BACKBONES, Backbone
 from convs.resnet import build_backbone
 from models import METHODS
 from models.networks import IncrementalNet
@@ -32,7 +33,7 @@ OPTIONS = {
     "ds-al": ANALYTIC,
     "pass": ADAM,
     "il2a": ADAM,
-    "ssre": {"init_lr": 0.003, "lrate": 0.003, "temp": 0.5, "lambda_proto": 3, "convnet_type": "resnet18_rep"},
+    "ssre": {"init_lr": 0.003, "lrate": 0.003, "temp": 0.5, "lambda_proto": 3, "convnet_type": "little_rep"},
     "rmm-icarl": {"memory_size": 24, "m_rate_list": [0.2], "c_rate_list": [0, 0.2]},
     "rmm-foster": {"memory_size": 24, "m_rate_list": [0.2], "c_rate_list": [0, 0.2]},
     "tagfex": {"proj_hidden_dim": 32, "proj_output_dim": 16},
@@ -49,8 +50,11 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def train(folders, tmp_path):
+def train(folders, tmp_path, monkeypatch):
     """Calls main.py with a small config; returns the phases of its one run."""
+
+    adapters = Backbone("basic", depths=(1, 1), widths=(16, 32), extra="adapters")
+    monkeypatch.setitem(BACKBONES, "little_rep", adapters)
 
     def call(method, **values):
         config = {
