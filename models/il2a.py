@@ -20,7 +20,6 @@ from convs.heads import linear_head
 from convs.resnet import ResNet
 from models.networks import IncrementalNet, Outputs
 from models.prototypes import PrototypeMethod
-from models.stages import Defaults
 from utils.config.schema import setting
 from utils.config.types import NonNegative
 
@@ -55,17 +54,6 @@ class PairsNet(IncrementalNet):
 
 
 class IL2A(PrototypeMethod, name="il2a"):
-    defaults = Defaults(
-        epochs=101,
-        milestones=(45, 90),
-        lrate=0.001,
-        weight_decay=2e-4,
-        init_epoch=101,
-        init_milestones=(45, 90),
-        init_lr=0.001,
-        init_weight_decay=2e-4,
-    )
-
     def build_network(self, backbone: ResNet) -> PairsNet:
         return PairsNet(backbone)
 

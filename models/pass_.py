@@ -13,7 +13,6 @@ from torch import Tensor
 from convs.resnet import ResNet
 from models.networks import IncrementalNet, Outputs
 from models.prototypes import PrototypeMethod
-from models.stages import Defaults
 
 ROTATIONS = 4
 
@@ -33,17 +32,6 @@ class RotationNet(IncrementalNet):
 
 
 class PASS(PrototypeMethod, name="pass"):
-    defaults = Defaults(
-        epochs=101,
-        milestones=(45, 90),
-        lrate=0.001,
-        weight_decay=2e-4,
-        init_epoch=101,
-        init_milestones=(45, 90),
-        init_lr=0.001,
-        init_weight_decay=2e-4,
-    )
-
     def build_network(self, backbone: ResNet) -> RotationNet:
         return RotationNet(backbone)
 

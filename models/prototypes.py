@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.method import Method
-from models.stages import Schedule
+from models.stages import Defaults, Schedule
 from utils.config.schema import setting
 from utils.config.types import Count, NonNegative, Positive
 
@@ -30,6 +30,16 @@ class Settings:
 
 
 class PrototypeMethod(Method):
+    defaults = Defaults(
+        epochs=101,
+        milestones=(45, 90),
+        lrate=0.001,
+        weight_decay=2e-4,
+        init_epoch=101,
+        init_milestones=(45, 90),
+        init_lr=0.001,
+        init_weight_decay=2e-4,
+    )
     uses_memory = False
     keeps_old_network = True
     plain_phase_0 = False

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from convs.blocks import RepConv
 from models.networks import Outputs
 from models.prototypes import PrototypeMethod
-from models.stages import Defaults, Stage
+from models.stages import Stage
 from utils.config.schema import Config, setting
 from utils.config.types import NonNegative
 
@@ -43,15 +43,7 @@ class Settings:
 
 
 class SSRE(PrototypeMethod, name="ssre"):
-    defaults = Defaults(
-        epochs=101,
-        milestones=(45, 90),
-        lrate=0.001,
-        weight_decay=5e-4,
-        init_epoch=101,
-        init_milestones=(45, 90),
-        init_lr=0.001,
-    )
+    defaults = PrototypeMethod.defaults._replace(weight_decay=5e-4, init_weight_decay=5e-4)
 
     def stages(self) -> list[Stage]:
         (stage,) = super().stages()
