@@ -20,11 +20,11 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from utils.data.images import write_atomically
+from utils.data.images import write_durably
 from utils.errors import UserError
 
 _PHASE = re.compile(r"phase(\d+)\.pt")
@@ -35,15 +35,8 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
     Raises UserError where the disk is full or the folder can't be written to; what was there before stays.
     """
-
-    def write(file: BinaryIO) -> None:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-
     try:
-        write_atomically(path, write)
-        _sync_folder(path.parent)
+        write_durably(path, lambda file: torch.save(dict(state), file))
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's writer, on a full disk
             raise
@@ -53,15 +46,6 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
             f"the checkpoint {path} could not be written ({reason}). "
             "Make room and run the same command again: it goes on from the last checkpoint."
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in a folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load(path: Path) -> dict[str, Any]:

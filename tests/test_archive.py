@@ -1,9 +1,11 @@
 """The exemplar memory as one file."""
 
 import json
+import os
 import re
 import zipfile
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +74,15 @@ FORMS = [
     *("edges", "edges@12", "edges+webp:10@16", "jpeg:30", "jpeg:5@9", "webp:10", "webp:80@20", "avif:20", "avif:60@15"),
     *("latent:3", "latent:6@16", "text"),
 ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc to tell what is synced")
+def test_file_and_folder_reach_the_disk(memory, tmp_path, monkeypatch):
+    """With memory_only a power failure must not leave a checkpoint without the exemplars that it speaks of."""
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    archive.write(memory, tmp_path / "memory" / "phase00.zip")
+    assert [synced[0].endswith(".tmp"), *synced[1:]] == [True, str(tmp_path / "memory")]
 
 
 def test_the_list_has_all_forms():

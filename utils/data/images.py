@@ -167,3 +167,19 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """`write_atomically`, after which a power failure leaves the new file."""
+
+    def write_through(file: BinaryIO) -> None:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+    write_atomically(path, write_through)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename
+    finally:
+        os.close(folder)

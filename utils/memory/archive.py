@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from utils.data.images import image_bits, write_atomically
+from utils.data.images import image_bits, write_atomically, write_durably
 from utils.data.items import REAL
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
@@ -58,7 +58,7 @@ def write(memory: ExemplarMemory, path: Path) -> int:
             for name, kept in files:
                 archive.writestr(zipfile.ZipInfo(name), kept.read_bytes())
 
-    write_atomically(path, fill)
+    write_durably(path, fill)  # with memory_only, the exemplars are nowhere else
     return path.stat().st_size
 
 
