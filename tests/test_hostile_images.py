@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from compress import presets
+from compress import presets, run
 from compress.forms import Cost
 from compress.forms.edges import read as edges_of
 from compress.forms.edges import written
@@ -21,6 +21,7 @@ from compress.presets import HIGH
 from compress.records import Records
 from compress.verify import verify
 from tests import hostile_images
+from tests.folders import make_dataset
 from tests.little_model import little_model
 from tests.regenerating import Maker, edges
 from utils.data.augment_large import FullSize
@@ -131,6 +132,21 @@ def test_a_picture_too_elongated_to_be_resized_is_named(tmp_path, size):
     Image.new("1", size).save(tmp_path / "thin.png")
     with pytest.raises(UnreadableImage, match=r"thin\.png: \d+ x \d+ pixels are too elongated"):
         ImageSet([tmp_path / "thin.png"], [0], AsTheyAre())[0]
+
+
+@pytest.mark.parametrize(
+    ("form", "size"), [("webp:10", (20_000, 1)), ("jpeg:10", (1, 70_000)), ("avif:10", (1, 70_000))]
+)
+def test_a_picture_too_long_for_a_codec_is_listed_and_the_others_are_made(tmp_path, capsys, form, size):
+    paths = make_dataset(tmp_path, "a", train=2, test=0)
+    Image.new("RGB", size).save(paths.folder("train") / "a" / "long.png")
+    options = ["--data-dir", str(tmp_path), "--dataset", paths.dataset, "--resolution", "high", "--form", form]
+    assert run.main([*options, "--dry-run"]) == 0
+    assert run.main(options) == 1
+    said = capsys.readouterr().out
+    assert "copies: 2 made, 0 skipped, 1 failed" in said
+    assert f"long.png: {size[0]} x {size[1]} pixels can't be written as" in said
+    assert run.main([*options, "--verify"]) == 1
 
 
 def test_a_file_cut_anywhere_shows_its_picture_or_is_refused(tmp_path):

@@ -60,9 +60,13 @@ class Picture(Form):
 
 
 def compressed(image: np.ndarray, codec: str, quality: int) -> bytes:
-    """An image (HxWx3 or HxW uint8) as a file of a codec of CODECS."""
+    """An image (HxWx3 or HxW uint8) as a file of a codec of CODECS.  Raises OSError where a side is too long for it."""
     file, (kind, _, options) = io.BytesIO(), CODECS[codec]
-    Image.fromarray(image).save(file, kind, quality=quality, **options)
+    try:
+        Image.fromarray(image).save(file, kind, quality=quality, **options)
+    except (OSError, ValueError, RuntimeError) as error:  # which of them depends on the codec
+        height, width = image.shape[:2]
+        raise OSError(f"{width} x {height} pixels can't be written as {kind} ({error})") from error
     return file.getvalue()
 
 
