@@ -70,6 +70,16 @@ def test_a_disk_that_is_full_while_training_loses_nothing(config, tmp_path, size
     assert "Traceback" not in done.stderr + done.stdout
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_that_can_not_be_written_is_said_once(config, tmp_path, capfd):
+    (tmp_path / "out" / "config").mkdir(parents=True)
+    (tmp_path / "out" / "config" / "log.txt").symlink_to("/dev/full")
+    assert main.main(["--config", str(config())]) == 0
+    said = capfd.readouterr()
+    assert "Traceback" not in said.err
+    assert said.out.count(f"{tmp_path / 'out' / 'config' / 'log.txt'} can't be written (No space left on device)") == 1
+
+
 @needs_mount
 def test_a_small_shared_memory_goes_on_without_workers(config, tmp_path):
     script = 'mount -t tmpfs -o size=16k tmpfs /dev/shm; exec "$PYTHON" main.py --config "$CONFIG"'

@@ -16,6 +16,20 @@ class _Screen(logging.Handler):
         tqdm.write(self.format(record), file=sys.stdout)
 
 
+class _File(logging.FileHandler):
+    """Says once where the log can't be written, as on a full disk, in place of logging's traceback for each line."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            tqdm.write(f"{self.baseFilename} can't be written ({error.strerror})", file=sys.stdout)
+
+
 def start(file: Path | None, *, quiet: bool = False) -> None:
     """Send this project's log records to the screen (INFO and above) and, with times, to a file (all levels, appended).
 
@@ -28,7 +42,7 @@ def start(file: Path | None, *, quiet: bool = False) -> None:
         handlers.append(screen)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            to_file = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+            to_file = _File(file, encoding="utf-8", errors="backslashreplace")
             to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             handlers.append(to_file)
     for name in PACKAGES:
