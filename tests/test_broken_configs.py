@@ -84,6 +84,9 @@ def complaint(tmp_path, data_dir, monkeypatch, capsys):
         ({"accumulate_batches": 17}, ["accumulate_batches", "16 images", "17 parts"]),
         ({"increment": 0}, ["increment must be at least 1"]),
         ({"epochs": -3}, ["epochs must be at least 1"]),
+        ({"batch_size": 10**16}, ["batch_size must be at most 1,000,000,000,000,000, not 10000000000000000"]),
+        ({"model_seed": 10**16}, ["model_seed must be at most 1,000,000,000,000,000"]),
+        ({"weight_decay": 1e300}, ["weight_decay must be at most 1e+30, not 1e+300"]),
         ({"init_epoch": 0}, ["init_epoch must be at least 1"]),
         ({"lrate": 0}, ["lrate must be above 0"]),
         ({"momentum": 1.0}, ["momentum must be below 1"]),
@@ -94,6 +97,7 @@ def complaint(tmp_path, data_dir, monkeypatch, capsys):
         ({"seed": "one"}, ["seed must be a list of whole numbers"]),
         ({"seed": [-1]}, ["seed must be at least 0"]),
         ({"seed": [2**32]}, ["seed must be below 2^32"]),
+        ({"seed": [2**64]}, ["seed must be below 2^32"]),
         ({"keep_checkpoints": -1}, ["keep_checkpoints must be at least 0"]),
         # choices
         ({"model_name": "icrl"}, ["model_name must be one of", "did you mean 'icarl'"]),

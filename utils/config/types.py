@@ -47,6 +47,14 @@ def _true_or_file(value: Any) -> Any:
 def _finite(number: float) -> float:
     if not math.isfinite(number):
         raise ValueError("must be a number")
+    if abs(number) > LARGEST:
+        raise ValueError(f"must be at most {LARGEST:g}")
+    return number
+
+
+def _countable(number: int) -> int:
+    if number > LARGEST_COUNT:
+        raise ValueError(f"must be at most {LARGEST_COUNT:,}")
     return number
 
 
@@ -79,6 +87,9 @@ def _different(entries: list) -> list:
         raise ValueError("must list one or more different values")
     return entries
 
+
+LARGEST, LARGEST_COUNT = 1e30, 10**15
+"""Beyond these, numbers overflow in single precision, and counts in Python's own tools."""
 
 LOGGERS = ("tensorboard", "csv", "wandb")
 
@@ -117,15 +128,17 @@ Positive = Annotated[Number, Gt(0)]
 NonNegative = Annotated[Number, Ge(0)]
 Fraction = Annotated[Number, Ge(0), Lt(1)]
 Probability = Annotated[Number, Ge(0), Le(1)]
-Count = Annotated[int, Ge(1)]
-Natural = Annotated[int, Ge(0)]
+Count = Annotated[int, Ge(1), AfterValidator(_countable)]
+Natural = Annotated[int, Ge(0), AfterValidator(_countable)]
 Epochs = Annotated[list[Count], BeforeValidator(_listed)]
 Rates = Annotated[list[Probability], BeforeValidator(_listed)]
 Increments = Annotated[Count | list[Count], BeforeValidator(_number_or_list)]
 ClassOrder = Annotated[list[int | str], BeforeValidator(_listed_or_in_file), AfterValidator(_different)]
 Loggers = Annotated[list[str], BeforeValidator(_listed), AfterValidator(_loggers)]
 YesOrFile = Annotated[bool | str, BeforeValidator(_true_or_file)]
-Seeds = Annotated[list[Natural], BeforeValidator(_listed), AfterValidator(_different), AfterValidator(_numpy_seed)]
+Seeds = Annotated[
+    list[Annotated[int, Ge(0)]], BeforeValidator(_listed), AfterValidator(_different), AfterValidator(_numpy_seed)
+]
 Device = Annotated[Any, AfterValidator(_device)]
 """PyCIL's spellings and torch's: "0", ["0", "1"], [0], "cuda:0"; -1 is the CPU.  Becomes "auto", "cpu", "cuda" or a
 list of numbers."""

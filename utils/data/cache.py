@@ -173,7 +173,7 @@ def open_cache(
     if fcntl is None:
         log.info("cache: not available on this system, pictures are decoded each time")
         return None
-    budget = int(gib * 2**30)
+    budget = min(int(gib * 2**30), 1 << 60)  # offsets in files have 64 bits
     if kind == "ram":
         budget = min(budget, _free_memory() // 2)
     if budget < expected:
