@@ -31,7 +31,7 @@ import torch
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.model import ModelError, create_model
+from ControlNet.disk import move_into_place, read_picture, user_path
 from ControlNet.ldm.text import END, MAX_LENGTH, tokenize
 
 STAGES = ("autoencoder", "text", "diffusion", "refine")
@@ -53,14 +54,14 @@ class Views(Dataset):
     """
 
     def __init__(self, config: DictConfig, stage: str):
-        folder = Path(config.data)
+        folder = user_path(config.data)
         if not folder.is_dir():
             raise ModelError(f"no folder {folder} to train on (for the digits: python -m utils.curate digits)")
         labels = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
         self.items = [(file, y) for y, label in enumerate(labels) for file in sorted((folder / label).iterdir())]
         if not self.items:
             raise ModelError(f"{folder} holds no pictures; they belong in {folder}/<class-label>/")
-        texts = json.loads(Path(config.class_names).read_text()) if config.class_names else {}
+        texts = json.loads(user_path(config.class_names).read_text()) if config.class_names else {}
         templates = [
             template.replace("{label}", texts.get(label, label)) for label in labels for template in config.texts
         ]
@@ -74,8 +75,7 @@ class Views(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         rng = np.random.default_rng([*self.seed, *key])
         file, label = self.items[rng.integers(len(self.items))]
-        with Image.open(file) as image:
-            source = _moved(np.asarray(image.convert("RGB")), rng, self.augmentation)
+        source = _moved(read_picture(file), rng, self.augmentation)
         # Both presets' ways of finding edges: at the picture's own size, or at the generated size.
         if rng.random() < 0.5:
             edges = self._resized(cv2.Canny(source, 100, 200), cv2.INTER_NEAREST)
@@ -204,7 +204,7 @@ def step_seed(seed: int, stage: str, step: int) -> int:
 
 def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> None:
     """Train one stage of the model in place, resuming from its last checkpoint if there is one."""
-    settings, output = config[stage], Path(config.output)
+    settings, output = config[stage], user_path(config.output)
     data = Views(config, stage)
     tasks = {"autoencoder": AutoencoderTask, "text": TextTask, "diffusion": DiffusionTask, "refine": DiffusionTask}
     task = tasks[stage](model, settings, data)
@@ -252,9 +252,9 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
             began, sums = time.time(), {}
             temporary = checkpoint.with_suffix(".tmp")
             fabric.save(temporary, state)
-            os.replace(temporary, checkpoint)
+            move_into_place(checkpoint, temporary)
             temporary.write_text(json.dumps(state["log"], indent=1))
-            os.replace(temporary, output / f"{stage}_losses.json")
+            move_into_place(output / f"{stage}_losses.json", temporary)
     if settings.get("ema_decay"):
         task.load_state_dict(average.module.state_dict())
 
@@ -288,19 +288,27 @@ def export(model: ControlLDM, path: Path) -> None:
         tensors[name] = tensor.cpu().contiguous()
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary)
-    os.replace(temporary, path)
+    move_into_place(path, temporary)
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
+        try:
+            print(__doc__, flush=True)
+        except BrokenPipeError:  # the reader has left; Python must not try to write to it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0 if arguments else 2
     try:
-        config = OmegaConf.merge(OmegaConf.load(arguments[0]), OmegaConf.from_dotlist(arguments[1:]))
+        config = OmegaConf.merge(OmegaConf.load(user_path(arguments[0])), OmegaConf.from_dotlist(arguments[1:]))
         train(config)
-    except (ModelError, OSError, OmegaConfBaseException) as error:
+    except (ModelError, OSError, OmegaConfBaseException, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch's writer, on a full disk
+            raise
+        print(f"error: a checkpoint in {config.output} could not be written: the disk may be full", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -309,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(config: DictConfig) -> None:
-    output = Path(config.output)
+    output = user_path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     fabric = Fabric(accelerator="auto", devices=1, precision=config.precision)
     torch.manual_seed(config.seed)
@@ -321,8 +329,9 @@ def train(config: DictConfig) -> None:
     fit(fabric, model, "text", config)
     fit(fabric, model, "diffusion", config)
     fit(fabric, model, "refine", config)
-    export(model, Path(config.weights))
-    fabric.print(f"{config.weights}: {Path(config.weights).stat().st_size:,} bytes")
+    weights = user_path(config.weights)
+    export(model, weights)
+    fabric.print(f"{weights}: {weights.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,21 @@ def test_bad_training_input_is_answered_in_a_line(folder, arguments, message, ca
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("size", "words"), [((40_000, 1), "40000 x 1 pixels are too many"), (None, "cannot identify")])
+def test_a_picture_that_can_not_be_trained_on_is_named(folder, size, words, workers, capsys):
+    file = folder / "pictures" / "disc" / "0.png"
+    for other in file.parent.parent.rglob("*.png"):
+        other.unlink()
+    Image.new("1", size).save(file) if size else file.write_text("no picture")
+    shutil.copy(file, folder / "pictures" / "box" / "0.png")
+    assert trainer.main([str(folder / "train.yaml"), f"num_workers={workers}"]) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert said.startswith("error: cannot read image ")
+    assert "0.png: " in said
+    assert words in said
+
+
 def test_the_trainer_runs_as_a_script():
     script = Path(trainer.__file__)
     done = subprocess.run([sys.executable, script, "nowhere.yaml"], capture_output=True, text=True, check=False)

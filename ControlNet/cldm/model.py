@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -62,7 +63,7 @@ def _name(config_path) -> str:
 def _read_config(config_path) -> dict:
     if isinstance(config_path, str | os.PathLike):
         try:
-            config_path = OmegaConf.load(config_path)
+            config_path = OmegaConf.load(Path(config_path).expanduser())
         except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
             raise ModelError(f"can't read the model config {config_path}: {error}") from error
     config = OmegaConf.to_container(OmegaConf.create(config_path), resolve=True)
