@@ -50,7 +50,9 @@ def command(argv: Sequence[str] | None) -> int | None:
         epilog="Using a trained network: main.py predict | evaluate | export RUN (--help says more).",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="a JSON config; exps/config.json is the paper's experiment")
+    parser.add_argument(
+        "--config", metavar="FILE", type=cli.path, help="a JSON config; exps/config.json is the paper's experiment"
+    )
     parser.add_argument("--help-config", action="store_true", help="list every config key and exit")
     parser.add_argument(
         "--list", choices=("methods", "backbones", "datasets", "forms"), help="list what there is and exit"

@@ -12,7 +12,6 @@ For each class, of its first --images images that have copies:
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,9 +29,9 @@ from compress.options import at_least_one, fitting_preset
 from compress.presets import PRESETS
 from compress.records import recorded_settings
 from utils import cli
-from utils.data.images import write_atomically
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
+from utils.results import report
 
 COLUMNS = ("images", "copies", "edges %", "other %", "class %", "real %", "variety")
 
@@ -137,7 +136,7 @@ def command(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--resolution", choices=(*PRESETS, "auto"), default="auto")
     parser.add_argument("--images", metavar="N", type=at_least_one, default=20, help="of each class [20]")
     parser.add_argument("--epochs", metavar="N", type=at_least_one, help="of the classifier [8, or 300 updates]")
-    parser.add_argument("--json", metavar="FILE", help="also write the measures there")
+    parser.add_argument("--json", metavar="FILE", type=cli.path, help="also write the measures there")
     options = parser.parse_args(arguments)
     plain = DatasetPaths(data_dir(options.data_dir), options.dataset)
     preset = PRESETS[fitting_preset(plain) if options.resolution == "auto" else options.resolution]
@@ -156,8 +155,7 @@ def command(arguments: Sequence[str] | None) -> int:
     if options.json:
         made_by = recorded_settings(paths.folder("copies"), measures["classes"])
         about = {"dataset": paths.dataset, "form": form.name, "variant": paths.variant, "made_by": made_by}
-        text = json.dumps({**about, **measures}, indent=1, ensure_ascii=False)
-        write_atomically(Path(options.json), lambda file: file.write(text.encode()))
+        report.write_json(options.json, {**about, **measures})
     return 0
 
 

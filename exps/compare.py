@@ -96,7 +96,7 @@ def _cell(value: Mapping[str, float] | None, digits: int) -> str:
 
 def compare(options: argparse.Namespace) -> int:
     """What the command line asks for.  Returns the exit code."""
-    output = (options.output or Path("outputs") / options.config.stem).expanduser()
+    output = options.output or Path("outputs") / options.config.stem
     known = call(MAIN, "--list", "methods").stdout.split()
     methods = options.methods.split(",") if options.methods else known
     if unknown := sorted(set(methods) - set(known)):
@@ -137,12 +137,12 @@ def command(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m exps.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, help="a JSON config, such as exps/cifar10.json")
+    parser.add_argument("config", type=cli.path, help="a JSON config, such as exps/cifar10.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config in all runs")
     parser.add_argument("--methods", help="separated by commas (default: all)")
     parser.add_argument("--only", choices=MEMORIES, help="carry out one kind of runs; the table has what is there")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/<name of the config>")
+    parser.add_argument("--output", type=cli.path, metavar="DIR", help="default: outputs/<name of the config>")
     return compare(parser.parse_intermixed_args(cli.options_as_overrides(parser, argv)))
 
 

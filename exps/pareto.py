@@ -95,7 +95,7 @@ def read(file: Path, output: Path | None, seeds: Sequence[int] = ()) -> Sweep:
     content |= {"seeds": list(seeds)} if seeds else {}
     config = content.get("config")
     if isinstance(config, str):
-        config = read_json(Path(config))
+        config = read_json(cli.path(config))
     known = {"config", "forms", "budgets", "methods", "seeds", "real_per_class", "settings", "copies"}
     if not isinstance(config, dict) or "dataset" not in config:
         raise UserError(f"{file}: config must be an object of main.py's keys, or the path of a config.")
@@ -120,7 +120,7 @@ def read(file: Path, output: Path | None, seeds: Sequence[int] = ()) -> Sweep:
     forms = dict(_form(file, form, content.get("real_per_class", 1)) for form in content["forms"])
     where = output or Path("outputs") / file.stem
     lists = [list(dict.fromkeys(content[key])) for key in ("budgets", "methods", "seeds")]
-    return Sweep(config, forms, sorted(lists[0]), *lists[1:], content.get("settings", ""), copies, where.expanduser())
+    return Sweep(config, forms, sorted(lists[0]), *lists[1:], content.get("settings", ""), copies, where)
 
 
 def _form(file: Path, form: str | dict, real: int | None) -> tuple[str, dict[str, Any]]:
@@ -309,11 +309,11 @@ def command(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m exps.pareto", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, help="such as exps/pareto_digits.json")
+    parser.add_argument("file", type=cli.path, help="such as exps/pareto_digits.json")
     parser.add_argument("--dry-run", action="store_true", help="tell runs, hours and disk, and keep nothing")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
     parser.add_argument("--seeds", type=_numbers, default=[], metavar="A,B", help="class orders in place of the file's")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: outputs/<name of the file>")
+    parser.add_argument("--output", type=cli.path, metavar="DIR", help="default: outputs/<name of the file>")
     return pareto(parser.parse_args(argv))
 
 

@@ -1,13 +1,22 @@
 """Exit codes and last words of commands."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import main
+from compress import measure, quality
+from compress import run as compress
+from ControlNet import train as controlnet
+from exps import compare, pareto
 from utils import cli
+from utils.curate import command as curate
 from utils.errors import UserError
+from utils.memory import __main__ as memory
+from utils.results import gallery, report
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,16 +51,55 @@ def test_a_bug_is_not_hidden():
         cli.run(lambda: 1 / 0)
 
 
-def shell(command):
-    return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+def shell(command, **variables):
+    """PYTHONUNBUFFERED=1 writes each line at once, "" at the end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_a_reader_that_leaves_early_is_no_error():
-    done = shell(f"{sys.executable} main.py --help-config | head -1; echo ${{PIPESTATUS[0]}}")
-    assert (done.stdout.splitlines()[1], done.stderr) == ("0", "")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "command",
+    ["main.py --help-config", "main.py --help", "compress/run.py --help", "-m utils.curate --help"],
+)
+def test_a_reader_that_leaves_early_is_no_error(command, unbuffered):
+    done = shell(f"{sys.executable} {command} | true; echo ${{PIPESTATUS[0]}}", PYTHONUNBUFFERED=unbuffered)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_line():
-    done = shell(f"{sys.executable} main.py --help-config > /dev/full")
+@pytest.mark.parametrize("command", ["main.py --help-config", "main.py --list methods"])
+def test_a_full_disk_is_one_line(command):
+    done = shell(f"{sys.executable} {command} > /dev/full", PYTHONUNBUFFERED="")
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (main.main, ["--config=~/here"]),
+        (main.main, ["--config", "exps/config.json", "data_dir=~/here"]),
+        (main.main, ["--config", "exps/config.json", "--data-dir", "~/here"]),
+        (main.main, ["predict", "~/here", "--images", "x"]),
+        (compress.main, ["--dataset=D", "--resolution=low", "--data-dir=~/here"]),
+        (quality.main, ["--dataset=D", "--data-dir=~/here"]),
+        (measure.main, ["--dataset=D", "--data-dir=~/here"]),
+        (gallery.main, ["--dataset=D", "--data-dir=~/here", "x.png"]),
+        (report.main, ["~/here"]),
+        (report.main, ["mine=~/here"]),
+        (memory.main, ["show", "~/here"]),
+        (curate.main, ["folder", "--dataset=D", "--source=~/here"]),
+        (curate.main, ["folder", "--dataset=D", "--source=tests", "--classes=~/here"]),
+        (compare.main, ["~/here", "--methods=replay"]),
+        (pareto.main, ["~/here"]),
+        (controlnet.main, ["~/here"]),
+        (controlnet.main, ["ControlNet/models/cldm_tiny_train.yaml", "data=~/here", "output=~/training"]),
+        (controlnet.main, ["ControlNet/models/cldm_tiny_train.yaml", "model=~/here", "output=~/training"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value.__module__,
+)
+def test_a_tilde_is_the_home_folder(command, arguments, tmp_path, monkeypatch, capsys):
+    """Each tool complains of a path that is not there, by its whole name.  Shells leave ~ alone behind a "="."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command(arguments) == 2
+    assert f"{tmp_path}/here" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from utils.errors import Stopped, UserError
@@ -78,11 +79,9 @@ def run(command: Callable[[], int | None], *, stopped: str = "the same command g
     tolerate_odd_names()
     try:
         with signals.caught():
-            code = command() or 0
+            code = _exit_code(command)
         sys.stdout.flush()
         return code
-    except SystemExit as leave:  # argparse has said what is wrong
-        return leave.code if isinstance(leave.code, int) else 0 if leave.code is None else 2
     except UserError as error:
         return _refuse(error)
     except KeyboardInterrupt as stop:
@@ -98,6 +97,14 @@ def run(command: Callable[[], int | None], *, stopped: str = "the same command g
         return code
 
 
+def _exit_code(command: Callable[[], int | None]) -> int:
+    """What a command returns, or leaves with: argparse has printed its help, or what is wrong."""
+    try:
+        return command() or 0
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else 0 if leave.code is None else 2
+
+
 def _refuse(message: object) -> int:
     log.debug("ended with an error", exc_info=True)
     return _end(2, f"error: {message}")
@@ -106,6 +113,10 @@ def _refuse(message: object) -> int:
 def _end(code: int, message: str) -> int:
     """The exit code, when the first process that ends has said why, or the one that runs alone."""
     traceback.clear_frames(sys.exc_info()[2])  # workers of a DataLoader end with what refers to it
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _give_up_stdout()
     if _runs_together():
         from utils import devices
 
@@ -138,13 +149,23 @@ def _runs_together() -> bool:
 
 
 def _stdout_is_closed() -> bool:
-    """Whether the reader of our output has left, as in `... | head -1`; Python must not try to write to it again."""
+    """Whether the reader of our output has left, as in `... | head -1`."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     if not poll.poll(0):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _give_up_stdout()
     return True
+
+
+def _give_up_stdout() -> None:
+    """Python writes what is left of the output once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def path(text: str) -> Path:
+    """An argument that is a path, for argparse.  ~ is the home folder, which shells leave alone in --output=~/x."""
+    return Path(text).expanduser()
 
 
 def tolerate_odd_names() -> None:

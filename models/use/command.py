@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils import cli
 from utils.data.images import write_atomically
 
 COMMANDS = ("predict", "evaluate", "export")
@@ -35,21 +36,23 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"main.py {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of the run")
+    parser.add_argument("run", type=cli.path, metavar="RUN", help="output folder of the run")
     parser.add_argument("--seed", type=int, metavar="N", help="class order (default: the first)")
     parser.add_argument("--phase", type=int, metavar="N", help="phase, counted from 0 (default: the last one kept)")
     parser.add_argument("--device", default="auto", help='as the config\'s "device" (default: %(default)s)')
     if command == "predict":
-        parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="a picture, or a folder of them")
+        parser.add_argument(
+            "--images", type=cli.path, required=True, metavar="DIR", help="a picture, or a folder of them"
+        )
         where = "the CSV (default: the terminal)"
     elif command == "evaluate":
         data = "a dataset's folder, or a folder of class folders (default: the run's own dataset)"
-        parser.add_argument("--data", type=Path, metavar="DIR", help=data)
+        parser.add_argument("--data", type=cli.path, metavar="DIR", help=data)
         where = "write all figures there too, as JSON"
     else:
         parser.add_argument("--to", choices=("onnx", "torchscript"), required=True)
         where = "the file to write (default: RUN/seed<N>/phase<NN>.onnx or .pt)"
-    parser.add_argument("--output", type=Path, metavar="FILE", help=where)
+    parser.add_argument("--output", type=cli.path, metavar="FILE", help=where)
     return parser
 
 

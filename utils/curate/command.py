@@ -147,14 +147,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=("digits", *SOURCES))
     parser.add_argument("--data-dir", help="folder of all datasets (default: $ESCORT_DATA_DIR, else ./data)")
-    parser.add_argument("--source", type=_path, metavar="DIR", help=(
+    parser.add_argument("--source", type=cli.path, metavar="DIR", help=(
         "for folder, the folder of class folders; else the folder of torchvision's archives "
         "(default: downloads in the data folder)"
     ))  # fmt: skip
     parser.add_argument("--dataset", metavar="NAME", help="the dataset's folder in the data folder (default: its name)")
-    parser.add_argument("--classes", type=_path, metavar="FILE", help="only these classes; the list may have texts too")
     parser.add_argument(
-        "--texts", type=_path, metavar="FILE", help="texts of classes, such as imagenet_class_index.json"
+        "--classes", type=cli.path, metavar="FILE", help="only these classes; the list may have texts too"
+    )
+    parser.add_argument(
+        "--texts", type=cli.path, metavar="FILE", help="texts of classes, such as imagenet_class_index.json"
     )
     parser.add_argument("--test-share", type=float, default=Split().share, metavar="X", help=(
         "share of each class's test pictures, where there is no official split (default: %(default)s)"
@@ -170,10 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"of each class, only {mode} pictures A to B - 1, counted from 0; 0:0 takes none"
         ))  # fmt: skip
     return cli.run(lambda: curate(parser.parse_args(arguments)))
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
 
 
 def _part(text: str) -> slice:

@@ -6,7 +6,6 @@ FILE is one of a run's `memory/phaseNN.zip`.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from utils import cli
 from utils.memory import archive
@@ -18,8 +17,8 @@ def command(arguments: Sequence[str] | None) -> None:
     show = commands.add_parser("show", help="what the memory holds, in exemplars and bytes")
     extract = commands.add_parser("extract", help="write its files into a folder")
     for each in (show, extract):
-        each.add_argument("file", type=Path, help="a run's memory/phaseNN.zip")
-    extract.add_argument("--to", metavar="FOLDER", type=Path, help="[FILE without its ending]")
+        each.add_argument("file", type=cli.path, help="a run's memory/phaseNN.zip")
+    extract.add_argument("--to", metavar="FOLDER", type=cli.path, help="[FILE without its ending]")
     options = parser.parse_args(arguments)
     if options.command == "extract":
         folder = options.to or options.file.with_suffix("")
