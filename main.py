@@ -25,6 +25,7 @@ from utils.config.read import load_config
 from utils.config.schema import Config, accelerator, as_dict
 from utils.config.show import help_text
 from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
+from utils.data.published import class_lists, labels
 from utils.errors import UserError
 from utils.results import report
 from utils.results.output import Output, seed_folder
@@ -80,9 +81,14 @@ def command(argv: Sequence[str] | None) -> int | None:
 
 
 def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
-    """The names of the methods, backbones, exemplar forms, or datasets in a data folder."""
+    """The names of the methods, backbones, exemplar forms, or datasets: those in a data folder, and published lists."""
     if kind == "datasets":
-        return datasets(data_dir(folder))
+        there = datasets(data_dir(folder))
+        to_make = [name for name in class_lists() if name not in there]
+        return there + [
+            f"{name}: {len(labels(name))} classes, not there; python -m utils.curate {name} --source DIR makes it"
+            for name in to_make
+        ]
     if kind == "forms":
         from compress.forms import examples
 

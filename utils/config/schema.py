@@ -94,7 +94,7 @@ class Config:
     class_order: ClassOrder | None = setting(
         None,
         "the classes in the order of a run, as labels or as places in the sorted labels, in place of shuffle; or a "
-        "file of them, .json (a list) or .txt (one a line)",
+        "file of them, .json (a list) or .txt (one a line); or a published list, ImageNet100",
     )
     class_sort: Literal["text", "number"] = setting(
         "text", "how class labels are sorted: as text, as PyCIL does, or by the numbers in them (2 before 10)"

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator
 
+from utils.data.published import labels, without_comments
+
 
 def _as_text(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, bool | int | float) else value
@@ -67,12 +69,12 @@ def _listed(value: Any) -> Any:
 
 
 def _listed_or_in_file(value: Any) -> Any:
-    """As `_listed`, and from a file: a JSON list, or text with an entry a line."""
+    """As `_listed`, and from a file (a JSON list, or text with an entry a line) or a published list of classes."""
     if not isinstance(value, str) or Path(value).suffix not in (".json", ".txt"):
-        return _listed(value)
+        return (labels(value) if isinstance(value, str) else None) or _listed(value)
     try:
         text = Path(value).expanduser().read_text(encoding="utf-8")
-        return json.loads(text) if value.endswith(".json") else list(filter(None, map(str.strip, text.splitlines())))
+        return json.loads(text) if value.endswith(".json") else without_comments(text.splitlines())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not a list in UTF-8"
         raise ValueError(f"names a file that can't be read ({reason})") from None

@@ -2,7 +2,8 @@
 
     python -m utils.curate digits
     python -m utils.curate CIFAR10 | CIFAR100 | Food101 | Caltech256 [--source DIR]
-    python -m utils.curate folder --source DIR --dataset NAME [--classes FILE] [--texts FILE]
+    python -m utils.curate folder --source DIR --dataset NAME [--classes FILE|LIST] [--texts FILE]
+    python -m utils.curate ImageNet100 | ImageNet-R | ... --source DIR [--link]
 
 Archives that torchvision can download are downloaded.  A killed run can be started again: files are written atomically,
 and existing ones are kept.  Photographs are copied byte for byte; CIFAR's pictures are written as PNG.
@@ -10,6 +11,11 @@ and existing ones are kept.  Photographs are copied byte for byte; CIFAR's pictu
 Caltech256, and a folder without test, val, valid or validation beside its train, have no official split: of each class,
 --test-share of the pictures become test pictures, chosen by a hash of --split-seed, class and file name.  Caltech256's
 257.clutter is left out unless --classes lists it.
+
+A published class list (utils/data/published, each with its source) stands for a folder with its classes: `ImageNet100
+--source ~/ImageNet` is `folder --source ~/ImageNet --dataset ImageNet100 --classes ImageNet100`.  --train-list and
+--test-list take a split that was published as lists of pictures, a path a line (plain, with class numbers, or
+CODA-Prompt's YAML).
 
 --train-part 0:200 takes each class's first 200 train pictures by name, --test-part likewise: for small datasets, and
 for datasets that share no picture.
@@ -23,6 +29,7 @@ that share no picture: `MNIST` (100 train and 150 test pictures a class, for inc
 """
 
 import argparse
+import difflib
 import functools
 import gzip
 import importlib.util
@@ -38,8 +45,10 @@ from PIL import Image
 from utils import cli
 from utils import log as logs
 from utils.curate.sources import SOURCES, Picture, Split, choose, class_folders, is_wordnet_number, read_class_list
+from utils.curate.split_lists import listed_pictures
 from utils.data.images import write_atomically
 from utils.data.paths import DatasetPaths, data_dir
+from utils.data.published import class_lists, find_list
 from utils.errors import UserError
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -145,19 +154,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m utils.curate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("digits", *SOURCES))
+    parser.add_argument("what", metavar="what", choices=("digits", *SOURCES, *class_lists()), help=(
+        f"digits, {', '.join(SOURCES)}; or a published class list: {', '.join(class_lists())}"
+    ))  # fmt: skip
     parser.add_argument("--data-dir", help="folder of all datasets (default: $ESCORT_DATA_DIR, else ./data)")
     parser.add_argument("--source", type=cli.path, metavar="DIR", help=(
         "for folder, the folder of class folders; else the folder of torchvision's archives "
         "(default: downloads in the data folder)"
     ))  # fmt: skip
     parser.add_argument("--dataset", metavar="NAME", help="the dataset's folder in the data folder (default: its name)")
-    parser.add_argument(
-        "--classes", type=cli.path, metavar="FILE", help="only these classes; the list may have texts too"
-    )
+    parser.add_argument("--classes", type=cli.path, metavar="FILE", help=(
+        "only these classes: a file, which may have texts too, or the name of a published list"
+    ))  # fmt: skip
     parser.add_argument(
         "--texts", type=cli.path, metavar="FILE", help="texts of classes, such as imagenet_class_index.json"
     )
+    for mode in ("train", "test"):
+        parser.add_argument(f"--{mode}-list", type=cli.path, metavar="FILE", help=f"of a folder, the {mode} pictures")
     parser.add_argument("--test-share", type=float, default=Split().share, metavar="X", help=(
         "share of each class's test pictures, where there is no official split (default: %(default)s)"
     ))  # fmt: skip
@@ -204,6 +217,11 @@ def curate(options: argparse.Namespace) -> None:
         for dataset, pictures in digits():
             write_dataset(DatasetPaths(root, dataset), pictures, names)
         return
+    if options.what in class_lists():
+        if not options.source:
+            raise UserError(f"{options.what} needs --source DIR, your folder of ImageNet's class folders.")
+        options.classes = options.classes or Path(options.what)
+        options.dataset, options.what = options.dataset or options.what, "folder"
     if not 0 < options.test_share < 1:
         raise UserError(f"--test-share must lie between 0 and 1, not {options.test_share:g}.")
     if options.what == "folder" and not (options.source and options.dataset):
@@ -213,10 +231,16 @@ def curate(options: argparse.Namespace) -> None:
     if source.resolve() == paths.root.resolve():
         raise UserError(f"--source is {paths.root}, where the dataset would be written. Choose another --dataset.")
     split = Split(options.test_share, options.split_seed)
-    listed = read_class_list(options.classes) if options.classes else {}
+    listed = read_class_list(_class_list(options.classes)) if options.classes else {}
     texts = read_class_list(options.texts) if options.texts else {}
 
-    pictures = SOURCES[options.what].pictures(source, split, listed)
+    lists = {mode: file for mode in ("train", "test") if (file := getattr(options, f"{mode}_list"))}
+    if lists and (options.what != "folder" or len(lists) < 2):
+        raise UserError("--train-list and --test-list go together, with folder.")
+    if lists:
+        pictures = listed_pictures(source, lists, listed)
+    else:
+        pictures = SOURCES[options.what].pictures(source, split, listed)
     labels = set(choose(listed, list(dict.fromkeys(picture.label for picture in pictures)), options.what))
     pictures = [picture for picture in pictures if picture.label in labels]
     pictures = take_parts(pictures, {"train": options.train_part, "test": options.test_part})
@@ -230,6 +254,17 @@ def curate(options: argparse.Namespace) -> None:
         )
         named = {}
     write_dataset(paths, pictures, named, link=options.link)
+
+
+def _class_list(asked: Path) -> Path:
+    """The file of a class list: the user's own, else a published one of this name.  Raises UserError."""
+    if asked.is_file() or asked.suffix or len(asked.parts) > 1:
+        return asked
+    if file := find_list(str(asked)):
+        return file
+    near = difflib.get_close_matches(str(asked), class_lists(), 1, 0.5)
+    hint = f"Did you mean {near[0]}?" if near else f"Lists: {', '.join(class_lists())}."
+    raise UserError(f"--classes: {asked} is neither a file nor a published list. {hint}")
 
 
 def write_dataset(

@@ -16,11 +16,12 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.data.images import is_image
+from utils.data.published import without_comments
 from utils.errors import UserError
 
 CALTECH_CLUTTER = "257.clutter"
 """Caltech-256's folder of pictures that are in none of its 256 classes; left out unless a class list names it."""
-_TEST_FOLDERS = ("test", "val", "valid", "validation")
+TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
 class Picture(NamedTuple):
@@ -152,12 +153,12 @@ def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None
     taken = choose(labels, class_folders(train), train)
     if not taken:
         raise UserError(f"{train} has no class folders; pictures belong in {train}/<class-label>/.")
-    for name in _TEST_FOLDERS if has_train else ():
+    for name in TEST_FOLDERS if has_train else ():
         if set(taken) & set(class_folders(folder / name)):
             modes = {"train": train, "test": folder / name}
             break
     else:
-        for name in _TEST_FOLDERS if has_train else ():
+        for name in TEST_FOLDERS if has_train else ():
             if (folder / name).is_dir() and any(is_image(path) for path in (folder / name).iterdir()):
                 raise UserError(
                     f"{folder / name} holds pictures without class folders. Sort them into class folders, or rename "
@@ -207,7 +208,7 @@ def _images(folder: Path) -> dict[str, Path]:
 def read_class_list(file: Path) -> dict[str, str | None]:
     """Class labels and their texts (None without one), from a file in one of these formats:
 
-        n01440764                        one label a line,
+        n01440764                        one label a line; "# ..." is a comment,
         n01440764 tench, Tinca tinca     and a text after a tab, or after a space behind a WordNet number (ImageNet's
                                          LOC_synset_mapping.txt): its first name is taken,
         {"n01440764": "tench"}           JSON,
@@ -219,7 +220,7 @@ def read_class_list(file: Path) -> dict[str, str | None]:
     try:
         content = file.read_text(encoding="utf-8-sig")
         if file.suffix.lower() != ".json":
-            lines = [line.strip() for line in content.splitlines() if line.strip()]
+            lines = without_comments(content.splitlines())
             parts = [re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1) for line in lines]
             entries = {label: text[0] if text else None for label, *text in parts}
         else:

@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 
 from utils.data.images import is_image
+from utils.data.published import find_list
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -98,9 +99,11 @@ class DatasetPaths:
         """Sorted class labels: the names of the mode's sub-folders.  Raises UserError if there are none."""
         folder = self.folder(mode)
         if not folder.is_dir():
+            known = find_list(self.dataset)
+            way = f"python -m utils.curate {known.stem} --source DIR makes it; or p" if known else "P"
             raise UserError(
                 f"no {mode} images of dataset {self.dataset!r}: {folder} is not a folder. "
-                f"Put images in {folder}/<class-label>/, or set another folder with --data-dir or data_dir."
+                f"{way}ut images in {folder}/<class-label>/, or set another folder with --data-dir or data_dir."
             )
         labels = sorted(entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
         if not labels:
