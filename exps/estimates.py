@@ -1,5 +1,6 @@
 """How long a sweep will take and what it will write, from short measurements."""
 
+import csv
 import json
 import math
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exps.runs import MAIN, call, last_words
+from utils.errors import UserError
 from utils.results import report
 
 
@@ -51,6 +53,39 @@ def training_seconds(keys: Mapping[str, Any]) -> tuple[float, float, int]:
         later = sum(seconds["train"] for seconds in phases[1:]) * epochs["epochs"] + sum(other)
         size = sum(file.stat().st_size for file in (Path(folder) / "out").rglob("*") if file.is_file())
         return first, later, size
+
+
+def class_order_hours(config: Mapping[str, Any]) -> tuple[float, list[str]]:
+    """(hours of one class order here, what they leave out), from a run with two epochs of each kind.
+
+    config: main.py's, checked and whole.  Raises UserError where that run fails.
+    """
+    epochs = [key for key, value in config.items() if key in ("epochs", "init_epoch") or key.endswith("_epochs")]
+    short = {key: min(2, config[key]) for key in epochs}
+    short |= {"init_milestones": [], "milestones": [], "seed": config["seed"][:1], "prefix": "", "compile": False}
+    notes = []
+    if config["syn_per_class"] or config["augmentation_prob"]:
+        short |= {"real_per_class": None, "syn_per_class": 0, "augmentation_prob": 0.0}
+        notes.append("without copies, which compress/run.py --dry-run tells")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "short.json"
+        report.write_json(file, {**config, **short, "output_dir": f"{folder}/out", "phase0_cache": f"{folder}/cache"})
+        done = call(MAIN, "--config", str(file))
+        if done.returncode:
+            raise UserError(last_words(done))
+        (run,) = report.load_results(Path(folder) / "out")["runs"]
+        seconds = sum(phase["seconds"]["total"] - phase["seconds"]["train"] for phase in run["phases"])
+        (log,) = Path(folder).rglob("epochs.csv")
+        with log.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    later = ["epochs", *(key for key in epochs if key not in ("epochs", "init_epoch"))]
+    for phase in {row["phase"] for row in rows}:
+        last = {row["stage"]: float(row["seconds"]) for row in rows if row["phase"] == phase}  # the second epoch's
+        keys = ["init_epoch"] if phase == "0" else later
+        if len(keys) != len(last):
+            keys = [keys[0]] * len(last)
+        seconds += sum(config[key] * each for key, each in zip(keys, last.values(), strict=True))
+    return seconds / 3600, notes
 
 
 def tell(sweep: Any, measures: Mapping[str, Any], points: Sequence[Any], todo: Sequence[Any]) -> None:

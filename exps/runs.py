@@ -43,6 +43,25 @@ def call(program: Sequence[str], *arguments: str, **environment: str) -> subproc
         time.sleep(5)
 
 
+def follow(program: Sequence[str], *arguments: str) -> int:
+    """Run a command of this project as if the user had typed it, and return its exit code.
+
+    A signal stops it as it would alone; it has a minute for that.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, str(ROOT / program[0]), *arguments]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+
+
 def last_words(done: subprocess.CompletedProcess) -> str:
     """The message of a command that failed."""
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]

@@ -1,0 +1,164 @@
+"""The rows of published tables, and what came of our runs of them."""
+
+import difflib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exps.runs import ROOT
+from utils.config.read import read_json
+from utils.errors import UserError
+from utils.results import report
+
+FOLDER = Path(__file__).parent
+RESULTS = "results.json"
+CLASSIFIERS = ("cnn", "nme", "student")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published figure.  `exps.reproduce` says what the fields are; base: the config's whole path."""
+
+    name: str
+    method: str
+    base: Path
+    average: float | None
+    last: float | None
+    dataset: str
+    protocol: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    classifier: str = "cnn"
+    note: str = ""
+
+    @property
+    def overrides(self) -> list[str]:
+        """The row's keys as main.py takes them on the command line."""
+        return [f"{key}={_as_text(value)}" for key, value in self.config.items()]
+
+    def arguments(self, more: Sequence[str] = ()) -> list[str]:
+        """main.py's arguments; more: the user's key=value."""
+        return ["--config", str(self.base), *self.overrides, f"output_dir=outputs/reproduce/{self.name}", *more]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One published table, or the part of it with one protocol."""
+
+    source: str
+    url: str
+    table: str
+    note: str
+    rows: tuple[Row, ...]
+
+    @property
+    def protocols(self) -> list[str]:
+        """What the rows' datasets and protocols are, each once."""
+        return list(dict.fromkeys(f"{row.dataset}, {row.protocol}" for row in self.rows))
+
+    @property
+    def title(self) -> str:
+        protocol = f" ({self.protocols[0]})" if len(self.protocols) == 1 else ""
+        return f"{self.source}: {self.table or 'no table'}{protocol}"
+
+
+def read_tables(folder: Path = FOLDER) -> list[Table]:
+    """The tables of a folder, by file name.  Raises UserError for a file that is none, or a name that comes twice."""
+    tables = [_table(file) for file in sorted(folder.glob("*.json")) if file.name != RESULTS]
+    names: set[str] = set()
+    for row in (row for table in tables for row in table.rows):
+        if row.name in names:
+            raise UserError(f"{folder}: two rows are named {row.name!r}.")
+        names.add(row.name)
+    return tables
+
+
+def _table(file: Path) -> Table:
+    content = read_json(file)
+    shared = {key: content.get(key, "") for key in ("dataset", "protocol")}
+    try:
+        rows = [
+            Row(**{**shared, **row, "base": _base(file, row["base"]), "config": {**content.get("config", {}), **own}})
+            for row in content["rows"]
+            for own in (row.get("config", {}),)
+        ]
+        table = Table(content["source"], content["url"], content["table"], content["note"], tuple(rows))
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is no table of rows: {error}. python -m exps.reproduce --help says what it has."
+        ) from None
+    for row in rows:
+        figures = [figure for figure in (row.average, row.last) if figure is not None]
+        if not all(isinstance(figure, int | float) and 0 <= figure <= 100 for figure in figures):
+            raise UserError(f"{file}: row {row.name!r}: average and last are accuracies in percent, or null.")
+        if row.classifier not in CLASSIFIERS:
+            raise UserError(f"{file}: row {row.name!r}: classifier is one of {', '.join(CLASSIFIERS)}.")
+    return table
+
+
+def _base(file: Path, base: str) -> Path:
+    path = Path(os.path.normpath(file.parent.absolute() / base))
+    if not path.is_file():
+        raise UserError(f"{file}: there is no config {path}.")
+    return path
+
+
+def find_row(tables: Sequence[Table], name: str) -> tuple[Table, Row]:
+    """A row by its name.  Raises UserError, with near names."""
+    rows = {row.name: (table, row) for table in tables for row in table.rows}
+    if name in rows:
+        return rows[name]
+    near = difflib.get_close_matches(name, rows, 3, 0.4) or sorted(row for row in rows if name in row)[:3]
+    hint = f"Did you mean {', '.join(near)}?" if near else "python -m exps.reproduce --list shows all."
+    raise UserError(f"there is no row {name!r}. {hint}")
+
+
+def shown(path: Path) -> str:
+    """A path as a user of the repository types it."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+# What came of it: results.json, {"runs": {row: figures}, "changed": {row: figures}, "hours": {row: estimate}}
+
+
+def read_results(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
+    """What our runs came to.  "runs": of rows as they are; "changed": with other keys; "hours": estimates on a GPU."""
+    file = folder / RESULTS
+    content = read_json(file) if file.exists() else {}
+    return {kind: dict(content.get(kind, {})) for kind in ("runs", "changed", "hours")}
+
+
+def keep(folder: Path, kind: str, name: str, entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Add an entry of a row to results.json.  Returns all of it."""
+    results = read_results(folder)  # again, as another run may have written meanwhile
+    results[kind] = dict(sorted({**results[kind], name: dict(entry)}.items()))
+    report.write_json(folder / RESULTS, results)
+    return results
+
+
+def figures(results: Mapping[str, Any], row: Row, seeds: Sequence[int]) -> dict[str, Any]:
+    """Our average and last accuracy of a row, means over class orders, from main.py's results.
+
+    Raises UserError where a class order is not finished, or the method has no such classifier.
+    """
+    runs = [run for run in results["runs"] if run["seed"] in seeds and run["finished"]]
+    if len(runs) < len(seeds):
+        raise UserError(f"{row.name} is not finished: {len(runs)} of {len(seeds)} class orders. Run it again to go on.")
+    summary = report.summary(runs)
+    if not summary.get(row.classifier):
+        raise UserError(f"{row.name}: {row.method} has no accuracy of {row.classifier!r}.")
+    entry: dict[str, Any] = {"seeds": list(seeds)}
+    for classifier in dict.fromkeys((row.classifier, "nme")):
+        if of := summary.get(classifier):
+            prefix = "" if classifier == row.classifier else f"{classifier}_"
+            entry[f"{prefix}average"] = round(of["average_incremental_accuracy"]["mean"], 2)
+            entry[f"{prefix}last"] = round(of["top1"]["mean"][-1], 2)
+            if len(seeds) > 1:
+                entry[f"{prefix}average_std"] = round(of["average_incremental_accuracy"]["std"], 2)
+    return entry
