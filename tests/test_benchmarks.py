@@ -1,0 +1,72 @@
+"""The benchmark of copies counts the steps that are made, and ranks equal pictures alone."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from compress.generators.controlnet import PictureGenerator
+from compress.presets import HIGH
+from ControlNet.cldm.model import load_model
+from tests.bench import bench_controlnet as bench
+
+DDIM = HIGH.changed(size=64, sampler="ddim", steps=20)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def call(*options):
+        monkeypatch.setattr(sys, "argv", ["bench_controlnet.py", *map(str, options)])
+        bench.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_pictures_of_other_steps_are_not_ranked(command, checkpoint):
+    """Of DDIM's 1000 timesteps every 333rd: four, of which diffusers takes three.  The command itself."""
+    pytest.importorskip("diffusers")
+    said = command("--model", checkpoint, "--size", 64, "--batch-sizes", 1, "--rounds", 1, "--measured-steps", 3)
+    assert "diffusers against published, 3 steps: " in said
+    assert "other pictures (3 steps against 4), not ranked" in said
+    rows = [line for line in said.splitlines() if line.startswith("    1  ")]
+    assert len(rows) == 3
+    assert {row.split()[1] for row in rows if " x" in row} == {"published", "ours"}
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_steps_that_are_counted_are_those_that_are_made(checkpoint, steps, monkeypatch):
+    model = load_model(checkpoint)
+    passes, predict = [], type(model).apply_model
+    monkeypatch.setattr(
+        type(model), "apply_model", lambda self, x, *rest: (passes.append(x), predict(self, x, *rest))[1]
+    )
+    job = bench.make_jobs(1, 64)
+    for name, contender, of_step in (
+        ("published", bench.published(model), 2),
+        ("ours", bench.ours(PictureGenerator(DDIM, model)), 1),
+    ):
+        passes.clear()
+        contender(DDIM, job, steps)
+        assert len(passes) == of_step * bench.real_steps(name, DDIM, steps)
+
+
+@pytest.mark.parametrize("name", ["published", "ours", "diffusers"])
+def test_a_copy_is_added_up_from_the_steps_that_were_made(name):
+    """0.5 s that are done once, and 2 s a step, whichever numbers of steps were timed."""
+    for few in (3, 4, 7):
+        seconds = {count: 0.5 + 2 * bench.real_steps(name, DDIM, count) for count in (1, few)}
+        assert bench.whole_copy(name, DDIM, seconds) == pytest.approx((40.5, 2.0, 0.5))
+
+
+def test_pictures_that_differ_are_not_ranked(capsys):
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    nearly = np.clip(picture + rng.integers(-1, 2, picture.shape), 0, 255).astype(np.uint8)
+    other = np.clip(picture + rng.normal(0, 20, picture.shape), 0, 255).astype(np.uint8)  # 22 dB apart
+    contenders = {name: lambda *_, made=made: [made] for name, made in (("a", picture), ("b", nearly), ("c", other))}
+    assert bench.comparable(contenders, DDIM, [None], 20, bench.SAME_PSNR["fp32"]) == {"a", "b"}
+    said = capsys.readouterr().out.splitlines()
+    assert ["not ranked" in line for line in said] == [False, True]
+    drawing = HIGH.changed(size=64, sampler="lcm", steps=4)
+    assert bench.comparable(contenders, drawing, [None], 4, bench.SAME_PSNR["fp32"]) == {"a", "b", "c"}
