@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests import processes
 from tests.folders import make_dataset
 from utils.data.paths import DatasetPaths
 
@@ -37,19 +38,28 @@ def paths(tmp_path):
 def undisturbed(tmp_path_factory, checkpoint):
     """What one process makes that nobody disturbs."""
     paths = toy(tmp_path_factory.mktemp("undisturbed"))
-    finished = finish(start(paths, checkpoint))
-    assert "copies: 108 made, 0 skipped, 0 failed" in finished
+    (alone,) = processes.ranks("compress.run", arguments(paths, checkpoint), 1)
+    assert alone.code == 0, alone.err
+    assert "copies: 108 made, 0 skipped, 0 failed" in alone.out
     return made(paths)
 
 
-def start(paths, checkpoint, *launcher, copies=COPIES, options=(), **variables) -> subprocess.Popen:
-    """The command as a user types it, in processes of its own."""
-    common = [
+def arguments(paths, checkpoint, copies=COPIES) -> list[str]:
+    return [
         "--data-dir", str(paths.data_dir), "--dataset", paths.dataset, "--seeds", str(copies), "--resolution", "high",
         "--model", str(checkpoint), "--size", "64", "--steps", "1", "--batch-size", "4", "--device", "cpu",
     ]  # fmt: skip
+
+
+def together(paths, checkpoint, *options, copies=COPIES) -> list[processes.Ended]:
+    """The command in two processes."""
+    return processes.ranks("compress.run", [*arguments(paths, checkpoint, copies), *options])
+
+
+def start(paths, checkpoint, *launcher, **variables) -> subprocess.Popen:
+    """The command as a user types it, in processes of its own."""
     return subprocess.Popen(
-        [sys.executable, *launcher, "compress/run.py", *common, *options],
+        [sys.executable, *launcher, "compress/run.py", *arguments(paths, checkpoint)],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **variables},
         stdout=subprocess.PIPE,
@@ -79,6 +89,12 @@ def made(paths: DatasetPaths) -> dict[str, bytes]:
         for file in sorted(paths.folder(mode).rglob("*"))
         if file.is_file()
     }
+
+
+def write(paths: DatasetPaths, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (paths.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (paths.root / name).write_bytes(content)
 
 
 def wait_for_copies(paths, count: int, process: subprocess.Popen) -> None:
@@ -111,12 +127,12 @@ def test_slurms_processes_make_the_tree_of_one(paths, checkpoint, undisturbed):
     job = {
         "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
         "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "compress", "SLURM_JOB_ID": "4321", "SLURM_NODELIST": "127.0.0.1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SLURM_PROCID": "{rank}", "SLURM_LOCALID": "{rank}",
     }  # fmt: skip
-    tasks = [start(paths, checkpoint, SLURM_PROCID=rank, SLURM_LOCALID=rank, **job) for rank in ("0", "1")]
-    first, second = (finish(task) for task in tasks)
-    assert "copies: 108 made, 0 skipped, 0 failed" in first
-    assert second == ""
+    tasks = processes.ranks("compress.run", arguments(paths, checkpoint), **job)
+    assert [task.code for task in tasks] == [0, 0], tasks[0].err + tasks[1].err
+    assert "copies: 108 made, 0 skipped, 0 failed" in tasks[0].out
+    assert tasks[1].out == ""
     assert made(paths) == undisturbed
 
 
@@ -135,38 +151,34 @@ def test_one_of_two_processes_is_killed(paths, checkpoint, undisturbed):
 
 def test_two_processes_verify_and_repair_and_replace(paths, checkpoint, undisturbed):
     """Looking at the disk is shared too."""
-    finish(start(paths, checkpoint))
+    write(paths, undisturbed)
     edge_map = next(paths.folder("kept").glob("*/*.webp"))
     copy = next(paths.folder("copies").glob("*/*_seed03.jpg"))
     edge_map.unlink()
     copy.write_bytes(copy.read_bytes()[:100])
-    process = start(paths, checkpoint, *TORCHRUN, free_port(), options=["--verify"])
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert out.count("checked: 9 edge maps and 108 copies of 9 images") == 1
-    assert f"{edge_map}: missing" in out
-    assert f"{copy}: unreadable" in out
-    out = finish(start(paths, checkpoint, *TORCHRUN, free_port(), options=["--repair"]))
-    assert "copies: 1 made, 107 skipped, 0 failed" in out
+    first, second = together(paths, checkpoint, "--verify")
+    assert (first.code, second.code, second.out) == (1, 0, "")
+    assert first.out.count("checked: 9 edge maps and 108 copies of 9 images") == 1
+    assert f"{edge_map}: missing" in first.out
+    assert f"{copy}: unreadable" in first.out
+    first, second = together(paths, checkpoint, "--repair")
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "copies: 1 made, 107 skipped, 0 failed" in first.out
     assert made(paths) == undisturbed
-    out = finish(start(paths, checkpoint, *TORCHRUN, free_port(), options=["--replace", "--quality", "80"]))
-    assert "copies: 108 made, 0 skipped, 0 failed" in out
-    process = start(paths, checkpoint, *TORCHRUN, free_port())
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert err.count("quality 80 -> 75") == 1  # told once
+    first, second = together(paths, checkpoint, "--replace", "--quality", "80")
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "copies: 108 made, 0 skipped, 0 failed" in first.out
+    first, second = together(paths, checkpoint)
+    assert first.code == second.code == 2
+    assert (first.err + second.err).count("quality 80 -> 75") == 1  # told once
 
 
 def test_two_processes_make_copies_on_demand(paths, checkpoint, tmp_path):
     trees = []
-    for launcher in ([], [*TORCHRUN, free_port()]):
+    for number in (1, 2):
         settings = f"--model {checkpoint} --resolution high --size 64 --steps 1 --batch-size 4"
         config = {
-            **{
-                "dataset": paths.dataset,
-                "data_dir": str(paths.data_dir),
-                "output_dir": str(tmp_path / f"{len(trees)}"),
-            },
+            **{"dataset": paths.dataset, "data_dir": str(paths.data_dir), "output_dir": str(tmp_path / f"{number}")},
             **{"model_name": "icarl", "convnet_type": "resnet8", "device": "cpu", "init_cls": 2, "increment": 1},
             **{"seed": [1], "num_workers": 0, "memory_per_class": 2, "real_per_class": 1, "syn_per_class": 2},
             **{"augmentations_per_image": 3, "init_epoch": 1, "epochs": 1, "augmentation_scope": "exemplars"},
@@ -174,15 +186,9 @@ def test_two_processes_make_copies_on_demand(paths, checkpoint, tmp_path):
         }
         file = tmp_path / "config.json"
         file.write_text(json.dumps(config))
-        run = subprocess.run(
-            [sys.executable, *launcher, "main.py", "--config", str(file)],
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        assert "copies on demand: 18 made" in run.stdout
+        first, *others = processes.ranks("main", ["--config", file], number)
+        assert [each.code for each in (first, *others)] == [0] * number, first.err
+        assert "copies on demand: 18 made" in first.out
         trees.append(made(paths))
         for mode in ("kept", "copies"):
             shutil.rmtree(paths.folder(mode))
@@ -193,11 +199,10 @@ def test_two_processes_make_copies_on_demand(paths, checkpoint, tmp_path):
 def test_failures_of_all_processes_are_listed_once(paths, checkpoint):
     for label in LABELS:
         (paths.folder("train") / label / "text.jpg").write_text("no picture")
-    process = start(paths, checkpoint, *TORCHRUN, free_port(), copies=1)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "copies: 9 made, 0 skipped, 3 failed" in out
-    assert out.count("text.jpg") == 3
+    first, second = together(paths, checkpoint, copies=1)
+    assert (first.code, second.code, second.out) == (1, 0, "")
+    assert "copies: 9 made, 0 skipped, 3 failed" in first.out
+    assert first.out.count("text.jpg") == 3
 
 
 @pytest.mark.slow
