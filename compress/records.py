@@ -182,7 +182,7 @@ class Record:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{os.getpid()}-", suffix=".tmp")
             try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:  # JSON's escapes
                     json.dump(content, file, indent=1, ensure_ascii=False)
                 os.chmod(temporary, 0o644)
                 _move_to_a_free_name(temporary, target)

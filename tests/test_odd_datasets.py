@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 
 import main
+from compress import measure, quality
+from compress import run as compress
 from tests.folders import save_noise
 from utils.data.paths import DatasetPaths
+from utils.memory import __main__ as memory
+from utils.results import gallery, report
 
 CONFIG = {
     "dataset": "Odd",
@@ -65,6 +69,33 @@ def test_names_that_are_not_utf_8_go_through_training_checkpoints_and_reports(ru
     assert code == 0, said
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert len(results["runs"][0]["phases"]) == 2
+
+
+def test_names_that_are_not_utf_8_go_through_every_tool(run, tmp_path, capsys):
+    label, name = os.fsdecode(b"caf\xe9 $x_"), os.fsdecode(b"caf\xe9.png")
+    try:
+        paths = make(tmp_path, [label, "_b", "c"], [name, "b.png", "_c d.png"])
+    except OSError:
+        pytest.skip("this disk takes no such names")
+    where, file = ["--data-dir", str(tmp_path / "data"), "--dataset", "Odd"], tmp_path / os.fsdecode(b"\xe9")
+    model = ["--model", "tiny", "--steps", "1", "--size", "64", "--seeds", "1", "--device", "cpu"]
+    for form in ("edges", "webp:10"):
+        assert compress.main([*where, "--resolution", "high", "--form", form, *model]) == 0
+        assert compress.main([*where, "--resolution", "high", "--form", form, *model, "--verify"]) == 0
+    assert quality.main([*where, "--form", "webp:10", "--epochs", "1", f"--json={file}.json"]) == 0
+    assert measure.main([*where, "--forms", "real,webp:10"]) == 0
+    assert gallery.main([*where, "--copies", "1", f"{file}.png"]) == 0
+    out = tmp_path / os.fsdecode(b"out \xe9")
+    assert run(out.name, real_per_class=1, syn_per_class=1, augmentations_per_image=1)[0] == 0
+    archive = out / "seed1993" / "memory" / "phase01.zip"
+    assert memory.main(["show", str(archive)]) == memory.main(["extract", str(archive), f"--to={file}"]) == 0
+    assert report.main([str(out), f"--plot={file}.png", f"--html={file}.html"]) == 0
+    image = paths.images(label, "test")[0]
+    assert main.main(["predict", str(out), f"--images={image.parent}", f"--output={file}.csv", "--device=cpu"]) == 0
+    assert main.main(["predict", str(out), f"--images={image}", "--device=cpu"]) == 0
+    assert main.main(["evaluate", str(out), f"--output={file}.json", "--device=cpu"]) == 0
+    assert main.main(["export", str(out), "--to=torchscript", f"--output={file}.pt", "--device=cpu"]) == 0
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_phase_0_is_trained_again_where_pixels_have_changed(run, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.shapes import make_shapes
@@ -97,6 +98,14 @@ def test_a_plot_of_many_runs_with_odd_names(tmp_path):
         warnings.simplefilter("error")
         show.plot(runs, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size[0] > 1000
+
+
+def test_every_run_is_in_the_legend(tmp_path, monkeypatch):
+    """matplotlib leaves out labels that begin with an underscore."""
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **o: (drawn.append(figure), save(figure, *a, **o))[1])
+    show.plot({name: report.load_results(write(tmp_path / name)) for name in ("_a", "b")}, tmp_path / "plot.png")
+    assert [text.get_text().strip()[:2] for text in drawn[0].axes[0].get_legend().get_texts()] == ["_a", "b:"]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ pixel may differ by one level where rounding does.
 """
 
 import importlib.util
+import io
 import json
 import logging
 import warnings
@@ -23,6 +24,7 @@ from models.use.learner import Learner
 from utils.data.augment import Normalise, SmallTest
 from utils.data.images import write_atomically
 from utils.errors import UserError
+from utils.results.show import printable
 
 ENDINGS = {"onnx": ".onnx", "torchscript": ".pt"}
 OPSET = 18
@@ -115,7 +117,7 @@ def classifier(learner: Learner) -> Classifier:
         sizes = (test.side, test.resize, test.resize, test.mode == "bicubic")
     transform = TestPictures(*sizes, (normalise.mean, normalise.std))
     network = learner.network.to(device="cpu", memory_format=torch.contiguous_format)
-    return Classifier(transform, Logits(network), list(learner.class_names)).eval()
+    return Classifier(transform, Logits(network), [printable(name) for name in learner.class_names]).eval()
 
 
 def export(learner: Learner, kind: str, file: Path) -> Path:
@@ -136,7 +138,9 @@ def export(learner: Learner, kind: str, file: Path) -> Path:
 def _torchscript(whole: Classifier, side: int, names: str):
     whole.logits = torch.jit.trace(whole.logits, torch.zeros(2, 3, side, side))
     module = torch.jit.script(whole)
-    return lambda file: torch.jit.save(module, file, _extra_files={"class_names.json": names})
+    whole_file = io.BytesIO()  # torch's own writer says nothing of a full disk
+    torch.jit.save(module, whole_file, _extra_files={"class_names.json": names})
+    return lambda file: file.write(whole_file.getbuffer())
 
 
 def _onnx(whole: Classifier, side: int, names: str):

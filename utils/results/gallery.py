@@ -14,6 +14,7 @@ from utils import cli
 from utils.data.images import read_image, write_atomically
 from utils.data.paths import DatasetPaths, data_dir, find_dataset
 from utils.errors import UserError
+from utils.results.show import drawn
 
 
 def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: int = 20) -> None:
@@ -40,7 +41,7 @@ def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: i
     for axes, title in zip(grid[0], columns, strict=True):
         axes.set_title(title, fontsize=9)
     for row, (text, image), of_image in zip(grid, rows, there, strict=True):
-        row[0].set_ylabel(text.replace("$", r"\$"), fontsize=9)
+        row[0].set_ylabel(drawn(text), fontsize=9)
         files = [image, paths.find_edge_map(image), *of_image]
         for axes, path in zip(row, files, strict=False):
             axes.imshow(_picture(path))

@@ -44,7 +44,7 @@ from utils.data.images import write_atomically
 from utils.errors import UserError
 from utils.results.history import write_csv
 from utils.results.metrics import average_incremental_accuracy, backward_transfer, forgetting, forgetting_in_tens
-from utils.results.show import CLASSIFIERS, plot, table
+from utils.results.show import CLASSIFIERS, plot, printable, table
 
 PHASE_COLUMNS = (
     *("seed", "phase", "classes_seen"),
@@ -202,7 +202,7 @@ def write_page(folders: Mapping[str, Path], file: Path, title: str = "", notes: 
     """
     from utils.results.page import page  # imports Jinja2 and, for figures, matplotlib
 
-    runs = {name: (at if at.is_dir() else at.parent, load_results(at)) for name, at in folders.items()}
+    runs = {printable(name): (at if at.is_dir() else at.parent, load_results(at)) for name, at in folders.items()}
     write_text(file, page(runs, title, notes))
 
 

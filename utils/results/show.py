@@ -107,6 +107,17 @@ def _text(columns: Mapping[str, Sequence[str]]) -> str:
     return "\n".join([printed[0], "-" * _width(columns), *printed[1:]])
 
 
+def printable(text: str) -> str:
+    """A name with its undecodable bytes escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def drawn(text: str) -> str:
+    """A name as matplotlib draws it: printable, no formula, and not left out of a legend."""
+    text = printable(text).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def plot(runs: Mapping[str, Mapping], path: Path) -> None:
     """Top-1 accuracy over the number of classes seen, a line a run; a band of one standard deviation over its seeds."""
     from matplotlib.figure import Figure  # slow to import, and needed here alone
@@ -120,7 +131,7 @@ def plot(runs: Mapping[str, Mapping], path: Path) -> None:
         colour = _COLOURS[number % len(_COLOURS)]
         seen, metrics = entry["classes_seen"], entry[classifier]
         mean, std = np.array(metrics["top1"]["mean"]), np.array(metrics["top1"]["std"])
-        label = f"{name}: average {metrics['average_incremental_accuracy']['mean']:.1f} %".replace("$", r"\$")
+        label = drawn(f"{name}: average {metrics['average_incremental_accuracy']['mean']:.1f} %")
         look = {
             "linestyle": _STYLES[number // len(_COLOURS) % len(_STYLES)],
             "marker": _MARKERS[number % len(_MARKERS)],
@@ -133,7 +144,7 @@ def plot(runs: Mapping[str, Mapping], path: Path) -> None:
     for key in ("dataset", "model_name", "convnet_type"):
         names = list(dict.fromkeys(config[key] for config in configs))
         titles.append(" / ".join(names[:3]) + (" / ..." if len(names) > 3 else ""))
-    axes.set_title(", ".join(titles).replace("$", r"\$"), fontsize=10)
+    axes.set_title(drawn(", ".join(titles)), fontsize=10)
     axes.set_xlabel("classes seen")
     axes.set_ylabel("top-1 accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
