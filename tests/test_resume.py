@@ -233,17 +233,21 @@ def test_the_clock_is_one_for_all_processes_and_is_seldom_asked(monkeypatch):
     assert [stage.look(last=last)[0] for last in (False, True)] == [False, True]
 
 
-@pytest.mark.parametrize(("ending", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(("ending", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR1, 1)])
 def test_a_signal_is_answered_by_a_checkpoint(train, tmp_path, ending, workers):
-    """The command itself, in the middle of a phase's training: the place is kept, and the end is as if undisturbed."""
+    """The command itself, in the middle of a phase's training: the place is kept, and the end is as if undisturbed.
+
+    Its workers get the signal too, as from a terminal or from SLURM.
+    """
     values = {"num_workers": workers, "cache": "none", "epochs": 12, "increment": 4, **NEVER}
     assert train("whole", **values) == 0
     command = [sys.executable, "main.py", "--config", tmp_path / "config.json", f"output_dir={tmp_path / 'killed'}"]
-    process = processes.start(command, os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = processes.start(command, os.environ, start_new_session=True, **streams)
     epochs = tmp_path / "killed" / "seed1993" / "epochs.csv"
     while process.poll() is None and not (epochs.exists() and len(epochs.read_text().splitlines()) > 4):
         time.sleep(0.01)
-    process.send_signal(ending)
+    os.killpg(process.pid, ending)
     (said,) = [line for line in process.communicate()[1].splitlines() if "stopped" in line]
     assert process.returncode == 128 + ending
     unfinished = tmp_path / "killed" / "seed1993" / "checkpoints" / "unfinished.pt"

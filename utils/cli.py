@@ -1,7 +1,7 @@
 """What all commands share: exit codes, one line for an error, signals that end a run, and odd terminals.
 
 Exit codes: 0 done, 1 some inputs failed (the command has listed them), 2 the command, the config or the data is wrong,
-130 ended by Ctrl-C, 143 by SIGTERM, as schedulers send it.
+130 ended by Ctrl-C, 143 by SIGTERM, as schedulers send it, 138 by SIGUSR1 (`sbatch --signal=USR1@120`).
 """
 
 import argparse
@@ -25,8 +25,14 @@ PATIENCE = 10.0
 """Seconds within which a second signal is taken for the first one's echo: torchrun passes on what all have had."""
 
 
+NOTICES = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGUSR1"):  # not on Windows
+    NOTICES.append(signal.SIGUSR1)
+"""Signals that ask a command to end."""
+
+
 class Signals:
-    """Ctrl-C and SIGTERM.  Each raises `Stopped` at once, but while `delayed` holds, the first one is only noted."""
+    """Those of NOTICES.  Each raises `Stopped` at once, but while `delayed` holds, the first one is only noted."""
 
     def __init__(self):
         self.received: int | None = None
@@ -38,7 +44,7 @@ class Signals:
         """Handle them.  In another thread than the main one, where Python does not allow it, do nothing."""
         before, self.received = {}, None
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in NOTICES:
                 before[number] = signal.signal(number, self._handle)
         except ValueError:
             pass

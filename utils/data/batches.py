@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from utils.cli import NOTICES
 from utils.data.augment import TestTransform, TrainTransform, random_bits, uniform
 from utils.data.cache import PictureCache
 from utils.data.images import read_prepared
@@ -217,12 +218,13 @@ def _fitting_workers(dataset: Batched, batches: Iterable[Sequence], workers: int
 def _start_worker(worker: int) -> None:
     """Share memory with the main process, and outlive the signals that it gets.
 
-    The garbage collector must not write to, and so copy, the main process's objects.  Ctrl-C and a scheduler's SIGTERM
+    The garbage collector must not write to, and so copy, the main process's objects.  Ctrl-C and a scheduler's notice
     reach the workers too, when training wants a few more batches.  The main process ends them, and multiprocessing does
     so by SIGTERM: after that they live for some seconds at most.
     """
     gc.freeze()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for notice in NOTICES:
+        signal.signal(notice, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
 
 
