@@ -7,17 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 
+from compress.share import PATIENCE
 from models import METHODS, checkpoint
 from models.parts import parts
+from models.run import Run
 from tests import processes
 from tests.shapes import make_shapes
 from tests.test_resume import assert_ends_alike
+from utils import devices
 from utils.data.sampler import EpochBatchSampler
 from utils.devices import launch
 from utils.errors import UserError
@@ -204,6 +209,41 @@ def test_a_process_without_an_image_of_its_own_weighs_nothing():
     assert sampler.sizes(1) == (0, 1)
     (only,) = parts(torch.zeros(1, 3, 2, 2), torch.zeros(1), 3, sampler.sizes(1), 2)
     assert (only.count, only.share, only.last) == (0, 0.0, True)
+
+
+def test_processes_wait_for_each_other_for_days(monkeypatch):
+    """One makes copies while the others wait: torch's own limit is 30 minutes."""
+    asked = {}
+    monkeypatch.setattr(devices, "DDPStrategy", lambda **options: asked.update(options))
+    monkeypatch.setattr(devices, "Fabric", lambda **_: SimpleNamespace(launch=lambda: None))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    for patience in (None, PATIENCE):
+        launch("cpu", 1, patience=patience)
+        assert asked["timeout"] >= timedelta(days=1)
+
+
+def test_weights_are_sent_tensor_by_tensor_to_where_they_are(monkeypatch):
+    """A pickled tensor of a GPU would be unpickled onto that GPU in every process."""
+    sent = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append(tensor.data_ptr()))
+    fabric = SimpleNamespace(world_size=2, broadcast=None)
+    network = torch.nn.BatchNorm2d(3)
+    Run.share(SimpleNamespace(fabric=fabric), network)
+    assert sent == [tensor.data_ptr() for tensor in network.state_dict().values()]
+
+
+@pytest.mark.parametrize("values", [{"dataset": "Nowhere"}, {"lrate": -1}, {"init_cls": 99}])
+def test_an_error_that_all_processes_find_is_printed_once(tmp_path, values):
+    make_shapes(tmp_path / "data", train=1, test=1, copies=0)
+    own = {"data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out"), "model_name": "icarl"}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**CONFIG, **own, "syn_per_class": 0, "augmentation_prob": 0, **values}))
+    ended = processes.ranks("main", ["--config", file])
+    assert [each.code for each in ended] == [2, 2]
+    said = "".join(each.err for each in ended)
+    assert said.count("error: ") == 1, said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -303,6 +303,14 @@ def test_auto_precision_is_bf16_on_a_cpu_that_computes_in_it(capabilities, expec
     assert choose_precision("auto", torch.device("cpu")) == "fp32"
 
 
+@pytest.mark.parametrize(("computes", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_auto_precision_is_fp16_on_a_gpu_that_only_emulates_bf16(computes, expected, monkeypatch):
+    """V100, T4, RTX 20: torch counts their emulation as support unless it is asked."""
+    said = {True: True, False: computes}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: said[including_emulation])
+    assert choose_precision("auto", torch.device("cuda")) == expected
+
+
 # --- batch sizes -------------------------------------------------------------------------------------------------
 
 

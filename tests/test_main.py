@@ -18,6 +18,7 @@ from compress.options import parse_settings
 from models.epochs import Epochs
 from models.trainer import Trainer
 from tests.shapes import SHAPES, make_shapes
+from utils.data.paths import DatasetPaths
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,9 @@ def test_a_killed_run_ends_with_the_same_numbers(train, tmp_path, monkeypatch, c
 def test_a_finished_run_is_reused(train, tmp_path, monkeypatch, capsys):
     assert train("epochs=1", "init_epoch=1") == 0
     before = results(tmp_path / "out")
+    (file,) = (tmp_path / "out" / "seed1993" / "checkpoints").glob("*.pt")
+    confusions = [record["cnn"]["confusion"] for record in torch.load(file, weights_only=True)["records"]]
+    assert all(isinstance(confusion, torch.Tensor) for confusion in confusions), "lists take long to write and read"
     monkeypatch.setattr(Epochs, "fit", None)
     assert train("epochs=1", "init_epoch=1") == 0
     assert "all 3 phases are done already" in capsys.readouterr().out
@@ -176,6 +180,19 @@ def test_several_seeds(train, tmp_path):
     a, b = (run["cnn"]["average_incremental_accuracy"] for run in (one, two))
     assert written["summary"]["cnn"]["average_incremental_accuracy"]["mean"] == pytest.approx((a + b) / 2)
     assert written["summary"]["cnn"]["average_incremental_accuracy"]["std"] == pytest.approx(abs(a - b) / 2**0.5)
+
+
+def test_the_folders_are_listed_once_for_all_class_orders(train, tmp_path, monkeypatch):
+    listed, images = [], DatasetPaths.images
+    monkeypatch.setattr(
+        DatasetPaths, "images", lambda self, label, mode="train": (listed.append(label), images(self, label, mode))[1]
+    )
+    counts = []
+    for seeds in ("1", "1,2,3"):
+        listed.clear()
+        assert train(f"seed={seeds}", f"output_dir={tmp_path / seeds}", "epochs=1", "init_epoch=1", "increment=4") == 0
+        counts.append(len(listed))
+    assert counts[0] == counts[1] >= 12
 
 
 def test_phase_0_is_shared_where_it_may_be(train, tmp_path, capsys):

@@ -104,12 +104,14 @@ def test_pictures_in_folders_within_a_class_are_mentioned(tmp_path, caplog):
 
 def test_class_names_match_however_accents_are_composed_and_what_matches_no_class_is_said(tmp_path, caplog):
     paths = DatasetPaths(tmp_path, "D")
-    for label in (unicodedata.normalize("NFD", "crème"), "tart"):
+    decomposed, composed = unicodedata.normalize("NFD", "crème"), unicodedata.normalize("NFC", "pâté")
+    for label in (decomposed, composed, "tart"):
         (paths.folder("train") / label).mkdir(parents=True)
-    texts = json.dumps({unicodedata.normalize("NFC", "crème"): "cream", "tartt": "a tart"})
+    texts = {unicodedata.normalize("NFC", decomposed): "cream", unicodedata.normalize("NFD", composed): "pie"}
+    texts = json.dumps({**texts, "tartt": "a tart"})
     (paths.root / "class_names.json").write_text(texts, encoding="utf-8-sig")  # with a BOM
-    assert paths.class_texts() == {unicodedata.normalize("NFD", "crème"): "cream", "tart": "tart"}
-    assert "1 of its 2 entries match no class folder, such as 'tartt'" in caplog.text
+    assert paths.class_texts() == {decomposed: "cream", composed: "pie", "tart": "tart"}
+    assert "1 of its 3 entries match no class folder, such as 'tartt'" in caplog.text
     paths.class_texts()
     assert len(caplog.records) == 1, "said once"
 

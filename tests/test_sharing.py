@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from compress import run, session
 from tests import processes
 from tests.folders import make_dataset
 from utils.data.paths import DatasetPaths
@@ -171,6 +172,32 @@ def test_two_processes_verify_and_repair_and_replace(paths, checkpoint, undistur
     first, second = together(paths, checkpoint)
     assert first.code == second.code == 2
     assert (first.err + second.err).count("quality 80 -> 75") == 1  # told once
+
+
+def main(arguments: list[str]) -> int:
+    """The command, which also tells how many images this process looks at."""
+
+    def counting(function):
+        def counted(records, images, *others, **options):
+            print(f"{function.__name__} {len(images)}", file=sys.stderr)
+            return function(records, images, *others, **options)
+
+        return counted
+
+    session.survey, session.verify = counting(session.survey), counting(session.verify)
+    return run.main(arguments)
+
+
+def test_looking_at_the_disk_is_dealt_out(paths, checkpoint, undisturbed):
+    """Each process looks at its share of nine images: of three classes for the plan, and one by one to verify."""
+    write(paths, undisturbed)
+    looked = {}
+    for option in ("--replace", "--verify"):
+        ended = processes.ranks("tests.test_sharing", [*arguments(paths, checkpoint), option])
+        assert [each.code for each in ended] == [0, 0]
+        looked[option] = [re.findall(r"(survey|verify) (\d+)", each.err) for each in ended]
+    assert looked["--replace"] == [[("survey", "6")], [("survey", "3")]]
+    assert looked["--verify"] == [[("verify", "5")], [("verify", "4")]]
 
 
 def test_two_processes_make_copies_on_demand(paths, checkpoint, tmp_path):
