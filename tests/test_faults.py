@@ -2,18 +2,26 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import main
+from compress import quality
 from compress import run as compress
 from tests import processes
-from tests.folders import make_dataset
+from tests.folders import make_dataset, save_picture
 from tests.little_run import command, little_dataset
+from utils.curate import command as curate
+from utils.data.paths import DatasetPaths
+from utils.memory import __main__ as memory
+from utils.results import gallery, report
 
 CONFIG = {
     **{"dataset": "Toy", "init_cls": 2, "increment": 1, "model_name": "replay", "convnet_type": "resnet8"},
@@ -78,6 +86,48 @@ def test_a_log_that_can_not_be_written_is_said_once(config, tmp_path, capfd):
     said = capfd.readouterr()
     assert "Traceback" not in said.err
     assert said.out.count(f"{tmp_path / 'out' / 'config' / 'log.txt'} can't be written (No space left on device)") == 1
+
+
+@contextmanager
+def no_room():
+    """Whatever is written to a file fails, as on a full disk."""
+    limit, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_one_line_of_every_tool(config, tmp_path, capsys):
+    assert main.main(["--config", str(config())]) == 0
+    out, data, file = tmp_path / "out" / "config", ["--data-dir", str(tmp_path / "data")], tmp_path / "new"
+    form = ["--dataset", "Toy", "--form", "webp:10"]
+    assert compress.main([*data, *form, "--resolution", "low"]) == 0
+    exemplars = DatasetPaths(tmp_path / "data", "Toy")
+    for label in "abc":
+        save_picture(exemplars.edge_map(exemplars.images(label)[0]))
+    images = f"--images={tmp_path / 'data' / 'Toy' / 'test' / 'a'}"
+    for tool, arguments in (
+        (main.main, ["predict", str(out), images, f"--output={file}", "--device=cpu"]),
+        (main.main, ["evaluate", str(out), f"--output={file}", "--device=cpu"]),
+        (main.main, ["export", str(out), "--to=torchscript", f"--output={file}", "--device=cpu"]),
+        (report.main, [str(out), f"--plot={file}"]),
+        (report.main, [str(out), f"--html={file}"]),
+        (gallery.main, [*data, "--dataset=Toy", "--copies=0", str(file)]),
+        (quality.main, [*data, *form, "--images=2", "--epochs=1", f"--json={file}"]),
+        (memory.main, ["extract", str(out / "seed1993" / "memory" / "phase01.zip"), f"--to={file}"]),
+        (compress.main, [*data, "--dataset=Toy", "--form=webp:20", "--resolution=low"]),
+        (curate.main, ["folder", "--dataset=New", *data, f"--source={tmp_path / 'data' / 'Toy' / 'train'}"]),
+    ):
+        capsys.readouterr()
+        with no_room():
+            code = tool(arguments)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert (code, len(said)) == (2, 1), arguments
+        assert str(tmp_path) in said[0], said
+        assert not file.is_file()
 
 
 @needs_mount

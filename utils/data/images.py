@@ -155,7 +155,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file in the target's folder, then rename it.
 
-    A killed process leaves the old file or the new one, never part of one.  Missing folders are created.
+    A killed process leaves the old file or the new one, never part of one.  Missing folders are created.  An OSError of
+    a full disk names the target.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{os.getpid()}-", suffix=".tmp")
@@ -164,8 +165,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 

@@ -7,6 +7,7 @@
 The same memory gives the same bytes.
 """
 
+import functools
 import json
 import shutil
 import struct
@@ -114,10 +115,8 @@ def extract(path: Path, folder: Path) -> int:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise UserError(f"{path}: {name!r} would lie outside {folder}.")
         for name in names:
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(name) as source, target.open("wb") as file:
-                shutil.copyfileobj(source, file)
+            with archive.open(name) as source:
+                write_atomically(folder / name, functools.partial(shutil.copyfileobj, source))
     return len(names)
 
 
