@@ -3,11 +3,14 @@
 import os
 import resource
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from models import checkpoint
+from models.resume import Checkpoints
+from tests.folders import save_picture
 from utils.errors import UserError
 
 
@@ -25,6 +28,26 @@ def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert torch.equal(checkpoint.load(path)["network"]["weight"], torch.ones(3))
     assert os.listdir(tmp_path) == ["phase00.pt"]
+
+
+def test_a_fingerprint_lists_each_folder_once_and_opens_no_file(tmp_path, monkeypatch):
+    """A million files must not take minutes."""
+    files = [save_picture(tmp_path / label / f"{i}.png") for label in "ab" for i in range(3)]
+    listed, scandir = [], os.scandir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", lambda folder: (listed.append(folder), scandir(folder))[1])
+        patch.setattr(os, "open", None)
+        first = checkpoint.fingerprint({}, files, tmp_path)
+    assert listed == [tmp_path / "a", tmp_path / "b"]
+    assert checkpoint.fingerprint({}, [*files, tmp_path / "b" / "9.png"], tmp_path) != first
+
+
+def test_the_first_process_decides_where_to_go_on(tmp_path):
+    """Two that look at a network disk at two moments may see different files."""
+    checkpoint.save(checkpoint.phase_path(tmp_path, 0), {"network": {}})
+    fabric = SimpleNamespace(broadcast=lambda seen: ([], False), barrier=lambda: None, is_global_zero=False)
+    run = SimpleNamespace(folder=tmp_path, fabric=fabric, data=SimpleNamespace(nb_phases=3))
+    assert Checkpoints(run).load() == (None, None)
 
 
 def test_file_and_folder_reach_the_disk(tmp_path, monkeypatch):

@@ -329,6 +329,21 @@ def test_bad_configs(train, capsys, overrides, words):
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("methods", ["icarl", "bic"]), ("backbones", ["resnet18", "timm/NAME"]), ("forms", ["edges", "text"])],
+)
+def test_lists(capsys, kind, words):
+    assert main.main(["--list", kind]) == 0
+    assert set(words) <= set(capsys.readouterr().out.split())
+
+
+def test_the_datasets_of_a_folder_are_listed(data_dir, capsys):
+    for where in (["--data-dir", str(data_dir)], [f"--data-dir={data_dir}"], [f"data_dir={data_dir}"]):
+        assert main.main(["--list", "datasets", *where]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == "Shapes"
+
+
 def test_a_lower_rate_goes_on_in_the_folder_of_a_run_that_diverged(train, tmp_path, capsys):
     short = {"init_epoch": 1, "epochs": 1, "checkpoint_every": 1e-9}
     assert train(**short, init_lr=1e30) == 2

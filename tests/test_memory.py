@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import tracemalloc
 
 import numpy as np
@@ -14,7 +15,7 @@ from tests.folders import save_noise, save_picture
 from utils.data.items import Item
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory.budget import FILL, check_budget, warn_of_small_classes
+from utils.memory.budget import FILL, check_budget, check_total, warn_of_small_classes
 from utils.memory.exemplars import ExemplarMemory
 from utils.memory.selection import herding
 
@@ -200,6 +201,20 @@ def test_budget_arithmetic(real, synthetic, budget, cost, fits):
 def test_over_budget_shows_the_arithmetic(quotas, budget, costs, words):
     with pytest.raises(UserError, match=words):
         check_budget(quotas, budget, {"real": 1.0, **costs})
+
+
+@pytest.mark.parametrize(
+    ("total", "nb_classes", "quotas", "least"),
+    [(7, 6, [("real", 1), ("edges", 0)], 2), (1, 6, [("real", 18), ("edges", 48)], 1), (3, 10, [("real", 1)], 3)],
+)
+def test_the_advice_on_a_memory_that_is_too_small_works(total, nb_classes, quotas, least):
+    costs = {"real": 1.0, "edges": 1 / 24}
+    with pytest.raises(UserError) as error:
+        check_total(total, nb_classes, quotas, costs, least)
+    enough = int(re.search(r"Raise memory_size to at least (\d+)\.", str(error.value))[1])
+    check_total(enough, nb_classes, quotas, costs, least)
+    with pytest.raises(UserError):
+        check_total(enough - 1, nb_classes, quotas, costs, least)
 
 
 def test_numbers_of_exemplars_are_not_negative():

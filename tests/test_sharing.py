@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import main as training
 from compress import run, session
+from compress.regenerate import Regenerator
 from tests import processes
 from tests.folders import make_dataset
 from utils.data.paths import DatasetPaths
@@ -175,7 +177,7 @@ def test_two_processes_verify_and_repair_and_replace(paths, checkpoint, undistur
 
 
 def main(arguments: list[str]) -> int:
-    """The command, which also tells how many images this process looks at."""
+    """The command, or main.py for --config; tells how many images it looks at, and whether it makes copies."""
 
     def counting(function):
         def counted(records, images, *others, **options):
@@ -184,8 +186,13 @@ def main(arguments: list[str]) -> int:
 
         return counted
 
+    def making(self, plan, *others, **options):
+        print("makes copies" if plan.copies_missing else "makes none", file=sys.stderr)
+        return make(self, plan, *others, **options)
+
     session.survey, session.verify = counting(session.survey), counting(session.verify)
-    return run.main(arguments)
+    make, Regenerator.run = Regenerator.run, making
+    return (training if "--config" in arguments else run).main(arguments)
 
 
 def test_looking_at_the_disk_is_dealt_out(paths, checkpoint, undisturbed):
@@ -213,8 +220,9 @@ def test_two_processes_make_copies_on_demand(paths, checkpoint, tmp_path):
         }
         file = tmp_path / "config.json"
         file.write_text(json.dumps(config))
-        first, *others = processes.ranks("main", ["--config", file], number)
+        first, *others = processes.ranks("tests.test_sharing", ["--config", file], number)
         assert [each.code for each in (first, *others)] == [0] * number, first.err
+        assert all("makes copies" in each.err for each in (first, *others)), "each process makes its share"
         assert "copies on demand: 18 made" in first.out
         trees.append(made(paths))
         for mode in ("kept", "copies"):
