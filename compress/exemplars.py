@@ -13,7 +13,7 @@ from compress.records import recorded_options
 from utils.config.schema import Config, MethodInfo
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory.budget import FILL, check_budget, check_bytes, check_total, warn_of_small_classes
+from utils.memory.budget import FILL, check_budget, check_bytes, check_smallest, check_total, warn_of_small_classes
 
 
 def exemplar_form(config: Config, data):
@@ -133,6 +133,8 @@ def within_budget(config: Config, form, images, paths: DatasetPaths, least: int)
         }
         texts = max(of_form[form.name].text_bytes({label}) for label in sizes)
         check_bytes(quotas(config, form), config.memory_bytes_per_class, median, texts, least)
+        if asked == 0:
+            check_smallest(images, config.memory_bytes_per_class)
         return config
     units = {"real": 1.0, form.name: 1 / 24}
     if asked:

@@ -9,6 +9,7 @@ import pytest
 
 import main
 from models.trainer import Trainer
+from tests.folders import save_noise
 from tests.shapes import make_shapes
 from utils import devices
 from utils.config.read import read_json
@@ -202,6 +203,19 @@ def test_copies_that_are_not_there(complaint):
     what, command = complaint({"dataset": "Bare"}).splitlines()
     assert "144 of 144 copies are missing" in what
     assert command.startswith("python compress/run.py --data-dir")
+
+
+def test_a_class_whose_images_have_no_room(complaint, tmp_path):
+    """The others' have: only this class would be refused, in the phase in which it is learnt."""
+    paths = make_shapes(tmp_path / "data", train=3)
+    for i, image in enumerate(paths.images("red disc")):
+        save_noise(image, i, size=(64, 64))
+    keys = {"budget_in": "bytes", "syn_per_class": 0, "real_per_class": None, "data_dir": str(tmp_path / "data")}
+    said = complaint({**keys, "memory_bytes_per_class": 6000})
+    assert said.count("\n") == 1
+    assert "red disc: not one image fits in memory_bytes_per_class = 6,000. Raise it to at least " in said
+    enough = int(said.rpartition("at least ")[2].partition(",")[0])
+    assert enough == min(image.stat().st_size for image in paths.images("red disc"))
 
 
 def test_a_class_too_small_for_the_method(complaint, tmp_path):

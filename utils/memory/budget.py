@@ -76,6 +76,20 @@ def check_bytes(quotas: Quotas, budget: int, sizes: Mapping[str, int], texts: in
         )
 
 
+def check_smallest(images: Sequence[Sequence[Path]], budget: int) -> None:
+    """Raises UserError if there is a class of which not one image file has room in a budget in bytes.
+
+    images: of each class.
+    """
+    too_large = [of_class for of_class in images if all(image.stat().st_size > budget for image in of_class)]
+    if too_large:
+        enough = max(min(image.stat().st_size for image in of_class) for of_class in too_large)
+        raise UserError(
+            f"{too_large[0][0].parent}: not one image fits in memory_bytes_per_class = {budget:,}. "
+            f"Raise it to at least {enough}, or take a form that needs fewer bytes (syn_form)."
+        )
+
+
 def fitting(images: Sequence[Path], quotas: Quotas, forms: Mapping[str, ExemplarForm], budget: int) -> list[int]:
     """How many of a class's images, in order of choice, each quota holds within a budget in bytes.
 
