@@ -93,7 +93,7 @@ def test_80_columns(tmp_path):
 
 
 def test_a_plot_of_many_runs_with_odd_names(tmp_path):
-    runs = {f"run $x_{n}$ $": report.load_results(write(tmp_path / f"{n}")) for n in range(18)}
+    runs = {f"$x_$ {n}": report.load_results(write(tmp_path / f"{n}")) for n in range(18)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         show.plot(runs, tmp_path / "plot.png")
@@ -118,8 +118,8 @@ def draw(paths, file, *options):
 
 
 def test_a_gallery_shows_what_there_is(shapes, tmp_path, capsys):
-    (shapes.folder("train") / "red disc").rename(shapes.folder("train") / "cost in $ and $")
-    (shapes.folder("edge_maps") / "red disc").rename(shapes.folder("edge_maps") / "cost in $ and $")
+    (shapes.folder("train") / "red disc").rename(shapes.folder("train") / "$x_$")
+    (shapes.folder("edge_maps") / "red disc").rename(shapes.folder("edge_maps") / "$x_$")
     sizes = []
     for copies in ("0", "1", "2", "5"):
         assert draw(shapes, tmp_path / "g.png", "--copies", copies) == 0
