@@ -9,6 +9,8 @@ from torch import nn
 
 SIDE = 32
 """Pixels a side that the classifier sees."""
+BATCH_SIZE = 64
+"""Pictures of one of its training updates."""
 
 
 def edges_found(prompts: Sequence[np.ndarray], copies: Sequence[np.ndarray], reach: int = 2) -> float:
@@ -57,7 +59,7 @@ def trained(pictures: torch.Tensor, labels: torch.Tensor, classes: int, epochs: 
     model = network(classes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     for _ in range(epochs):
-        for chosen in torch.randperm(len(pictures)).split(64):
+        for chosen in torch.randperm(len(pictures)).split(BATCH_SIZE):
             if len(chosen) == 1 < len(pictures):  # too few for batch normalisation
                 continue
             shift = torch.randint(-3, 4, (2,)).tolist()

@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 
 from compress.forms import Form, form_named, pixels
 from compress.forms.edges import Edges
-from compress.measures import batch, near, predicted, trained, variety
+from compress.measures import BATCH_SIZE, batch, near, predicted, trained, variety
 from compress.options import at_least_one, fitting_preset
 from compress.presets import PRESETS
 from compress.records import recorded_settings
@@ -127,6 +128,11 @@ def table(measures: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def default_epochs(nb_pictures: int) -> int:
+    """Eight, or as many as 300 updates take."""
+    return max(8, ceil(300 / ceil(nb_pictures / BATCH_SIZE)))
+
+
 def command(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compress.quality", description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", metavar="D", help="folder of all datasets [$ESCORT_DATA_DIR, else ./data]")
@@ -150,7 +156,7 @@ def command(arguments: Sequence[str] | None) -> int:
         )
     if not rest:
         raise UserError(f"{paths.folder('train')}: a class needs two images at least, one to train the classifier on.")
-    measures = measured(found, rest, form, options.epochs or max(8, -(-300 * 64 // len(rest))))
+    measures = measured(found, rest, form, options.epochs or default_epochs(len(rest)))
     print(table(measures))
     if options.json:
         made_by = recorded_settings(paths.folder("copies"), measures["classes"])

@@ -3,10 +3,27 @@
 import torchvision_compat  # noqa: F401  (before torchvision, which some tests import first)
 
 # isort: split
+import os
+
 import pytest
 import torch
 
 from tests.little_model import little_model, save_checkpoint
+
+ON_DEMAND = {"long": ("ESCORT_LONG", "takes ten seconds or more"), "slow": ("ESCORT_SLOW", "takes minutes")}
+"""Marker: (the variable that asks for its tests, why they are not run without)."""
+
+
+def asked_for(name: str) -> bool:
+    return os.environ.get(ON_DEMAND[name][0]) == "1"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for name, (variable, why) in ON_DEMAND.items():
+            marker = item.get_closest_marker(name)
+            if marker is not None and not asked_for(name):
+                item.add_marker(pytest.mark.skip(reason=f"{marker.kwargs.get('reason', why)}: {variable}=1 runs it"))
 
 
 @pytest.fixture(scope="session")

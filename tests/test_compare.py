@@ -46,6 +46,7 @@ def used(config, folder):
     return json.loads((config.parent / "out" / folder / "config.json").read_text())
 
 
+@pytest.mark.long
 def test_one_budget_for_both_then_reused_named_or_extended(run, config):
     everything = ("--methods", "finetune,replay", "--jobs", "2", "memory_per_class=3")
     first = run(*everything)

@@ -332,6 +332,7 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
 
 
+@pytest.mark.long
 def test_sigkill_and_rerun_leave_the_tree_of_an_undisturbed_run(tmp_path, paths, checkpoint, compress):
     """The script by its path, from another folder; killed once there are copies; then run again as a module."""
     arguments = ["--seeds", "12"]

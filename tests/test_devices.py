@@ -20,6 +20,7 @@ from models import METHODS, checkpoint
 from models.parts import parts
 from models.run import Run
 from tests import processes
+from tests.conftest import asked_for
 from tests.shapes import make_shapes
 from tests.test_resume import assert_ends_alike
 from utils import devices
@@ -39,12 +40,13 @@ CONFIG = {
 
 
 OWN = {
-    "ssre": {"convnet_type": "resnet18_rep", "init_lr": 0.0001, "lrate": 0.0001},  # has adapters
+    "ssre": {"convnet_type": "little_rep", "init_lr": 0.0001, "lrate": 0.0001},
     **{key: {"memory_size": 24, "m_rate_list": [0.2], "c_rate_list": [0, 0.2]} for key in ("rmm-icarl", "rmm-foster")},
     "tagfex": {"proj_hidden_dim": 32, "proj_output_dim": 16},
     "beefiso": {"fusion_epochs": 1},
 }
 """Keys that these methods need, or that make them small."""
+COMPARED = tuple(METHODS) if asked_for("long") else ("icarl", "der", "foster", "fetril")
 COMPARING = ("il2a", "tagfex")
 """Methods that mix or compare the images that a process has at a time, so that dividing a batch changes the result."""
 NEARLY_TIED = ("coil", "podnet")
@@ -58,7 +60,7 @@ def train(tmp_path_factory):
     folder = tmp_path_factory.mktemp("devices")
     make_shapes(folder / "data")
 
-    def call(name, launch, methods=tuple(METHODS), **values):
+    def call(name, launch, methods=COMPARED, **values):
         files = []
         for method in methods:
             file = folder / name / f"{method}.json"
@@ -78,7 +80,7 @@ def train(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def at_once(train):
-    """Every method in one process, each batch at once."""
+    """The methods in one process, each batch at once."""
     return train("at once", processes.run_all)
 
 
@@ -132,7 +134,6 @@ def test_sixteen_bits(train, at_once):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("ESCORT_SLOW") != "1", reason="takes minutes; ESCORT_SLOW=1 runs it")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_networks(train, at_once):
     """They grow, take turns in stages, and meet batches of several sizes."""
@@ -149,6 +150,7 @@ def is_within_phase_1(checkpoints: Path) -> bool:
     return times[1] > times[0]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find torchrun's children")
 def test_two_processes_that_are_killed_go_on(tmp_path):
     """SIGKILL in the middle of phase 1: the end is that of two processes that nobody disturbed, to the last bit."""

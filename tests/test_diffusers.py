@@ -4,7 +4,6 @@ Renamed by diffusers' own converters, so that a mistake in our names can't cance
 minutes) is switched on with ESCORT_SLOW=1.
 """
 
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -18,13 +17,7 @@ from tests.small_controlnet import reference_state_dict, small_config
 
 pytest.importorskip("diffusers")
 
-FULL = pytest.param(
-    "full",
-    marks=[
-        pytest.mark.slow,
-        pytest.mark.skipif(not os.environ.get("ESCORT_SLOW"), reason="needs 7 GB and minutes: ESCORT_SLOW=1"),
-    ],
-)
+FULL = pytest.param("full", marks=pytest.mark.slow(reason="needs 7 GB and minutes"))
 TEXTS = ["apple pie, best quality, extremely detailed", ""]
 NEGATIVES = ["longbody, lowres, bad anatomy", "longbody, lowres, bad anatomy"]
 

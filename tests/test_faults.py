@@ -161,6 +161,7 @@ def test_a_slurm_job_without_srun_is_told_at_once(command, config, monkeypatch, 
     assert said.count("\n") == 1
 
 
+@pytest.mark.long
 def test_two_jobs_of_two_processes_share_a_phase_0_cache(config, tmp_path):
     """Started at once: neither waits for the other, and nothing half done is left."""
     jobs = []

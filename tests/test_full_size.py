@@ -1,7 +1,6 @@
 """A checkpoint of the official size: its names, its shapes, 5.7 GB of float32.  Switched on with ESCORT_SLOW=1."""
 
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -15,10 +14,7 @@ from ControlNet.cldm.model import MODELS_FOLDER, create_empty_model, load_state_
 from tests.reference.reference_weights import reference_tensor
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not os.environ.get("ESCORT_SLOW"), reason="needs 12 GB of disk, 7 GB of memory, minutes: ESCORT_SLOW=1"
-    ),
+    pytest.mark.slow(reason="needs 12 GB of disk, 7 GB of memory, minutes"),
     pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc"),
 ]
 ROOT = Path(__file__).parent.parent

@@ -1,7 +1,6 @@
 """Packed weights, compiled steps, and parts that visit a device: the same numbers, and nothing left behind."""
 
 import copy
-import os
 import shutil
 
 import pytest
@@ -136,8 +135,7 @@ def own_cache(tmp_path, monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("ESCORT_SLOW"), reason="compiles for a minute: set ESCORT_SLOW=1")
+@pytest.mark.slow(reason="compiles for a minute")
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 def test_compiled_steps_predict_the_same(own_cache, caplog):
     plain, compiled = little_model(), little_model()
@@ -182,8 +180,7 @@ def test_what_cannot_be_compiled_goes_on_in_words(own_cache, monkeypatch, caplog
     assert_goes_on_without(caplog, "no compiler here")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("ESCORT_SLOW"), reason="half a minute: set ESCORT_SLOW=1")
+@pytest.mark.long
 def test_a_machine_without_a_compiler_goes_on_in_words(own_cache, monkeypatch, caplog):
     import torch._inductor.config as settings
 

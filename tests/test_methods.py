@@ -92,6 +92,7 @@ def train(folders, tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "method", ["replay", "gem", "bic", "podnet", "foster", "coil", "simplecil", "joint", "beefiso", "tagfex"]
 )
@@ -125,6 +126,7 @@ def test_methods_that_remember(train, method):
         assert last["student"]["top1"] > CHANCE + 15
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["acil", "ds-al", "fetril", "aper_finetune"])
 def test_methods_that_remember_without_exemplars(train, method):
     phases = train(method)
@@ -138,6 +140,7 @@ def test_methods_that_remember_without_exemplars(train, method):
     assert trained == ([1, 1, 0] if method == "aper_finetune" else [1, 0, 0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["pass", "il2a", "ssre"])
 def test_methods_that_remember_prototypes(train, method):
     phases = train(method)
@@ -209,6 +212,7 @@ def accuracy_within_phase_0(folder, folders):
     return 100 * sum(right) / len(right)
 
 
+@pytest.mark.long
 def test_methods_without_exemplars(train, folders, tmp_path):
     within = {}
     for method in ("finetune", "lwf", "ewc"):

@@ -51,6 +51,7 @@ def checkpoints(output):
     return {path: path.stat().st_mtime_ns for path in output.glob("runs/*/seed*/checkpoints/*.pt")}
 
 
+@pytest.mark.long
 def test_killed_then_run_again_then_nothing_to_do(folder):
     command = [sys.executable, "-m", "exps.pareto", str(sweep_file(folder)), "--output", str(folder / "out")]
     output, real = folder / "out", folder / "out" / "runs" / "der-real-2600" / "results.json"

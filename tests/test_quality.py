@@ -52,7 +52,7 @@ def call(paths, capsys, *options):
 @pytest.mark.usefixtures("one_thread")
 def test_good_copies_and_bad_ones(paths, capsys, tmp_path):
     file = tmp_path / "quality.json"
-    code, said = call(paths, capsys, "--resolution", "high", "--images", "4", "--json", str(file))
+    code, said = call(paths, capsys, "--resolution", "high", "--images", "4", "--epochs", "100", "--json", str(file))
     assert code == 0, said.err
     measures = json.loads(file.read_text())
     good, bad = measures["classes"]["disc"], measures["classes"]["square"]

@@ -130,7 +130,11 @@ def live_and_die(train, out: Path, **values) -> int:
 
 
 @pytest.mark.parametrize(
-    ("method", "workers"), [("icarl", 1), ("der", 0), ("bic", 0), ("foster", 0), ("ewc", 0), ("podnet", 0), ("coil", 0)]
+    ("method", "workers"),
+    [
+        *(("icarl", 1), ("bic", 0), ("ewc", 0)),
+        *(pytest.param(method, 0, marks=pytest.mark.long) for method in ("der", "foster", "podnet", "coil")),
+    ],
 )
 def test_death_in_training(train, tmp_path, monkeypatch, capsys, method, workers):
     """Each life gets through one step: every place in all phases, stages and epochs, and between them, is taken up."""
@@ -233,7 +237,13 @@ def test_the_clock_is_one_for_all_processes_and_is_seldom_asked(monkeypatch):
     assert [stage.look(last=last)[0] for last in (False, True)] == [False, True]
 
 
-@pytest.mark.parametrize(("ending", "workers"), [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR1, 1)])
+@pytest.mark.parametrize(
+    ("ending", "workers"),
+    [
+        (signal.SIGTERM, 1),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in ((signal.SIGINT, 0), (signal.SIGUSR1, 1))),
+    ],
+)
 def test_a_signal_is_answered_by_a_checkpoint(train, tmp_path, ending, workers):
     """The command itself, in the middle of a phase's training: the place is kept, and the end is as if undisturbed.
 
@@ -258,7 +268,6 @@ def test_a_signal_is_answered_by_a_checkpoint(train, tmp_path, ending, workers):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("ESCORT_SLOW") != "1", reason="takes minutes; ESCORT_SLOW=1 runs it")
 @pytest.mark.parametrize("method", ["icarl"])
 def test_sigkill_at_twenty_random_moments(tmp_path, method):
     """The command itself, with a process that reads images, killed from outside: several runs, till 20 deaths."""

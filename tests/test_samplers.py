@@ -1,7 +1,6 @@
 """Samplers against diffusers' schedulers, and the deterministic ones against a solution that is known."""
 
 import itertools
-import os
 
 import numpy as np
 import pytest
@@ -85,8 +84,7 @@ def test_dpm_solver_agrees_with_diffusers_at_odd_steps(steps, model):
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("ESCORT_SLOW"), reason="needs 7 GB and minutes: set ESCORT_SLOW=1")
+@pytest.mark.slow(reason="needs 7 GB and minutes")
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_agree_with_diffusers_at_full_size(name, full_model):
     x, cond, uncond = prompts(full_model)

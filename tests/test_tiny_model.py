@@ -117,6 +117,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.long
 def test_training_goes_on_where_it_stopped(folder, monkeypatch):
     config = str(folder / "train.yaml")
     assert trainer.main([config]) == 0
