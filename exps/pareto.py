@@ -1,6 +1,7 @@
 """The referee: exemplar forms x budgets in bytes x methods x class orders, as one table and one page.
 
-    python -m exps.pareto exps/pareto_digits.json [--dry-run] [--jobs N] [--seeds 1,2] [--output DIR]
+    python -m exps.pareto exps/pareto_digits.json [--dry-run] [--jobs N] [--output DIR]
+                          [--seeds 1993] [--budgets 1200] [--forms real,edges]
 
 The JSON file has
     config           main.py's keys that all runs share: an object, or the path of a JSON config
@@ -89,10 +90,15 @@ class Point(NamedTuple):
         return asked == self.keys and done >= set(self.keys["seed"])
 
 
-def read(file: Path, output: Path | None, seeds: Sequence[int] = ()) -> Sweep:
-    """seeds: in place of the file's.  Raises UserError, naming the key, for a file that is no sweep's."""
+def read(file: Path, output: Path | None, **instead: Sequence[int] | Sequence[str]) -> Sweep:
+    """The sweep of a file.
+
+    instead: `seeds` and `budgets` in place of the file's, and the names of those of its `forms` that are taken; what
+    is empty is left as it is.  Raises UserError, naming the key, for a file that is no sweep's.
+    """
     content = read_json(file)
-    content |= {"seeds": list(seeds)} if seeds else {}
+    forms = instead.pop("forms", ())
+    content |= {key: list(values) for key, values in instead.items() if values}
     config = content.get("config")
     if isinstance(config, str):
         config = read_json(cli.path(config))
@@ -117,7 +123,11 @@ def read(file: Path, output: Path | None, seeds: Sequence[int] = ()) -> Sweep:
     if copies not in ("ahead", "on_demand"):
         raise UserError(f'{file}: copies is "ahead" or "on_demand", not {copies!r}.')
     config = {key: value for key, value in config.items() if key not in SETS}
-    forms = dict(_form(file, form, content.get("real_per_class", 1)) for form in content["forms"])
+    of_file = dict(_form(file, form, content.get("real_per_class", 1)) for form in content["forms"])
+    names = [keys["syn_form"] for keys in of_file.values()]
+    if unknown := [name for name in forms if name not in names]:
+        raise UserError(f"{file}: no form {unknown[0]!r}; it has {', '.join(names)}.")
+    forms = {label: keys for label, keys in of_file.items() if not forms or keys["syn_form"] in forms}
     where = output or Path("outputs") / file.stem
     lists = [list(dict.fromkeys(content[key])) for key in ("budgets", "methods", "seeds")]
     return Sweep(config, forms, sorted(lists[0]), *lists[1:], content.get("settings", ""), copies, where)
@@ -275,7 +285,7 @@ def write(sweep: Sweep, done: Sequence[Point], problems: Sequence[str]) -> str:
 
 def pareto(options: argparse.Namespace) -> int:
     """What the command line asks for.  Returns the exit code."""
-    sweep = read(options.file, options.output, options.seeds)
+    sweep = read(options.file, options.output, seeds=options.seeds, budgets=options.budgets, forms=options.forms)
     check(sweep)
     measures = measured(sweep.config, [REAL, *sweep.kept], sweep.settings, *["--time"] * options.dry_run)
     problems = [f"{form}: {of['error']}" for form, of in measures["forms"].items() if "error" in of]
@@ -313,8 +323,14 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="tell runs, hours and disk, and keep nothing")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
     parser.add_argument("--seeds", type=_numbers, default=[], metavar="A,B", help="class orders in place of the file's")
+    parser.add_argument("--budgets", type=_numbers, default=[], metavar="A,B", help="bytes, in place of the file's")
+    parser.add_argument("--forms", type=_names, default=[], metavar="A,B", help="these of the file's forms alone")
     parser.add_argument("--output", type=cli.path, metavar="DIR", help="default: outputs/<name of the file>")
     return pareto(parser.parse_args(argv))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _numbers(text: str) -> list[int]:

@@ -115,6 +115,14 @@ def test_every_run_of_a_budget_has_the_same_bytes(folder):
     assert {point.budget for point in found} == {100, 300}
 
 
+def test_a_part_of_a_sweep(folder, capsys):
+    file = sweep_file(folder, forms=["real", "webp:10", {"form": "text", "syn_per_class": 3}])
+    sweep = pareto.read(file, folder / "o", seeds=[7], budgets=[900], forms=["text", "real"])
+    assert (list(sweep.forms), sweep.budgets, sweep.seeds) == (["real", "text, syn_per_class=3"], [900], [7])
+    assert pareto.main([str(file), "--output", str(folder / "refused"), "--forms", "real,edges"]) == 2
+    assert "no form 'edges'; it has real, webp:10, text." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("file", SWEEPS, ids=[file.name for file in SWEEPS])
 def test_every_sweep_in_exps_can_be_read(file, tmp_path):
     sweep = pareto.read(file, tmp_path)
