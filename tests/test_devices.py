@@ -248,7 +248,7 @@ def test_an_error_that_all_processes_find_is_printed_once(tmp_path, values):
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [1, pytest.param(0, marks=pytest.mark.long)])
 def test_an_error_of_one_process_is_one_line_and_ends_both(tmp_path, workers):
     """A broken image, which one of two processes meets, as srun would start them."""
     paths = make_shapes(tmp_path / "data")
