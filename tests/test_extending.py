@@ -27,7 +27,7 @@ def copy_project(target: Path) -> None:
     names = ("ControlNet", "compress", "convs", "models", "utils", "exps", "main.py", "torchvision_compat.py")
     for name in names:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, target / name)  # with what is compiled, which saves seconds
+            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.pyc.*"))  # half written
         else:
             shutil.copy(ROOT / name, target / name)
 
