@@ -26,6 +26,20 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=f"{marker.kwargs.get('reason', why)}: {variable}=1 runs it"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable():
+    """What pytest-xdist sends between processes is UTF-8, and names of files in a log or a failure need not be."""
+    return in_utf_8((yield))
+
+
+def in_utf_8(value):
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {key: in_utf_8(of_key) for key, of_key in value.items()}
+    return type(value)(map(in_utf_8, value)) if type(value) in (list, tuple) else value
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """The little model's weights as a file, its config beside it."""

@@ -68,8 +68,9 @@ def test_a_whole_run_and_its_rerun(paths, compress, monkeypatch):
     assert len(made(paths)) == 9 + 18 + 2  # and the settings of both
     before = made(paths)
     monkeypatch.setattr(machine, "load_model", None)  # nothing is missing: the model is not even loaded
-    code, out, _ = compress("--seeds", "2")
+    code, out, err = compress("--seeds", "2")
     assert code == 0
+    assert "copy/s" not in err, "no bar of nothing"
     assert "edge maps: 0 made, 9 skipped, 0 failed" in out
     assert "copies: 0 made, 18 skipped, 0 failed" in out
     assert "(1/24.0)" in out
