@@ -86,6 +86,7 @@ def test_a_log_that_can_not_be_written_is_said_once(config, tmp_path, capfd):
     said = capfd.readouterr()
     assert "Traceback" not in said.err
     assert said.out.count(f"{tmp_path / 'out' / 'config' / 'log.txt'} can't be written (No space left on device)") == 1
+    assert main.main(["--config", str(config(output_dir=str(tmp_path / "next")))]) == 0, "the next log replaces it"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,6 +29,10 @@ class _File(logging.FileHandler):
         elif not self.failed:
             self.failed = True
             tqdm.write(f"{self.baseFilename} can't be written ({error.strerror})", file=sys.stdout)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is still in the buffer, on a full disk: `handleError` has said so
+            super().close()
 
 
 def start(file: Path | None, *, quiet: bool = False) -> None:
