@@ -1,4 +1,7 @@
-"""What training reads and writes: pictures within bounds, paths of a user, files that are whole or not there."""
+"""What training reads and writes: pictures within bounds, paths of a user, files that are whole or not there.
+
+The project has the same in `utils`, from which nothing here is imported: this folder also works on its own.
+"""
 
 import os
 from pathlib import Path

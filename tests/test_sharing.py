@@ -240,8 +240,7 @@ def test_failures_of_all_processes_are_listed_once(paths, checkpoint):
     assert first.out.count("text.jpg") == 3
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("ESCORT_SLOW"), reason="25 runs, some minutes: set ESCORT_SLOW=1")
+@pytest.mark.slow(reason="25 runs, some minutes")
 def test_sigkill_at_25_random_moments(paths, checkpoint, undisturbed):
     """Each moment lies between the plan and the end; a tree that is finished early is begun again."""
     moments = random.Random(0)
