@@ -167,6 +167,24 @@ def test_death_after_training(train, tmp_path, monkeypatch, every):
     assert_ends_alike(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_a_checkpoint_is_written_before_the_one_before_it_is_deleted(train, monkeypatch):
+    events, save, unlink = [], checkpoint.save, Path.unlink
+
+    def noted(word, original):
+        def call(path, *arguments, **options):
+            original(path, *arguments, **options)
+            if path.name.startswith("phase"):
+                events.append((word, path.name))
+
+        return call
+
+    monkeypatch.setattr(checkpoint, "save", noted("saved", save))
+    monkeypatch.setattr(Path, "unlink", noted("deleted", unlink))
+    assert train("out", **NEVER) == 0
+    saved, deleted = [[(word, f"phase0{phase}.pt") for phase in range(3)] for word in ("saved", "deleted")]
+    assert events == [saved[0], saved[1], deleted[0], saved[2], deleted[1]]
+
+
 def test_a_stale_place_is_not_taken_up(train, tmp_path, monkeypatch, capsys):
     """Killed when the phase's checkpoint was there and the one within the phase not yet away."""
     assert train("whole", **NEVER) == 0
