@@ -24,7 +24,7 @@ demo-on-demand: env
 	SEEDS="$(SEEDS)" $(BIN)/python -m exps.demo --on-demand
 
 test: env lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 # All but what needs gigabytes or minutes: every method against PyCIL's figures, learning, several processes, kills.
 test-long:

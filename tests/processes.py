@@ -7,29 +7,20 @@ devices.  Kept at their start they make a network that gives an image the same o
 batch is divided can then change nothing but rounding.
 """
 
-import atexit
-import importlib
-import multiprocessing
-import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import torch
 from torch import nn
 
 import main
 from convs import BACKBONES, Backbone
-
-REPOSITORY = Path(__file__).parent.parent
-IMPORTED = ("compress.session", "compress.on_demand", "models.trainer", "transformers.models.clip.modeling_clip")
-"""What the commands import: seconds of work, which `ranks` spends once for all processes that it starts."""
+from tests import forks
+from tests.forks import REPOSITORY
 
 
 @contextmanager
@@ -65,39 +56,17 @@ class Ended(NamedTuple):
 def ranks(command: str, arguments: Sequence, number: int = 2, **variables: str) -> list[Ended]:
     """A command's module, such as "compress.run", in several processes that work together, without torchrun.
 
-    They are forked from a process that has imported torch once.  variables: of the environment, in place of torchrun's.
-    number 1: alone, without any.
+    variables: of the environment, in place of torchrun's.  number 1: alone, without any.
     """
     together = {"WORLD_SIZE": f"{number}", "LOCAL_WORLD_SIZE": f"{number}", "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0"}
     together |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "RANK": "{rank}", "LOCAL_RANK": "{rank}"}
     variables = {} if number == 1 else variables or together
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
-    with tempfile.TemporaryDirectory() as folder:
-        started = []
-        for rank in range(number):
-            of_rank = {name: value.format(rank=rank) for name, value in variables.items()}
-            said = [Path(folder, f"{rank} {name}") for name in ("out", "err")]
-            process = context.Process(target=_as_a_command, args=(command, [*map(str, arguments)], of_rank, said))
-            with mock.patch.dict(os.environ, PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1"):
-                process.start()
-            started.append((process, said))
-        for process, _ in started:
-            process.join(300)
-            process.kill()
-        return [Ended(process.exitcode, *(file.read_text() for file in said)) for process, said in started]
-
-
-def _as_a_command(command: str, arguments: list[str], variables: dict[str, str], said: list[Path]) -> None:
-    """What Python does with a script, in a process that has been forked."""
-    for descriptor, file in enumerate(said, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
-    os.environ.update(variables)
-    os.chdir(REPOSITORY)
-    torch.set_num_threads(1)
-    code = importlib.import_module(command).main(arguments)
-    atexit._run_exitfuncs()
-    sys.exit(code)
+    started = []
+    for rank in range(number):
+        of_rank = {name: value.format(rank=rank) for name, value in variables.items()}
+        started.append(forks.Command(["-m", command, *arguments], env=of_rank))
+    said = [process.communicate() for process in started]
+    return [Ended(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
 
 
 def torchrun(*arguments) -> list[str]:

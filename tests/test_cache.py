@@ -4,13 +4,12 @@ import multiprocessing
 import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests import forks
 from tests.folders import save_noise
 from utils.data.augment import FitSmall
 from utils.data.augment_large import FullSize
@@ -236,15 +235,12 @@ dist.barrier()
 def test_ranks_share_the_cache_in_memory(tmp_path):
     for rank in range(2):
         save_noise(tmp_path / f"{rank}.png", rank)
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], cwd=REPOSITORY, stdout=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    assert [process.communicate(timeout=100)[0].strip() for process in ranks] == [b"2", b"2"]
+    ranks = [forks.Command(["-c", RANK, rank, tmp_path]) for rank in range(2)]
+    assert [process.communicate()[0].strip() for process in ranks] == ["2", "2"]
 
 
 def test_main_is_imported_where_there_is_no_fcntl():
     """As on Windows."""
     code = "import sys; sys.modules['fcntl'] = None; import main, utils.data.cache as c; from pathlib import Path; "
     code += "assert c.open_cache('ram', 1, Path('x'), Path('y'), None) is None"
-    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+    assert forks.run(["-c", code]).returncode == 0

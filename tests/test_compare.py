@@ -1,13 +1,12 @@
 """`python -m exps.compare` and class orders in one folder, with the real main.py on a tiny dataset."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from exps import compare
+from tests import forks
 from tests.shapes import make_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -32,8 +31,7 @@ def run(config):
     """Calls the command as a user does; -> the finished process."""
 
     def call(*arguments):
-        command = [sys.executable, "-m", "exps.compare", str(config), "--output", str(config.parent / "out")]
-        return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return forks.run(["-m", "exps.compare", config, "--output", config.parent / "out", *arguments])
 
     return call
 
@@ -81,13 +79,9 @@ def test_one_budget_for_both_then_reused_named_or_extended(run, config):
 
 
 def test_class_orders_side_by_side(config, tmp_path):
-    command = [sys.executable, "main.py", "--config", str(config), f"output_dir={tmp_path}", "syn_per_class=0"]
-    orders = [
-        subprocess.Popen([*command, f"seed={seed}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        for seed in (3, 4)
-    ]
-    for order in orders:
-        assert order.wait() == 0, order.stderr.read()
+    words = ["main.py", "--config", config, f"output_dir={tmp_path}", "syn_per_class=0"]
+    for order in [forks.Command([*words, f"seed={seed}"]) for seed in (3, 4)]:
+        assert order.wait(300) == 0, order.communicate()
     results = json.loads((tmp_path / "results.json").read_text())
     assert [run["seed"] for run in results["runs"]] == results["summary"]["seeds"] == [3, 4]
     assert (tmp_path / "phases.csv").read_text().count("\n") == 5

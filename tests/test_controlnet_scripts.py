@@ -4,9 +4,6 @@ Written for this test: their paths, imports and calls, on the tiny bundled model
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,9 @@ from PIL import Image
 
 from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.model import MODELS_FOLDER, load_model
+from tests import forks
 
+pytestmark = pytest.mark.xdist_group("scripts")  # its scripts are run once, not once a worker
 FOLDER = MODELS_FOLDER.parent
 
 CANNY = """
@@ -197,10 +196,7 @@ def folder(tmp_path_factory):
     torch.save({"state_dict": base}, folder / "base.ckpt")
     other = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in base.items()}
     torch.save(other, folder / "other.ckpt")
-    env = {**os.environ, "PYTHONPATH": str(FOLDER)}
-    done = subprocess.run(
-        [sys.executable, "checks.py"], cwd=folder, env=env, capture_output=True, text=True, timeout=600
-    )
+    done = forks.run(["checks.py"], cwd=folder, env={"PYTHONPATH": str(FOLDER)})
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

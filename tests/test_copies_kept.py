@@ -54,6 +54,7 @@ def learn(tmp_path, data_dir, monkeypatch):
     return call
 
 
+@pytest.mark.long
 def test_copies_that_the_classifier_agrees_with(learn):
     code, (_, chosen) = learn(copies_kept="agree")
     assert code == 0

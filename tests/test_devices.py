@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +18,7 @@ from compress.share import PATIENCE
 from models import METHODS, checkpoint
 from models.parts import parts
 from models.run import Run
-from tests import processes
+from tests import forks, processes
 from tests.conftest import asked_for
 from tests.shapes import make_shapes
 from tests.test_resume import assert_ends_alike
@@ -28,6 +27,7 @@ from utils.data.sampler import EpochBatchSampler
 from utils.devices import launch
 from utils.errors import UserError
 
+pytestmark = pytest.mark.xdist_group("devices")  # its runs are trained once, not once a worker
 CONFIG = {
     **{"dataset": "Shapes", "init_cls": 2, "increment": 2, "convnet_type": "resnet8", "device": "cpu"},
     **{"num_workers": 0, "memory_per_class": 4, "real_per_class": 2, "syn_per_class": 4, "augmentations_per_image": 2},
@@ -85,11 +85,9 @@ def at_once(train):
 
 
 def in_two_processes(files) -> int:
-    command = processes.torchrun("-m", "tests.processes", *files)
-    process = processes.start(command, os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    _, said = process.communicate()
-    assert process.returncode == 0, said[-3000:]
-    return process.returncode
+    ended = processes.ranks("tests.processes", files)
+    assert [each.code for each in ended] == [0, 0], ended[0].err[-3000:]
+    return 0
 
 
 def assert_alike(ours, theirs):
@@ -260,12 +258,7 @@ def test_an_error_of_one_process_is_one_line_and_ends_both(tmp_path, workers):
     several = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0"}
     several |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": processes.free_port()}
     started = [
-        processes.start(
-            [sys.executable, "main.py", "--config", file],
-            {**os.environ, **several, "RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        forks.Command(["main.py", "--config", file], env={**several, "RANK": rank, "LOCAL_RANK": rank})
         for rank in ("0", "1")
     ]
     said = "".join(process.communicate()[1] for process in started)

@@ -4,16 +4,14 @@ A fenced block whose info string names a file ("python models/x.py") is that fil
 the file's end, and the lines of "sh" are run.  The blocks before the first section hold for all of them.
 """
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import forks
 from tests.folders import make_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,10 +57,10 @@ def test_example_runs_and_touches_only_the_files_that_it_names(section, tmp_path
     assert commands
     for block in files:
         put(tmp_path, *block)
-    environment = {**os.environ, "ESCORT_DATA_DIR": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
     for command in commands:
-        words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        python, *words = shlex.split(command)
+        assert python == "python"
+        done = forks.run(words, cwd=tmp_path, env={"ESCORT_DATA_DIR": str(tmp_path / "data")})
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     after = source_files(tmp_path)
     touched = {name for name in {*before, *after} if before.get(name) != after.get(name)}

@@ -61,7 +61,7 @@ def in_own_mounts(script: str, folder: Path, **variables: object) -> subprocess.
 
 
 @needs_mount
-@pytest.mark.parametrize("size", ["8k", "700k"])
+@pytest.mark.parametrize("size", [pytest.param("8k", marks=pytest.mark.long), "700k"])
 def test_a_disk_that_is_full_while_training_loses_nothing(config, tmp_path, size):
     """With room for the config alone, and for phase 0's checkpoint."""
     (tmp_path / "out").mkdir()

@@ -115,7 +115,9 @@ def ordinary_and_forgetful(tmp_path, checkpoint, forgetful, form, *, dies, ahead
     return found
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [form if form in ("real", "webp:10@20") else pytest.param(form, marks=pytest.mark.long) for form in FORMS]
+)
 def test_a_run_from_the_memory_alone_is_the_ordinary_one(tmp_path, checkpoint, forgetful, form):
     ordinary, from_memory = ordinary_and_forgetful(tmp_path, checkpoint, forgetful, form, dies=False)
     assert from_memory == ordinary

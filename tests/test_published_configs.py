@@ -34,7 +34,12 @@ def file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+LONG = ("tagfex.json", "pass.json", "il2a.json", "ssre.json")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in CONFIGS]
+)
 def test_it_loads_and_trains_three_phases(file, data_dir, tmp_path, capsys, name):
     where = [f"data_dir={data_dir}", f"output_dir={tmp_path / 'out'}"]
     assert main.main(["--config", str(file(name)), *SMALL, *SHORT, *where]) == 0

@@ -26,7 +26,7 @@ def pictures(arrays, tmp_path_factory):
 
 
 RUNS = [name for name in pycil_parity.runs_of(ARRAYS) if pycil_parity.Reference(ARRAYS, name).method in METHODS]
-QUICK = ("finetune", "icarl", "simplecil", "acil", "ds-al", "fetril")
+QUICK = ("icarl", "simplecil", "acil")
 """Runs whose float64 arithmetic takes no more than some seconds."""
 
 
@@ -39,6 +39,7 @@ def test_every_step_is_pycil_s(name, arrays, pictures):
     assert {"loss", "grad_norm", "logits"} <= set(row.differences)
 
 
+@pytest.mark.long
 def test_a_method_that_differs_is_reported(monkeypatch, capsys):
     monkeypatch.setattr("models.fetril.F.normalize", lambda rows: rows)
     monkeypatch.setattr(pycil_parity, "METHODS", {"fetril": pycil_parity.METHODS["fetril"]})

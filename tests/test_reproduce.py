@@ -86,6 +86,7 @@ def reproduce(tmp_path, monkeypatch, capfd):
     return call
 
 
+@pytest.mark.long
 def test_a_row_is_run_and_written_down(reproduce, tmp_path):
     code, said, _ = reproduce("--run", "shapes-icarl", *reproduce.where)
     assert code == 0

@@ -114,6 +114,7 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(child) for child in found]
 
 
+@pytest.mark.long
 def test_torchruns_processes_make_the_tree_of_one(paths, checkpoint, undisturbed):
     beginning, killed = (f".work-{socket.gethostname()}-{pid}-0" for pid in (os.getpid(), 2**22 + 1))
     for other_run in (beginning, killed):
@@ -139,6 +140,7 @@ def test_slurms_processes_make_the_tree_of_one(paths, checkpoint, undisturbed):
     assert made(paths) == undisturbed
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find torchrun's children")
 def test_one_of_two_processes_is_killed(paths, checkpoint, undisturbed):
     process = start(paths, checkpoint, *TORCHRUN, free_port())
@@ -263,3 +265,7 @@ def test_sigkill_at_25_random_moments(paths, checkpoint, undisturbed):
                 (paths.root / file).unlink()
     finish(start(paths, checkpoint))
     assert made(paths) == undisturbed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +11,7 @@ from PIL import Image
 
 from ControlNet import train as trainer
 from ControlNet.cldm.model import BUNDLED, MODELS_FOLDER, load_model, load_state_dict
+from tests import forks
 from tests.bench.bench_tiny_model import edge_map, edges_found, generate, nearest_neighbour
 from tests.little_model import little_config
 from utils.curate.command import DIGIT_NAMES, DIGIT_SPLIT, main, read_digits
@@ -189,8 +187,7 @@ def test_a_picture_that_can_not_be_trained_on_is_named(folder, size, words, work
 
 
 def test_the_trainer_runs_as_a_script():
-    script = Path(trainer.__file__)
-    done = subprocess.run([sys.executable, script, "nowhere.yaml"], capture_output=True, text=True, check=False)
+    done = forks.run([trainer.__file__, "nowhere.yaml"])
     assert done.returncode == 2
     assert "error:" in done.stderr
     assert "Traceback" not in done.stderr

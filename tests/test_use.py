@@ -18,6 +18,7 @@ from utils.data.augment import Normalise, SmallTest
 from utils.data.augment_large import LargeTest
 from utils.data.datasets import IMAGENET_STATISTICS
 
+pytestmark = pytest.mark.xdist_group("use")  # its runs are trained once, not once a worker
 METHODS = {"icarl": "resnet8", "foster": "resnet8", "podnet": "resnet8"}  # a network of its own each
 
 
