@@ -43,7 +43,7 @@ def in_utf_8(value):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """The little model's weights as a file, its config beside it."""
-    return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.pth")
+    return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.safetensors")
 
 
 @pytest.fixture(autouse=True)

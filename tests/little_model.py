@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
 
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.model import MODELS_FOLDER, create_model
@@ -46,7 +47,8 @@ def little_model() -> ControlLDM:
 
 
 def save_checkpoint(model: ControlLDM, path: Path) -> Path:
-    """The weights at `path`, and their config beside them, as `load_model` finds them."""
-    torch.save(model.state_dict(), path)
+    """The weights at `path` (.pth, or .safetensors, which loads faster), their config beside them for `load_model`."""
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    torch.save(state, path) if path.suffix == ".pth" else save_file(state, path)
     OmegaConf.save(little_config(), path.with_suffix(".yaml"))
     return path

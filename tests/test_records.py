@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).parent.parent
 def other_checkpoint(tmp_path_factory):
     model = little_model()
     next(model.parameters()).data.add_(1)
-    return save_checkpoint(model, tmp_path_factory.mktemp("models") / "other.pth")
+    return save_checkpoint(model, tmp_path_factory.mktemp("models") / "other.safetensors")
 
 
 @pytest.fixture
