@@ -23,6 +23,7 @@ def command(monkeypatch, capsys):
     return call
 
 
+@pytest.mark.long
 def test_pictures_of_other_steps_are_not_ranked(command, checkpoint):
     """Of DDIM's 1000 timesteps every 333rd: four, of which diffusers takes three.  The command itself."""
     pytest.importorskip("diffusers")

@@ -83,6 +83,7 @@ def test_a_run_goes_on_with_the_copies_it_began_with(train, paths, tmp_path, cap
     assert train() == 0  # a finished run reads no copies
 
 
+@pytest.mark.long
 def test_what_made_the_copies_is_in_the_results_and_in_the_refusal(train, tmp_path, checkpoint, capsys):
     paths = little_dataset(tmp_path / "data")
     compress = command(paths, checkpoint, capsys)

@@ -111,6 +111,7 @@ def assert_alike(ours, theirs):
     assert not loose, loose
 
 
+@pytest.mark.long
 def test_batches_in_parts(train, at_once):
     divisible = {method: state for method, state in at_once.items() if method not in COMPARING}
     assert_alike(train("in parts", processes.run_all, (*divisible,), accumulate_batches=3), divisible)
@@ -121,6 +122,7 @@ def test_two_processes(train, at_once):
     assert_alike(ours, {method: state for method, state in at_once.items() if method not in COMPARING})
 
 
+@pytest.mark.long
 def test_sixteen_bits(train, at_once):
     """Each phase's loss is about what it is in float32."""
     half = train("bfloat16", processes.run_all, ("der",), precision="bf16-mixed")["der"]

@@ -60,8 +60,9 @@ def in_own_mounts(script: str, folder: Path, **variables: object) -> subprocess.
     return subprocess.run(start, cwd=processes.REPOSITORY, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.long
 @needs_mount
-@pytest.mark.parametrize("size", [pytest.param("8k", marks=pytest.mark.long), "700k"])
+@pytest.mark.parametrize("size", ["8k", "700k"])
 def test_a_disk_that_is_full_while_training_loses_nothing(config, tmp_path, size):
     """With room for the config alone, and for phase 0's checkpoint."""
     (tmp_path / "out").mkdir()
@@ -131,6 +132,7 @@ def test_a_full_disk_is_one_line_of_every_tool(config, tmp_path, capsys):
         assert not file.is_file()
 
 
+@pytest.mark.long
 @needs_mount
 def test_a_small_shared_memory_goes_on_without_workers(config, tmp_path):
     script = 'mount -t tmpfs -o size=16k tmpfs /dev/shm; exec "$PYTHON" main.py --config "$CONFIG"'

@@ -85,6 +85,7 @@ def without_seconds(rows):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
+@pytest.mark.long
 def test_a_run_and_one_that_was_killed_in_an_epoch_tell_the_same(train, tmp_path, monkeypatch):  # noqa: F811
     assert train(**SHORT, output_dir=str(tmp_path / "whole")) == 0
     run, whole = check(tmp_path / "whole")

@@ -292,6 +292,7 @@ def test_one_run_makes_what_can_be_made_and_lists_the_rest(tmp_path, monkeypatch
     assert maps == {cv2.Canny(hostile_images.PICTURE, 100, 200).tobytes()}  # however they are stored
 
 
+@pytest.mark.long
 def test_the_command_prints_names_that_are_no_text(tmp_path):
     folder = tmp_path / "Toy" / "train" / "a"
     folder.mkdir(parents=True)

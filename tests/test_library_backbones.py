@@ -110,6 +110,7 @@ def test_a_vit_trains_two_phases_and_is_evaluated(train, tmp_path, method):
     assert json.loads((tmp_path / "figures.json").read_text())["cnn"]["per_class"] == phases[1]["cnn"]["per_class"]
 
 
+@pytest.mark.long
 def test_a_frozen_backbone_and_one_with_a_rate_of_its_own(train, tmp_path):
     pytest.importorskip("timm", reason="pip install timm")
     file = tmp_path / "weights.pth"

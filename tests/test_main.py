@@ -81,7 +81,9 @@ def numbers(run):
     return {**run, "phases": phases, "seconds": None, "seconds_reused": None}
 
 
-@pytest.mark.parametrize("method", ["icarl", "wa", "der", "memo"])
+@pytest.mark.parametrize(
+    "method", ["icarl", *(pytest.param(method, marks=pytest.mark.long) for method in ("wa", "der", "memo"))]
+)
 def test_every_method_learns_and_reports(train, tmp_path, method, capsys):
     assert train(model_name=method, init_epoch=10, epochs=10) == 0
     out = tmp_path / "out"
@@ -123,8 +125,9 @@ def test_every_method_learns_and_reports(train, tmp_path, method, capsys):
 @pytest.mark.parametrize(
     ("method", "killed_in"),
     [
-        *(("icarl", 0), ("icarl", 1), ("memo", 0), ("ewc", 1), ("simplecil", 1)),
-        *(pytest.param(method, 1, marks=pytest.mark.long) for method in ("memo", "bic", "podnet", "foster")),
+        *(("icarl", 1), ("ewc", 1), ("simplecil", 1)),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("icarl", 0), ("memo", 0), ("memo", 1), ("bic", 1))),
+        *(pytest.param(method, 1, marks=pytest.mark.long) for method in ("podnet", "foster")),
     ],
 )
 def test_a_killed_run_ends_with_the_same_numbers(train, tmp_path, monkeypatch, capsys, method, killed_in):

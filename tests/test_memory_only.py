@@ -125,7 +125,7 @@ def test_a_run_from_the_memory_alone_is_the_ordinary_one(tmp_path, checkpoint, f
     assert (memory["nb_synthetic"] > 0) == (form != "real")
 
 
-@pytest.mark.parametrize("form", ["webp:10@20", "edges"])
+@pytest.mark.parametrize("form", ["webp:10@20", pytest.param("edges", marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_from_the_memory_alone(tmp_path, checkpoint, forgetful, form):
     """A shared budget in units moves exemplars from one form to the next; real ones are replaced by copies too."""
     values = {"augmentation_prob": 0.5}
@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_from_the_memory_alone(tmp_path, checkpoint, forget
     assert from_memory == ordinary
 
 
-@pytest.mark.parametrize("form", ["webp:10@20", "edges"])
+@pytest.mark.parametrize("form", ["webp:10@20", pytest.param("edges", marks=pytest.mark.long)])
 def test_copies_that_were_made_ahead_are_made_again(tmp_path, checkpoint, forgetful, form):
     values = {"regenerate": "ahead", "regenerate_options": ""}
     runs = ordinary_and_forgetful(tmp_path, checkpoint, forgetful, form, dies=True, ahead=True, **values)

@@ -26,7 +26,7 @@ def pictures(arrays, tmp_path_factory):
 
 
 RUNS = [name for name in pycil_parity.runs_of(ARRAYS) if pycil_parity.Reference(ARRAYS, name).method in METHODS]
-QUICK = ("icarl", "simplecil", "acil")
+QUICK = ("icarl", "acil")
 """Runs whose float64 arithmetic takes no more than some seconds."""
 
 

@@ -145,6 +145,7 @@ def test_another_model_is_another_setting(paths, compress, other_checkpoint):
     assert all(before[f"exemplars/{name}"] != content for name, content in copies(paths).items())
 
 
+@pytest.mark.long
 def test_copies_of_two_precisions_are_never_mixed(tmp_path, compress, capsys):
     """The bundled model, whose pictures differ between them; "auto" on a CPU without bf16 is fp32."""
     paths = little_dataset(tmp_path / "tiny")

@@ -127,6 +127,7 @@ def test_a_row_is_run_and_written_down(reproduce, tmp_path):
     assert "`shapes-icarl`, ours with epochs=2: " in (tmp_path / "page.md").read_text()
 
 
+@pytest.mark.long
 def test_a_dry_run_keeps_nothing(reproduce, tmp_path):
     code, said, _ = reproduce("--run", "shapes-icarl", "--dry-run", *reproduce.where)
     assert code == 0

@@ -132,8 +132,11 @@ def live_and_die(train, out: Path, **values) -> int:
 @pytest.mark.parametrize(
     ("method", "workers"),
     [
-        *(("icarl", 1), ("bic", 0)),
-        *(pytest.param(method, 0, marks=pytest.mark.long) for method in ("ewc", "der", "foster", "podnet", "coil")),
+        ("icarl", 1),
+        *(
+            pytest.param(method, 0, marks=pytest.mark.long)
+            for method in ("bic", "ewc", "der", "foster", "podnet", "coil")
+        ),
     ],
 )
 def test_death_in_training(train, tmp_path, monkeypatch, capsys, method, workers):
@@ -151,9 +154,8 @@ def test_death_in_training(train, tmp_path, monkeypatch, capsys, method, workers
     assert_ends_alike(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize(
-    "every", [pytest.param(EVERY_STEP, marks=pytest.mark.long), NEVER], ids=["every step", "never"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("every", [EVERY_STEP, NEVER], ids=["every step", "never"])
 def test_death_after_training(train, tmp_path, monkeypatch, every):
     """In each phase while exemplars are chosen, while it is evaluated, and before and after its checkpoint."""
     assert train("whole", **NEVER) == 0
@@ -187,6 +189,7 @@ def test_a_checkpoint_is_written_before_the_one_before_it_is_deleted(train, monk
     assert events == [saved[0], saved[1], deleted[0], saved[2], deleted[1]]
 
 
+@pytest.mark.long
 def test_a_stale_place_is_not_taken_up(train, tmp_path, monkeypatch, capsys):
     """Killed when the phase's checkpoint was there and the one within the phase not yet away."""
     assert train("whole", **NEVER) == 0
@@ -257,12 +260,10 @@ def test_the_clock_is_one_for_all_processes_and_is_seldom_asked(monkeypatch):
     assert [stage.look(last=last)[0] for last in (False, True)] == [False, True]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ending", "workers"),
-    [
-        (signal.SIGTERM, 1),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in ((signal.SIGINT, 0), (signal.SIGUSR1, 1))),
-    ],
+    [(signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR1, 1)],
 )
 def test_a_signal_is_answered_by_a_checkpoint(train, tmp_path, ending, workers):
     """The command itself, in the middle of a phase's training: the place is kept, and the end is as if undisturbed.

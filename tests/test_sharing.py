@@ -154,6 +154,7 @@ def test_one_of_two_processes_is_killed(paths, checkpoint, undisturbed):
     assert made(paths) == undisturbed
 
 
+@pytest.mark.long
 def test_two_processes_verify_and_repair_and_replace(paths, checkpoint, undisturbed):
     """Looking at the disk is shared too."""
     write(paths, undisturbed)

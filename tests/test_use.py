@@ -108,7 +108,13 @@ def test_predict(trained, data_dir, tmp_path, capsys):
     assert list(csv.reader(capsys.readouterr().out.splitlines()))[1] == list(rows[0].values())
 
 
-@pytest.mark.parametrize(("method", "kind"), [("icarl", "onnx"), ("icarl", "torchscript"), ("foster", "torchscript")])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        pytest.param("icarl", "onnx", marks=pytest.mark.long),
+        *(("icarl", "torchscript"), ("foster", "torchscript")),
+    ],
+)
 def test_an_exported_file_computes_what_the_network_does(trained, data_dir, tmp_path, capsys, method, kind):
     if kind == "onnx":
         runtime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxruntime onnxscript")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,13 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 def page(runs: Mapping[str, tuple[Path, Mapping]], title: str = "", notes: Sequence[str] = ()) -> str:
     """The page's text.  runs: name -> (output folder, content of results.json)."""
-    from jinja2 import Environment
-
     of = compared.entries(runs)
     lines = compared.lines(of)
     single = len(runs) == 1
     sizes = {entry.budget or round(entry.bytes_a_class) for entry in of}
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["mean_std"] = mean_std
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     configs = {name: content["config"] for name, (_, content) in runs.items()}
     titles, rows = pictures.form_rows(of)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return _template().render(
         title=title or ", ".join(dict.fromkeys(f"{c['dataset']}, {c['model_name']}" for c in configs.values())),
         notes=notes,
         single=single,
@@ -46,6 +42,16 @@ def page(runs: Mapping[str, tuple[Path, Mapping]], title: str = "", notes: Seque
         differences=compared.config_differences(configs) if not single else [],
         config=json.dumps(next(iter(configs.values())), indent=2, ensure_ascii=False) if single else None,
     )
+
+
+@cache
+def _template():
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["mean_std"] = mean_std
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def mean_std(value: Mapping[str, float] | None, digits: int = 1) -> str:
