@@ -33,7 +33,8 @@ class Command:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LIBRARIES)
         self._outputs = [os.path.join(self._folder.name, name) for name in ("out", "err")]
-        arguments = ([str(word) for word in words], str(cwd), env, self._outputs, new_session)
+        self._words = [str(word) for word in words]
+        arguments = (self._words, str(cwd), env, self._outputs, new_session)
         self._process = context.Process(target=_run, args=arguments)
         with mock.patch.dict(os.environ, PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1"):
             self._process.start()
@@ -64,12 +65,15 @@ class Command:
             raise
         return tuple(Path(file).read_text(encoding="utf-8", errors="backslashreplace") for file in self._outputs)
 
+    def completed(self) -> subprocess.CompletedProcess:
+        """Its exit code and what it has written, when it has ended."""
+        out, err = self.communicate()
+        return subprocess.CompletedProcess(self._words, self.returncode, out, err)
+
 
 def run(words, **options) -> subprocess.CompletedProcess:
-    """A `Command` that has ended."""
-    command = Command(words, **options)
-    out, err = command.communicate()
-    return subprocess.CompletedProcess(words, command.returncode, out, err)
+    """A command that has ended, as from subprocess.run."""
+    return Command(words, **options).completed()
 
 
 def _run(words: list[str], cwd: str, env: dict[str, str], outputs: list[str], new_session: bool) -> None:

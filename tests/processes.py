@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 from unittest import mock
 
 from torch import nn
@@ -47,13 +46,7 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def ranks(command: str, arguments: Sequence, number: int = 2, **variables: str) -> list[Ended]:
+def ranks(command: str, arguments: Sequence, number: int = 2, **variables: str) -> list[subprocess.CompletedProcess]:
     """A command's module, such as "compress.run", in several processes that work together, without torchrun.
 
     variables: of the environment, in place of torchrun's.  number 1: alone, without any.
@@ -65,8 +58,7 @@ def ranks(command: str, arguments: Sequence, number: int = 2, **variables: str) 
     for rank in range(number):
         of_rank = {name: value.format(rank=rank) for name, value in variables.items()}
         started.append(forks.Command(["-m", command, *arguments], env=of_rank))
-    said = [process.communicate() for process in started]
-    return [Ended(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+    return [process.completed() for process in started]
 
 
 def torchrun(*arguments) -> list[str]:

@@ -27,7 +27,7 @@ def pictures(arrays, tmp_path_factory):
 
 RUNS = [name for name in pycil_parity.runs_of(ARRAYS) if pycil_parity.Reference(ARRAYS, name).method in METHODS]
 QUICK = ("icarl", "acil")
-"""Runs whose float64 arithmetic takes no more than some seconds."""
+"""One method with exemplars and one in closed form; the other runs are long."""
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from compress import run, session
 from compress.regenerate import Regenerator
 from tests import processes
 from tests.folders import make_dataset
+from tests.processes import REPOSITORY, free_port
 from utils.data.paths import DatasetPaths
 
-REPOSITORY = Path(__file__).parent.parent
 LABELS = ("apple pie", "crème", "sushi")
 COPIES = 12
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port")
@@ -42,8 +42,8 @@ def undisturbed(tmp_path_factory, checkpoint):
     """What one process makes that nobody disturbs."""
     paths = toy(tmp_path_factory.mktemp("undisturbed"))
     (alone,) = processes.ranks("compress.run", arguments(paths, checkpoint), 1)
-    assert alone.code == 0, alone.err
-    assert "copies: 108 made, 0 skipped, 0 failed" in alone.out
+    assert alone.returncode == 0, alone.stderr
+    assert "copies: 108 made, 0 skipped, 0 failed" in alone.stdout
     return made(paths)
 
 
@@ -54,7 +54,7 @@ def arguments(paths, checkpoint, copies=COPIES) -> list[str]:
     ]  # fmt: skip
 
 
-def together(paths, checkpoint, *options, copies=COPIES) -> list[processes.Ended]:
+def together(paths, checkpoint, *options, copies=COPIES) -> list[subprocess.CompletedProcess]:
     """The command in two processes."""
     return processes.ranks("compress.run", [*arguments(paths, checkpoint, copies), *options])
 
@@ -76,12 +76,6 @@ def finish(process: subprocess.Popen) -> str:
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     return out
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def made(paths: DatasetPaths) -> dict[str, bytes]:
@@ -134,9 +128,9 @@ def test_slurms_processes_make_the_tree_of_one(paths, checkpoint, undisturbed):
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SLURM_PROCID": "{rank}", "SLURM_LOCALID": "{rank}",
     }  # fmt: skip
     tasks = processes.ranks("compress.run", arguments(paths, checkpoint), **job)
-    assert [task.code for task in tasks] == [0, 0], tasks[0].err + tasks[1].err
-    assert "copies: 108 made, 0 skipped, 0 failed" in tasks[0].out
-    assert tasks[1].out == ""
+    assert [task.returncode for task in tasks] == [0, 0], tasks[0].stderr + tasks[1].stderr
+    assert "copies: 108 made, 0 skipped, 0 failed" in tasks[0].stdout
+    assert tasks[1].stdout == ""
     assert made(paths) == undisturbed
 
 
@@ -163,20 +157,20 @@ def test_two_processes_verify_and_repair_and_replace(paths, checkpoint, undistur
     edge_map.unlink()
     copy.write_bytes(copy.read_bytes()[:100])
     first, second = together(paths, checkpoint, "--verify")
-    assert (first.code, second.code, second.out) == (1, 0, "")
-    assert first.out.count("checked: 9 edge maps and 108 copies of 9 images") == 1
-    assert f"{edge_map}: missing" in first.out
-    assert f"{copy}: unreadable" in first.out
+    assert (first.returncode, second.returncode, second.stdout) == (1, 0, "")
+    assert first.stdout.count("checked: 9 edge maps and 108 copies of 9 images") == 1
+    assert f"{edge_map}: missing" in first.stdout
+    assert f"{copy}: unreadable" in first.stdout
     first, second = together(paths, checkpoint, "--repair")
-    assert (first.code, second.code) == (0, 0), first.err + second.err
-    assert "copies: 1 made, 107 skipped, 0 failed" in first.out
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "copies: 1 made, 107 skipped, 0 failed" in first.stdout
     assert made(paths) == undisturbed
     first, second = together(paths, checkpoint, "--replace", "--quality", "80")
-    assert (first.code, second.code) == (0, 0), first.err + second.err
-    assert "copies: 108 made, 0 skipped, 0 failed" in first.out
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "copies: 108 made, 0 skipped, 0 failed" in first.stdout
     first, second = together(paths, checkpoint)
-    assert first.code == second.code == 2
-    assert (first.err + second.err).count("quality 80 -> 75") == 1  # told once
+    assert first.returncode == second.returncode == 2
+    assert (first.stderr + second.stderr).count("quality 80 -> 75") == 1  # told once
 
 
 def main(arguments: list[str]) -> int:
@@ -204,8 +198,8 @@ def test_looking_at_the_disk_is_dealt_out(paths, checkpoint, undisturbed):
     looked = {}
     for option in ("--replace", "--verify"):
         ended = processes.ranks("tests.test_sharing", [*arguments(paths, checkpoint), option])
-        assert [each.code for each in ended] == [0, 0]
-        looked[option] = [re.findall(r"(survey|verify) (\d+)", each.err) for each in ended]
+        assert [each.returncode for each in ended] == [0, 0]
+        looked[option] = [re.findall(r"(survey|verify) (\d+)", each.stderr) for each in ended]
     assert looked["--replace"] == [[("survey", "6")], [("survey", "3")]]
     assert looked["--verify"] == [[("verify", "5")], [("verify", "4")]]
 
@@ -224,9 +218,9 @@ def test_two_processes_make_copies_on_demand(paths, checkpoint, tmp_path):
         file = tmp_path / "config.json"
         file.write_text(json.dumps(config))
         first, *others = processes.ranks("tests.test_sharing", ["--config", file], number)
-        assert [each.code for each in (first, *others)] == [0] * number, first.err
-        assert all("makes copies" in each.err for each in (first, *others)), "each process makes its share"
-        assert "copies on demand: 18 made" in first.out
+        assert [each.returncode for each in (first, *others)] == [0] * number, first.stderr
+        assert all("makes copies" in each.stderr for each in (first, *others)), "each process makes its share"
+        assert "copies on demand: 18 made" in first.stdout
         trees.append(made(paths))
         for mode in ("kept", "copies"):
             shutil.rmtree(paths.folder(mode))
@@ -238,9 +232,9 @@ def test_failures_of_all_processes_are_listed_once(paths, checkpoint):
     for label in LABELS:
         (paths.folder("train") / label / "text.jpg").write_text("no picture")
     first, second = together(paths, checkpoint, copies=1)
-    assert (first.code, second.code, second.out) == (1, 0, "")
-    assert "copies: 9 made, 0 skipped, 3 failed" in first.out
-    assert first.out.count("text.jpg") == 3
+    assert (first.returncode, second.returncode, second.stdout) == (1, 0, "")
+    assert "copies: 9 made, 0 skipped, 3 failed" in first.stdout
+    assert first.stdout.count("text.jpg") == 3
 
 
 @pytest.mark.slow(reason="25 runs, some minutes")

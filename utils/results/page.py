@@ -46,6 +46,7 @@ def page(runs: Mapping[str, tuple[Path, Mapping]], title: str = "", notes: Seque
 
 @cache
 def _template():
+    """Compiled once, as a run of several class orders writes its page after each."""
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
