@@ -126,6 +126,7 @@ def test_a_run_and_one_that_was_killed_in_an_epoch_tell_the_same(train, tmp_path
     assert without_seconds(resumed) == without_seconds(whole)
 
 
+@pytest.mark.long
 def test_a_phase_that_was_done_but_not_saved_is_told_once(train, tmp_path, monkeypatch):  # noqa: F811
     def killed(checkpoints, state):
         if state["phase"] == 2:

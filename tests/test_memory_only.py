@@ -125,7 +125,8 @@ def test_a_run_from_the_memory_alone_is_the_ordinary_one(tmp_path, checkpoint, f
     assert (memory["nb_synthetic"] > 0) == (form != "real")
 
 
-@pytest.mark.parametrize("form", ["webp:10@20", pytest.param("edges", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("form", ["webp:10@20", "edges"])
 def test_a_killed_run_goes_on_from_the_memory_alone(tmp_path, checkpoint, forgetful, form):
     """A shared budget in units moves exemplars from one form to the next; real ones are replaced by copies too."""
     values = {"augmentation_prob": 0.5}
@@ -166,7 +167,7 @@ def test_what_can_not_be_is_said_before_any_work(tmp_path, checkpoint, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("form", ["edges", "webp:10"])
+@pytest.mark.parametrize("form", [pytest.param("edges", marks=pytest.mark.long), "webp:10"])
 def test_an_unpacked_memory_has_the_images_sizes_and_no_pixels_of_them(tmp_path, checkpoint, form):
     paths = dataset(tmp_path / "data")
     assert train(paths, tmp_path / "out" / "run", checkpoint, form) == 0

@@ -216,7 +216,7 @@ def test_replacing_makes_again_what_was_made_otherwise_alone(tmp_path, paths, co
     assert compress()[0] == 0
 
 
-@pytest.mark.parametrize("moment", [0, 1, 5, 8])
+@pytest.mark.parametrize("moment", [1, *(pytest.param(moment, marks=pytest.mark.long) for moment in (0, 5, 8))])
 def test_a_replacement_that_was_killed_goes_on(tmp_path, paths, compress, monkeypatch, moment):
     """To the low resolution: edge maps are replaced, too."""
     compress()

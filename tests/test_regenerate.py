@@ -166,7 +166,7 @@ def test_a_missing_copy_comes_back_byte_for_byte(paths, model):
     assert tree(paths.root) == whole
 
 
-@pytest.mark.parametrize("moment", [1, 4, 9, 20])
+@pytest.mark.parametrize("moment", [4, *(pytest.param(moment, marks=pytest.mark.long) for moment in (1, 9, 20))])
 def test_a_run_that_ends_anywhere_goes_on_to_the_same_tree(tmp_path, paths, model, monkeypatch, moment):
     class Killed(BaseException):
         pass

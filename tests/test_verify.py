@@ -76,7 +76,7 @@ def test_verify_and_repair_each_kind_of_damage(paths, compress):
     assert compress("--verify")[0] == 0
 
 
-@pytest.mark.parametrize("moment", [1, 2, None])
+@pytest.mark.parametrize("moment", [1, *(pytest.param(moment, marks=pytest.mark.long) for moment in (2, None))])
 def test_an_edge_map_of_another_image_is_found_and_its_copies_made_again(paths, compress, monkeypatch, moment):
     """Also where the repair itself is killed, once the edge map is right again."""
     compress()

@@ -90,7 +90,7 @@ def bars(rows: Sequence[tuple[str, float, float]], name: str, unit: str) -> str:
     """Horizontal bars.  rows: (label, value, standard deviation), from top to bottom; name: of the figure."""
     from matplotlib.ticker import MaxNLocator
 
-    with _figure(0, height=0.7 + 0.28 * len(rows)) as drawn:
+    with _figure(0, height=0.7 + 0.28 * len(rows), names=True) as drawn:
         axes = drawn.axes
         places = np.arange(len(rows))
         values, spread = [row[1] for row in rows], [row[2] for row in rows]
@@ -104,10 +104,16 @@ def bars(rows: Sequence[tuple[str, float, float]], name: str, unit: str) -> str:
 
 
 class _figure:
-    """A figure whose legend of `entries` lines lies below it.  `axes` inside, `svg` afterwards."""
+    """A figure whose legend of `entries` lines lies below it.  `axes` inside, `svg` afterwards.
 
-    def __init__(self, entries: int, height: float = 3.4):
-        self.entries, self.height = entries, height
+    names: the y axis has names, for which matplotlib must make room.  Else the margins are fixed: measuring all texts
+    would double the time that a figure takes, and each run draws several.
+    """
+
+    WIDTH, LEFT, RIGHT, TOP, BOTTOM, ROW = 5.2, 0.6, 0.1, 0.12, 0.5, 0.19  # inches
+
+    def __init__(self, entries: int, height: float = 3.4, names: bool = False):
+        self.entries, self.height, self.names = entries, height, names
 
     def __enter__(self):
         import matplotlib
@@ -115,7 +121,7 @@ class _figure:
 
         self.context = matplotlib.rc_context(_SETTINGS)
         self.context.__enter__()
-        self.figure = Figure(figsize=(5.2, self.height), layout="constrained")
+        self.figure = Figure(figsize=(self.WIDTH, self.height), layout="constrained" if self.names else None)
         self.axes = self.figure.subplots()
         return self
 
@@ -127,14 +133,21 @@ class _figure:
             self.context.__exit__(kind, *error)
 
     def _draw(self) -> str:
+        below = 0.0
         if self.entries:
             handles, labels = self.axes.get_legend_handles_labels()
             labels = [label if len(label) < 60 else label[:58] + "…" for label in labels]
             columns = max(1, min(3, 64 // (max(map(len, labels), default=1) + 8)))
-            rows = math.ceil(len(labels) / columns)
-            self.figure.set_figheight(self.height + 0.19 * rows + 0.15)
-            look = {"frameon": False, "fontsize": 9, "handlelength": 3}
-            self.figure.legend(handles, labels, loc="outside lower center", ncols=columns, **look)
+            below = self.ROW * math.ceil(len(labels) / columns) + 0.15
+            look = {"frameon": False, "fontsize": 9, "handlelength": 3, "borderaxespad": 0.2}
+            self.figure.legend(handles, labels, loc="lower center", ncols=columns, **look)
+        if not self.names:
+            height = self.height + below
+            self.figure.set_figheight(height)
+            self.figure.subplots_adjust(
+                left=self.LEFT / self.WIDTH, right=1 - self.RIGHT / self.WIDTH,
+                bottom=(self.BOTTOM + below) / height, top=1 - self.TOP / height,
+            )  # fmt: skip
         file = io.StringIO()
         self.figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
         return file.getvalue()
