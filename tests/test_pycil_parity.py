@@ -7,6 +7,7 @@ import pytest
 
 from models import METHODS
 from tests import pycil_parity
+from tests.pycil_reference import Pictures, Reference, runs_of
 
 FOLDER = Path(__file__).parent / "reference"
 FILES = [FOLDER / "pycil_steps.npz", FOLDER / "pycil_steps_more.npz"]
@@ -22,10 +23,10 @@ def arrays():
 
 @pytest.fixture(scope="module")
 def pictures(arrays, tmp_path_factory):
-    return pycil_parity.Pictures.write(arrays, tmp_path_factory.mktemp("pictures"))
+    return Pictures.write(arrays, tmp_path_factory.mktemp("pictures"))
 
 
-RUNS = [name for name in pycil_parity.runs_of(ARRAYS) if pycil_parity.Reference(ARRAYS, name).method in METHODS]
+RUNS = [name for name in runs_of(ARRAYS) if Reference(ARRAYS, name).method in METHODS]
 QUICK = ("icarl", "acil")
 """One method with exemplars and one in closed form; the other runs are long."""
 
