@@ -10,7 +10,10 @@ import torch
 
 from tests.little_model import little_model, save_checkpoint
 
-ON_DEMAND = {"long": ("ESCORT_LONG", "takes five seconds or more"), "slow": ("ESCORT_SLOW", "takes minutes")}
+ON_DEMAND = {
+    "long": ("ESCORT_LONG", "takes five seconds or more, or repeats a quicker test"),
+    "slow": ("ESCORT_SLOW", "takes minutes"),
+}
 """Marker: (the variable that asks for its tests, why they are not run without)."""
 
 

@@ -142,6 +142,7 @@ def test_commands_that_answer_without_torch(code, arguments):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.long
 def test_a_training_imports_no_more_than_it_needs(tmp_path):
     make_shapes(tmp_path / "data", train=2, test=1, copies=0)
     values = {

@@ -130,6 +130,7 @@ def test_every_sweep_in_exps_can_be_read(file, tmp_path):
     assert len(pareto.points(sweep, measures)) == len(sweep.forms) * len(sweep.budgets) * len(sweep.methods)
 
 
+@pytest.mark.long
 def test_plan_by_the_arithmetic(folder, capsys):
     where = ["--data-dir", str(folder / "data"), "--dataset", "Shapes"]
     code = plan.main(
