@@ -43,7 +43,12 @@ def put(folder: Path, kind: str, file: str, text: str) -> None:
     path.write_text(old + text, encoding="utf-8")
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+QUICK = ("A form", "A method")
+
+
+@pytest.mark.parametrize(
+    "section", [section if section in QUICK else pytest.param(section, marks=pytest.mark.long) for section in SECTIONS]
+)
 def test_example_runs_and_touches_only_the_files_that_it_names(section, tmp_path):
     copy_project(tmp_path)
     make_dataset(tmp_path / "data", ("apple", "pear", "plum", "fig"), train=6, test=2)

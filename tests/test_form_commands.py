@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not ch
 
 PICTURES = ["webp:10@20", "jpeg:30", "latent:4@32"]
 FORMS = [*PICTURES, "text", "edges@20", "edges+webp:10@16"]
+QUICK = ("webp:10@20", "text", "edges@20")  # a codec, copies without control, and with it
+EACH = [form if form in QUICK else pytest.param(form, marks=pytest.mark.long) for form in FORMS]
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def of_form(paths: DatasetPaths, form: str) -> DatasetPaths:
     return DatasetPaths(paths.data_dir, paths.dataset, files=form_named(form, HIGH).files)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EACH)
 def test_a_form_is_made_resumed_verified_and_repaired(paths, compress, form, monkeypatch):
     """Copies of pictures are one each: all would be equal.  They need no model."""
     if form in PICTURES:
@@ -129,7 +131,7 @@ def test_a_form_without_a_cost_in_units_is_refused_by_a_budget_in_units(paths, c
 
 
 @pytest.mark.parametrize("regenerate", ["ahead", "on_demand"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EACH)
 def test_training_under_a_budget_in_bytes(paths, compress, checkpoint, tmp_path, capsys, form, regenerate):
     """The bytes of results.json are those of the files, counted here, and every class is within its budget."""
     if regenerate == "ahead":

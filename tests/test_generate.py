@@ -224,7 +224,12 @@ def test_every_text_is_encoded_once(monkeypatch):
     assert encoded == [PRESET.negative_prompt, *(PRESET.prompt_text(label) for label in labels)]
 
 
-@pytest.mark.parametrize("name", presets.SAMPLERS)
+QUICK = ("ddim", "unipc", "lcm")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in presets.SAMPLERS]
+)
 def test_the_sampler_is_the_presets(name):
     """And a copy is the same alone, in any batch, and after a part of them was made."""
     model = little_model()

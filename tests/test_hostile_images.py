@@ -253,6 +253,7 @@ def test_files_and_folders_that_may_not_be_read_are_refused(tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_one_run_makes_what_can_be_made_and_lists_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(presets, "MAX_PIXELS", 64 * 512)  # 1x3000 pixels make 64x512 in place of 64x12288
     paths = DatasetPaths(tmp_path / "data", "Hostile")

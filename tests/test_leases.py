@@ -46,7 +46,8 @@ def simulate(folder, speeds, work, dies_at=None):
     return end, finished
 
 
-@pytest.mark.parametrize("one_dies", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
+@pytest.mark.parametrize("one_dies", [False, True])
 def test_unequal_workers_finish_together_and_miss_nothing(tmp_path, one_dies):
     """Speeds 1 to 4; the ideal time is the whole work over the sum of speeds."""
     rng = np.random.default_rng(0)

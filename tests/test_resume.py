@@ -132,7 +132,7 @@ def live_and_die(train, out: Path, **values) -> int:
 @pytest.mark.parametrize(
     ("method", "workers"),
     [
-        ("icarl", 1),
+        pytest.param("icarl", 1, marks=pytest.mark.long),
         *(
             pytest.param(method, 0, marks=pytest.mark.long)
             for method in ("bic", "ewc", "der", "foster", "podnet", "coil")
