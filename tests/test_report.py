@@ -121,10 +121,10 @@ def test_a_gallery_shows_what_there_is(shapes, tmp_path, capsys):
     (shapes.folder("train") / "red disc").rename(shapes.folder("train") / "$x_$")
     (shapes.folder("edge_maps") / "red disc").rename(shapes.folder("edge_maps") / "$x_$")
     sizes = []
-    for copies in ("0", "2", "5"):
+    for copies in ("0", "1", "2", "5"):
         assert draw(shapes, tmp_path / "g.png", "--copies", copies) == 0
         sizes.append(Image.open(tmp_path / "g.png").size[0])
-    assert sizes[0] < sizes[1] == sizes[2], "no columns for copies that are not there"
+    assert sizes[0] < sizes[1] < sizes[2] == sizes[3], "no columns for copies that are not there"
     for copy in shapes.folder("exemplars").rglob("*.jpg"):
         copy.unlink()
     assert draw(shapes, tmp_path / "g.png") == 2

@@ -126,7 +126,7 @@ def plot(runs: Mapping[str, Mapping], path: Path) -> None:
     lines = curves(runs)
     crowded = len(lines) > 6
     figure = Figure(figsize=(10 if crowded else 7, max(4.5, 0.25 * len(lines))))
-    figure.set_layout_engine("constrained" if crowded else "none")  # which draws twice; one line needs no more room
+    figure.set_layout_engine("constrained" if crowded else "none")  # only a legend beside the axes needs to be measured
     axes = figure.subplots()
     for number, (name, (entry, classifier)) in enumerate(lines.items()):
         colour = _COLOURS[number % len(_COLOURS)]
