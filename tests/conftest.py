@@ -4,6 +4,7 @@ import torchvision_compat  # noqa: F401  (before torchvision, which some tests i
 
 # isort: split
 import os
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -19,6 +20,16 @@ ON_DEMAND = {
 
 def asked_for(name: str) -> bool:
     return os.environ.get(ON_DEMAND[name][0]) == "1"
+
+
+def long_but(values: Iterable, *quick) -> list:
+    """Values for `pytest.mark.parametrize`, tuples where it has several names; all but those of `quick` are long."""
+    return [
+        value
+        if value in quick
+        else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.long)
+        for value in values
+    ]
 
 
 def pytest_collection_modifyitems(items):

@@ -15,7 +15,7 @@ from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.model import MODELS_FOLDER, load_model
 from tests import forks
 
-pytestmark = pytest.mark.xdist_group("scripts")  # its scripts are run once, not once a worker
+pytestmark = [pytest.mark.xdist_group("scripts"), pytest.mark.long]  # its scripts are run once, not once a worker
 FOLDER = MODELS_FOLDER.parent
 
 CANNY = """

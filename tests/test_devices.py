@@ -19,7 +19,7 @@ from models import METHODS, checkpoint
 from models.parts import parts
 from models.run import Run
 from tests import processes
-from tests.conftest import asked_for
+from tests.conftest import asked_for, long_but
 from tests.shapes import make_shapes
 from tests.test_resume import assert_ends_alike
 from utils import devices
@@ -46,7 +46,7 @@ OWN = {
     "beefiso": {"fusion_epochs": 1},
 }
 """Keys that these methods need, or that make them small."""
-COMPARED = tuple(METHODS) if asked_for("long") else ("icarl", "der", "foster", "fetril")
+COMPARED = tuple(METHODS) if asked_for("long") else ("icarl", "der")
 COMPARING = ("il2a", "tagfex")
 """Methods that mix or compare the images that a process has at a time, so that dividing a batch changes the result."""
 NEARLY_TIED = ("coil", "podnet")
@@ -248,7 +248,7 @@ def test_an_error_that_all_processes_find_is_printed_once(tmp_path, values):
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(0, marks=pytest.mark.long)])
+@pytest.mark.parametrize("workers", long_but((1, 0), 1))
 def test_an_error_of_one_process_is_one_line_and_ends_both(tmp_path, workers):
     """A broken image, which one of two processes meets, as srun would start them."""
     paths = make_shapes(tmp_path / "data")

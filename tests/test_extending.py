@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import forks
+from tests.conftest import long_but
 from tests.folders import make_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,9 +47,7 @@ def put(folder: Path, kind: str, file: str, text: str) -> None:
 QUICK = ("A form", "A method")
 
 
-@pytest.mark.parametrize(
-    "section", [section if section in QUICK else pytest.param(section, marks=pytest.mark.long) for section in SECTIONS]
-)
+@pytest.mark.parametrize("section", long_but(SECTIONS, *QUICK))
 def test_example_runs_and_touches_only_the_files_that_it_names(section, tmp_path):
     copy_project(tmp_path)
     make_dataset(tmp_path / "data", ("apple", "pear", "plum", "fig"), train=6, test=2)

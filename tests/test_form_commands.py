@@ -11,6 +11,7 @@ from compress.forms import Cost, form_named
 from compress.generators import build
 from compress.job import Machine
 from compress.presets import HIGH
+from tests.conftest import long_but
 from tests.folders import save_noise
 from tests.little_run import command, little_dataset, tree
 from utils.data.paths import DatasetPaths
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not ch
 PICTURES = ["webp:10@20", "jpeg:30", "latent:4@32"]
 FORMS = [*PICTURES, "text", "edges@20", "edges+webp:10@16"]
 QUICK = ("webp:10@20", "text", "edges@20")  # a codec, copies without control, and with it
-EACH = [form if form in QUICK else pytest.param(form, marks=pytest.mark.long) for form in FORMS]
+EACH = long_but(FORMS, *QUICK)
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def train(paths, out, capsys, **values):
     return main.main(["--config", str(file)]), capsys.readouterr()
 
 
-@pytest.mark.parametrize("regenerate", ["ahead", "on_demand"])
+@pytest.mark.parametrize("regenerate", long_but(("ahead", "on_demand"), "on_demand"))
 def test_training_on_text(paths, compress, checkpoint, tmp_path, capsys, regenerate):
     options = f"--model {checkpoint} --size 64 --steps 1 --batch-size 4 --resolution high"
     if regenerate == "ahead":
@@ -130,8 +131,12 @@ def test_a_form_without_a_cost_in_units_is_refused_by_a_budget_in_units(paths, c
     assert "Traceback" not in said.err
 
 
-@pytest.mark.parametrize("regenerate", ["ahead", "on_demand"])
-@pytest.mark.parametrize("form", EACH)
+BUDGETS = [(form, regenerate) for form in FORMS for regenerate in ("ahead", "on_demand")]
+
+
+@pytest.mark.parametrize(
+    ("form", "regenerate"), long_but(BUDGETS, ("webp:10@20", "ahead"), ("edges@20", "ahead"), ("text", "on_demand"))
+)
 def test_training_under_a_budget_in_bytes(paths, compress, checkpoint, tmp_path, capsys, form, regenerate):
     """The bytes of results.json are those of the files, counted here, and every class is within its budget."""
     if regenerate == "ahead":

@@ -17,6 +17,7 @@ from compress.generators.controlnet import SAMPLERS, PictureGenerator, default_b
 from compress.presets import HIGH
 from ControlNet.cldm import inference
 from ControlNet.cldm.ddim import DDIMSampler
+from tests.conftest import long_but
 from tests.little_model import little_model
 from utils.errors import UserError
 
@@ -79,7 +80,7 @@ def small_device(most, exhaust, tried):
     return SmallDevice
 
 
-@pytest.mark.parametrize("exhaust", [exhaust_gpu, exhaust_cpu, exhaust_numpy])
+@pytest.mark.parametrize("exhaust", long_but((exhaust_gpu, exhaust_cpu, exhaust_numpy), exhaust_gpu, exhaust_cpu))
 def test_a_batch_that_does_not_fit_is_halved(exhaust, monkeypatch, caplog):
     expected = PictureGenerator(PRESET, little_model(), batch_size=2)(jobs(2))
     expected += PictureGenerator(PRESET, little_model(), batch_size=2)(jobs(7)[2:4])
@@ -224,12 +225,7 @@ def test_every_text_is_encoded_once(monkeypatch):
     assert encoded == [PRESET.negative_prompt, *(PRESET.prompt_text(label) for label in labels)]
 
 
-QUICK = ("ddim", "unipc", "lcm")
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in presets.SAMPLERS]
-)
+@pytest.mark.parametrize("name", long_but(presets.SAMPLERS, "ddim", "unipc"))
 def test_the_sampler_is_the_presets(name):
     """And a copy is the same alone, in any batch, and after a part of them was made."""
     model = little_model()

@@ -10,6 +10,7 @@ from PIL import Image
 
 import main
 from convs.library import library_backbone, library_input
+from tests.conftest import long_but
 from tests.shapes import make_shapes
 from utils.data.augment_large import LargeTest
 
@@ -36,7 +37,7 @@ def theirs(convnet_type, **options):
     ("convnet_type", "size", "options", "feature_dim"),
     [
         ("torchvision/resnet18", None, {}, 512),
-        ("torchvision/vit_b_16", 32, {"image_size": 32}, 768),
+        pytest.param("torchvision/vit_b_16", 32, {"image_size": 32}, 768, marks=pytest.mark.long),
         (VIT, 32, {"img_size": 32}, 192),
         ("timm/resnet18", 32, {}, 512),
     ],
@@ -100,7 +101,7 @@ def weights_of(folder):
     return torch.load(folder / "seed1993" / "checkpoints" / "phase01.pt", weights_only=True)["network"]
 
 
-@pytest.mark.parametrize("method", ["simplecil", "der", "icarl"])
+@pytest.mark.parametrize("method", long_but(("simplecil", "der", "icarl"), "simplecil", "der"))
 def test_a_vit_trains_two_phases_and_is_evaluated(train, tmp_path, method):
     pytest.importorskip("timm", reason="pip install timm")
     assert train(model_name=method) == 0

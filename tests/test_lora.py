@@ -89,7 +89,12 @@ def save(tensors, path, metadata=None):
 
 @pytest.mark.parametrize(
     ("naming", "scale", "factor"),
-    [("kohya", 0.7, 0.7 * 6.0 / RANK), ("peft", 1.0, 1.0), ("lora.down", 1.3, 1.3), ("head", 0.5, 0.5 * 9.0 / RANK)],
+    [
+        ("kohya", 0.7, 0.7 * 6.0 / RANK),
+        ("peft", 1.0, 1.0),
+        pytest.param("lora.down", 1.3, 1.3, marks=pytest.mark.long),
+        ("head", 0.5, 0.5 * 9.0 / RANK),
+    ],
 )
 def test_a_merged_lora_computes_what_its_layers_do(naming, scale, factor, checkpoint, theirs, tmp_path):
     layers, metadata = low_rank(theirs), None
@@ -126,6 +131,7 @@ def relative(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+@pytest.mark.long
 def test_two_loras_add_up_and_scale_0_changes_nothing(checkpoint, theirs, tmp_path):
     one, other = (
         save(kohya(low_rank(theirs, seed, ("to_q",)), 1.0), tmp_path / f"{seed}.safetensors") for seed in (1, 2)
@@ -141,6 +147,7 @@ def test_two_loras_add_up_and_scale_0_changes_nothing(checkpoint, theirs, tmp_pa
     assert all(change.abs().max() > 0.01 for change in changes)
 
 
+@pytest.mark.long
 def test_names_of_first_releases_and_a_middle_kernel(checkpoint, theirs, tmp_path):
     layers = low_rank(theirs, kinds=("attn1.to_q", "attn1.to_out.0", "q_proj"))
     old = {}

@@ -17,6 +17,7 @@ from compress.forms import Cost
 from compress.options import parse_settings
 from models.epochs import Epochs
 from models.trainer import Trainer
+from tests.conftest import long_but
 from tests.shapes import SHAPES, make_shapes
 from utils.data.classes import DataManager
 
@@ -81,9 +82,7 @@ def numbers(run):
     return {**run, "phases": phases, "seconds": None, "seconds_reused": None}
 
 
-@pytest.mark.parametrize(
-    "method", ["icarl", *(pytest.param(method, marks=pytest.mark.long) for method in ("wa", "der", "memo"))]
-)
+@pytest.mark.parametrize("method", long_but(("icarl", "wa", "der", "memo"), "icarl"))
 def test_every_method_learns_and_reports(train, tmp_path, method, capsys):
     assert train(model_name=method, init_epoch=10, epochs=10) == 0
     out = tmp_path / "out"
@@ -122,13 +121,12 @@ def test_every_method_learns_and_reports(train, tmp_path, method, capsys):
     assert "average" in capsys.readouterr().out
 
 
+KILLED = ("simplecil", "icarl", "ewc", "memo", "bic", "podnet", "foster")
+
+
 @pytest.mark.parametrize(
     ("method", "killed_in"),
-    [
-        *(("ewc", 1), ("simplecil", 1)),
-        *(pytest.param(method, 0, marks=pytest.mark.long) for method in ("icarl", "memo")),
-        *(pytest.param(method, 1, marks=pytest.mark.long) for method in ("icarl", "memo", "bic", "podnet", "foster")),
-    ],
+    long_but([(method, 1) for method in KILLED] + [("icarl", 0), ("memo", 0)], ("simplecil", 1)),
 )
 def test_a_killed_run_ends_with_the_same_numbers(train, tmp_path, monkeypatch, capsys, method, killed_in):
     short = {"model_name": method, "init_epoch": 2, "epochs": 2}

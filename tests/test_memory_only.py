@@ -12,6 +12,7 @@ from compress import run as compress
 from compress.forms import form_named
 from compress.presets import HIGH
 from models.trainer import Trainer
+from tests.conftest import long_but
 from tests.folders import save_noise
 from utils.data.images import image_bits, read_image
 from utils.data.paths import DatasetPaths
@@ -115,9 +116,7 @@ def ordinary_and_forgetful(tmp_path, checkpoint, forgetful, form, *, dies, ahead
     return found
 
 
-@pytest.mark.parametrize(
-    "form", [form if form in ("real", "webp:10@20") else pytest.param(form, marks=pytest.mark.long) for form in FORMS]
-)
+@pytest.mark.parametrize("form", long_but(FORMS, "webp:10@20"))
 def test_a_run_from_the_memory_alone_is_the_ordinary_one(tmp_path, checkpoint, forgetful, form):
     ordinary, from_memory = ordinary_and_forgetful(tmp_path, checkpoint, forgetful, form, dies=False)
     assert from_memory == ordinary
@@ -137,7 +136,8 @@ def test_a_killed_run_goes_on_from_the_memory_alone(tmp_path, checkpoint, forget
     assert from_memory == ordinary
 
 
-@pytest.mark.parametrize("form", ["webp:10@20", pytest.param("edges", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("form", ["webp:10@20", "edges"])
 def test_copies_that_were_made_ahead_are_made_again(tmp_path, checkpoint, forgetful, form):
     values = {"regenerate": "ahead", "regenerate_options": ""}
     runs = ordinary_and_forgetful(tmp_path, checkpoint, forgetful, form, dies=True, ahead=True, **values)
@@ -167,7 +167,7 @@ def test_what_can_not_be_is_said_before_any_work(tmp_path, checkpoint, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("form", [pytest.param("edges", marks=pytest.mark.long), "webp:10"])
+@pytest.mark.parametrize("form", long_but(("edges", "webp:10"), "webp:10"))
 def test_an_unpacked_memory_has_the_images_sizes_and_no_pixels_of_them(tmp_path, checkpoint, form):
     paths = dataset(tmp_path / "data")
     assert train(paths, tmp_path / "out" / "run", checkpoint, form) == 0

@@ -7,6 +7,7 @@ import pytest
 
 import main
 from models import catalogue
+from tests.conftest import long_but
 from tests.shapes import make_shapes
 from utils.config.read import load_config
 
@@ -37,9 +38,7 @@ def file(tmp_path):
 LONG = ("tagfex.json", "pass.json", "il2a.json", "ssre.json", "pescr/config.json")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in CONFIGS]
-)
+@pytest.mark.parametrize("name", long_but(CONFIGS, *(name for name in CONFIGS if name not in LONG)))
 def test_it_loads_and_trains_three_phases(file, data_dir, tmp_path, capsys, name):
     where = [f"data_dir={data_dir}", f"output_dir={tmp_path / 'out'}"]
     if CONFIGS[name]["convnet_type"] == "resnet32":  # test_networks builds it; a quarter of its layers will do here

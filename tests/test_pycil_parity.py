@@ -7,6 +7,7 @@ import pytest
 
 from models import METHODS
 from tests import pycil_parity
+from tests.conftest import long_but
 from tests.pycil_reference import Pictures, Reference, runs_of
 
 FOLDER = Path(__file__).parent / "reference"
@@ -27,13 +28,9 @@ def pictures(arrays, tmp_path_factory):
 
 
 RUNS = [name for name in runs_of(ARRAYS) if Reference(ARRAYS, name).method in METHODS]
-QUICK = ("icarl",)
-"""A method with exemplars and a teacher; the other runs are long."""
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in RUNS]
-)
+@pytest.mark.parametrize("name", long_but(RUNS, "icarl"))  # it has exemplars and a teacher
 def test_every_step_is_pycil_s(name, arrays, pictures):
     row = pycil_parity.compare(arrays, name, pictures)
     assert row.agrees, f"{row.first}; {row.differences}, exemplars {row.exemplars}"

@@ -18,6 +18,7 @@ from compress.generators import build as machine
 from compress.on_demand import OnDemand
 from compress.presets import HIGH, LOW
 from compress.records import MadeOtherwise, Records, State, read_mark
+from tests.conftest import long_but
 from tests.folders import save_noise
 from tests.little_model import little_model, save_checkpoint
 from tests.little_run import LABELS, Killed, command, copies, kill_at, little_dataset, tree
@@ -216,7 +217,7 @@ def test_replacing_makes_again_what_was_made_otherwise_alone(tmp_path, paths, co
     assert compress()[0] == 0
 
 
-@pytest.mark.parametrize("moment", [1, *(pytest.param(moment, marks=pytest.mark.long) for moment in (0, 5, 8))])
+@pytest.mark.parametrize("moment", long_but((1, 0, 5, 8), 1))
 def test_a_replacement_that_was_killed_goes_on(tmp_path, paths, compress, monkeypatch, moment):
     """To the low resolution: edge maps are replaced, too."""
     compress()
@@ -437,9 +438,12 @@ def test_the_trainer_reads_what_is_kept_apart(paths, compress, tmp_path, capsys)
     assert "--keep-apart two" in said
 
 
-def test_a_dry_run_writes_nothing_at_all(paths, compress):
+DRY = ("", "--replace", "--overwrite", "--keep-apart x", "--repair")
+
+
+@pytest.mark.parametrize("options", long_but(DRY, "--replace"))
+def test_a_dry_run_writes_nothing_at_all(paths, compress, options):
     before = tree(paths.root)
-    for options in ([], ["--replace"], ["--overwrite"], ["--keep-apart", "x"], ["--repair"]):
-        assert compress(*options, "--dry-run")[0] == 0
-        assert tree(paths.root) == before
-        assert not (paths.root / "exemplars").exists()
+    assert compress(*options.split(), "--dry-run")[0] == 0
+    assert tree(paths.root) == before
+    assert not (paths.root / "exemplars").exists()

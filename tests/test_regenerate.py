@@ -17,6 +17,7 @@ from compress import regenerate
 from compress.generators import batches, controlnet
 from compress.presets import HIGH, LOW
 from ControlNet.cldm.sampler import draw
+from tests.conftest import long_but
 from tests.folders import save_noise
 from tests.little_model import little_model
 from tests.regenerating import Maker
@@ -166,7 +167,7 @@ def test_a_missing_copy_comes_back_byte_for_byte(paths, model):
     assert tree(paths.root) == whole
 
 
-@pytest.mark.parametrize("moment", [4, *(pytest.param(moment, marks=pytest.mark.long) for moment in (1, 9, 20))])
+@pytest.mark.parametrize("moment", long_but((4, 1, 9, 20), 4))
 def test_a_run_that_ends_anywhere_goes_on_to_the_same_tree(tmp_path, paths, model, monkeypatch, moment):
     class Killed(BaseException):
         pass

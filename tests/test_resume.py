@@ -19,6 +19,7 @@ import main
 from models import checkpoint, resume
 from models.trainer import Trainer
 from tests import forks
+from tests.conftest import long_but
 from tests.digits import make_digits
 from tests.shapes import make_shapes
 from utils.data.sampler import EpochBatchSampler
@@ -131,13 +132,7 @@ def live_and_die(train, out: Path, **values) -> int:
 
 @pytest.mark.parametrize(
     ("method", "workers"),
-    [
-        pytest.param("icarl", 1, marks=pytest.mark.long),
-        *(
-            pytest.param(method, 0, marks=pytest.mark.long)
-            for method in ("bic", "ewc", "der", "foster", "podnet", "coil")
-        ),
-    ],
+    long_but([("icarl", 1), *((method, 0) for method in ("bic", "ewc", "der", "foster", "podnet", "coil"))]),
 )
 def test_death_in_training(train, tmp_path, monkeypatch, capsys, method, workers):
     """Each life gets through one step: every place in all phases, stages and epochs, and between them, is taken up."""

@@ -11,6 +11,7 @@ from ControlNet.cldm.dpm_solver import DPMSolverSampler, UniPCSampler
 from ControlNet.cldm.few_steps import LCMSampler, TCDSampler
 from ControlNet.cldm.guidance import Guided
 from ControlNet.cldm.samplers import SAMPLERS
+from tests.conftest import long_but
 from tests.diffusers_schedulers import SCHEDULERS, scheduler
 from tests.little_model import little_model
 
@@ -68,7 +69,7 @@ def by_scheduler(model, name, steps, inputs, guidance, generator):
     return x
 
 
-@pytest.mark.parametrize("steps", [1, 4, 8])
+@pytest.mark.parametrize("steps", long_but((1, 4, 8), 1, 4))
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_agree_with_diffusers(name, steps, model):
     eta = SCHEDULERS[name][2].get("eta", 0.0)
@@ -77,7 +78,7 @@ def test_samplers_agree_with_diffusers(name, steps, model):
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
 
 
-@pytest.mark.parametrize("steps", [5, 7, 15])
+@pytest.mark.parametrize("steps", long_but((5, 7, 15), 5, 7))
 def test_dpm_solver_agrees_with_diffusers_at_odd_steps(steps, model):
     ours, _ = sample(DPMSolverSampler, model, steps, verbose=False)
     theirs = by_scheduler(model, "dpm++2m", steps, prompts(model), 9.0, None)

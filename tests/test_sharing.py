@@ -19,12 +19,14 @@ import main as training
 from compress import run, session
 from compress.regenerate import Regenerator
 from tests import processes
+from tests.conftest import asked_for
 from tests.folders import make_dataset
 from tests.processes import REPOSITORY, free_port
 from utils.data.paths import DatasetPaths
 
 LABELS = ("apple pie", "crème", "sushi")
-COPIES = 12
+COPIES = 12 if asked_for("long") else 3
+MADE = 9 * COPIES  # of nine images
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port")
 
 
@@ -43,7 +45,7 @@ def undisturbed(tmp_path_factory, checkpoint):
     paths = toy(tmp_path_factory.mktemp("undisturbed"))
     (alone,) = processes.ranks("compress.run", arguments(paths, checkpoint), 1)
     assert alone.returncode == 0, alone.stderr
-    assert "copies: 108 made, 0 skipped, 0 failed" in alone.stdout
+    assert f"copies: {MADE} made, 0 skipped, 0 failed" in alone.stdout
     return made(paths)
 
 
@@ -115,8 +117,8 @@ def test_torchruns_processes_make_the_tree_of_one(paths, checkpoint, undisturbed
         (paths.folder("copies") / other_run).mkdir(parents=True)
     out = finish(start(paths, checkpoint, *TORCHRUN, free_port()))
     assert [folder.name for folder in paths.folder("copies").glob(".work-*")] == [beginning]
-    assert out.count("copies: 108 made, 0 skipped, 0 failed") == 1  # one summary, and nothing made twice
-    assert out.count("copies: 108 to make") == 1
+    assert out.count(f"copies: {MADE} made, 0 skipped, 0 failed") == 1  # one summary, and nothing made twice
+    assert out.count(f"copies: {MADE} to make") == 1
     assert made(paths) == undisturbed
 
 
@@ -129,7 +131,7 @@ def test_slurms_processes_make_the_tree_of_one(paths, checkpoint, undisturbed):
     }  # fmt: skip
     tasks = processes.ranks("compress.run", arguments(paths, checkpoint), **job)
     assert [task.returncode for task in tasks] == [0, 0], tasks[0].stderr + tasks[1].stderr
-    assert "copies: 108 made, 0 skipped, 0 failed" in tasks[0].stdout
+    assert f"copies: {MADE} made, 0 skipped, 0 failed" in tasks[0].stdout
     assert tasks[1].stdout == ""
     assert made(paths) == undisturbed
 
@@ -142,7 +144,7 @@ def test_one_of_two_processes_is_killed(paths, checkpoint, undisturbed):
     os.kill(children(process)[-1], signal.SIGKILL)
     process.communicate(timeout=300)
     assert process.returncode != 0  # torchrun has ended the other one
-    assert 4 <= len(list(paths.folder("exemplars").rglob("*.jpg"))) < 108
+    assert 4 <= len(list(paths.folder("exemplars").rglob("*.jpg"))) < MADE
     out = finish(start(paths, checkpoint, *TORCHRUN, free_port()))
     assert re.search(r"copies: \d+ made, [1-9]\d* skipped, 0 failed", out)
     assert made(paths) == undisturbed
@@ -158,16 +160,16 @@ def test_two_processes_verify_and_repair_and_replace(paths, checkpoint, undistur
     copy.write_bytes(copy.read_bytes()[:100])
     first, second = together(paths, checkpoint, "--verify")
     assert (first.returncode, second.returncode, second.stdout) == (1, 0, "")
-    assert first.stdout.count("checked: 9 edge maps and 108 copies of 9 images") == 1
+    assert first.stdout.count(f"checked: 9 edge maps and {MADE} copies of 9 images") == 1
     assert f"{edge_map}: missing" in first.stdout
     assert f"{copy}: unreadable" in first.stdout
     first, second = together(paths, checkpoint, "--repair")
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "copies: 1 made, 107 skipped, 0 failed" in first.stdout
+    assert f"copies: 1 made, {MADE - 1} skipped, 0 failed" in first.stdout
     assert made(paths) == undisturbed
     first, second = together(paths, checkpoint, "--replace", "--quality", "80")
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert "copies: 108 made, 0 skipped, 0 failed" in first.stdout
+    assert f"copies: {MADE} made, 0 skipped, 0 failed" in first.stdout
     first, second = together(paths, checkpoint)
     assert first.returncode == second.returncode == 2
     assert (first.stderr + second.stderr).count("quality 80 -> 75") == 1  # told once
@@ -192,6 +194,7 @@ def main(arguments: list[str]) -> int:
     return (training if "--config" in arguments else run).main(arguments)
 
 
+@pytest.mark.long
 def test_looking_at_the_disk_is_dealt_out(paths, checkpoint, undisturbed):
     """Each process looks at its share of nine images: of three classes for the plan, and one by one to verify."""
     write(paths, undisturbed)
@@ -204,6 +207,7 @@ def test_looking_at_the_disk_is_dealt_out(paths, checkpoint, undisturbed):
     assert looked["--verify"] == [[("verify", "5")], [("verify", "4")]]
 
 
+@pytest.mark.long
 def test_two_processes_make_copies_on_demand(paths, checkpoint, tmp_path):
     trees = []
     for number in (1, 2):

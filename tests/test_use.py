@@ -13,6 +13,7 @@ from PIL import Image
 import main
 from models.use import export
 from models.use.learner import Learner
+from tests.conftest import long_but
 from tests.shapes import SHAPES, make_shapes
 from utils.data.augment import Normalise, SmallTest
 from utils.data.augment_large import LargeTest
@@ -110,10 +111,7 @@ def test_predict(trained, data_dir, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [
-        pytest.param("icarl", "onnx", marks=pytest.mark.long),
-        *(("icarl", "torchscript"), ("foster", "torchscript")),
-    ],
+    long_but((("icarl", "onnx"), ("icarl", "torchscript"), ("foster", "torchscript")), ("foster", "torchscript")),
 )
 def test_an_exported_file_computes_what_the_network_does(trained, data_dir, tmp_path, capsys, method, kind):
     if kind == "onnx":

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from compress.generators import build as machine
+from tests.conftest import long_but
 from tests.folders import save_picture
 from tests.little_run import Killed, command, copies, kill_at, little_dataset, tree
 
@@ -76,7 +77,7 @@ def test_verify_and_repair_each_kind_of_damage(paths, compress):
     assert compress("--verify")[0] == 0
 
 
-@pytest.mark.parametrize("moment", [1, *(pytest.param(moment, marks=pytest.mark.long) for moment in (2, None))])
+@pytest.mark.parametrize("moment", long_but((1, 2, None), 1))
 def test_an_edge_map_of_another_image_is_found_and_its_copies_made_again(paths, compress, monkeypatch, moment):
     """Also where the repair itself is killed, once the edge map is right again."""
     compress()

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from ControlNet.cldm.model import ModelError, load_model, load_state_dict, weights_fingerprint
+from tests.conftest import long_but
 from tests.little_model import little_config, little_model
 
 CONTROL = "control_model."
@@ -75,8 +76,11 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("ending", ["pth", "ckpt", "safetensors"])
-@pytest.mark.parametrize("form", FILES)
+CASES = [(form, ending) for form in FILES for ending in ("pth", "ckpt", "safetensors")]
+QUICK = [(form, ending) for form, ending in CASES if form == "official" or ending == "pth"]
+
+
+@pytest.mark.parametrize(("form", "ending"), long_but(CASES, *QUICK))
 def test_files_of_the_same_weights_make_the_same_model(form, ending, state, official, tmp_path):
     if (form, ending) == ("nested", "safetensors"):
         pytest.skip("safetensors holds tensors alone")
@@ -246,8 +250,10 @@ def test_the_file_of_a_control_networks_folder(networks, state, tmp_path):
 OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
-@pytest.mark.parametrize("names", ["old", "new"])
-@pytest.mark.parametrize("shape", ["linear", "convolution"])
+SHAPES = [(shape, names) for shape in ("linear", "convolution") for names in ("old", "new")]
+
+
+@pytest.mark.parametrize(("shape", "names"), long_but(SHAPES, ("linear", "new"), ("convolution", "old")))
 def test_attention_of_older_and_newer_autoencoders(names, shape, networks, state, tmp_path):
     folder = save_folder(networks, tmp_path / "pipeline")
     path = next((folder / "vae").glob("*.safetensors"))
