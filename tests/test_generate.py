@@ -80,7 +80,7 @@ def small_device(most, exhaust, tried):
     return SmallDevice
 
 
-@pytest.mark.parametrize("exhaust", long_but((exhaust_gpu, exhaust_cpu, exhaust_numpy), exhaust_gpu, exhaust_cpu))
+@pytest.mark.parametrize("exhaust", long_but((exhaust_gpu, exhaust_cpu, exhaust_numpy), exhaust_gpu))
 def test_a_batch_that_does_not_fit_is_halved(exhaust, monkeypatch, caplog):
     expected = PictureGenerator(PRESET, little_model(), batch_size=2)(jobs(2))
     expected += PictureGenerator(PRESET, little_model(), batch_size=2)(jobs(7)[2:4])
@@ -225,7 +225,7 @@ def test_every_text_is_encoded_once(monkeypatch):
     assert encoded == [PRESET.negative_prompt, *(PRESET.prompt_text(label) for label in labels)]
 
 
-@pytest.mark.parametrize("name", long_but(presets.SAMPLERS, "ddim", "unipc"))
+@pytest.mark.parametrize("name", long_but(presets.SAMPLERS, "unipc"))
 def test_the_sampler_is_the_presets(name):
     """And a copy is the same alone, in any batch, and after a part of them was made."""
     model = little_model()
