@@ -1,11 +1,15 @@
 """Methods side by side, each with real exemplars alone and with a config's mix of real ones and prompts, at one budget.
 
-    python -m exps.compare exps/cifar10.json [--methods icarl,der] [--only real|mix] [--jobs 2] [key=value ...]
+    python -m exps.compare exps/compare_cifar10.json [--methods icarl,der] [--only real|mix] [--jobs 2] [key=value ...]
 
-The config names everything but the method.  Each run is main.py's, in <output>/<method>-<real or mix>: a finished run
+The file is a config that names everything but the method, for all methods; or it has
+    config     the path of such a config, from the file's folder
+    methods    an object: the name of each method of the table, and main.py's keys that it alone has, as {}
+Each run is main.py's, in <output>/<method>-<real or mix>: a finished run
 of the same settings is reused, a killed one goes on, one of other settings is named and left alone.  A method that
 keeps no exemplars runs once.  The table, in Markdown, has top-1 accuracy in percent, mean ± standard deviation over the
-config's seeds; it is written to <output>/table.md too.
+config's seeds; it is written to <output>/table.md too.  A method whose config main.py refuses is named, and the others
+are run.
 """
 
 import argparse
@@ -17,6 +21,7 @@ from typing import Any, NamedTuple
 
 from exps.runs import MAIN, call, for_each, last_words, side_by_side
 from utils import cli
+from utils.config.read import read_json
 from utils.config.schema import differences
 from utils.errors import UserError
 from utils.results import report
@@ -41,12 +46,34 @@ class Run(NamedTuple):
         return f"{self.method}, {self.memory}"
 
 
-def checked_config(run: Run) -> dict[str, Any]:
-    """The config that a run will have, with all defaults.  Raises UserError with what main.py says against it."""
+class Table(NamedTuple):
+    """What a file asks for.  methods: each with its own keys, as "key=value"; none: all that main.py has."""
+
+    config: Path
+    methods: dict[str, tuple[str, ...]]
+
+
+def read(file: Path) -> Table:
+    """The table of a file.  Raises UserError for a file that is none."""
+    content = read_json(file)
+    if "methods" not in content and not isinstance(content.get("config"), str):
+        return Table(file, {})
+    config, methods = content.get("config"), content.get("methods")
+    if content.keys() != {"config", "methods"} or not isinstance(config, str) or not isinstance(methods, dict):
+        raise UserError(f"{file}: a table has two keys: config, the path of a config, and methods, an object.")
+    if wrong := [name for name, keys in methods.items() if not isinstance(keys, dict)]:
+        raise UserError(f"{file}: methods: {wrong[0]} must have an object of main.py's keys, such as {{}}.")
+    own = {
+        name: tuple(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items())
+        for name, keys in methods.items()
+    }
+    return Table(file.parent / config, own)
+
+
+def checked_config(run: Run) -> dict[str, Any] | str:
+    """The config that a run will have, with all defaults, or what main.py says against it."""
     shown = call(MAIN, *run.arguments, "--show-config")
-    if shown.returncode:
-        raise UserError(last_words(shown))
-    return json.loads(shown.stdout)
+    return last_words(shown) if shown.returncode else json.loads(shown.stdout)
 
 
 def finished(run: Run, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -96,22 +123,28 @@ def _cell(value: Mapping[str, float] | None, digits: int) -> str:
 
 def compare(options: argparse.Namespace) -> int:
     """What the command line asks for.  Returns the exit code."""
+    asked = read(options.config)
     output = options.output or Path("outputs") / options.config.stem
     known = call(MAIN, "--list", "methods").stdout.split()
-    methods = options.methods.split(",") if options.methods else known
+    methods = options.methods.split(",") if options.methods else [*asked.methods] or known
     if unknown := sorted(set(methods) - set(known)):
-        raise UserError(f"--methods: {', '.join(unknown)} is not among {', '.join(known)}.")
+        raise UserError(f"methods: {', '.join(unknown)} is not among {', '.join(known)}.")
     failed: dict[Run, str] = {}
     results: dict[str, dict[str, Mapping]] = {memory: {} for memory in MEMORIES}
     for memory, overrides in MEMORIES.items():
         runs = []
         for method in methods:
             folder = output / f"{method}-{memory}"
-            common = ("--config", str(options.config), *options.overrides)
+            common = ("--config", str(asked.config), *asked.methods.get(method, ()), *options.overrides)
             own = (*overrides, f"model_name={method}", f"output_dir={folder}")
             runs.append(Run(method, memory, folder, (*common, *own)))
         configs = dict(zip(runs, for_each(runs, checked_config), strict=True))
+        refused = {run: words for run, words in configs.items() if isinstance(words, str)}
+        if len(refused) == len(runs):
+            raise UserError(next(iter(refused.values())))
+        runs = [run for run in runs if run not in refused]
         if options.only in (None, memory):
+            failed |= refused
             without = {method for method, of_real in results["real"].items() if not keeps_exemplars(of_real)}
             wanted = [run for run in runs if memory == "real" or run.method not in without]
             todo = {run: run.arguments for run in wanted if finished(run, configs[run]) is None}
@@ -137,7 +170,7 @@ def command(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m exps.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=cli.path, help="a JSON config, such as exps/cifar10.json")
+    parser.add_argument("config", type=cli.path, help="a table or a config, such as exps/compare_cifar10.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config in all runs")
     parser.add_argument("--methods", help="separated by commas (default: all)")
     parser.add_argument("--only", choices=MEMORIES, help="carry out one kind of runs; the table has what is there")

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from exps import compare
+from models import catalogue
 from tests import forks
 from tests.shapes import make_shapes
+from utils.config.read import load_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,6 +78,49 @@ def test_one_budget_for_both_then_reused_named_or_extended(run, config):
     assert run(*finetune, "seed=5").stdout.count("\n") == 3
     results = json.loads((config.parent / "out" / "finetune-real" / "results.json").read_text())
     assert results["summary"]["seeds"] == [5, 1993]
+
+
+@pytest.mark.long
+def test_a_table_has_methods_with_keys_of_their_own(config, run, tmp_path):
+    methods = {"finetune": {"epochs": 2, "milestones": [1]}, "replay": {}, "rmm-icarl": {}}
+    file = config.parent / "table.json"
+    file.write_text(json.dumps({"config": config.name, "methods": methods}))
+    words = ["-m", "exps.compare", file, "--output", tmp_path, "--only", "real", "memory_per_class=2"]
+    done = forks.run(words)
+    assert done.returncode == 1
+    assert "rmm-icarl, real: memory_size must be given" in done.stderr.replace("model_name=rmm-icarl: ", "")
+    assert [row.split(" | ")[0] for row in done.stdout.splitlines()[2:]] == [
+        "| finetune",
+        "| replay (CNN)",
+        "| replay (NME)",
+    ]
+    of = {name: json.loads((tmp_path / f"{name}-real" / "config.json").read_text()) for name in ("finetune", "replay")}
+    assert (of["finetune"]["epochs"], of["finetune"]["milestones"], of["replay"]["epochs"]) == (2, [1], 1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    assert forks.run([*words, "--methods", "finetune"]).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")} == before
+
+
+def test_the_table_of_cifar10_has_every_method():
+    table = compare.read(ROOT / "exps" / "compare_cifar10.json")
+    methods, backbones = catalogue.methods(), catalogue.backbones()
+    assert set(table.methods) == set(methods)
+    for name, own in table.methods.items():
+        for overrides in compare.MEMORIES.values():
+            keys = [*own, *overrides, f"model_name={name}"]
+            assert load_config(table.config, keys, methods=methods, backbones=backbones).model_name == name
+
+
+def test_a_table_that_is_none(tmp_path, capsys):
+    file = tmp_path / "table.json"
+    for content, said in (
+        ({"methods": {"icarl": {}}}, "a table has two keys: config, the path of a config, and methods, an object"),
+        ({"config": "a.json", "methods": ["icarl"]}, "a table has two keys"),
+        ({"config": "a.json", "methods": {"icarl": 3}}, "icarl must have an object of main.py's keys"),
+    ):
+        file.write_text(json.dumps(content))
+        assert compare.main([str(file)]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_class_orders_side_by_side(config, tmp_path):

@@ -17,7 +17,7 @@ GOOD = {"dataset": "D", "init_cls": 2, "increment": 2, "model_name": "der", "con
 EXPS = [
     file
     for file in sorted((Path(__file__).parent.parent / "exps").glob("*.json"))
-    if not file.stem.startswith("pareto")  # sweeps: test_pareto.py
+    if not file.stem.startswith(("pareto", "compare"))  # sweeps and tables: test_pareto.py, test_compare.py
 ]
 
 
