@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from compress.generators.build import (
-    OPENVINO_BF16,
+    OF_OPENVINO,
     choose_precision,
     download,
     fingerprint,
@@ -136,8 +136,8 @@ def made_by(job: Job, device: torch.device, without_weights: bool) -> tuple[str 
 
 def named(machine: Machine) -> str | None:
     """The precision that the user has named, as copies record it; None for "auto"."""
-    if (machine.engine, machine.precision) == ("openvino", "bf16"):
-        return OPENVINO_BF16
+    if machine.engine == "openvino" and machine.precision in OF_OPENVINO:
+        return OF_OPENVINO[machine.precision]
     return None if machine.precision == "auto" else machine.precision
 
 

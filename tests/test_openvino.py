@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from compress import run
-from compress.generators.build import OPENVINO_BF16, choose_engine, choose_precision
+from compress.generators.build import OF_OPENVINO, choose_engine, choose_precision
 from ControlNet.cldm import openvino_engine
 from ControlNet.cldm.inference import make_ready
 from ControlNet.cldm.samplers import SAMPLERS
@@ -18,6 +18,7 @@ from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
 installed = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
+with_nncf = pytest.mark.skipif(importlib.util.find_spec("nncf") is None, reason="nncf is not installed")
 CPU = torch.device("cpu")
 
 
@@ -32,9 +33,9 @@ def shared_cache(cache, monkeypatch):
     monkeypatch.setenv("ESCORT_CACHE_DIR", str(cache))
 
 
-def ready(model=None):
+def ready(model=None, precision="fp32"):
     model = model or little_model()
-    make_ready(model, engine="openvino")
+    make_ready(model, engine="openvino", precision=precision)
     return model
 
 
@@ -68,6 +69,7 @@ def assert_close(ours, theirs):
         assert ((mine - other).abs().max() / other.abs().max()).item() < 1e-5
 
 
+@pytest.mark.long
 @installed
 def test_pictures_are_torchs(caplog):
     plain, other = little_model(), ready()
@@ -80,12 +82,14 @@ def test_pictures_are_torchs(caplog):
     assert not torch.allclose(sampled(other)[0], sampled(ready())[0], atol=1e-3)
 
 
+@pytest.mark.long
 @installed
 @pytest.mark.parametrize("how", [{"controlled": False}, {"reuse_every": 2}])
 def test_so_are_those_of_other_ways_to_sample(how):
     assert_close(sampled(ready(), **how), sampled(little_model(), **how))
 
 
+@pytest.mark.long
 @installed
 def test_a_network_is_converted_once_for_its_weights(monkeypatch, tmp_path):
     import openvino
@@ -111,6 +115,23 @@ def test_a_network_is_converted_once_for_its_weights(monkeypatch, tmp_path):
     assert not [name for name in (tmp_path / "openvino").iterdir() if name.name.startswith(".")]
 
 
+@pytest.mark.long
+@installed
+@with_nncf
+def test_weights_in_8_bits_are_near_and_take_a_quarter(monkeypatch, tmp_path, capfd):
+    latents, plain, sizes = torch.randn(1, 4, 8, 8), little_model(), {}
+    expected = plain.decode_first_stage(latents)
+    for precision in ("fp32", "int8"):
+        monkeypatch.setenv("ESCORT_CACHE_DIR", str(tmp_path / precision))
+        picture = ready(precision=precision).decode_first_stage(latents)
+        sizes[precision] = sum(file.stat().st_size for file in (tmp_path / precision).rglob("*.bin"))
+    # each weight is off by at most a 254th of its channel's largest, half of that on average
+    assert 1e-5 < ((picture - expected).norm() / expected.norm()).item() < 0.02
+    assert sizes["int8"] < 0.3 * sizes["fp32"]
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.long
 @installed
 def test_a_cache_that_cannot_be_written_costs_time_alone(monkeypatch, tmp_path, caplog):
     (tmp_path / "file").touch()
@@ -143,6 +164,7 @@ def compress(tmp_path, capsys):
     return call
 
 
+@pytest.mark.long
 @installed
 def test_it_is_no_setting_of_copies_in_float32(compress):
     assert compress("--precision", "fp32", "--keep-apart", "torch")[0] == 0
@@ -156,6 +178,29 @@ def test_it_is_no_setting_of_copies_in_float32(compress):
     assert all((abs(a - b) > 4).mean() < 0.07 for a, b in zip(ours, theirs, strict=True))
     shutil.rmtree(folders[0] / "sushi")
     assert compress("--precision", "fp32")[0] == 0  # no other settings: they go on as if torch had made them
+
+
+@pytest.mark.long
+@installed
+@with_nncf
+def test_8_bits_are_a_setting_that_copies_remember(compress):
+    assert compress("--precision", "int8", "--engine", "openvino")[0] == 0
+    assert '"int8-openvino"' in (compress.paths.root / "exemplars" / "settings.json").read_text()
+    code, said = compress("--precision", "int8", "--engine", "openvino")
+    assert code == 0
+    assert "copies: 0 made, 4 skipped" in said.out
+    code, said = compress("--precision", "fp32")
+    assert code == 2
+    assert "int8-openvino" in said.err
+
+
+def test_where_8_bits_cannot_be_one_line_says_so(compress, monkeypatch):
+    monkeypatch.setattr(openvino_engine, "is_installed", lambda: True)
+    monkeypatch.setattr(openvino_engine, "compresses_weights", lambda: False)
+    for options, words in (([], "add --engine openvino"), (["--engine", "openvino"], "pip install nncf")):
+        code, said = compress("--precision", "int8", *options)
+        assert (code, said.err.count("\n")) == (2, 1)
+        assert words in said.err
 
 
 def test_where_it_is_not_installed_one_line_says_so(compress, monkeypatch):
@@ -183,5 +228,5 @@ def test_what_it_cannot_do_is_refused(monkeypatch):
 def test_its_bf16_is_a_setting_of_its_own(monkeypatch):
     monkeypatch.setattr(openvino_engine, "is_installed", lambda: True)
     monkeypatch.setattr(openvino_engine, "computes_bf16", lambda: True)
-    assert choose_precision("auto", CPU, "openvino") == choose_precision("bf16", CPU, "openvino") == OPENVINO_BF16
+    assert choose_precision("auto", CPU, "openvino") == choose_precision("bf16", CPU, "openvino") == OF_OPENVINO["bf16"]
     assert choose_precision("fp32", CPU, "openvino") == "fp32"

@@ -4,11 +4,13 @@ A network is converted once for its weights, whatever the batch and the size of 
 $ESCORT_CACHE_DIR/openvino (default: ~/.cache/escort/openvino) under a digest of the weights.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -40,6 +42,11 @@ def is_installed() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
+def compresses_weights() -> bool:
+    """Whether weights can be kept in 8 bits."""
+    return importlib.util.find_spec("nncf") is not None
+
+
 def computes_bf16() -> bool:
     """Whether OpenVINO computes in bfloat16 on this CPU."""
     import openvino
@@ -56,7 +63,8 @@ def cache_folder() -> Path:
 def use_openvino(model: ControlLDM, precision: str = "fp32") -> None:
     """Let OpenVINO compute the model's apply_model and decode_first_stage.
 
-    model: in float32, on the CPU; precision: "fp32" (torch's results up to rounding), or "bf16" where `computes_bf16`.
+    model: in float32, on the CPU; precision: "fp32" (torch's results up to rounding), "bf16" where `computes_bf16`, or
+    "int8" where `compresses_weights`: weights of 8 bits with a scale a channel, arithmetic in float32.
     """
     steps: dict[tuple[bool, bool], _Network] = {}  # (controlled, reusing deep features) -> network
 
@@ -150,7 +158,7 @@ class _Network:
         if not self.is_large:
             self._graph.reshape({name: list(tensor.shape) for name, tensor in inputs.items()})
         options = {
-            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[self.precision],
+            "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,  # several processes on a machine would be bound to the same cores
@@ -175,6 +183,8 @@ class _Network:
             warnings.simplefilter("ignore")  # the tracer's: the graph does not depend on sizes
             example = {name: tensor.clone() for name, tensor in inputs.items()}
             graph = openvino.convert_model(self.module, example_input=example)
+        if self.precision == "int8":
+            graph = _in_8_bits(graph)
         try:
             _keep(graph, kept, file.name)
         except (OSError, RuntimeError) as error:
@@ -186,12 +196,23 @@ class _Network:
         """Of all that the converted network depends on: the weights by a sample of each tensor's values."""
         heads = [module.heads for module in self.module.modules() if isinstance(module, CrossAttention)]
         only_mid = getattr(self.module, "only_mid_control", None)
-        digest = hashlib.sha256(repr((FORMAT, version, sorted(inputs), str(self.module), heads, only_mid)).encode())
+        parts = [FORMAT, version, sorted(inputs), str(self.module), heads, only_mid]
+        parts += ["int8"] * (self.precision == "int8")  # in bf16 the graph is that of float32
+        digest = hashlib.sha256(repr(tuple(parts)).encode())
         for name, tensor in self.module.state_dict().items():
             values = tensor.detach().flatten()
             picked = values[:: max(1, len(values) // SAMPLED_VALUES)].float().contiguous()
             digest.update(f"{name} {tuple(tensor.shape)} ".encode() + picked.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _in_8_bits(graph):
+    """The graph with its layers' weights rounded to 8 bits, symmetrically about 0, with a scale for each channel."""
+    import nncf
+
+    nncf.set_log_level(logging.WARNING)  # else it prints tables
+    with contextlib.redirect_stdout(sys.stderr):  # its progress bar
+        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
 
 
 def _keep(graph, folder: Path, file: str) -> None:

@@ -14,7 +14,8 @@
   in memory.
   DDIM alone.
 - ours: `compress.generators.controlnet.PictureGenerator`, as compress/run.py uses it.  Also with torch.compile
-  (--compile) or OpenVINO (--openvino), and on a GPU without channels-last weights (--contiguous).
+  (--compile) or OpenVINO (--openvino; --int8: weights in 8 bits), and on a GPU without channels-last weights
+  (--contiguous).
 - diffusers: StableDiffusionControlNetPipeline with the same sampler, and text encodings made beforehand.
 
 "s once" is what does not depend on the steps: texts, hint, decoder.  "GPU peak" is on top of the weights.  The first
@@ -329,6 +330,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile as well")
     parser.add_argument("--openvino", action="store_true", help="ours with OpenVINO as well, on a CPU")
+    parser.add_argument("--int8", action="store_true", help="ours with OpenVINO and weights in 8 bits as well")
     parser.add_argument("--contiguous", action="store_true", help="ours without channels-last weights as well")
     parser.add_argument("--skip", default="", help="contenders to leave out, such as published,diffusers")
     return parser.parse_args()
@@ -345,12 +347,13 @@ def make_contenders(config: Path, state: Mapping[str, Tensor], options: argparse
     if "diffusers" not in skipped:
         contenders["diffusers"] = diffusers_pipeline(config, build(config, state, options.device, dtype))
     wanted = {"ours": True, "ours, contiguous": options.contiguous, "ours, compiled": options.compile}
-    wanted["ours, openvino"] = options.openvino
-    engines = {"ours, compiled": "compile", "ours, openvino": "openvino"}
+    wanted |= {"ours, openvino": options.openvino, "ours, int8": options.int8}
+    engines = {"ours, compiled": "compile", "ours, openvino": "openvino", "ours, int8": "openvino"}
     for name in [name for name, asked in wanted.items() if asked and name not in skipped]:
         engine = engines.get(name, "torch")
         model = build(config, state, options.device, torch.float32 if engine == "openvino" else dtype)
-        generator = PictureGenerator(HIGH, model, engine=engine, precision=options.precision)
+        precision = "int8" if name == "ours, int8" else options.precision
+        generator = PictureGenerator(HIGH, model, engine=engine, precision=precision)
         if name == "ours, contiguous":
             model.to(memory_format=torch.contiguous_format)
         contenders[name] = ours(generator)
