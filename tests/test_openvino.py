@@ -13,6 +13,7 @@ from compress.generators.build import OF_OPENVINO, choose_engine, choose_precisi
 from ControlNet.cldm import openvino_engine
 from ControlNet.cldm.inference import make_ready
 from ControlNet.cldm.samplers import SAMPLERS
+from tests import forks
 from tests.little_model import little_model, save_checkpoint
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
@@ -129,6 +130,28 @@ def test_weights_in_8_bits_are_near_and_take_a_quarter(monkeypatch, tmp_path, ca
     assert 1e-5 < ((picture - expected).norm() / expected.norm()).item() < 0.02
     assert sizes["int8"] < 0.3 * sizes["fp32"]
     assert capfd.readouterr().out == ""
+
+
+SIGNALLED = """
+import gc, os, signal, sys
+import torch
+from tests.test_openvino import ready
+latents = torch.randn(1, 4, 8, 8)
+for _ in range(2):
+    ready(precision=sys.argv[1]).decode_first_stage(latents)
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("answered"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.long
+@installed
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=with_nncf)])
+def test_signals_are_answered_when_the_networks_are_gone(precision, tmp_path):
+    """With a CPU that has AMX, OpenVINO itself leaves the process to die of its next signal."""
+    ended = forks.run(["-c", SIGNALLED, precision], env={"ESCORT_CACHE_DIR": str(tmp_path)})
+    assert (ended.returncode, ended.stdout) == (0, "answered\n"), ended.stderr
 
 
 @pytest.mark.long

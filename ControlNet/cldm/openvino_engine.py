@@ -5,6 +5,7 @@ $ESCORT_CACHE_DIR/openvino (default: ~/.cache/escort/openvino) under a digest of
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -47,11 +48,22 @@ def compresses_weights() -> bool:
     return importlib.util.find_spec("nncf") is not None
 
 
-def computes_bf16() -> bool:
-    """Whether OpenVINO computes in bfloat16 on this CPU."""
+@functools.cache
+def _core():
+    """OpenVINO's runtime, one for the whole process, which is never let go.
+
+    On a CPU with AMX its CPU plugin sets an alternate stack for signals, and frees that memory when it is unloaded
+    although the thread may still be told to use it (seen in 2026.4): the next signal, such as that of a
+    DataLoader's worker that has ended, would kill the process.
+    """
     import openvino
 
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return openvino.Core()
+
+
+def computes_bf16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this CPU."""
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def cache_folder() -> Path:
@@ -66,6 +78,7 @@ def use_openvino(model: ControlLDM, precision: str = "fp32") -> None:
     model: in float32, on the CPU; precision: "fp32" (torch's results up to rounding), "bf16" where `computes_bf16`, or
     "int8" where `compresses_weights`: weights of 8 bits with a scale a channel, arithmetic in float32.
     """
+    _core()  # before NNCF makes one of its own and lets it go
     steps: dict[tuple[bool, bool], _Network] = {}  # (controlled, reusing deep features) -> network
 
     def apply_model(x_noisy: Tensor, t: Tensor, cond: dict) -> Tensor:
@@ -151,8 +164,6 @@ class _Network:
         return [torch.from_numpy(output) for output in found.values()]
 
     def _compiled(self, inputs: Mapping[str, Tensor]):
-        import openvino
-
         if self._graph is None:
             self._graph = self._converted(inputs)
         if not self.is_large:
@@ -163,7 +174,7 @@ class _Network:
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,  # several processes on a machine would be bound to the same cores
         }
-        return openvino.Core().compile_model(self._graph, "CPU", options)
+        return _core().compile_model(self._graph, "CPU", options)
 
     def _converted(self, inputs: Mapping[str, Tensor]):
         """OpenVINO's graph, from the cache or, where it is not there yet, converted and put into it."""
@@ -174,7 +185,7 @@ class _Network:
         file = kept / "network.xml"
         if file.is_file():
             try:
-                return openvino.Core().read_model(file)
+                return _core().read_model(file)
             except RuntimeError:
                 log.warning("%s can't be read, the network is converted again", file)
                 shutil.rmtree(kept, ignore_errors=True)
