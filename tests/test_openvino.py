@@ -1,6 +1,7 @@
 """The networks in OpenVINO: torch's results, converted once; and what is said where that can't be."""
 
 import importlib.util
+import logging
 import shutil
 
 import numpy as np
@@ -119,7 +120,8 @@ def test_a_network_is_converted_once_for_its_weights(monkeypatch, tmp_path):
 @pytest.mark.long
 @installed
 @with_nncf
-def test_weights_in_8_bits_are_near_and_take_a_quarter(monkeypatch, tmp_path, capfd):
+def test_weights_in_8_bits_are_near_and_take_a_quarter(monkeypatch, tmp_path, capfd, caplog):
+    caplog.set_level(logging.WARNING, openvino_engine.__name__)  # the commands' log goes to the output, ours with it
     latents, plain, sizes = torch.randn(1, 4, 8, 8), little_model(), {}
     expected = plain.decode_first_stage(latents)
     for precision in ("fp32", "int8"):
