@@ -10,6 +10,7 @@ from torch import nn
 from ControlNet.cldm import inference
 from ControlNet.cldm.inference import make_ready, visiting
 from ControlNet.cldm.samplers import SAMPLERS
+from ControlNet.ldm import packed
 from ControlNet.ldm.packed import PackedConv2d, PackedLinear, pack_weights
 from tests.little_model import little_model
 
@@ -28,6 +29,10 @@ def relative_error(ours, theirs):
 
 def packed_layers(model):
     return [name for name, module in model.named_modules() if isinstance(module, PackedConv2d | PackedLinear)]
+
+
+def computes_bf16():
+    return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
 
 
 # --- packed weights ----------------------------------------------------------------------------------------------
@@ -63,6 +68,28 @@ def test_packed_layers_compute_the_same_at_every_size(layers):
             x = torch.randn(2, 4, height, width)
             assert relative_error(layers[:4](x), plain[:4](x)) < 1e-5
             assert torch.equal(layers[:4](x), layers[:4](x))
+
+
+@pytest.mark.skipif(not computes_bf16(), reason="oneDNN does not compute in bfloat16 on this CPU")
+def test_packed_layers_are_as_near_in_bf16_as_plain_ones(layers):
+    x = torch.randn(2, 4, 8, 8)
+    with torch.inference_mode():
+        exact = layers(x)
+        layers.bfloat16()
+        plain = layers(x.bfloat16())
+        pack_weights(layers)
+        ours = layers(x.bfloat16())
+    assert all(vars(layers[i]).get("_packed_weight") is not None for i in (0, 2, 3, 5, 6))
+    assert ours.dtype == torch.bfloat16
+    assert relative_error(ours.float(), exact) < 1.5 * relative_error(plain.float(), exact) < 0.05
+
+
+def test_a_precision_that_is_not_packed_is_computed_plainly(layers, monkeypatch):
+    monkeypatch.setattr(packed, "_computes", lambda dtype: dtype == torch.float32)
+    pack_weights(layers.bfloat16())
+    with torch.inference_mode():
+        assert layers(torch.randn(1, 4, 8, 8).bfloat16()).dtype == torch.bfloat16
+    assert not any("_packed_weight" in vars(layer) for layer in layers)
 
 
 def test_packing_changes_no_name_and_no_parameter(layers):
