@@ -57,6 +57,21 @@ def shell(command, **variables):
     return subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.parametrize(
+    ("variables", "spins"),
+    [({}, cli.SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_that_wait_give_way_unless_the_user_decides(variables, spins):
+    """The variable is read when torch is imported: it must not be there yet."""
+    code = "import os, sys, main, compress.run, exps.pareto; from utils import cli; assert 'torch' not in sys.modules; "
+    code += "cli.run(lambda: print(os.environ.get('GOMP_SPINCOUNT')))"
+    done = shell(
+        f"env -u GOMP_SPINCOUNT -u OMP_WAIT_POLICY {' '.join(f'{k}={v}' for k, v in variables.items())} "
+        f'{sys.executable} -c "{code}"'
+    )
+    assert (done.stdout, done.stderr) == (f"{spins}\n", "")
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "command",

@@ -31,6 +31,10 @@ if hasattr(signal, "SIGUSR1"):  # not on Windows
 """Signals that ask a command to end."""
 
 
+SPINS = "20000"
+"""How often a thread of torch on a CPU looks whether the others have finished, before it sleeps."""
+
+
 class Signals:
     """Those of NOTICES.  Each raises `Stopped` at once, but while `delayed` holds, the first one is only noted."""
 
@@ -83,6 +87,7 @@ def run(command: Callable[[], int | None], *, stopped: str = "the same command g
     several run the command together; other exceptions are bugs and pass through.  stopped: what to say after a signal.
     """
     tolerate_odd_names()
+    share_the_cores()
     try:
         with signals.caught():
             code = _exit_code(command)
@@ -101,6 +106,16 @@ def run(command: Callable[[], int | None], *, stopped: str = "the same command g
         if (code := _ended_by_another(error)) is None:
             raise
         return code
+
+
+def share_the_cores() -> None:
+    """Let torch's threads give way to other programs.  It must be called before torch is imported.
+
+    GNU's OpenMP lets a thread that waits spin for milliseconds.  Where another program has taken a core, that is what
+    the thread waits for, and a small network takes ten times as long (docs/benchmarks.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def _exit_code(command: Callable[[], int | None]) -> int:
