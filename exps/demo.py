@@ -28,9 +28,6 @@ from utils.results.gallery import plot_exemplars
 CONFIG = Path("exps/demo.json")
 SWEEP = Path("exps/pareto_demo.json")
 OUTPUT = Path("outputs/demo")
-SETTINGS = "--model tiny --resolution high --size 64 --steps 10 --batch-size 50 --precision fp32"
-"""Of the copies; 64 pixels are what the tiny model was made for.  In bf16, "auto" on some CPUs, a copy's pixels depend
-on the size of the batch in which it is made, and ahead and on demand the batches differ."""
 
 
 def run(command: str) -> None:
@@ -43,10 +40,10 @@ def run(command: str) -> None:
     print(f"({time.time() - began:.0f} s)", flush=True)
 
 
-def compress(config: dict) -> None:
+def compress(config: dict, settings: str) -> None:
     """The digits and all their copies, where they are not there yet."""
     run("-m utils.curate digits")
-    run(f"compress/run.py --dataset {config['dataset']} --seeds {config['augmentations_per_image']} {SETTINGS}")
+    run(f"compress/run.py --dataset {config['dataset']} --seeds {config['augmentations_per_image']} {settings}")
 
 
 def class_orders(seeds: list[int]) -> tuple[str, str]:
@@ -75,8 +72,9 @@ def demo(seeds: list[int]) -> None:
 
 def demo_on_demand(seeds: list[int]) -> None:
     """The same run with copies made ahead and on demand.  Raises UserError where they differ."""
-    config = read_json(CONFIG)
-    compress(config)
+    config, settings = read_json(CONFIG), read_json(SWEEP)["settings"]
+    # They say fp32: in bf16, "auto" on some CPUs, a copy depends on the size of its batch, and these differ.
+    compress(config, settings)
     orders, tag = class_orders(seeds)
     ahead = DatasetPaths(data_dir(), config["dataset"])
     on_demand = DatasetPaths(OUTPUT / "on-demand-data", config["dataset"])  # the same images, and no copies yet
@@ -84,7 +82,7 @@ def demo_on_demand(seeds: list[int]) -> None:
     for name in ("train", "test", "class_names.json"):
         if not (on_demand.root / name).exists():
             (on_demand.root / name).symlink_to((ahead.root / name).resolve())
-    options = f"regenerate=on_demand regenerate_options={shlex.quote(SETTINGS)}"
+    options = f"regenerate=on_demand regenerate_options={shlex.quote(settings)}"
     command = f"main.py --config {CONFIG} {orders} augmentation_prob=0"
     run(f"{command} output_dir={OUTPUT}/ahead-{tag}")
     run(f"{command} output_dir={OUTPUT}/on-demand-{tag} data_dir={on_demand.data_dir} {options}")

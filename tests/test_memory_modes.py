@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from compress.forms import Cost, form_named
-from compress.presets import HIGH
+from compress.forms import Cost
 from tests.folders import save_noise, save_picture
+from tests.test_budget import edges_cost
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.memory.budget import check_total, share
@@ -35,10 +35,6 @@ COSTS = {"real": 1.0, "edges": 1 / 24}
 
 def quotas(real=2, synthetic=6):
     return [("real", real), ("edges", synthetic)]
-
-
-def edges_cost(paths):
-    return Cost(form_named("edges", HIGH), paths)
 
 
 def shared(paths, total, **options):

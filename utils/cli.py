@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, one line for an error, signals that end a run, and odd terminals.
+"""What all commands share: exit codes, one line for an error, signals, odd terminals, threads that give way to others.
 
 Exit codes: 0 done, 1 some inputs failed (the command has listed them), 2 the command, the config or the data is wrong,
 130 ended by Ctrl-C, 143 by SIGTERM, as schedulers send it, 138 by SIGUSR1 (`sbatch --signal=USR1@120`).
@@ -29,10 +29,6 @@ NOTICES = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGUSR1"):  # not on Windows
     NOTICES.append(signal.SIGUSR1)
 """Signals that ask a command to end."""
-
-
-SPINS = "20000"
-"""How often a thread of torch on a CPU looks whether the others have finished, before it sleeps."""
 
 
 class Signals:
@@ -106,6 +102,10 @@ def run(command: Callable[[], int | None], *, stopped: str = "the same command g
         if (code := _ended_by_another(error)) is None:
             raise
         return code
+
+
+SPINS = "20000"
+"""How often a thread of torch on a CPU looks whether the others have finished, before it sleeps."""
 
 
 def share_the_cores() -> None:
