@@ -86,6 +86,22 @@ def test_pictures_are_torchs(caplog):
 
 @pytest.mark.long
 @installed
+def test_a_large_network_is_compiled_for_its_first_shape_and_then_for_all(monkeypatch):
+    monkeypatch.setattr(openvino_engine, "LARGE", 0)
+    compiled = []
+    real = openvino_engine._Network._compiled
+    monkeypatch.setattr(
+        openvino_engine._Network, "_compiled", lambda self, *args: compiled.append(self) or real(self, *args)
+    )
+    plain, other = little_model(), ready()
+    sizes = ((2, 64, 64), (2, 64, 64), (1, 64, 64), (2, 64, 64), (3, 64, 128), (2, 64, 64))
+    for size in sizes:
+        assert_close(sampled(other, *size), sampled(plain, *size))
+    assert [compiled.count(network) for network in dict.fromkeys(compiled)] == [2, 2]  # the step and the decoder
+
+
+@pytest.mark.long
+@installed
 @pytest.mark.parametrize("how", [{"controlled": False}, {"reuse_every": 2}])
 def test_so_are_those_of_other_ways_to_sample(how):
     assert_close(sampled(ready(), **how), sampled(little_model(), **how))

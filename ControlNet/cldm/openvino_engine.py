@@ -32,7 +32,7 @@ SAMPLED_VALUES = 256
 """Of each tensor, in the digest of a network's weights."""
 
 LARGE = 100_000_000
-"""A network of more parameters is compiled once, for all shapes of its inputs."""
+"""Of a network of more parameters, whose compiled weights take gigabytes, one compiled form is kept at a time."""
 MOST_SHAPES = 8
 """For which a smaller network is kept compiled."""
 
@@ -143,31 +143,36 @@ class _Decoder(nn.Module):
 class _Network:
     """A module as OpenVINO computes it, converted at its first call.
 
-    Compiled anew for each shape of the inputs, which takes seconds, and saves a small network half of its time; a large
-    one, whose compiled weights take gigabytes, once for all shapes.
+    Compiled for each shape of the inputs, which takes seconds, and saves a small network half of its time, a large one
+    a sixth.  A large one is compiled for the first shape, and once for all shapes when another one comes.
     """
 
     def __init__(self, module: nn.Module, precision: str):
         self.module, self.precision = module.eval(), precision
         self.is_large = sum(parameter.numel() for parameter in module.parameters()) > LARGE
         self._graph = None
-        self._requests: dict[tuple, Any] = {}  # by shapes, the last used one at the end
+        self._any_shapes: dict[str, Any] = {}  # the graph's own, by inputs
+        self._requests: dict[tuple, Any] = {}  # by shapes, the last used one at the end; () for all shapes
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """The module's outputs, float32.  inputs: by the names of its arguments."""
-        shapes = () if self.is_large else tuple(tuple(tensor.shape) for tensor in inputs.values())
-        request = self._requests.pop(shapes, None) or self._compiled(inputs).create_infer_request()
+        shapes = tuple(tuple(tensor.shape) for tensor in inputs.values())
+        if self.is_large and self._requests and shapes not in self._requests:
+            shapes = ()
+            if shapes not in self._requests:
+                self._requests.clear()  # before the next one is compiled, which takes as much memory
+        request = self._requests.pop(shapes, None) or self._compiled(inputs, shapes).create_infer_request()
         self._requests[shapes] = request
         if len(self._requests) > MOST_SHAPES:
             del self._requests[next(iter(self._requests))]
         found = request.infer({name: tensor.contiguous().numpy() for name, tensor in inputs.items()})
         return [torch.from_numpy(output) for output in found.values()]
 
-    def _compiled(self, inputs: Mapping[str, Tensor]):
+    def _compiled(self, inputs: Mapping[str, Tensor], shapes: tuple):
         if self._graph is None:
             self._graph = self._converted(inputs)
-        if not self.is_large:
-            self._graph.reshape({name: list(tensor.shape) for name, tensor in inputs.items()})
+            self._any_shapes = {input.any_name: input.partial_shape for input in self._graph.inputs}
+        self._graph.reshape(dict(zip(inputs, shapes, strict=True)) if shapes else self._any_shapes)
         options = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
