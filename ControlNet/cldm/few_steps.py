@@ -4,12 +4,23 @@ LCM: Luo et al. 2023, "Latent Consistency Models".  TCD: Zheng et al. 2024, "Tra
 Both choose their timesteps among the 50 that the distillation used.
 """
 
+from typing import TypeVar
+
 import numpy as np
 from torch import Tensor
 
 from ControlNet.cldm.sampler import FRESH, Noise, Sampler
 
+T = TypeVar("T", float, Tensor)
 DISTILLED_STEPS = 50
+SIGMA_DATA = 0.5
+TIMESTEP_SCALING = 10.0
+
+
+def boundary(t: T) -> tuple[T, T]:
+    """(factor of x, factor of the predicted x0) in LCM's consistency function at timestep t; (1, 0) at 0."""
+    t = t * TIMESTEP_SCALING
+    return SIGMA_DATA**2 / (t**2 + SIGMA_DATA**2), t / (t**2 + SIGMA_DATA**2) ** 0.5
 
 
 class _Distilled(Sampler):
@@ -39,17 +50,12 @@ class _Distilled(Sampler):
 class LCMSampler(_Distilled):
     """Each step predicts the clean latents and adds fresh noise of the next timestep's level; the last adds none."""
 
-    SIGMA_DATA = 0.5
-    TIMESTEP_SCALING = 10.0
-
     def _check_eta(self, eta: float) -> None:
         if eta != 0:
             raise ValueError(f"LCM always adds fresh noise: eta must be 0, not {eta}")
 
     def step(self, i: int, x: Tensor, eps: Tensor, noise: Noise = FRESH) -> tuple[Tensor, Tensor]:
-        t = self.timesteps[i] * self.TIMESTEP_SCALING
-        skip = self.SIGMA_DATA**2 / (t**2 + self.SIGMA_DATA**2)  # the consistency function's boundary condition
-        out = t / (t**2 + self.SIGMA_DATA**2) ** 0.5
+        skip, out = boundary(float(self.timesteps[i]))
         x0 = out * self._x0(i, x, eps) + skip * x
         if i + 1 == len(self.timesteps):
             return x0, x0
