@@ -250,10 +250,11 @@ def train(config: DictConfig) -> None:
     fabric = Fabric(accelerator="auto", devices=1, precision=config.precision)
     torch.manual_seed(config.seed)
     weights = user_path(config.weights)
+    weights.parent.mkdir(parents=True, exist_ok=True)
     if config.get("teacher"):
         if user_path(config.teacher).resolve() == weights.resolve():
             raise ModelError(f"weights={weights} would replace the teacher: give the distilled weights another name")
-        model = load_model(user_path(config.teacher), fabric.device)
+        model = load_model(config.teacher, fabric.device)
         fit(fabric, model, "consistency", config)
     else:
         model = create_model(config.model).to(fabric.device)

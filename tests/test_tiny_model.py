@@ -203,7 +203,6 @@ def distilling(folder):
     changes = {"consistency": {"steps": 4, "batch_size": 2, "target_decay": 0.9}, "weights": str(folder / "few" / "model.safetensors")}
     changes |= {"teacher": str(folder / "teacher.safetensors"), "model": "nowhere.yaml"}
     config = OmegaConf.merge(OmegaConf.load(folder / "train.yaml"), changes)
-    (folder / "few").mkdir()
     OmegaConf.save(config, folder / "distil.yaml")
     return [str(folder / "distil.yaml")]
 
