@@ -31,6 +31,7 @@ class Machine:
     model: str = "sd15"
     base: str | None = None
     loras: tuple[tuple[str, float], ...] = ()
+    decoder: str | None = None
     precision: str = "auto"
     batch_size: int | None = None
     low_memory: bool = False

@@ -196,6 +196,12 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         default=[],
         help="a LoRA that is merged into UNet and text encoder (may be repeated) [scale 1]",
     )
+    machine.add_argument(
+        "--decoder",
+        metavar="FILE",
+        help="a small autoencoder (TAESD's taesd_decoder, or diffusers' AutoencoderTiny) that decodes in place of the "
+        "model's: worth it where steps are few",
+    )
     machine.add_argument("--download", action="store_true", help="fetch sd15's weights (5.7 GB) if they are not there")
     machine.add_argument(
         "--precision",
@@ -231,6 +237,7 @@ def _words(options: argparse.Namespace) -> tuple[str, ...]:
     given += [("model", options.model)] * (options.model != "sd15") + [("base", options.base)]
     given += [("engine", options.engine)] * (options.engine == "openvino")
     given += [("lora", f"{file}:{scale:g}") for file, scale in options.lora]
+    given += [("decoder", options.decoder)]
     given = [(name, "{:g}:{:g}".format(*value) if isinstance(value, tuple) else value) for name, value in given]
     named = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given if value is not None]
     return tuple(word for pair in named for word in pair)
@@ -256,7 +263,7 @@ def _form(options: argparse.Namespace) -> Form:
 
 
 def _machine(options: argparse.Namespace) -> Machine:
-    names = ("model", "base", "precision", "batch_size", "low_memory", "engine")
+    names = ("model", "base", "decoder", "precision", "batch_size", "low_memory", "engine")
     return Machine(**{name: getattr(options, name) for name in names}, loras=tuple(options.lora))
 
 

@@ -200,7 +200,10 @@ def test_the_trainer_runs_as_a_script():
 def distilling(folder):
     """What distils a small model: the command's arguments."""
     save_checkpoint(little_model(), folder / "teacher.safetensors")
-    changes = {"consistency": {"steps": 4, "batch_size": 2, "target_decay": 0.9}, "weights": str(folder / "few" / "model.safetensors")}
+    changes = {
+        "consistency": {"steps": 4, "batch_size": 2, "target_decay": 0.9},
+        "weights": str(folder / "few" / "model.safetensors"),
+    }
     changes |= {"teacher": str(folder / "teacher.safetensors"), "model": "nowhere.yaml"}
     config = OmegaConf.merge(OmegaConf.load(folder / "train.yaml"), changes)
     OmegaConf.save(config, folder / "distil.yaml")

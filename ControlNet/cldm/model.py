@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.overrides import TorchFunctionMode
 from yaml import YAMLError
 
+from ControlNet.cldm import small_decoder
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.files import ModelError, load_state_dict
 from ControlNet.cldm.lora import Lora, digest, merge
@@ -78,6 +79,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     base: str | os.PathLike | None = None,
     loras: Sequence[Lora] = (),
+    decoder: str | os.PathLike | None = None,
 ) -> ControlLDM:
     """A ControlLDM ready to sample: weights loaded strictly, in eval mode, without gradients.
 
@@ -87,10 +89,11 @@ def load_model(
     base: where everything but the control network comes from, named like spec; needed where spec holds a control
     network alone, as ControlNet 1.1's files do.
     loras: LoRA files and their scales, which are merged into the UNet's and the text encoder's weights.
+    decoder: a TAESD file, which decodes in place of the autoencoder (see `small_decoder.use_small_decoder`).
     dtype: what the networks compute in; the diffusion tables stay float32.
 
     On the CPU in the file's own dtype the parameters are views of the memory-mapped file.  Elsewhere they are moved or
-    converted one by one.  The model's `fingerprint` is `weights_fingerprint(spec, base, loras)`.
+    converted one by one.  The model's `fingerprint` is `weights_fingerprint(spec, base, loras, decoder)`.
     Raises ModelError, with the likely reason, for weights that don't fit.
     """
     weights = find_weights(spec, base)
@@ -99,7 +102,9 @@ def load_model(
     for lora in loras:
         state = merge(state, lora)
     model.load_state_dict(state, assign=True)
-    model.fingerprint = _with_loras(fingerprint(weights.state), loras)
+    if decoder is not None:
+        small_decoder.use_small_decoder(model.first_stage_model, model.scale_factor, decoder)
+    model.fingerprint = _with_changes(fingerprint(weights.state), loras, decoder)
     del state
     del weights  # so that a tensor's old memory is free as soon as it is converted
     tables = dict(model.named_buffers(recurse=False))
@@ -110,16 +115,22 @@ def load_model(
 
 
 def weights_fingerprint(
-    spec: str | os.PathLike = "sd15", base: str | os.PathLike | None = None, loras: Sequence[Lora] = ()
+    spec: str | os.PathLike = "sd15",
+    base: str | os.PathLike | None = None,
+    loras: Sequence[Lora] = (),
+    decoder: str | os.PathLike | None = None,
 ) -> str:
-    """What tells the weights of `load_model(spec, base=base, loras=loras)` from others, without building the model:
-    16 hex digits, and "+", digest and scale of each LoRA.
+    """What tells the weights of `load_model(spec, base=base, loras=loras, decoder=decoder)` from others, without
+    building the model: 16 hex digits, and "+", digest and scale of each LoRA, "+decoder:" and digest of the decoder.
 
     The same for any file or folder of the same weights, in float32 or float16 (see `weights.fingerprint`).
     Raises ModelError.
     """
-    return _with_loras(fingerprint(find_weights(spec, base).state), loras)
+    return _with_changes(fingerprint(find_weights(spec, base).state), loras, decoder)
 
 
-def _with_loras(weights: str, loras: Sequence[Lora]) -> str:
-    return "+".join([weights, *(f"{digest(lora)}*{lora.scale:g}" for lora in loras)])
+def _with_changes(weights: str, loras: Sequence[Lora], decoder: str | os.PathLike | None) -> str:
+    changes = [f"{digest(lora)}*{lora.scale:g}" for lora in loras]
+    if decoder is not None:
+        changes.append(f"decoder:{small_decoder.digest(decoder)}")
+    return "+".join([weights, *changes])

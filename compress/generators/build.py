@@ -85,7 +85,7 @@ def fingerprint(machine: Machine) -> str:
     if machine.model in generators():
         return generators()[machine.model].fingerprint
     try:
-        return weights_fingerprint(machine.model, machine.base, _loras(machine))
+        return weights_fingerprint(machine.model, machine.base, _loras(machine), machine.decoder)
     except ModelError as error:
         raise UserError(str(error)) from error
 
@@ -98,7 +98,8 @@ def load(machine: Machine, device: torch.device, precision: str) -> ControlLDM:
     """The model.  precision: what `choose_precision` returns.  Raises UserError where it can't be loaded."""
     home = torch.device("cpu") if machine.low_memory else device  # from where the part at work visits the device
     try:
-        return load_model(machine.model, home, PRECISIONS.get(precision, torch.float32), machine.base, _loras(machine))
+        dtype = PRECISIONS.get(precision, torch.float32)
+        return load_model(machine.model, home, dtype, machine.base, _loras(machine), machine.decoder)
     except ModelError as error:
         raise UserError(str(error)) from error
     except torch.OutOfMemoryError as error:

@@ -1,0 +1,108 @@
+"""TAESD (madebyollin/taesd): a decoder of 1.2 million parameters in place of the autoencoder's 49 million."""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ControlNet.cldm.files import ModelError, load_state_dict
+from ControlNet.ldm.autoencoder import AutoencoderKL
+
+IN_A_FOLDER = "diffusion_pytorch_model.safetensors"
+BLOCKS = (3, 3, 3, 1)
+"""Residual blocks before each doubling of the size, and after the last one."""
+
+
+class _Block(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Sequential(_conv(channels), nn.ReLU(), _conv(channels), nn.ReLU(), _conv(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x) + x)
+
+
+def _conv(channels: int, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+
+
+class SmallDecoder(nn.Module):
+    """TAESD's decoder: latents of unit variance, B x 4 x h x w -> images, B x 3 x 8h x 8w, about [-1, 1].
+
+    `layers` has the names of diffusers' AutoencoderTiny.
+    """
+
+    def __init__(self, latent_channels: int = 4, channels: int = 64):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(latent_channels, channels, 3, padding=1), nn.ReLU()]
+        for i, blocks in enumerate(BLOCKS):
+            if i > 0:
+                layers += [nn.Upsample(scale_factor=2), _conv(channels, bias=False)]
+            layers += [_Block(channels) for _ in range(blocks)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 3, 3, padding=1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(torch.tanh(z / 3) * 3) * 2 - 1
+
+
+class _Scaled(nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * self.factor
+
+
+def use_small_decoder(autoencoder: AutoencoderKL, scale_factor: float, path: str | os.PathLike) -> None:
+    """Let a SmallDecoder of the weights at `path` decode in place of the autoencoder's, which still encodes.
+
+    scale_factor: the model's, which the autoencoder's latents lack to have unit variance.
+    path: TAESD's own file (taesd_decoder.pth or .safetensors), diffusers' AutoencoderTiny or a folder with it.
+    Raises ModelError where it is neither.
+    """
+    file = _file(path)
+    state = {_name(name): tensor for name, tensor in load_state_dict(file).items()}
+    decoder = SmallDecoder(autoencoder.post_quant_conv.out_channels)
+    problem = _difference({name: tensor for name, tensor in state.items() if name}, decoder.state_dict())
+    if problem:
+        raise ModelError(f"{file} is no decoder of TAESD for this model's latents: {problem}")
+    decoder.load_state_dict({name: tensor.float() for name, tensor in state.items() if name})
+    autoencoder.post_quant_conv, autoencoder.decoder = _Scaled(scale_factor), decoder
+
+
+def digest(path: str | os.PathLike) -> str:
+    """16 hex digits of the file's content.  Raises ModelError where there is no such file."""
+    try:
+        with _file(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise ModelError(f"no decoder at {path}: {error.strerror}") from error
+
+
+def _file(path: str | os.PathLike) -> Path:
+    path = Path(path).expanduser()
+    return path / IN_A_FOLDER if path.is_dir() else path
+
+
+def _name(name: str) -> str:
+    """SmallDecoder's name of a tensor; "" for one of the encoder."""
+    if found := re.fullmatch(r"(\d+)\.(.+)", name):  # TAESD's own, which counts its first operation as layer 0
+        return f"layers.{int(found[1]) - 1}.{found[2]}"
+    return "" if name.startswith("encoder.") else name.removeprefix("decoder.")
+
+
+def _difference(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The first thing in which the tensors differ; "" for none."""
+    for name in sorted({*state, *expected}):
+        if name not in expected:
+            return f"it has {name}"
+        if name not in state:
+            return f"it lacks {name}"
+        if state[name].shape != expected[name].shape:
+            return f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
+    return ""
