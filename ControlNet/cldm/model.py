@@ -89,7 +89,7 @@ def load_model(
     base: where everything but the control network comes from, named like spec; needed where spec holds a control
     network alone, as ControlNet 1.1's files do.
     loras: LoRA files and their scales, which are merged into the UNet's and the text encoder's weights.
-    decoder: a TAESD file, which decodes in place of the autoencoder (see `small_decoder.use_small_decoder`).
+    decoder: a TAESD file, which decodes in place of the autoencoder (see `small_decoder.load_small_decoder`).
     dtype: what the networks compute in; the diffusion tables stay float32.
 
     On the CPU in the file's own dtype the parameters are views of the memory-mapped file.  Elsewhere they are moved or
@@ -103,7 +103,8 @@ def load_model(
         state = merge(state, lora)
     model.load_state_dict(state, assign=True)
     if decoder is not None:
-        small_decoder.use_small_decoder(model.first_stage_model, model.scale_factor, decoder)
+        small = small_decoder.load_small_decoder(decoder, model.channels)
+        small_decoder.use_small_decoder(model.first_stage_model, model.scale_factor, small)
     model.fingerprint = _with_changes(fingerprint(weights.state), loras, decoder)
     del state
     del weights  # so that a tensor's old memory is free as soon as it is converted

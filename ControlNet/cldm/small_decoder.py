@@ -58,21 +58,26 @@ class _Scaled(nn.Module):
         return z * self.factor
 
 
-def use_small_decoder(autoencoder: AutoencoderKL, scale_factor: float, path: str | os.PathLike) -> None:
-    """Let a SmallDecoder of the weights at `path` decode in place of the autoencoder's, which still encodes.
+def use_small_decoder(autoencoder: AutoencoderKL, scale_factor: float, decoder: SmallDecoder) -> None:
+    """Let a SmallDecoder decode in place of the autoencoder's, which still encodes.
 
     scale_factor: the model's, which the autoencoder's latents lack to have unit variance.
-    path: TAESD's own file (taesd_decoder.pth or .safetensors), diffusers' AutoencoderTiny or a folder with it.
-    Raises ModelError where it is neither.
     """
-    file = _file(path)
-    state = {_name(name): tensor for name, tensor in load_state_dict(file).items()}
-    decoder = SmallDecoder(autoencoder.post_quant_conv.out_channels)
-    problem = _difference({name: tensor for name, tensor in state.items() if name}, decoder.state_dict())
-    if problem:
-        raise ModelError(f"{file} is no decoder of TAESD for this model's latents: {problem}")
-    decoder.load_state_dict({name: tensor.float() for name, tensor in state.items() if name})
     autoencoder.post_quant_conv, autoencoder.decoder = _Scaled(scale_factor), decoder
+
+
+def load_small_decoder(path: str | os.PathLike, latent_channels: int = 4) -> SmallDecoder:
+    """path: TAESD's own file (taesd_decoder.pth or .safetensors), diffusers' AutoencoderTiny or a folder with it.
+
+    Raises ModelError where it is neither, or for other latents.
+    """
+    file, decoder = _file(path), SmallDecoder(latent_channels)
+    named = [(_name(name), tensor.float()) for name, tensor in load_state_dict(file).items()]
+    state = {name: tensor for name, tensor in named if name}
+    if problem := _difference(state, decoder.state_dict()):
+        raise ModelError(f"{file} is no decoder of TAESD for this model's latents: {problem}")
+    decoder.load_state_dict(state)
+    return decoder
 
 
 def digest(path: str | os.PathLike) -> str:
