@@ -131,6 +131,25 @@ def step_seed(seed: int, stage: str, step: int) -> int:
     return int(np.random.SeedSequence([seed, STAGES.index(stage), step]).generate_state(1, np.uint64)[0]) >> 1
 
 
+ASKED = ("seed", "teacher", "image_size", "texts", "negative_texts", "augmentation", "looseness")
+"""Keys of the config, beside those of the stage, that a checkpoint's training must have in common with this one."""
+
+
+def check_settings(config: DictConfig, stage: str, has_checkpoint: bool) -> None:
+    """Record the stage's settings beside its checkpoint; raise ModelError where one of other settings is there."""
+    file = user_path(config.output) / f"{stage}_settings.json"
+    asked = OmegaConf.to_container(OmegaConf.masked_copy(config, [*ASKED, stage]), resolve=True)
+    if has_checkpoint and file.exists() and (known := json.loads(file.read_text())) != asked:
+        differ = ", ".join(name for name in (*ASKED, stage) if known.get(name) != asked.get(name))
+        raise ModelError(
+            f"{file.parent} has a checkpoint of the {stage} stage with other settings ({differ}): give this training "
+            "another output=, or delete the checkpoint"
+        )
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asked, indent=1))
+    move_into_place(file, temporary)
+
+
 def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> None:
     """Train one stage of the model in place, resuming from its last checkpoint if there is one."""
     settings, output = config[stage], user_path(config.output)
@@ -145,6 +164,7 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
     average = AveragedModel(task, multi_avg_fn=get_ema_multi_avg_fn(settings.get("ema_decay", 0.0)))
     state = {"task": task, "average": average, "optimizer": optimizer, "schedule": schedule, "step": 0, "log": []}
     checkpoint = output / f"{stage}.ckpt"
+    check_settings(config, stage, checkpoint.exists())
     if checkpoint.exists():
         state |= {k: v for k, v in fabric.load(checkpoint, state).items() if k in ("step", "log")}
         fabric.print(f"{stage}: going on from step {state['step']} of {settings.steps}")

@@ -241,6 +241,20 @@ def test_a_distilled_model_is_the_teacher_trained_further(folder, distilling, mo
     assert [entry["loss"] for entry in json.loads(again)] == [entry["loss"] for entry in json.loads(losses)]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("other", ["consistency.guidance=5", "seed=1", "teacher={again}"])
+def test_a_checkpoint_of_other_settings_is_not_gone_on_with(other, folder, distilling, capsys):
+    assert trainer.main(distilling) == 0
+    shutil.copy(folder / "teacher.safetensors", folder / "again.safetensors")
+    shutil.copy(folder / "teacher.yaml", folder / "again.yaml")
+    given = other.format(again=folder / "again.safetensors")
+    assert trainer.main([*distilling, given]) == 2
+    said = capsys.readouterr().err
+    assert f"with other settings ({given.partition('=')[0].partition('.')[0]})" in said
+    assert trainer.main([*distilling, given, f"output={folder / 'another'}"]) == 0
+    assert trainer.main([*distilling, "checkpoint_every=3"]) == 0  # what changes no weights may change
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
