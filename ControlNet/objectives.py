@@ -32,6 +32,20 @@ class Texts(Protocol):
     negatives: int
 
 
+class _Conditioned(nn.Module):
+    """A task whose batches get texts: `texts`, `templates` and `negatives` are the data's."""
+
+    def __init__(self, data: Texts):
+        super().__init__()
+        self.texts, self.templates, self.negatives = data.texts, data.templates, data.negatives
+
+    def draw_texts(self, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """For each of B class numbers a text of its class and a negative one, as numbers in `texts`."""
+        positive, negative = (torch.rand(len(labels), generator=generator) for _ in range(2))
+        text = labels.cpu() * self.templates + (positive * self.templates).long()
+        return text, len(self.texts) - self.negatives + (negative * self.negatives).long()
+
+
 class AutoencoderTask(nn.Module):
     """The autoencoder's loss: L1 and L2 of the reconstruction, plus kl_weight times the KL divergence."""
 
@@ -70,7 +84,7 @@ class TextTask(nn.Module):
         return {"loss": F.cross_entropy(logits.float(), self.named[self.positions])}
 
 
-class DiffusionTask(nn.Module):
+class DiffusionTask(_Conditioned):
     """The noise-prediction loss (DDPM, equation 14), conditioned on text and edge map.
 
     A share of the texts is replaced by a negative text, to train the unconditional branch of guidance, and a share of
@@ -78,12 +92,11 @@ class DiffusionTask(nn.Module):
     """
 
     def __init__(self, model: ControlLDM, settings: DictConfig, data: Texts):
-        super().__init__()
+        super().__init__(data)
         self.model = model
         self.settings = settings
         model.first_stage_model.requires_grad_(False)
         model.cond_stage_model.requires_grad_(model.cond_stage_trainable)
-        self.texts, self.templates, self.negatives = data.texts, data.templates, data.negatives
 
     def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         model, batch = self.model, len(pictures)
@@ -91,8 +104,7 @@ class DiffusionTask(nn.Module):
         def uniform():
             return torch.rand(batch, generator=generator)
 
-        text = labels.cpu() * self.templates + (uniform() * self.templates).long()
-        negative = len(self.texts) - self.negatives + (uniform() * self.negatives).long()
+        text, negative = self.draw_texts(labels, generator)
         text = torch.where(uniform() < self.settings.text_dropout, negative, text)
         controlled = (uniform() >= self.settings.hint_dropout).float()[:, None, None, None].to(pictures.device)
         noisiness = uniform() ** self.settings.get("timestep_power", 1.0)  # below 1: noisy timesteps come more often
@@ -107,7 +119,7 @@ class DiffusionTask(nn.Module):
         return {"loss": F.mse_loss(eps, noise)}
 
 
-class ConsistencyTask(nn.Module):
+class ConsistencyTask(_Conditioned):
     """Distils the model into one for a few LCM steps without guidance (Luo et al. 2023, algorithm 1).
 
     The teacher, the model as it was, makes one guided DDIM step from timestep t, one of the 50, to t - settings.skip.
@@ -121,13 +133,12 @@ class ConsistencyTask(nn.Module):
     """c of the pseudo-Huber loss, sqrt(difference^2 + c^2) - c."""
 
     def __init__(self, model: ControlLDM, settings: DictConfig, data: Texts):
-        super().__init__()
+        super().__init__(data)
         self.settings = settings
         self.model = model.requires_grad_(False)
         self.networks = nn.ModuleList([model.model.diffusion_model, model.control_model])
         self.teacher, self.target = (copy.deepcopy(self.networks).eval() for _ in range(2))
         self.networks.requires_grad_(True)
-        self.texts, self.templates, self.negatives = data.texts, data.templates, data.negatives
 
     def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         model, batch, device = self.model, len(pictures), pictures.device
@@ -136,8 +147,7 @@ class ConsistencyTask(nn.Module):
         def uniform():
             return torch.rand(batch, generator=generator)
 
-        text = labels.cpu() * self.templates + (uniform() * self.templates).long()
-        negative = len(self.texts) - self.negatives + (uniform() * self.negatives).long()
+        text, negative = self.draw_texts(labels, generator)
         controlled = (uniform() >= self.settings.hint_dropout).float()[:, None, None, None].to(device)
         spacing = model.num_timesteps // DISTILLED_STEPS
         t = (((uniform() * DISTILLED_STEPS).long() + 1) * spacing - 1).to(device)

@@ -131,16 +131,16 @@ def step_seed(seed: int, stage: str, step: int) -> int:
     return int(np.random.SeedSequence([seed, STAGES.index(stage), step]).generate_state(1, np.uint64)[0]) >> 1
 
 
-ASKED = ("seed", "teacher", "image_size", "texts", "negative_texts", "augmentation", "looseness")
+FIXED_KEYS = ("seed", "teacher", "image_size", "texts", "negative_texts", "augmentation", "looseness")
 """Keys of the config, beside those of the stage, that a checkpoint's training must have in common with this one."""
 
 
 def check_settings(config: DictConfig, stage: str, has_checkpoint: bool) -> None:
     """Record the stage's settings beside its checkpoint; raise ModelError where one of other settings is there."""
     file = user_path(config.output) / f"{stage}_settings.json"
-    asked = OmegaConf.to_container(OmegaConf.masked_copy(config, [*ASKED, stage]), resolve=True)
+    asked = OmegaConf.to_container(OmegaConf.masked_copy(config, [*FIXED_KEYS, stage]), resolve=True)
     if has_checkpoint and file.exists() and (known := json.loads(file.read_text())) != asked:
-        differ = ", ".join(name for name in (*ASKED, stage) if known.get(name) != asked.get(name))
+        differ = ", ".join(name for name in (*FIXED_KEYS, stage) if known.get(name) != asked.get(name))
         raise ModelError(
             f"{file.parent} has a checkpoint of the {stage} stage with other settings ({differ}): give this training "
             "another output=, or delete the checkpoint"

@@ -1,5 +1,6 @@
 """Load a weights file without running code from it, or raise an error that says what is wrong with it."""
 
+import hashlib
 import os
 import pickle
 import re
@@ -49,6 +50,15 @@ def load_state_dict(path: str | os.PathLike, location: str | torch.device = "cpu
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"{path} holds no tensors by name")
     return dict(content)
+
+
+def digest(path: str | os.PathLike, what: str) -> str:
+    """16 hex digits of a file's content.  Raises ModelError, which calls it `what`, where there is no such file."""
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise ModelError(f"no {what} at {path}: {error.strerror}") from error
 
 
 def _kind(path: Path) -> str:

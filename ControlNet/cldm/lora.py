@@ -4,7 +4,6 @@ Layers are named as kohya's scripts do (`lora_unet_down_blocks_0_...`, also LCM-
 (`unet.down_blocks.0...lora_A.weight`, `...lora.down.weight`, `...processor.to_q_lora.down.weight`).
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -33,15 +32,6 @@ class Lora:
 
     path: str | Path
     scale: float = 1.0
-
-
-def digest(lora: Lora) -> str:
-    """16 hex digits of the file's content.  Raises ModelError where there is no such file."""
-    try:
-        with Path(lora.path).expanduser().open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise ModelError(f"no LoRA at {lora.path}: {error.strerror}") from error
 
 
 def merge(state: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:

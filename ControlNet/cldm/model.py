@@ -10,10 +10,10 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.overrides import TorchFunctionMode
 from yaml import YAMLError
 
-from ControlNet.cldm import small_decoder
 from ControlNet.cldm.cldm import ControlLDM
-from ControlNet.cldm.files import ModelError, load_state_dict
-from ControlNet.cldm.lora import Lora, digest, merge
+from ControlNet.cldm.files import ModelError, digest, load_state_dict
+from ControlNet.cldm.lora import Lora, merge
+from ControlNet.cldm.small_decoder import decoder_file, load_small_decoder, use_small_decoder
 from ControlNet.cldm.weights import BUNDLED, MODELS_FOLDER, complete, find_weights, fingerprint
 from ControlNet.ldm.util import instantiate_from_config
 
@@ -103,8 +103,7 @@ def load_model(
         state = merge(state, lora)
     model.load_state_dict(state, assign=True)
     if decoder is not None:
-        small = small_decoder.load_small_decoder(decoder, model.channels)
-        small_decoder.use_small_decoder(model.first_stage_model, model.scale_factor, small)
+        use_small_decoder(model.first_stage_model, model.scale_factor, load_small_decoder(decoder, model.channels))
     model.fingerprint = _with_changes(fingerprint(weights.state), loras, decoder)
     del state
     del weights  # so that a tensor's old memory is free as soon as it is converted
@@ -131,7 +130,7 @@ def weights_fingerprint(
 
 
 def _with_changes(weights: str, loras: Sequence[Lora], decoder: str | os.PathLike | None) -> str:
-    changes = [f"{digest(lora)}*{lora.scale:g}" for lora in loras]
+    changes = [f"{digest(lora.path, 'LoRA')}*{lora.scale:g}" for lora in loras]
     if decoder is not None:
-        changes.append(f"decoder:{small_decoder.digest(decoder)}")
+        changes.append(f"decoder:{digest(decoder_file(decoder), 'decoder')}")
     return "+".join([weights, *changes])

@@ -1,6 +1,5 @@
 """TAESD (madebyollin/taesd): a decoder of 1.2 million parameters in place of the autoencoder's 49 million."""
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -71,7 +70,7 @@ def load_small_decoder(path: str | os.PathLike, latent_channels: int = 4) -> Sma
 
     Raises ModelError where it is neither, or for other latents.
     """
-    file, decoder = _file(path), SmallDecoder(latent_channels)
+    file, decoder = decoder_file(path), SmallDecoder(latent_channels)
     named = [(_name(name), tensor.float()) for name, tensor in load_state_dict(file).items()]
     state = {name: tensor for name, tensor in named if name}
     if problem := _difference(state, decoder.state_dict()):
@@ -80,16 +79,8 @@ def load_small_decoder(path: str | os.PathLike, latent_channels: int = 4) -> Sma
     return decoder
 
 
-def digest(path: str | os.PathLike) -> str:
-    """16 hex digits of the file's content.  Raises ModelError where there is no such file."""
-    try:
-        with _file(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise ModelError(f"no decoder at {path}: {error.strerror}") from error
-
-
-def _file(path: str | os.PathLike) -> Path:
+def decoder_file(path: str | os.PathLike) -> Path:
+    """path, or the weights in it where it is a folder."""
     path = Path(path).expanduser()
     return path / IN_A_FOLDER if path.is_dir() else path
 
