@@ -62,7 +62,7 @@ def test_a_free_name(config, tmp_path, monkeypatch, inside, folder):
     (tmp_path / "out" / "deeper").mkdir()
     (tmp_path / "out-2").mkdir()
     monkeypatch.chdir(tmp_path / inside)
-    with pytest.raises(UserError, match="such as .*out-3"):
+    with pytest.raises(UserError, match=r"such as .*out-3"):
         Output(dataclasses.replace(config, epochs=3), Path(folder))
 
 

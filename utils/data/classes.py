@@ -94,6 +94,11 @@ class DataManager(PhasedClasses):
         """All train images of a phase's new classes, as items of role "new"."""
         return [Item(image, target, "new") for target in self.phase_targets(phase) for image in self._train[target]]
 
+    @property
+    def folders(self) -> list[list[Path]]:
+        """The images of each class's train and test folder."""
+        return [*self._train, *self._test]
+
     @cached_property
     def picture_size(self) -> tuple[int, int]:
         """(width, height) of a typical image (`typical_size`), the same in every class order."""
