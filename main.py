@@ -114,7 +114,8 @@ def run(config: Config) -> dict:
             f"batch_size {config.batch_size} is less than one image for each of {fabric.world_size} processes."
         )
     folder = data_dir(config.data_dir)
-    paths = DatasetPaths(folder, find_dataset(folder, config.dataset), config.variant)
+    config = replace(config, dataset=find_dataset(folder, config.dataset))
+    paths = DatasetPaths(folder, config.dataset, config.variant)
     classes = {key: getattr(config, key) for key in CLASS_KEYS}
     how = {"network_input": network_input(config), "old_may_be_gone": config.memory_only}
     first = DataManager(paths, seed=config.seed[0], **how, **classes)

@@ -240,6 +240,12 @@ def test_differences_leave_out_what_changes_no_number(tmp_path):
     assert differences(config, {**ours, "another": 3}) == ["another: 3 -> not given"]
 
 
+def test_the_case_of_a_dataset_s_name_is_no_difference(tmp_path):
+    config = load(tmp_path)
+    assert differences(config, {**as_dict(config), "dataset": config.dataset.upper()}) == []
+    assert differences(config, {**as_dict(config), "dataset": "other"}) == [f'dataset: "other" -> "{config.dataset}"']
+
+
 def test_a_key_that_is_younger_than_a_record_was_its_default_then(tmp_path):
     older = {key: value for key, value in as_dict(load(tmp_path)).items() if key != "batch_size"}
     assert differences(load(tmp_path), older) == []

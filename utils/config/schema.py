@@ -320,7 +320,8 @@ def differences(ours: Config | Mapping[str, Any], theirs: Mapping[str, Any]) -> 
     """The keys that may change a run's numbers and in which a config and an older one differ, with both values.
 
     ours: checked, or what `as_dict` makes of it; theirs: from a file.  A key that the older one lacks is compared as
-    its default, which is not known of a method's own keys where ours is a dict; a required key has none.
+    its default, which is not known of a method's own keys where ours is a dict; a required key has none.  Names of
+    datasets that differ in case alone are one (`utils.data.paths.find_dataset`).
     """
     keys = keys_of(Config)
     if isinstance(ours, Config):
@@ -329,7 +330,10 @@ def differences(ours: Config | Mapping[str, Any], theirs: Mapping[str, Any]) -> 
     theirs = {**{name: key.default for name, key in keys.items() if key.default is not REQUIRED}, **theirs}
     differing = []
     for name in {**ours, **theirs}:
-        if ours.get(name, _ABSENT) != theirs.get(name, _ABSENT) and (name not in keys or keys[name].result):
+        values = ours.get(name, _ABSENT), theirs.get(name, _ABSENT)
+        if name == "dataset":
+            values = tuple(str(value).lower() for value in values)
+        if values[0] != values[1] and (name not in keys or keys[name].result):
             mine, other = (json.dumps(of[name]) if name in of else "not given" for of in (ours, theirs))
             differing.append(f"{name}: {other} -> {mine}")
     return differing
