@@ -11,6 +11,7 @@ import argparse
 import copy
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -113,7 +114,8 @@ def run(config: Config) -> dict:
             f"batch_size {config.batch_size} is less than one image for each of {fabric.world_size} processes."
         )
     folder = data_dir(config.data_dir)
-    paths = DatasetPaths(folder, find_dataset(folder, config.dataset), config.variant)
+    config = replace(config, dataset=find_dataset(folder, config.dataset))
+    paths = DatasetPaths(folder, config.dataset, config.variant)
     classes = {key: getattr(config, key) for key in CLASS_KEYS}
     how = {"network_input": network_input(config), "old_may_be_gone": config.memory_only}
     first = DataManager(paths, seed=config.seed[0], **how, **classes)
@@ -141,8 +143,9 @@ def run(config: Config) -> dict:
 
     cache = Path(config.phase0_cache) if config.phase0_cache else output.folder / "phase0_cache"
     prepare = any_order.train_transform.prepare
-    where = cache.with_name("pixel_cache")
-    pixels = open_cache(config.cache, config.cache_gib, where, paths.root, prepare, any_order.decoded_bytes)
+    where = Path(os.path.abspath(cache)).parent / "pixel_cache"  # "." has no name that could be replaced
+    expected, images = any_order.decoded_bytes, any_order.folders
+    pixels = open_cache(config.cache, config.cache_gib, where, paths.root, prepare, expected, images)
     for seed, data in orders.items():
         results = run_class_order(config, data, seed, fabric, output, cache, pixels, form, copies)
     fabric.barrier()  # wait until rank 0 has written: an early exit looks like a crash to the others

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.forms import Form
+from compress.job import Machine
 from compress.records import DEFAULTS, recorded_options, recorded_settings
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
@@ -30,6 +31,9 @@ class Copies(abc.ABC):
 
     made_by: list[dict[str, Any]]
     """See `by_settings`."""
+    generator: str | None = None
+    """The model that made them, by its name or file as compress/run.py takes it; None where none did or it is not
+    recorded."""
 
     @abc.abstractmethod
     def make(self, images: Sequence[Path], with_copies: bool) -> int | None:
@@ -45,9 +49,9 @@ class Copies(abc.ABC):
         return {"made_by": self.made_by, "fingerprint": self.fingerprint(exemplars)}
 
     def summary(self, exemplars: Sequence[Path]) -> dict[str, Any]:
-        """For results.json: made_by, files (the number of copies) and digest."""
-        fingerprint = self.fingerprint(exemplars)
-        return {"made_by": self.made_by, "files": fingerprint["files"], "digest": fingerprint["digest"]}
+        """For results.json: made_by, generator, files (the number of copies) and digest."""
+        made_by = {"made_by": self.made_by, "generator": self.generator}
+        return made_by | {key: value for key, value in self.fingerprint(exemplars).items() if key != "classes"}
 
     def check(self, state: Mapping[str, Any], exemplars: Sequence[Path]) -> None:
         """Raises UserError, naming what differs, where the copies are not those of a checkpoint's `state`."""
@@ -65,6 +69,8 @@ class CopiesAhead(Copies):
         check_copies(paths, form, images, copies)
         labels = dict.fromkeys(image.parent.name for image in images)
         self.made_by = by_settings(recorded_settings(paths.folder("copies"), labels).values())
+        options = recorded_options(paths.folder("copies"))
+        self.generator = generator_of(form, options) if options else None
         self._fingerprint = fingerprint(paths, images, copies)
 
     def make(self, images: Sequence[Path], with_copies: bool) -> None:
@@ -73,6 +79,13 @@ class CopiesAhead(Copies):
     def fingerprint(self, exemplars: Sequence[Path]) -> dict[str, Any]:
         """Of all copies, whichever images are exemplars."""
         return self._fingerprint
+
+
+def generator_of(form: Form, options: Sequence[str]) -> str | None:
+    """The model's name or file among a Job's `options`, which leave out the default; None for a form without a model."""
+    if not (form.needs_model or form.needs_weights):
+        return None
+    return options[options.index("--model") + 1] if "--model" in options else Machine.model
 
 
 def by_settings(settings: Iterable[Mapping[str, Any] | None]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.copies import Copies, by_settings, fingerprint
+from compress.copies import Copies, by_settings, fingerprint, generator_of
 from compress.generators import build
 from compress.job import Data, Job
 from compress.options import parse_settings
@@ -35,6 +35,7 @@ class OnDemand(Copies):
             form, machine, words, download = parse_settings(options, resolution, form)
             if download:
                 build.download(machine.model)
+            self.generator = generator_of(form, words)
             self.job = Job(Data(paths, tuple(range(copies))), form, machine, words)
             # A wrong path, and below copies of other settings, show now and not after the first phase.
             self.model = build.fingerprint(machine) if form.needs_model else None

@@ -248,10 +248,10 @@ def fitting_preset(paths: DatasetPaths) -> str:
     from utils.data.classes import typical_size  # imports torch, which other commands need only later
     from utils.data.datasets import dataset_defaults
 
-    first = [images[0] for label in paths.classes() if (images := paths.images(label))]
-    if not first:
+    images = {label: paths.images(label) for label in paths.classes()}
+    if not any(images.values()):
         raise UserError(f"no images in {paths.folder('train')}.")
-    return dataset_defaults(paths.dataset, typical_size(first)).resolution
+    return dataset_defaults(paths.dataset, typical_size(images)).resolution
 
 
 def _form(options: argparse.Namespace) -> Form:

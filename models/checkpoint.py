@@ -14,6 +14,7 @@ the phase's training has worked out).  What the phase began with is in the check
 """
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 
-from utils.data.images import write_durably
+from utils.data.images import content_digest, write_durably
 from utils.errors import UserError
 
 _PHASE = re.compile(r"phase(\d+)\.pt")
@@ -83,19 +84,18 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def fingerprint(settings: Mapping[str, Any], files: Iterable[Path], root: Path) -> str:
-    """A short name for everything that a phase-0 network depends on: settings, and files by name, size and time of
-    modification.
+    """A short name for everything that a phase-0 network depends on: settings, and files by name, size, time of
+    modification, and the content of a few of each folder.
 
     Each folder is listed once.  Files that are not there count as such: copies may be missing where they are drawn with
     probability 0.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    folder, there = None, {}
-    for file in files:
-        if file.parent != folder:
-            folder, there = file.parent, _stamps(file.parent)
-            digest.update(os.fsencode(f"{folder.relative_to(root).as_posix()}\0"))
-        digest.update(os.fsencode(f"{file.name}\0{there.get(file.name, -1)}\0"))
+    for folder, group in itertools.groupby(files, key=lambda file: file.parent):
+        of_folder, there = list(group), _stamps(folder)
+        digest.update(os.fsencode(f"{folder.relative_to(root).as_posix()}\0{content_digest(of_folder)}\0"))
+        for file in of_folder:
+            digest.update(os.fsencode(f"{file.name}\0{there.get(file.name, -1)}\0"))
     return digest.hexdigest()[:24]
 
 

@@ -155,7 +155,8 @@ class Trainer:
         each one, the seconds that all took and whether the network of another run was taken.
         """
         method, phase = self.method, self.method.phase
-        if phase == 0 and (training := phase0.load(self.run, method)) is not None:
+        cached = phase0.path_of(self.run, method) if phase == 0 else None
+        if cached and (training := phase0.load(self.run, method, cached)) is not None:
             self.seconds_before = 0.0 if training["reused"] else training["seconds"]
             return training
         place = Place()
@@ -173,8 +174,8 @@ class Trainer:
         first = place.stages[0] if place.stages else {"epochs": 0, "loss": None, "accuracy": None}
         training = {key: first[key] for key in ("epochs", "loss", "accuracy")}
         training |= {"stages": place.stages, "seconds": time.perf_counter() - place.began}
-        if phase == 0:
-            phase0.save(self.run, method, training)
+        if cached:
+            phase0.save(self.run, method, training, cached)
         return {**training, "reused": False}
 
     # Exemplars

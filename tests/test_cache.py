@@ -11,8 +11,9 @@ import pytest
 
 from tests import forks
 from tests.folders import save_noise
-from utils.data.augment import FitSmall
+from utils.data.augment import FitSmall, SmallTest
 from utils.data.augment_large import FullSize
+from utils.data.batches import ImageSet
 from utils.data.cache import PictureCache, open_cache
 from utils.data.images import UnreadableImage, read_image, read_prepared
 from utils.errors import UserError
@@ -133,6 +134,20 @@ def test_a_cache_travels_to_another_process(make, tmp_path):
     assert len(cache) == 11
 
 
+def test_a_cache_in_memory_stays_here_where_there_is_no_proc(tmp_path, monkeypatch, caplog):
+    """As on macOS, where worker processes are spawned and can't open this one's memory."""
+    monkeypatch.setattr("utils.data.cache._OPEN_FILES", tmp_path / "none", raising=False)
+    path = save_noise(tmp_path / "a.png", 0)
+    with caplog.at_level("INFO"):
+        cache = open_cache("ram", 0.01, tmp_path, tmp_path, FullSize())
+    assert "cache=disk" in caplog.text
+    assert cache.read(path)[1]
+    assert pickle.loads(pickle.dumps(cache)) is None
+    here = ImageSet([path], [0], SmallTest(), cache)
+    there = pickle.loads(pickle.dumps(here))  # as a spawned worker gets it
+    assert np.array_equal(there[0][1], here[0][1])
+
+
 def test_unreadable_and_missing_pictures_are_named(make, tmp_path):
     cache = make()
     (tmp_path / "a.png").write_bytes(b"no picture")
@@ -173,6 +188,31 @@ def test_a_file_serves_later_runs_of_any_budget_and_stays_within_the_largest(fil
     assert reads(file, paths, 2 * MIB) == 0
     assert reads(file, paths, MIB // 2) == 0
     assert file.stat().st_blocks * 512 <= file.stat().st_size <= 2 * MIB + 24
+
+
+def test_folders_that_change_places_between_runs(tmp_path):
+    """As where an archive is unpacked again, with equal sizes and times."""
+    folders = [tmp_path / "Toy" / "train" / label for label in "ab"]
+    images = [[save_noise(folder / f"{i}.bmp", len(folder.name) * i) for i in range(4)] for folder in folders]
+    for seed, image in enumerate(image for of_folder in images for image in of_folder):
+        save_noise(image, seed)
+        os.utime(image, ns=(0, 0))
+
+    def run() -> int:
+        """How many pictures had to be read; all are right."""
+        counting = Counting()
+        cache = open_cache("disk", 0.01, tmp_path / "cache", tmp_path / "Toy", counting, images=images)
+        for image in (image for of_folder in images for image in of_folder):
+            np.testing.assert_array_equal(cache.read(image)[0], np.asarray(read_image(image)))
+        return counting.reads
+
+    assert [run(), run()] == [8, 0]
+    folders[0].rename(tmp_path / "between")
+    folders[1].rename(folders[0])
+    (tmp_path / "between").rename(folders[1])
+    assert [run(), run()] == [8, 0]
+    cache = open_cache("disk", 0.01, tmp_path / "cache", tmp_path / "Toy", FullSize(), images=images)
+    assert pickle.loads(pickle.dumps(cache)).find(images[0][0]) is not None
 
 
 @pytest.mark.parametrize("content", [b"something else", b"\0" * 300_000, b"ESCORT pixels 2\n" + b"\xff" * 99])

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,15 +31,16 @@ def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path):
     assert os.listdir(tmp_path) == ["phase00.pt"]
 
 
-def test_a_fingerprint_lists_each_folder_once_and_opens_no_file(tmp_path, monkeypatch):
+def test_a_fingerprint_lists_each_folder_once_and_reads_three_files_of_it(tmp_path, monkeypatch):
     """A million files must not take minutes."""
-    files = [save_picture(tmp_path / label / f"{i}.png") for label in "ab" for i in range(3)]
-    listed, scandir = [], os.scandir
+    files = [save_picture(tmp_path / label / f"{i}.png") for label in "ab" for i in range(7)]
+    listed, scandir, read, read_bytes = [], os.scandir, [], Path.read_bytes
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", lambda folder: (listed.append(folder), scandir(folder))[1])
-        patch.setattr(os, "open", None)
+        patch.setattr(Path, "read_bytes", lambda file: (read.append(file), read_bytes(file))[1])
         first = checkpoint.fingerprint({}, files, tmp_path)
     assert listed == [tmp_path / "a", tmp_path / "b"]
+    assert sorted(read) == [tmp_path / label / f"{i}.png" for label in "ab" for i in (0, 3, 6)]
     assert checkpoint.fingerprint({}, [*files, tmp_path / "b" / "9.png"], tmp_path) != first
 
 

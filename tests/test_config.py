@@ -237,7 +237,13 @@ def test_differences_leave_out_what_changes_no_number(tmp_path):
     ours = as_dict(config)
     assert differences(config, {**ours, "num_workers": 3, "output_dir": "x", "seed": [1], "device": "cpu"}) == []
     assert differences(config, {**ours, "real_per_class": 3}) == ["real_per_class: 3 -> 20"]
-    assert differences(config, {**ours, "another": 3}) == ['another: 3 -> "(not there)"']
+    assert differences(config, {**ours, "another": 3}) == ["another: 3 -> not given"]
+
+
+def test_the_case_of_a_dataset_s_name_is_no_difference(tmp_path):
+    config = load(tmp_path)
+    assert differences(config, {**as_dict(config), "dataset": config.dataset.upper()}) == []
+    assert differences(config, {**as_dict(config), "dataset": "other"}) == [f'dataset: "other" -> "{config.dataset}"']
 
 
 def test_a_key_that_is_younger_than_a_record_was_its_default_then(tmp_path):

@@ -64,8 +64,8 @@ def blacken(file: Path) -> None:
 def test_a_run_goes_on_with_the_copies_it_began_with(train, paths, tmp_path, capsys):
     assert train() == 0
     out = tmp_path / "out"
-    assert copies_used(out) == [{"made_by": [{"classes": 6, "settings": None}], "files": 72, "digest": mine}
-                                for mine in [copies_used(out)[0]["digest"]] * 3]  # fmt: skip
+    used = {"made_by": [{"classes": 6, "settings": None}], "generator": None, "files": 72}
+    assert copies_used(out) == [{**used, "digest": copies_used(out)[0]["digest"]}] * 3
     back_to_phase(0, out)
     folder = paths.folder("copies")
     kept = Path(shutil.copytree(folder, tmp_path / "kept", copy_function=shutil.copyfile))
@@ -90,6 +90,7 @@ def test_what_made_the_copies_is_in_the_results_and_in_the_refusal(train, tmp_pa
     assert compress()[0] == 0
     values = {"dataset": paths.dataset, "init_cls": 1, "increment": 1, "real_per_class": 1, "syn_per_class": 1}
     assert train(**values) == 0
+    assert copies_used(tmp_path / "out")[0]["generator"] == str(checkpoint)
     (made_by,) = copies_used(tmp_path / "out")[0]["made_by"]
     settings = made_by["settings"]
     assert made_by["classes"] == 2
@@ -145,7 +146,7 @@ def test_many_copies_are_told_apart_by_size_and_time(paths, images, monkeypatch)
 
 def test_copies_on_demand_are_remembered_too(train, tmp_path, checkpoint, capsys):
     paths = little_dataset(tmp_path / "data")
-    options = f"--model {shlex.quote(str(checkpoint))} --size 64 --steps 1 --batch-size 4 --quality 80"
+    options = f"--model={shlex.quote(str(checkpoint))} --size 64 --steps 1 --batch-size 4 --quality 80"
     values = {"dataset": paths.dataset, "init_cls": 1, "increment": 1, "real_per_class": 1, "syn_per_class": 1}
     values |= {
         "nme": False,
@@ -157,6 +158,7 @@ def test_copies_on_demand_are_remembered_too(train, tmp_path, checkpoint, capsys
     first, last = copies_used(tmp_path / "out")
     assert (first["files"], last["files"]) == (2, 2)  # after the last phase nobody reads copies
     assert first["made_by"][0]["settings"]["quality"] == 80
+    assert first["generator"] == str(checkpoint)
     back_to_phase(0, tmp_path / "out")
     (copy, other) = sorted(paths.folder("copies").glob("*/*.jpg"))
     copy.unlink()  # comes back

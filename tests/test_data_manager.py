@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from compress.options import fitting_preset
 from tests.folders import make_dataset, save_noise, save_picture
 from utils.data.classes import DataManager
 from utils.data.items import Item
@@ -99,6 +100,21 @@ def test_one_thumbnail_does_not_make_the_pictures_small(tmp_path):
     save_noise(paths.images(sorted(LABELS)[0])[0], 0, (20, 20))
     for seed in range(5):
         assert manager(paths, seed=seed).image_kind == "large"
+
+
+def test_pictures_are_of_one_kind_in_every_class_order(tmp_path):
+    labels = [f"{i:02d}" for i in range(43)]
+    for i, label in enumerate(labels):  # 30 to 114 pixels: some classes are small, most are large
+        for mode in ("train", "test"):
+            save_noise(tmp_path / "Signs" / mode / label / "0.png", i, (30 + 2 * i, 30 + 2 * i))
+    paths = DatasetPaths(tmp_path, "Signs")
+    first = manager(paths, seed=1993)
+    orders = [first, *(first.reordered(seed) for seed in range(20)), manager(paths, seed=7)]
+    assert {data.picture_size for data in orders} == {(72, 72)}  # of classes 0, 5, 10, 16, 21, 26, 32, 37, 42
+    assert {data.image_kind for data in orders} == {"large"}
+    assert {repr(data.train_transform.prepare) for data in orders} == {repr(first.train_transform.prepare)}
+    assert {data.defaults.resolution for data in orders} == {fitting_preset(paths)}
+    assert manager(paths, class_sort="number").picture_size == (72, 72)
 
 
 @pytest.mark.parametrize("init_cls", [0, -1, 8])

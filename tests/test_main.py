@@ -20,6 +20,7 @@ from models.trainer import Trainer
 from tests.conftest import long_but
 from tests.shapes import SHAPES, make_shapes
 from utils.data.classes import DataManager
+from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +366,20 @@ def test_two_runs_on_one_class_order(train, tmp_path, capsys):
     with FileLock(tmp_path / "out" / "seed1993" / ".lock"):
         assert train(init_epoch=1, epochs=1) == 2
     assert "another process is working on seed 1993" in capsys.readouterr().err
+
+
+def test_a_phase_0_cache_here(train, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def stop(*_):
+        raise UserError("before the first phase")
+
+    monkeypatch.setattr(main, "run_class_order", stop)
+    assert train(phase0_cache=".", cache="disk", syn_per_class=0, augmentation_prob=0) == 2
+    assert "before the first phase" in capsys.readouterr().err
+    assert [file.suffix for file in (tmp_path / "pixel_cache").iterdir()] == [".pixels"]  # beside it
 
 
 def test_no_config(capsys, tmp_path):

@@ -101,6 +101,27 @@ def test_paired_differences_and_areas(page, tmp_path):
     assert "1,000" in found.sections["bytes"]
 
 
+@pytest.mark.parametrize(
+    ("generator", "found", "absent"),
+    [
+        ({"generator": "tiny"}, "generator tiny", "5,700,000,000"),
+        ({"generator": "sd15"}, "LAION-5B", "not recorded"),
+        ({"generator": None}, "generator not recorded", "LAION-5B"),
+        ({}, "generator not recorded", "LAION-5B"),
+    ],
+)
+def test_the_generator_is_the_recorded_one(page, tmp_path, generator, found, absent):
+    folder = write(tmp_path / "run", config={"regenerate": "on_demand", "regenerate_options": "--model=tiny"})
+    content = json.loads((folder / "results.json").read_text())
+    made_by = {"made_by": [{"classes": 6, "settings": {"model": "0" * 16}}], "files": 2, "digest": "d", **generator}
+    for phase in content["runs"][0]["phases"]:
+        phase["copies"] = made_by
+    report.write_json(folder / "results.json", content)
+    text = " ".join(" ".join(page(folder).sections.values()).split())
+    assert found in text
+    assert absent not in text
+
+
 def test_area_of_a_straight_line_over_log_bytes_is_its_middle():
     assert entries.area([(100, 10.0), (1000, 20.0), (10000, 30.0)]) == pytest.approx(20.0)
     assert entries.area([(100, 10.0), (10000, 30.0)]) == pytest.approx(20.0)

@@ -68,10 +68,61 @@ def test_unfinished_runs_as_far_as_they_are(command, tmp_path):
     (row,) = [line for line in table.split("\n\n")[0].splitlines() if line.startswith("half")]
     assert "half, unfinished: 2 phases" in row
     assert row.split()[-2:] == ["-", "86.0"] or "86.0" in row
-    report.write_json(tmp_path / "none" / "results.json", {"runs": [], "summary": None})
+    report.write_json(tmp_path / "none" / "results.json", {"config": {}, "runs": [], "summary": None})
     code, _, said = command(half, tmp_path / "none")
     assert code == 2
     assert "no finished phase" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[", "not valid JSON: line 1"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "no results.json"),
+        ('{"config": {}}', "runs: Field required"),
+        ('{"config": {}, "runs": {}}', "runs: "),
+        ('{"config": {}, "runs": [{}]}', "runs.0.seed: Field required"),
+        ('{"config": {}, "runs": [], "runs": []}', "runs is given 2 times"),
+        (b"\xff", "not in UTF-8"),
+        (None, "can't be read"),
+    ],
+)
+def test_files_that_are_no_results(command, tmp_path, content, words):
+    file = tmp_path / "results.json"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, _, said = command(tmp_path)
+    assert code == 2
+    assert words in said
+    assert str(file) in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["cnn", "memory", "phases", "phases.0.cnn", "phases.0.memory", "phases.0.seconds"])
+def test_results_without_a_part(command, tmp_path, path):
+    write(tmp_path)
+    content = json.loads((tmp_path / "results.json").read_text())
+    *above, last = path.split(".")
+    part = content["runs"][0]
+    for key in above:
+        part = part[int(key) if key.isdecimal() else key]
+    del part[last]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    code, _, said = command(tmp_path)
+    assert code == 2
+    assert f"runs.0.{path}: Field required" in said
+
+
+def test_class_orders_of_different_lengths(command, tmp_path):
+    write(tmp_path / "a", phases=3)
+    write(tmp_path / "b", phases=2, done=2, seeds=[2])
+    one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ab")
+    one["runs"] += other["runs"]
+    (tmp_path / "a" / "results.json").write_text(json.dumps(one))
+    code, _, said = command(tmp_path / "a")
+    assert code == 2
+    assert "different numbers of phases" in said
 
 
 def test_every_classifier_has_a_line(command, tmp_path):

@@ -39,7 +39,7 @@ def trained(data_dir, tmp_path_factory):
         if method not in made:
             folder = tmp_path_factory.mktemp(method)
             config = {
-                "dataset": "Shapes",
+                "dataset": "shapes",  # in another case than its folder, as in PyCIL's files
                 "data_dir": str(data_dir),
                 "output_dir": str(folder / "out"),
                 "device": "cpu",
@@ -70,6 +70,12 @@ def test_evaluate_gives_the_accuracies_of_results_json(trained, data_dir, tmp_pa
         figures, expected = json.loads(file.read_text()), phase_of(run, phase)
         for classifier in ("cnn", "nme"):
             assert {key: figures[classifier][key] for key in expected[classifier]} == expected[classifier]
+
+
+def test_a_run_records_its_dataset_s_folder(trained):
+    for name in ("config.json", "results.json"):
+        record = json.loads((trained("icarl") / name).read_text())
+        assert record.get("config", record)["dataset"] == "Shapes"
 
 
 def test_evaluate_on_some_of_the_classes(trained, data_dir, tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch
 
 from models.use.learner import Learner
 from utils.data.images import is_image
-from utils.data.paths import data_dir
+from utils.data.paths import data_dir, find_dataset
 from utils.errors import UserError
 from utils.results.metrics import nearest_mean_scores, phase_metrics
 
@@ -22,7 +22,8 @@ def evaluate(learner: Learner, place: Path | None) -> dict[str, Any]:
     network, and classes without a folder, are left out; an accuracy of which nothing is left is None.
     """
     config, names = learner.config, learner.class_names
-    root = data_dir(config.data_dir) / config.dataset if place is None else place
+    folder = data_dir(config.data_dir)
+    root = folder / find_dataset(folder, config.dataset) if place is None else place
     root = root / "test" if (root / "test").is_dir() else root
     if not root.is_dir():
         raise UserError(f"--data: {root} is not a folder.")

@@ -1,7 +1,6 @@
 """From a JSON file and `key=value` overrides to a checked `Config`, or one line for each mistake."""
 
 import difflib
-import json
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from utils import json_files
 from utils.config.mistakes import as_json, is_among, not_among, what_is_wrong
 from utils.config.schema import REQUIRED, Config, Key, MethodInfo, all_keys, keys_of
 from utils.config.types import alternatives
@@ -293,31 +293,12 @@ def _fill_in(config: Config) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A file's one JSON object.  Raises UserError that says where it is not one."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_key_twice)
-    except FileNotFoundError:
-        raise UserError(f"no config file {file}; exps/config.json is one to start from.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not in UTF-8: byte {error.start} is {error.object[error.start]:#04x}.") from None
-    except (ValueError, RecursionError) as error:  # a key given twice, endless digits, endless brackets
-        raise UserError(f"{file} is not a config: {error}.") from None
-    except OSError as error:
-        raise UserError(f"{file} can't be read: {error}") from None
+    """A config file's one JSON object.  Raises UserError that says where it is not one."""
+    if not file.exists():
+        raise UserError(f"no config file {file}; exps/config.json is one to start from.")
+    values = json_files.read(file)
     if not isinstance(values, dict):
         raise UserError(f'{file} must hold one JSON object, like {{"dataset": "Food101", ...}}.')
-    return values
-
-
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON would take the last one without a word."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"{twice} is given {keys.count(twice)} times; keep one")
     return values
 
 

@@ -313,22 +313,29 @@ def as_dict(config: Config) -> dict[str, Any]:
     return {**values, **own}
 
 
+_ABSENT = object()  # equal to no value of a key
+
+
 def differences(ours: Config | Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The keys that may change a run's numbers and in which a config and an older one differ, with both values.
 
     ours: checked, or what `as_dict` makes of it; theirs: from a file.  A key that the older one lacks is compared as
-    its default, which is not known of a method's own keys where ours is a dict.
+    its default, which is not known of a method's own keys where ours is a dict; a required key has none.  Names of
+    datasets that differ in case alone are one (`utils.data.paths.find_dataset`).
     """
     keys = keys_of(Config)
     if isinstance(ours, Config):
         keys |= keys_of(type(ours.settings)) if ours.settings is not None else {}
         ours = as_dict(ours)
-    theirs = {**{name: key.default for name, key in keys.items()}, **theirs}
+    theirs = {**{name: key.default for name, key in keys.items() if key.default is not REQUIRED}, **theirs}
     differing = []
     for name in {**ours, **theirs}:
-        mine, other = ours.get(name, "(not there)"), theirs.get(name, "(not there)")
-        if mine != other and (name not in keys or keys[name].result):
-            differing.append(f"{name}: {json.dumps(other)} -> {json.dumps(mine)}")
+        values = ours.get(name, _ABSENT), theirs.get(name, _ABSENT)
+        if name == "dataset":
+            values = tuple(str(value).lower() for value in values)
+        if values[0] != values[1] and (name not in keys or keys[name].result):
+            mine, other = (json.dumps(of[name]) if name in of else "not given" for of in (ours, theirs))
+            differing.append(f"{name}: {other} -> {mine}")
     return differing
 
 

@@ -12,7 +12,7 @@ import socket
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from PIL import Image, features
 
 from utils.data.augment import Prepare
-from utils.data.images import read_prepared
+from utils.data.images import content_digest, read_prepared
 from utils.errors import UserError
 
 try:
@@ -32,6 +32,8 @@ except ImportError:  # Windows: no cache
 log = logging.getLogger(__name__)
 
 _MAGIC = b"ESCORT pixels 2\n"
+_OPEN_FILES = Path("/proc/self/fd")
+"""Where Linux shows the files that a process has open, through which others open them."""
 _START = 24  # before it: _MAGIC and the offset where the last record ends (uint64)
 _RECORD = struct.Struct("<16sIII")  # key, height, width, checksum of the pixels, which follow
 
@@ -40,17 +42,21 @@ class PictureCache:
     """Prepared pictures (H x W x 3, uint8) up to a number of bytes; once full, no more are added.
 
     budget: bytes; prepare: the first part of the dataset's transforms; file: where pictures are kept, for other
-    processes and runs; None keeps them in memory, for this process and those that open `path`.
+    processes and runs; None keeps them in memory, for this process and those that open `path`; contents: folder ->
+    digest of what it holds (`content_digest`), for some folders.
 
     The file is a log: records are only appended, under a lock, and each process has its own index.  The key is a
-    picture's path, size, modification time and preparation, so that a changed file gets a new record.  Checksums detect
-    pixels that a crash of the machine has lost.
+    picture's path, size, modification time, preparation and its folder's digest, so that a changed file gets a new
+    record.  Checksums detect pixels that a crash of the machine has lost.
     """
 
-    def __init__(self, budget: int, prepare: Prepare, file: Path | None = None):
+    def __init__(
+        self, budget: int, prepare: Prepare, file: Path | None = None, contents: Mapping[str, str] | None = None
+    ):
         self.budget = budget
         self.prepare = prepare
         self.file = file
+        self.contents = contents or {}
         self._places: dict[bytes, tuple[int, int, int, int]] = {}  # key -> offset, height, width, checksum
         self._full = False
         self._fd = -1
@@ -62,12 +68,14 @@ class PictureCache:
             os.close(self._fd)
 
     def __reduce__(self):
-        return PictureCache, (self.budget, self.prepare, self.path)
+        if self.file is None and not _OPEN_FILES.is_dir():
+            return type(None), ()  # None in another process, which then decodes each time
+        return PictureCache, (self.budget, self.prepare, self.path, self.contents)
 
     @property
     def path(self) -> Path:
         """What other processes of this machine open; for a cache in memory, valid while this process lives."""
-        return self.file or Path(f"/proc/{os.getpid()}/fd/{self._fd}")
+        return self.file or Path(f"/proc/{os.getpid()}/fd/{self._fd}")  # not there on macOS
 
     def __len__(self) -> int:
         self._scan()
@@ -147,7 +155,8 @@ class PictureCache:
             status = os.stat(path)
         except (OSError, ValueError):
             return None
-        text = f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{self.prepare!r}"
+        text = f"{(full := os.path.abspath(path))}\0{status.st_size}\0{status.st_mtime_ns}\0{self.prepare!r}"
+        text += self.contents.get(os.path.dirname(full), "")
         return hashlib.blake2b(os.fsencode(text), digest_size=16).digest()
 
     @contextmanager
@@ -160,12 +169,19 @@ class PictureCache:
 
 
 def open_cache(
-    kind: str, gib: float, folder: Path, root: Path, prepare: Prepare, expected: int = 0
+    kind: str,
+    gib: float,
+    folder: Path,
+    root: Path,
+    prepare: Prepare,
+    expected: int = 0,
+    images: Iterable[Sequence[Path]] = (),
 ) -> PictureCache | None:
     """The cache of a run, or None.  To be called by all processes of a run.
 
     kind: "none", "ram" or "disk"; gib: its budget in GiB, in memory at most half of what is free; folder: of the file;
-    root: the dataset's folder; expected: bytes of all pictures, to report how many of them fit.
+    root: the dataset's folder; expected: bytes of all pictures, to report how many of them fit; images: of each of the
+    dataset's folders, of which a few are read to recognise the folder in a file of earlier runs.
     Raises UserError for a folder that can't be written to.
     """
     if kind == "none" or gib == 0:
@@ -180,11 +196,14 @@ def open_cache(
         share = budget / expected
         log.info("cache: %.2g GiB hold %.2g %% of the pictures, the others are decoded each time", gib, 100 * share)
     if kind == "ram":
+        if not _OPEN_FILES.is_dir():
+            log.info("cache: worker processes have no part in it on this system; num_workers=0 or cache=disk uses it")
         return _in_memory(budget, prepare)
+    contents = {os.path.abspath(of_folder[0].parent): content_digest(of_folder) for of_folder in images if of_folder}
     of = "\0".join([str(root.absolute()), Image.__version__, *(features.version(lib) or "" for lib in ("jpg", "webp"))])
     name = hashlib.sha256(os.fsencode(of)).hexdigest()[:16]  # decoders of other versions may round differently
     try:
-        return PictureCache(budget, prepare, folder / f"{root.name}-{name}.pixels")
+        return PictureCache(budget, prepare, folder / f"{root.name}-{name}.pixels", contents)
     except OSError as error:
         raise UserError(f"cache: {folder} can't be written to ({error.strerror}). Choose another folder.") from error
 

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -77,8 +77,6 @@ class DataManager(PhasedClasses):
         """The same classes in the order of another seed; the folders are not listed again."""
         listed = dict(zip(self.class_order, zip(self.class_names, self._train, self._test, strict=True), strict=True))
         other = copy.copy(self)
-        for derived in ("picture_size", "defaults"):
-            other.__dict__.pop(derived, None)
         other.class_order = np.random.RandomState(seed).permutation(self.nb_classes).tolist()
         names, train, test = zip(*(listed[place] for place in other.class_order), strict=True)
         other.class_names, other._train, other._test = list(names), list(train), list(test)
@@ -96,10 +94,15 @@ class DataManager(PhasedClasses):
         """All train images of a phase's new classes, as items of role "new"."""
         return [Item(image, target, "new") for target in self.phase_targets(phase) for image in self._train[target]]
 
+    @property
+    def folders(self) -> list[list[Path]]:
+        """The images of each class's train and test folder."""
+        return [*self._train, *self._test]
+
     @cached_property
     def picture_size(self) -> tuple[int, int]:
-        """(width, height) of a typical image: the median of a few, by their headers."""
-        return typical_size([images[0] for images in self._train if images])
+        """(width, height) of a typical image (`typical_size`), the same in every class order."""
+        return typical_size(dict(zip(self.class_names, self._train, strict=True)))
 
     @property
     def decoded_bytes(self) -> int:
@@ -169,12 +172,18 @@ def _check_same_classes(paths: DatasetPaths, train: list[str], test: list[str]) 
             )
 
 
-def typical_size(images: Sequence[Path]) -> tuple[int, int]:
-    """(width, height) of the image with the median shorter side among up to nine, evenly spread over `images`."""
+def typical_size(images: Mapping[str, Sequence[Path]]) -> tuple[int, int]:
+    """(width, height) of a dataset's typical image, by headers.
+
+    images: of each class, by label.  Takes the first image of up to nine classes, evenly spread over the sorted labels
+    so that the order of the classes does not matter, and of these the one with the median shorter side.
+    At least one class must have an image.  Raises UnreadableImage.
+    """
+    first = [images[label][0] for label in sorted(images) if images[label]]
     sizes = []
-    for i in np.linspace(0, len(images) - 1, min(len(images), 9)).round().astype(int):
+    for i in np.linspace(0, len(first) - 1, min(len(first), 9)).round().astype(int):
         try:
-            width, height, _ = image_bits(images[i])
+            width, height, _ = image_bits(first[i])
         except OSError as error:
             raise UnreadableImage(f"cannot read image {error}. Replace the file or take it away.") from error
         sizes.append((width, height))

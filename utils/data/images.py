@@ -4,12 +4,13 @@ Images are read as viewers show them: rotated by their EXIF orientation, on whit
 first frame of several.
 """
 
+import hashlib
 import os
 import stat
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -150,6 +151,20 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return image.convert("RGB")
+
+
+def content_digest(files: Sequence[Path], most: int = 3) -> str:
+    """A digest of the content of up to `most` files, evenly spread over `files`; files that can't be read count as
+    empty.
+
+    It tells the files of two folders apart whose names, sizes and times of modification agree, as after unpacking.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for i in {round(k * (len(files) - 1) / max(most - 1, 1)) for k in range(most)} if files else ():
+        with suppress(OSError):
+            digest.update(Path(files[i]).read_bytes())
+        digest.update(b"\0")
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -1,6 +1,6 @@
 """The output folder of an experiment: whose it is, and the results of its class orders, whichever process made them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,21 +75,24 @@ class Output:
         return content
 
     def _runs(self) -> list[Mapping[str, Any]]:
+        """The entries of results.json.  Raises UserError where they are of another experiment."""
         file = self.folder / "results.json"
-        try:
-            return read_json(file)["runs"] if file.is_file() else []
-        except (UserError, KeyError):  # damaged: the entry of each class order is written again when it goes on
+        content = _known(report.read_results, file) if file.is_file() else None
+        if not content or not content["runs"]:
             return []
+        self._refuse_another(content["config"])
+        return content["runs"]
 
     def _check_whose_it_is(self) -> None:
         file = self.folder / "config.json"
-        if not file.is_file():
-            return
-        try:
-            differing = differences(self.config, read_json(file))
-        except UserError as error:
-            raise UserError(f"{error} Choose another output_dir, or delete that file.") from None
-        if differing and any(self.folder.glob("seed*/checkpoints/*.pt")):  # else nothing would be lost
+        before = _known(read_json, file) if file.is_file() else None
+        if before is not None and any(self.folder.glob("seed*/checkpoints/*.pt")):  # else nothing would be lost
+            self._refuse_another(before)
+        self._runs()  # which remain where the checkpoints have been deleted
+
+    def _refuse_another(self, before: Mapping[str, Any]) -> None:
+        """Raises UserError where the config of what is in the folder differs from this experiment's."""
+        if differing := differences(self.config, before):
             more = f"; {len(differing) - 4} more" if len(differing) > 4 else ""
             raise UserError(
                 f"{self.folder} holds another experiment ({'; '.join(differing[:4])}{more}). "
@@ -97,10 +100,19 @@ class Output:
             )
 
     def _free_name(self) -> Path:
+        folder = self.folder if self.folder.name not in ("", "..") else self.folder.resolve()
         number = 2
-        while (name := self.folder.with_name(f"{self.folder.name}-{number}")).exists():
+        while (name := folder.parent / f"{folder.name}-{number}").exists():
             number += 1
         return name
+
+
+def _known(read: Callable[[Path], Any], file: Path) -> Any:
+    """What a file holds that a run has written."""
+    try:
+        return read(file)
+    except UserError as error:
+        raise UserError(f"{error} Choose another output_dir, or delete that file.") from None
 
 
 def seed_folder(folder: Path, seed: int) -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from utils.data.images import read_image
-from utils.data.paths import DatasetPaths, FormFiles, data_dir
+from utils.data.paths import DatasetPaths, FormFiles, data_dir, find_dataset
 from utils.errors import UserError
 from utils.results.entries import REAL, Entry
 
@@ -47,6 +47,7 @@ def form_rows(of: Sequence[Entry], most: int = 4) -> tuple[list[str], list[list[
     if not forms or len(places) != 1:
         return [], []
     folder, dataset, variant = places.pop()
+    dataset = find_dataset(Path(folder), dataset)
     of_forms = {form: DatasetPaths(Path(folder), dataset, variant, form_files(form)) for form in forms}
     paths = DatasetPaths(Path(folder), dataset, variant)
     try:
@@ -163,7 +164,7 @@ def provenance(entry: Entry, models: Path) -> list[tuple[str, str]]:
         flat = dict(_flat(settings))
         rows += [(key, flat[key]) for key in sorted(flat, key=lambda key: (key not in ("model", "precision"), key))]
     rows += [("copies used", f"{copies['files']:,}"), ("digest of copies", copies["digest"])]
-    return rows + _generator(entry, models)
+    return rows + _generator(copies, models)
 
 
 def _flat(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -176,18 +177,17 @@ def _flat(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _generator(entry: Entry, models: Path) -> list[tuple[str, str]]:
-    """The generator's file, its bytes, and what it was trained on, as far as these are at hand."""
-    settings = [
-        of["settings"] or {}
-        for run in entry.runs
-        for p in run["phases"]
-        for of in (p.get("copies") or {}).get("made_by", [])
-    ]
+def _generator(copies: Mapping[str, Any], models: Path) -> list[tuple[str, str]]:
+    """The generator's name or file, its bytes, and what it was trained on, as far as these are at hand.
+
+    copies: of a phase's record; nothing for copies that no model made.
+    """
+    settings = [of_classes["settings"] or {} for of_classes in copies["made_by"]]
     if not any(each.get("model") or each.get("autoencoder") for each in settings):
         return []
-    options = _options(entry)
-    name = options[options.index("--model") + 1] if "--model" in options else "sd15"
+    name = copies.get("generator")  # results of earlier versions do not tell
+    if name is None:
+        return [("generator", "not recorded")]
     bundled = models / f"cldm_{name}.safetensors"
     file = bundled if bundled.is_file() else Path(name).expanduser()
     size = f"{file.stat().st_size:,}" if file.is_file() else "about 5,700,000,000" if name == "sd15" else "not at hand"
@@ -200,21 +200,3 @@ def _generator(entry: Entry, models: Path) -> list[tuple[str, str]]:
         about = next((p.removeprefix("**Data.** ") for p in paragraphs if p.startswith("**Data.**")), about)
     rows = [("generator", name), ("generator's bytes", f"{size} (not counted in the memory)")]
     return [*rows, ("generator trained on", about.replace("\n", " ").replace("`", "") if about else "not recorded")]
-
-
-def _options(entry: Entry) -> list[str]:
-    """The options of compress/run.py that made a run's copies: from the config, or the record beside the copies."""
-    import json
-    import shlex
-
-    config = entry.config
-    if config.get("regenerate") == "on_demand":
-        return shlex.split(config.get("regenerate_options") or "")
-    paths = DatasetPaths(
-        data_dir(config.get("data_dir")), config["dataset"], config.get("variant", ""), form_files(entry.form)
-    )
-    records = sorted(paths.folder("copies").glob("settings*.json"), key=lambda file: (len(file.name), file.name))
-    try:
-        return list(json.loads(records[-1].read_text(encoding="utf-8")).get("options", ())) if records else []
-    except (OSError, ValueError, AttributeError):
-        return []

@@ -12,7 +12,7 @@ results.json (accuracies in percent, seconds, bytes):
                    memory (`utils.memory.ExemplarMemory.report`); parameters (all of the network); training (epochs,
                    loss, accuracy of the first stage, seconds of all, reused, stages: stage, epochs, loss, accuracy);
                    copies_on_demand (number made, null where all were made ahead); copies (what made those in use:
-                   made_by {settings, ...}, files, digest; null where none is used);
+                   made_by {settings, ...}, generator (the model's name or file), files, digest; null where none is used);
                    seconds {train, exemplars, evaluate, total}
         cnn, nme, student
                    average_incremental_accuracy; forgetting, forgetting_in_tens (PyCIL's) and backward_transfer
@@ -35,11 +35,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import MinLen
+from pydantic import BaseModel, ValidationError
 
-from utils import cli
+from utils import cli, json_files
 from utils.data.images import write_atomically
 from utils.errors import UserError
 from utils.results.history import write_csv
@@ -126,7 +128,7 @@ def summary(runs: Sequence[Mapping]) -> dict[str, Any] | None:
         out[classifier] = None
         if None not in entries:
             keys = ("average_incremental_accuracy", "forgetting", "forgetting_in_tens", "backward_transfer", "top1")
-            out[classifier] = {key: _mean_std([entry[key] for entry in entries]) for key in keys}
+            out[classifier] = {key: _mean_std([entry.get(key) for entry in entries]) for key in keys}
     out["units"] = _mean_std([run["memory"]["units_total"] for run in runs])
     out["bytes"] = _mean_std([run["memory"]["bytes_total"] for run in runs])
     out["seconds"] = _mean_std([run["seconds"] + run["seconds_reused"] for run in runs])
@@ -174,6 +176,59 @@ def write_phases(path: Path, runs: Sequence[Mapping]) -> None:
     write_csv(path, PHASE_COLUMNS, rows)
 
 
+class _Memory(BaseModel):
+    units_total: float
+    bytes_total: float
+
+
+class _Phase(BaseModel):
+    classes_seen: int
+    cnn: dict[str, Any]
+    nme: dict[str, Any] | None
+    memory: _Memory
+    training: dict[str, Any]
+    seconds: dict[str, Any]
+    parameters: int
+
+
+class _OverPhases(BaseModel):
+    average_incremental_accuracy: float
+    forgetting: float | None
+    top1: list[float]
+
+
+class _Run(BaseModel):
+    seed: int
+    finished: bool
+    class_names: list[str]
+    phases: Annotated[list[_Phase], MinLen(1)]
+    cnn: _OverPhases
+    nme: _OverPhases | None
+    student: _OverPhases | None = None
+    memory: _Memory
+    seconds: float
+    seconds_reused: float
+
+
+class _Results(BaseModel):
+    """What tables and pages read of results.json, without the keys that earlier versions did not write."""
+
+    config: dict[str, Any]
+    runs: list[_Run]
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """The content of a results.json.  Raises UserError for a file that is none."""
+    content = json_files.read(file)
+    try:
+        _Results.model_validate(content)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"])) or "the whole"
+        raise UserError(f"{file} is no results.json of this program ({where}: {fault['msg']}).") from None
+    return content
+
+
 def load_results(folder: Path) -> dict[str, Any]:
     """results.json of an output folder (or the file itself).
 
@@ -181,18 +236,17 @@ def load_results(folder: Path) -> dict[str, Any]:
     phases.  Raises UserError where no phase is finished.
     """
     path = folder / "results.json" if folder.is_dir() else folder
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no results in {folder}: {error}") from None
-    runs = content.get("runs") if isinstance(content, dict) else None
+    content = read_results(path)
+    runs = content["runs"]
     if not runs:
         raise UserError(f"{path} has no finished phase yet.")
-    if not content.get("summary"):
-        phases = max(len(run["phases"]) for run in runs)
-        farthest = [run for run in runs if len(run["phases"]) == phases]
-        content = {**content, "summary": summary(farthest), "unfinished": phases}
-    return content
+    finished = [run for run in runs if run["finished"]]
+    phases = max(len(run["phases"]) for run in runs)
+    farthest = finished or [run for run in runs if len(run["phases"]) == phases]
+    if len({len(run["phases"]) for run in farthest}) > 1:
+        raise UserError(f"{path}: its class orders have different numbers of phases; they are of several experiments.")
+    content = {**content, "summary": summary(farthest)}
+    return content if finished else {**content, "unfinished": phases}
 
 
 def write_page(folders: Mapping[str, Path], file: Path, title: str = "", notes: Sequence[str] = ()) -> None:
