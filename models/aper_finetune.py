@@ -71,6 +71,9 @@ class AperNet(GrowingNet):
     def first_phase_modules(self) -> tuple[nn.Module, CosineHead]:
         return self.extractors[0], self.learner
 
+    def backbones(self) -> list[nn.Module]:
+        return [self.extractors]
+
     def forward(self, x: Tensor) -> Outputs:
         if self.training:
             features = self.extractors[-1](x)

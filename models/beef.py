@@ -25,7 +25,7 @@ from convs.resnet import ResNet
 from models.method import Method
 from models.networks import GrowingNet, Outputs
 from models.stages import Defaults, Schedule, Stage
-from utils.config.schema import setting
+from utils.config.schema import Config, setting
 from utils.config.types import Count, NonNegative, Positive
 from utils.data.items import Item
 
@@ -47,6 +47,11 @@ class Settings:
         "reduce_batch_size": ((False,), "batches keep their size"),
     }
 
+    def check(self, config: Config) -> Iterator[str]:
+        """What does not go together with other keys, each message beginning with one."""
+        if config.precision == "16-mixed":
+            yield "precision: in 16-mixed beefiso's gradients of images underflow to 0; take bf16-mixed or 32-true"
+
 
 class EnergyNet(GrowingNet):
     """Backbones and their heads.
@@ -60,6 +65,7 @@ class EnergyNet(GrowingNet):
         super().__init__()
         self.extractors = nn.ModuleList([backbone])
         self.feature_dim = backbone.feature_dim
+        self.frozen = not any(parameter.requires_grad for parameter in backbone.parameters())
         self.sizes: list[int] = []
         self.register_buffer("old_weight", torch.zeros(0, 0))
         self.backward_: nn.Linear | None = None
@@ -68,7 +74,7 @@ class EnergyNet(GrowingNet):
     def grow(self, nb_new: int) -> None:
         if self.nb_classes:
             self.old_weight = self.fused()[0].detach()
-            newest = copy.deepcopy(self.extractors[0]).requires_grad_(True)
+            newest = copy.deepcopy(self.extractors[0]).requires_grad_(not self.frozen)
             self.extractors[-1].requires_grad_(False)
             self.extractors.append(newest)
             self.backward_ = linear_head(self.feature_dim, len(self.sizes))
@@ -82,12 +88,17 @@ class EnergyNet(GrowingNet):
 
     def train(self, mode: bool = True) -> Self:
         nn.Module.train(self, mode)
-        if len(self.extractors) > 1:
+        if self.frozen:
+            self.extractors.eval()
+        elif len(self.extractors) > 1:
             self.extractors[0].eval()
         return self
 
     def first_phase_modules(self) -> tuple[nn.Module, nn.Module]:
         return self.extractors[0], nn.ModuleList([self.new_head, self.forward_])
+
+    def backbones(self) -> list[nn.Module]:
+        return [self.extractors]
 
     def fused(self) -> tuple[Tensor, Tensor]:
         """(weight, bias) over all features and classes."""
@@ -139,7 +150,8 @@ class BEEF(Method, name="beefiso"):
         learning = [parameter for module in newest for parameter in module.parameters()]
         yield stage._replace(name="expansion", parameters=learning)
         s = self.settings
-        schedule = Schedule(s.fusion_epochs, s.fusion_lrate, None, 1.0, stage.schedule.weight_decay)
+        decay = stage.schedule.weight_decay
+        schedule = Schedule(s.fusion_epochs, s.fusion_lrate, None, 1.0, decay, lr_key="fusion_lrate")
         items = self.balanced_items()
         yield Stage("fusion", items, schedule, parameters=fused, loss=self.fusion_loss)
 
@@ -202,7 +214,7 @@ class BEEF(Method, name="beefiso"):
                 energy = logits.softmax(dim=1)[:, -self.nb_seen :].sum().log()
                 (gradient,) = torch.autograd.grad(energy, x)
             x = (x - LANGEVIN_RATE * gradient).detach() + LANGEVIN_NOISE * self.noise(x, rng)
-        extractor.train()
+        extractor.train(not network.frozen)
         return x
 
     def noise(self, like: Tensor, rng: np.random.Generator) -> Tensor:

@@ -46,7 +46,8 @@ class BiC(Method, name="bic"):
 
     def build_network(self, backbone: ResNet) -> BiasedNet:
         network = BiasedNet(backbone)
-        network.frozen_in_eval = self.settings.bias_stage == "paper"
+        # PyCIL's second stage trains the bias layers alone and leaves the rest in training mode
+        network.frozen_in_eval = self.settings.bias_stage == "paper" or self.config.freeze_backbone
         return network
 
     def stages(self) -> list[Stage]:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +17,13 @@ from models.method import Method
 from models.parts import parts
 from models.resume import Checkpoints, Place, StepClock
 from models.run import Run
-from models.stages import Stage, learning_only
+from models.stages import Stage, divergence, learning_only
 from utils import log as logs
 from utils.cli import signals
 from utils.data.sampler import EpochBatchSampler
 from utils.errors import Stopped, UserError
 
 log = logging.getLogger(__name__)
-
-BACKBONE = re.compile(r"(^|\.)(backbone|shared|extractors)\.")
-"""In the name of a parameter: it belongs to a backbone."""
 
 
 @dataclass
@@ -74,11 +70,16 @@ class Epochs:
             with bar, signals.delayed():
                 for _ in range(place.epoch, epochs):
                     loss, accuracy = self._epoch(training, bar)
+            if not all(bool(parameter.isfinite().all()) for parameter in self.method.network.parameters()):
+                raise self._diverged(training, f"a weight is not finite after epoch {epochs}")
         self.run.share(self.method.network)
         return {"epochs": epochs, "loss": loss, "accuracy": accuracy}
 
     def _set_up(self, stage: Stage, place: Place) -> _Training:
+        """Raises UserError where there are no images."""
         method, fabric, schedule = self.method, self.fabric, stage.schedule
+        if not stage.items:
+            raise UserError(f"{method.describe(stage.name)}: there is not one image to train on.")
         loader, sampler = self.run.training_loader(stage, method.phase)
         optimizer = schedule.build_optimizer(self._parameters(), self.config.momentum)
         network, optimizer = fabric.setup(self.run.compiled(method.network), optimizer)
@@ -91,11 +92,13 @@ class Epochs:
 
     def _parameters(self) -> list[nn.Parameter] | list[dict[str, Any]]:
         """What is trained; in two groups where the backbone has a learning rate of its own."""
-        trained = {name: p for name, p in self.method.network.named_parameters() if p.requires_grad}
+        network = self.method.network
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if self.config.backbone_lrate is None:
-            return list(trained.values())
-        heads = [p for name, p in trained.items() if BACKBONE.search(name) is None]
-        backbone = [p for name, p in trained.items() if BACKBONE.search(name)]
+            return trained
+        of_backbone = {id(parameter) for module in network.backbones() for parameter in module.parameters()}
+        heads = [parameter for parameter in trained if id(parameter) not in of_backbone]
+        backbone = [parameter for parameter in trained if id(parameter) in of_backbone]
         groups = [{"params": heads}, {"params": backbone, "lr": self.config.backbone_lrate}]
         return [group for group in groups if group["params"]]
 
@@ -117,7 +120,8 @@ class Epochs:
         rate = training.optimizer.param_groups[0]["lr"]
         training.scheduler.step()
         loss, accuracy = self._finish_epoch(place)
-        self._check(loss, epoch, schedule.lr)
+        if not math.isfinite(loss):
+            raise self._diverged(training, f"the loss is {loss} in epoch {epoch + 1}")
         progress = f"epoch {epoch + 1}/{schedule.epochs}, loss {loss:.3f}, train {accuracy:.1f} %"
         log.debug("%s: %s", training.name, progress)
         seconds, nb_items = time.perf_counter() - start, len(training.stage.items)
@@ -158,17 +162,14 @@ class Epochs:
         place.next_epoch()
         return loss / seen, 100 * right / seen
 
-    def _check(self, loss: float, epoch: int, rate: float) -> None:
-        """Raises UserError where the loss is no number."""
-        if math.isfinite(loss):
-            return
+    def _diverged(self, training: _Training, what: str) -> UserError:
+        """The error to raise, which names the keys of the stage's learning rates."""
         self.checkpoints.forget_unfinished()
-        phase = self.method.phase
-        key, where = ("lrate", " and choose another output_dir") if phase else ("init_lr", "")
-        raise UserError(
-            f"training diverged: the loss is {loss} in epoch {epoch + 1} of phase {phase}. "
-            f"Lower {key} ({rate:g} now){where}."
-        )
+        schedule, rates = training.stage.schedule, {}
+        for group in training.optimizer.param_groups:
+            initial = group["initial_lr"]
+            rates[schedule.lr_key if initial == schedule.lr else "backbone_lrate"] = initial
+        return divergence(what, self.method.phase, rates)
 
     def _seconds_left(self, for_an_image: float, images: int) -> float:
         """Estimate for the rest of this class order: `images` more in this phase, and the later phases' epochs."""

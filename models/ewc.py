@@ -6,6 +6,7 @@ As in PyCIL, the Fisher matrix is computed in training mode: with each batch's o
 running ones move along.  `fisher_mode: eval` computes it with the network that is evaluated, as the paper describes.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,7 @@ from models.method import Method
 from models.networks import Outputs
 from models.parts import parts
 from models.stages import Defaults, Stage
-from utils.config.schema import setting
+from utils.config.schema import Config, setting
 from utils.config.types import NonNegative
 
 
@@ -30,6 +31,11 @@ class Settings:
         "train", "the network's mode for the Fisher matrix; train as in PyCIL, eval as in the paper"
     )
 
+    def check(self, config: Config) -> Iterator[str]:
+        """What does not go together with other keys, each message beginning with one."""
+        if config.precision == "16-mixed":
+            yield "precision: in 16-mixed the gradients that ewc squares underflow to 0; take bf16-mixed or 32-true"
+
 
 class EWC(Method, name="ewc"):
     defaults = Defaults(epochs=180, milestones=(70, 120, 150))
@@ -40,7 +46,7 @@ class EWC(Method, name="ewc"):
         classification = among_new(outputs.logits, targets, self.nb_old)
         if self.phase == 0:
             return classification
-        weights = dict(self.network.named_parameters())
+        weights = self.weights()
         held = [weights[name] for name in self.state["fisher"]]
         penalty = quadratic_penalty(held, [*self.state["weights"].values()], [*self.state["fisher"].values()])
         return classification + self.settings.ewc_lambda * penalty
@@ -55,8 +61,12 @@ class EWC(Method, name="ewc"):
         for name, old in self.state.get("fisher", {}).items():
             share, rows = self.nb_old / self.nb_seen, fisher[name][: len(old)] if old.dim() else fisher[name]
             rows.mul_(1 - share).add_(share * old)
-        weights = {name: tensor.detach().clone() for name, tensor in self.network.named_parameters()}
+        weights = {name: tensor.detach().clone() for name, tensor in self.weights().items()}
         self.state = {"fisher": fisher, "weights": weights}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Those that learn, by name."""
+        return {name: weight for name, weight in self.network.named_parameters() if weight.requires_grad}
 
     def fisher(self) -> dict[str, Tensor]:
         """The diagonal of the Fisher matrix by parameter: the squared gradient of a batch's mean log-likelihood over
@@ -65,7 +75,7 @@ class EWC(Method, name="ewc"):
         stage = Stage("fisher", self.data.new_items(self.phase), schedule)
         loader, sampler = self.run.training_loader(stage, self.phase)
         sampler.set_epoch(schedule.epochs)
-        names, weights = zip(*self.network.named_parameters(), strict=True)
+        names, weights = zip(*self.weights().items(), strict=True)
         sums = [torch.zeros_like(weight) for weight in weights]
         self.network.train(self.settings.fisher_mode == "train")
         for step, (_, images, targets) in enumerate(loader):

@@ -12,6 +12,7 @@ images' indices, which is a slip.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -85,6 +86,9 @@ class FosterNet(PartlyFrozenNet):
 
     def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
         return self.student.first_phase_modules()
+
+    def backbones(self) -> list[nn.Module]:
+        return [self.student.backbone] if self.pair is None else [self.student.backbone, self.pair.backbone]
 
     def forward(self, x: Tensor) -> Outputs:
         return (self.student if self.training and self.compressing else self.evaluated)(x)
@@ -171,8 +175,11 @@ class FOSTER(Method, name="foster"):
         if self.phase > 0 and self.settings.is_student_wa:
             self.align(self.network.student.head)
 
-    def also_evaluated(self) -> dict[str, IncrementalNet]:
-        return {"student": self.network.student} if self.phase > 0 else {}
+    def further_scores(self, images: Sequence[Path], outputs: Outputs) -> dict[str, Tensor]:
+        if self.phase == 0:
+            return {}
+        student = self.run.predict(self.network.student, images, self.describe("evaluating the student"))
+        return {"student": student.logits}
 
     @property
     def evaluated(self) -> IncrementalNet | Pair:

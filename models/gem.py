@@ -50,8 +50,11 @@ class GEM(Method, name="gem"):
         return [Stage("training", self.data.new_items(self.phase), self.schedule())]
 
     def before_stage(self, stage: Stage) -> None:
-        """Augment the exemplars of each earlier phase: (images: N x 3 x H x W of uint8, targets: N) each."""
-        self.memories = [self.pictures(self.data.phase_targets(phase)) for phase in range(self.phase)]
+        """Augment the exemplars of each earlier phase that has some: (its classes, images: N x 3 x H x W of uint8,
+        targets: N) each."""
+        earlier = [self.data.phase_targets(phase) for phase in range(self.phase)]
+        there = {item.target for item in self.memory.items()}
+        self.memories = [(targets, *self.pictures(targets)) for targets in earlier if not there.isdisjoint(targets)]
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """CE over the new classes."""
@@ -61,13 +64,12 @@ class GEM(Method, name="gem"):
         """The gradient of each earlier phase's exemplars, P numbers each; of this process's share of them."""
         rank, world_size, weights = self.fabric.global_rank, self.fabric.world_size, self.weights()
         self.memory_gradients = []
-        for phase, (images, targets) in enumerate(self.memories):
+        for phase, (classes, images, targets) in enumerate(self.memories):
             chosen = self.exemplars_of_step(phase, len(targets))
             own = chosen[rank::world_size]
             share = world_size * len(own) / len(chosen)
             if not len(own):  # batch norm needs an image; it does not count
                 own = chosen[:1]
-            classes = self.data.phase_targets(phase)
             x, y = self.run.to_device(images[own]), self.fabric.to_device(targets[own] - classes.start)
             with self.fabric.autocast():
                 loss = share * F.cross_entropy(self.network(x).logits[:, classes.start : classes.stop], y)

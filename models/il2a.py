@@ -104,7 +104,8 @@ class IL2A(PrototypeMethod, name="il2a"):
         return logits + self.settings.ratio / 2 * spread
 
     def measure(self, features: Sequence[Tensor]) -> None:
-        covariances = torch.stack([rows.T.cov() for rows in features])
+        # a single image has no spread
+        covariances = torch.stack([rows.T.cov(correction=min(1, len(rows) - 1)) for rows in features])
         self.state["covariances"] = torch.cat([self.state.get("covariances", covariances[:0]), covariances])
 
     # What is drawn

@@ -22,6 +22,8 @@ class Joint(Method, name="joint"):
         if self.phase > 0:
             fresh = self.build_network(self.backbone())
             fresh.grow(self.nb_seen)
+            if self.config.freeze_backbone:
+                fresh.backbone = self.network.backbone
             self.network.load_state_dict(fresh.state_dict())
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:

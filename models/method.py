@@ -11,6 +11,7 @@ on nothing but the config, the data, the memory, the state after the phase befor
 
 import abc
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from models.networks import GrowingNet, IncrementalNet, Outputs
 from models.run import Run
 from models.stages import Defaults, Schedule, Stage
 from utils.config.schema import Config
+from utils.data.datasets import Augmentation
 from utils.data.items import Item
 from utils.data.phases import PhasedClasses
 from utils.errors import UserError
@@ -96,7 +98,8 @@ class Method(abc.ABC):
 
         In a generator, the code after a `yield` runs when that stage is done.
         """
-        return [Stage("training", [*self.new_items(), *self.memory.items()], self.schedule())]
+        items = [*self.new_items(), *self.memory.items()]
+        return [Stage("training", items, self.schedule(), augmentation=self.augmentation)]
 
     def new_items(self) -> list[Item]:
         """The new classes' images that are trained on; by default all of them."""
@@ -128,8 +131,11 @@ class Method(abc.ABC):
         """Units of the memory that a new class gets, where all classes share it; None for an equal share."""
         return None
 
-    def also_evaluated(self) -> dict[str, GrowingNet]:
-        """Further networks whose metrics go into a phase's record, by the key that they have there."""
+    def further_scores(self, images: Sequence[Path], outputs: Outputs) -> dict[str, Tensor]:
+        """Scores (N x nb_seen) of further classifiers that a phase's record has, by their keys there.
+
+        images: the N test images of all classes seen; outputs: of `evaluated` for them, on the CPU.
+        """
         return {}
 
     def class_means(self) -> Tensor | None:
@@ -140,6 +146,11 @@ class Method(abc.ABC):
         if not self.uses_memory:
             return None
         return self.run.class_means(self.evaluated, range(self.nb_seen), self.describe("class means"))
+
+    @property
+    def augmentation(self) -> Augmentation | None:
+        """How the present phase's training images are augmented; None: as the config says."""
+        return None
 
     # For their use
 

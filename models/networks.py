@@ -26,6 +26,10 @@ class Outputs(NamedTuple):
 class PartlyFrozenNet(nn.Module):
     """A network of which parts may be frozen, by `requires_grad`."""
 
+    def backbones(self) -> list[nn.Module]:
+        """The modules with what `freeze_backbone` and `backbone_lrate` are about: all but heads and the like."""
+        return [self.backbone]
+
     frozen_in_eval = True
     """Whether frozen parts stay in evaluation mode, with their batch norm statistics, while others are trained."""
 
@@ -145,6 +149,9 @@ class ExpandableNet(GrowingNet):
 
     def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
         return joined(self.shared, self.extractors[0]), self.head
+
+    def backbones(self) -> list[nn.Module]:
+        return [self.shared, self.extractors]
 
     def forward(self, x: Tensor) -> Outputs:
         # Frozen extractors pass gradients on to trained shared blocks; where nothing is shared, none are computed.

@@ -67,7 +67,8 @@ class PASS(PrototypeMethod, name="pass"):
 
     def measure(self, features: list[Tensor]) -> None:
         """The mean variance of each new class's features."""
-        variances = torch.stack([rows.var(dim=0).mean() for rows in features])
+        # a single image has no spread
+        variances = torch.stack([rows.var(dim=0, correction=min(1, len(rows) - 1)).mean() for rows in features])
         self.state["variances"] = torch.cat([self.state.get("variances", variances[:0]), variances])
 
     def noise(self, like: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def _path(run: Run, method: Method) -> Path:
         "method_keys": [getattr(method.settings, key) for key in method.phase_0_keys],
         "layers": [str(layer) for layer in backbone.children()],
         "head": [list(parameter.shape) for parameter in head.parameters()],
-        "transform": str(data.train_transform),
+        "transform": str(run.train_transform(method.augmentation)),
         "normalise": str(data.normalise),
         "classes": [data.class_names[target] for target in data.phase_targets(0)],
         "schedule": list(method.schedule()),

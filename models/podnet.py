@@ -57,7 +57,7 @@ class PODNet(Method, name="podnet"):
         s, head = self.settings, self.network.head
         stage = stage._replace(parameters=[*self.network.backbone.parameters(), head.eta, head.proxies[-1]])
         yield stage
-        schedule = Schedule(s.ft_epochs, s.ft_lrate, None, 1.0, stage.schedule.weight_decay)
+        schedule = Schedule(s.ft_epochs, s.ft_lrate, None, 1.0, stage.schedule.weight_decay, lr_key="ft_lrate")
         yield stage._replace(name="balanced", items=self.balanced_items(), schedule=schedule)
 
     def balanced_items(self) -> list[Item]:

@@ -51,10 +51,14 @@ class PrototypeMethod(Method):
         later = self.defaults.schedule(c, phase_0=False)
         schedule, given = later, c.milestones
         if as_phase_0 or self.phase == 0:
-            schedule, given = self.defaults.schedule(c, phase_0=True), c.init_milestones or c.milestones
-            for key, name in (("init_epoch", "epochs"), ("init_lr", "lr"), ("init_weight_decay", "weight_decay")):
-                if getattr(c, key) is None:
-                    schedule = schedule._replace(**{name: getattr(later, name)})
+            schedule = self.defaults.schedule(c, phase_0=True)
+            given = c.milestones if c.init_milestones is None else c.init_milestones
+            if c.init_epoch is None:
+                schedule = schedule._replace(epochs=later.epochs)
+            if c.init_lr is None:
+                schedule = schedule._replace(lr=later.lr, lr_key=later.lr_key)
+            if c.init_weight_decay is None:
+                schedule = schedule._replace(weight_decay=later.weight_decay)
             if c.init_milestones is None:
                 schedule = schedule._replace(milestones=later.milestones, decay=later.decay)
         if given is None and c.scheduler != "cosine":

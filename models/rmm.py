@@ -7,7 +7,8 @@ beneath is iCaRL or FOSTER.
 
 As in PyCIL: m_rate_list's number for a phase is both how much of the phase's new images is given up, the rest being
 drawn with replacement, and how much of a later phase's the memory has beside memory_size after it; the numbers of
-phase 0 give up nothing.  Which classes are hard is measured after phase 0 with batch norm in training mode, so that its
+phase 0 give up nothing.  After a phase whose number is 0 the memory is as large as after the phase before.  Which
+classes are hard is measured after phase 0 with batch norm in training mode, so that its
 running statistics move.  The memory is always one for all classes, of memory_size units.
 """
 
@@ -31,6 +32,7 @@ from utils.config.schema import Config, setting
 from utils.config.types import Rates
 from utils.data.batches import ImageSet
 from utils.data.items import Item
+from utils.errors import UserError
 
 
 @dataclass
@@ -49,8 +51,8 @@ class Settings:
 
     def check(self, config: Config) -> Iterator[str]:
         """What does not go together with other keys, each message beginning with one."""
-        if not config.memory_size:
-            yield "memory_size must be given: rmm has one memory for all classes"
+        if not config.memory_size or config.fixed_memory:
+            yield "memory_size must be given, and fixed_memory be false: rmm has one memory for all classes"
         if config.budget_in == "bytes":
             yield "budget_in: rmm's memory is counted in units"
         for name in ("m_rate_list", "c_rate_list"):
@@ -64,21 +66,43 @@ class RMM(Method):
 
     def __init__(self, run: Run):
         super().__init__(run)
-        self.memory.total = self.config.memory_size
         self.hard: dict[int, bool] = {}
 
     def m_rate(self, phase: int) -> float:
         return at(self.settings.m_rate_list or self.m_rates, phase)
 
+    def before_training(self) -> None:
+        super().before_training()
+        if self.phase == 0:  # before any training
+            self.check_images()
+
+    def check_images(self) -> None:
+        """Raises UserError where a later phase would give up all new images of a class."""
+        for phase in range(1, self.data.nb_phases):
+            for target in self.data.phase_targets(phase):
+                images, rate = len(self.data.train_images(target)), self.m_rate(phase)
+                if images and self.nb_left(phase, images) == 0:
+                    raise UserError(
+                        f"m_rate_list: class {self.data.class_names[target]!r} has {images} train images, of which "
+                        f"phase {phase} gives up {rate:.0%}: int({1 - rate:g} x {images}) = 0 are left to train on. "
+                        "Lower the rate, or add images."
+                    )
+
+    def nb_left(self, phase: int, images: int) -> int:
+        """How many of a new class's images are trained on."""
+        rate = self.m_rate(phase)
+        return images if phase == 0 or rate == 0 else int((1 - rate) * images)
+
     def new_items(self) -> list[Item]:
         """Level 1: of each class's images as many as are left, drawn with replacement, in their order."""
-        items, rate = super().new_items(), self.m_rate(self.phase)
-        if self.phase == 0 or rate == 0:
+        items = super().new_items()
+        if self.phase == 0 or self.m_rate(self.phase) == 0:
             return items
         chosen = []
         for target in self.data.phase_targets(self.phase):
             of_class = [item for item in items if item.target == target]
-            chosen += [of_class[i] for i in sorted(self.picked(target, len(of_class), int((1 - rate) * len(of_class))))]
+            number = self.nb_left(self.phase, len(of_class))
+            chosen += [of_class[i] for i in sorted(self.picked(target, len(of_class), number))]
         return chosen
 
     def picked(self, target: int, of: int, count: int) -> list[int]:
@@ -86,29 +110,34 @@ class RMM(Method):
 
     def after_training(self) -> None:
         super().after_training()
-        self.memory.total = self.units(self.phase)
         targets = self.data.phase_targets(self.phase)
+        # kept, since the images of old classes may be gone when a run goes on
+        self.state["images"] = [*self.state.get("images", []), *(len(self.data.train_images(t)) for t in targets)]
+        self.memory.total = self.units(self.phase)
         losses = [self.mean_loss(self.data.train_images(target), target) for target in targets]
         self.hard = {t: loss > np.median(losses) for t, loss in zip(targets, losses, strict=True)}
 
     def units(self, phase: int) -> int:
-        """The memory after a phase: memory_size and, for what the next one gives up, as many units as images."""
-        seen, rate = self.data.seen_targets(phase), self.m_rate(phase)
+        """The memory after a phase: memory_size and, for what the next one gives up, as many units as images.
+
+        One less than there are images, as in PyCIL, but at least one for each class.
+        """
+        seen, rate = len(self.data.seen_targets(phase)), self.m_rate(phase)
         if rate == 0:
-            return self.config.memory_size
-        images = sum(len(self.data.train_images(target)) for target in seen)
+            return self.units(phase - 1) if phase else self.config.memory_size
         later = len(self.data.phase_targets(min(1, self.data.nb_phases - 1)))
-        return min(images - 1, self.config.memory_size + int(rate * later * self.images_per_class()))
+        wanted = self.config.memory_size + int(rate * later * self.images_per_class())
+        return min(max(sum(self.state["images"][:seen]) - 1, seen), wanted)
 
     def images_per_class(self) -> int:
         """Of phase 0's classes."""
-        targets = self.data.phase_targets(0)
-        return sum(len(self.data.train_images(target)) for target in targets) // len(targets)
+        first = self.data.phase_targets(0).stop
+        return sum(self.state["images"][:first]) // first
 
     def exemplar_units(self, target: int) -> float:
-        """Level 2."""
+        """Level 2.  At least a unit, so that no class is without exemplars."""
         rate = at(self.settings.c_rate_list, self.phase)
-        return float(int(math.floor(self.memory.budget) * (1 + (-rate if self.hard[target] else rate))))
+        return float(max(1, int(math.floor(self.memory.budget) * (1 + (-rate if self.hard[target] else rate)))))
 
     def mean_loss(self, images: Sequence[Path], target: int) -> float:
         """Cross-entropy of a class's images."""
@@ -130,7 +159,11 @@ class RMM(Method):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
-        self.memory.total = self.units(state["phase"])
+        if self.memory is not None:  # a network that is used, and not trained on, has none
+            if "images" not in self.state:  # a checkpoint of an earlier version
+                seen = self.data.seen_targets(state["phase"])
+                self.state["images"] = [len(self.data.train_images(target)) for target in seen]
+            self.memory.total = self.units(state["phase"])
 
 
 class RMMICaRL(RMM, ICaRL, name="rmm-icarl"):
@@ -143,6 +176,13 @@ class RMMFOSTER(RMM, FOSTER, name="rmm-foster"):
     """RMM on FOSTER."""
 
     m_rates = (0.3, 0.3, 0.3, 0.4, 0.4, 0.4)
+
+    def image_counts(self, items: Sequence[Item]) -> Tensor:
+        """As in PyCIL, each old class counts its equal share of the memory, whatever level 2 has given it."""
+        counts = super().image_counts(items)
+        if self.config.syn_per_class == 0:
+            counts[: self.nb_old] = int(self.memory.budget)
+        return counts
 
 
 def at(rates: Sequence[float], phase: int) -> float:

@@ -19,6 +19,7 @@ from models.networks import GrowingNet, Outputs
 from models.stages import Stage
 from utils import log as logs
 from utils.config.schema import Config
+from utils.data.augment import TrainTransform
 from utils.data.batches import ImageSet, TrainingSet, batch_loader
 from utils.data.cache import PictureCache
 from utils.data.classes import DataManager
@@ -119,11 +120,11 @@ class Run:
 
     def training_set(self, items: Sequence[Item], phase: int, augmentation: Augmentation | None = None) -> TrainingSet:
         """augmentation: in place of the config's."""
-        c, data = self.config, self.data
+        c = self.config
         return TrainingSet(
             items,
             self.data.paths,
-            data.train_transform if augmentation is None else data.defaults_with(augmentation).train_transform,
+            self.train_transform(augmentation),
             c.augmentation_prob,
             c.augmentations_per_image,
             c.augmentation_scope,
@@ -131,6 +132,11 @@ class Run:
             phase,
             self.pixels,
         )
+
+    def train_transform(self, augmentation: Augmentation | None) -> TrainTransform:
+        """augmentation: in place of the config's."""
+        data = self.data
+        return data.train_transform if augmentation is None else data.defaults_with(augmentation).train_transform
 
     def loader(self, dataset: ImageSet | TrainingSet, batches: Iterable[Sequence]) -> DataLoader:
         """Batches of the keys that `batches` lists."""
@@ -181,7 +187,7 @@ class Run:
             yield self._sum_over_processes(of_group)
 
     def class_means(self, network: GrowingNet, targets: Iterable[int], description: str = "") -> Tensor:
-        """The mean feature of each class's exemplars, of unit length: classes x D.
+        """The mean feature of each class's exemplars, of unit length: classes x D; zeros for a class without exemplars.
 
         A synthetic exemplar counts as much as a real one: its copies share its weight.
         """
@@ -190,7 +196,7 @@ class Run:
         means = []
         for of_class, rows in zip(shown, features, strict=True):
             weights = torch.tensor([weight for _, weight in of_class])
-            means.append(weights @ F.normalize(rows) / weights.sum())
+            means.append(weights @ F.normalize(rows) / weights.sum().clamp(min=1e-12))
         return F.normalize(torch.stack(means))
 
     def _own_outputs(

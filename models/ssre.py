@@ -5,8 +5,9 @@ phase the adapters are folded into the convolutions.  Images that are like an ol
 network's features; the others learn the new classes (prototype selection).
 
 As in PyCIL, an image's likeness is the largest cosine to a prototype, which weighs both losses; the frozen network
-stays in evaluation mode; and phase 0 has batches of 64 and AutoAugment with Cutout (`augmentation: pycil` leaves that
-out).  Prototypes have no noise, and the adapters learn in phase 0 too.
+stays in evaluation mode; phase 0 has batches of 64; and phase 1 alone has AutoAugment with Cutout (`augmentation:
+pycil` leaves that out).  PyCIL means phase 0, but asks for it before it counts the phase up.  Prototypes have no noise,
+and the adapters learn in phase 0 too.
 """
 
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from models.prototypes import PrototypeMethod
 from models.stages import Stage
 from utils.config.schema import Config, setting
 from utils.config.types import NonNegative
+from utils.data.datasets import Augmentation
 
 FIRST_BATCH_SIZE = 64
 """Of phase 0, where the config's is larger."""
@@ -48,12 +50,14 @@ class SSRE(PrototypeMethod, name="ssre"):
     def stages(self) -> list[Stage]:
         (stage,) = super().stages()
         if self.phase == 0:
-            augmentation = None if self.config.augmentation == "pycil" else "autoaugment"
-            size = min(FIRST_BATCH_SIZE, self.config.batch_size)
-            return [stage._replace(batch_size=size, augmentation=augmentation)]
+            return [stage._replace(batch_size=min(FIRST_BATCH_SIZE, self.config.batch_size))]
         adapters = [module.adapter for module in self.network.modules() if isinstance(module, RepConv)]
         learning = [parameter for adapter in adapters for parameter in adapter.parameters()]
         return [stage._replace(parameters=[*learning, *self.network.head.parameters()])]
+
+    @property
+    def augmentation(self) -> Augmentation | None:
+        return "autoaugment" if self.phase == 1 and self.config.augmentation != "pycil" else None
 
     def before_batch(self) -> None:
         super().before_batch()

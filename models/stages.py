@@ -1,6 +1,6 @@
 """A phase's training as data: the stages that the epoch loop goes through, one after another."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -11,12 +11,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from utils.config.schema import Config
 from utils.data.datasets import Augmentation
 from utils.data.items import Item
+from utils.errors import UserError
 
 
 class Schedule(NamedTuple):
     """The optimizer's settings: the learning rate is multiplied by `decay` after each epoch in `milestones`.
 
     Where milestones is None it falls along half a cosine instead, from lr to `floor` at the last epoch.
+    lr_key: the config's key of the learning rate.
     """
 
     epochs: int
@@ -26,6 +28,7 @@ class Schedule(NamedTuple):
     weight_decay: float
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     floor: float = 0.0
+    lr_key: str = "lrate"
 
     def build_optimizer(self, parameters: Iterable[Any], momentum: float) -> Optimizer:
         """parameters: as torch's optimizers take them, groups too; momentum: SGD's alone."""
@@ -74,7 +77,8 @@ class Defaults(NamedTuple):
         given = getattr(config, names[2]) is not None
         scheduler = config.scheduler or ("steps" if given else self.scheduler)
         decay = config.init_lr_decay if phase_0 else config.lrate_decay
-        return Schedule(epochs, lr, milestones if scheduler == "steps" else None, decay, weight_decay)
+        milestones = milestones if scheduler == "steps" else None
+        return Schedule(epochs, lr, milestones, decay, weight_decay, lr_key=names[1])
 
 
 class Stage(NamedTuple):
@@ -97,6 +101,16 @@ class Stage(NamedTuple):
     batch_size: int | None = None
     augmentation: Augmentation | None = None
     views: int = 1
+
+
+def divergence(what: str, phase: int, rates: Mapping[str, float]) -> UserError:
+    """The error of a training that has diverged.
+
+    what: which number is not finite, and when; rates: the learning rates that were used, by their keys.
+    """
+    lower = " or ".join(f"{key} ({rate:g} now)" for key, rate in rates.items())
+    where = " and choose another output_dir" if phase else ""
+    return UserError(f"training diverged: {what} of phase {phase}. Lower {lower}{where}.")
 
 
 @contextmanager

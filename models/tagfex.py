@@ -102,7 +102,9 @@ class TagFexNet(ExpandableNet):
 
     @torch.no_grad()
     def start_from_both(self, newest: nn.Module) -> None:
-        """newest: a copy of the last extractor."""
+        """newest: a copy of the last extractor, which stays one where backbones are frozen."""
+        if not any(parameter.requires_grad for parameter in newest.parameters()):
+            return
         for parameter, other in zip(newest.parameters(), self.agnostic.parameters(), strict=True):
             parameter.lerp_(other, 1 - self.settings.init_interpolation_factor)
         for module in newest.modules():
@@ -111,6 +113,9 @@ class TagFexNet(ExpandableNet):
 
     def first_phase_modules(self) -> tuple[nn.Module, nn.Module]:
         return self.extractors[0], nn.ModuleList([self.head, self.agnostic, self.projector])
+
+    def backbones(self) -> list[nn.Module]:
+        return [self.extractors, self.agnostic]
 
     def forward(self, x: Tensor) -> Outputs:
         if not self.training:

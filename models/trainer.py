@@ -19,8 +19,10 @@ from models.epochs import Epochs
 from models.method import Method
 from models.resume import Checkpoints, Place
 from models.run import Run
+from utils.errors import UserError
 from utils.memory import archive
 from utils.results.metrics import nearest_mean_scores, phase_metrics
+from utils.results.show import CLASSIFIERS
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +157,9 @@ class Trainer:
         each one, the seconds that all took and whether the network of another run was taken.
         """
         method, phase = self.method, self.method.phase
+        if phase > 0 and method.uses_memory and not self.run.memory.items():
+            keys = "memory_per_class, memory_size or memory_bytes_per_class"
+            raise UserError(f"{method.describe('training')}: there is not one exemplar. Raise {keys}.")
         cached = phase0.path_of(self.run, method) if phase == 0 else None
         if cached and (training := phase0.load(self.run, method, cached)) is not None:
             self.seconds_before = 0.0 if training["reused"] else training["seconds"]
@@ -251,17 +256,15 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """The record of a phase: phase, classes_seen, cnn and nme (`metrics.phase_metrics`; nme None where unused), the
-        same of the method's further networks, memory (`ExemplarMemory.report`, and archive_bytes: the size of the file
-        that holds all of it), parameters."""
+        same of the method's further classifiers, memory (`ExemplarMemory.report`, and archive_bytes: the size of the
+        file that holds all of it), parameters."""
         run, method = self.run, self.method
         images = [image for target in range(method.nb_seen) for image in self.data.test_images(target)]
         outputs = run.predict(method.evaluated, images, method.describe("evaluating"))
         nme, self.class_means = None, method.class_means() if self.config.nme else None
         if self.class_means is not None:
             nme = self._metrics(nearest_mean_scores(outputs.features, self.class_means))
-        others = {}
-        for name, network in method.also_evaluated().items():
-            others[name] = self._metrics(run.predict(network, images, method.describe(f"evaluating the {name}")).logits)
+        further = method.further_scores(images, outputs)
         return {
             "phase": method.phase,
             "classes_seen": method.nb_seen,
@@ -269,7 +272,7 @@ class Trainer:
             "nme": nme,
             "memory": {**run.memory.report(), "archive_bytes": self.archive_bytes},
             "parameters": nb_parameters(method.evaluated),
-            **others,
+            **{name: self._metrics(scores) for name, scores in further.items()},
         }
 
     def _metrics(self, scores: Tensor) -> dict[str, Any]:
@@ -280,8 +283,8 @@ class Trainer:
 
     def _log_results(self, record: Mapping[str, Any]) -> None:
         method, memory, parts = self.method, record["memory"], []
-        for name, key in (("CNN", "cnn"), *((other, other) for other in method.also_evaluated()), ("NME", "nme")):
-            if (metrics := record[key]) is not None:
+        for key, name in CLASSIFIERS.items():
+            if (metrics := record.get(key)) is not None:
                 of_old = "" if metrics["old"] is None else f"old {metrics['old']:.1f}, new {metrics['new']:.1f}, "
                 parts.append(f"{name} {metrics['top1']:.1f} % ({of_old}top-5 {metrics['top5']:.1f})")
         units = "" if memory["units_total"] is None else f"{memory['units_total']:.1f} units, "

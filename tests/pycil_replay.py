@@ -137,8 +137,6 @@ def fed(method: type[Method], reference: Reference, pictures: Pictures, measured
             counts = super().image_counts(items)
             if reference.args["dataset"] == "cifar100" and reference.name != "foster_counts":
                 counts[self.nb_old :] = SAMPLES_OF_CIFAR100
-            if reference.method == "rmm-foster":  # the mean of what classes have
-                counts[: self.nb_old] = self.memory.total // self.nb_old
             return counts
 
         def images_per_class(self):

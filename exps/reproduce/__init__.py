@@ -7,7 +7,7 @@
 A file FILE.json of this folder is one published table: source, url and table say where it stands, note what its
 protocol is; config holds main.py's keys of all its rows.  A row has name, method, base (a config, from this folder),
 config (its own keys on top), average and last (the published average incremental and last accuracy in percent, null
-where there is none), classifier (whose accuracy it is: cnn, nme or student; default cnn), note, and dataset and
+where there is none), classifier (whose accuracy it is: cnn, nme, student or svm; default cnn), note, and dataset and
 protocol where they are not the table's.
 
 --run starts main.py with the row's config in outputs/reproduce/ROW, goes on where an earlier run stopped, and then

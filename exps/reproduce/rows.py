@@ -15,7 +15,7 @@ from utils.results import report
 
 FOLDER = Path(__file__).parent
 RESULTS = "results.json"
-CLASSIFIERS = ("cnn", "nme", "student")
+CLASSIFIERS = ("cnn", "nme", "student", "svm")
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,13 @@ PYCIL_ONLY: dict[str, tuple[tuple | None, str]] = {
 A method's `Settings` may have a class variable `pycil_only` like this."""
 
 
-PYCIL_AUTOAUGMENT = {"cifar10_aa": "cifar10", "cifar100_aa": "cifar100"}
-"""PyCIL's names of datasets with another augmentation, and the datasets."""
+PYCIL_DATASETS = {
+    "cifar10_aa": ("cifar10", "autoaugment"),
+    "cifar100_aa": ("cifar100", "autoaugment"),
+    "imagenet100": ("imagenet100", "pycil"),
+    "imagenet1000": ("imagenet1000", "pycil"),
+}
+"""PyCIL's names of datasets, spelt as there, that stand for a dataset and an augmentation."""
 
 
 class Given(NamedTuple):
@@ -130,6 +135,7 @@ class _Reading:
         if self.method and self.method.settings:
             config.settings = self.method.settings(**{name: values[name] for name in self.own_keys})
         self._name_of_dataset(config)
+        self._kind_of_memory(config)
         for name in self.given:
             if self.method and name not in shared and name not in self.own_keys and name not in self.broken:
                 self.notes.append(f"{name} is no key of {self.method.name}; it changes nothing")
@@ -140,12 +146,22 @@ class _Reading:
         return config
 
     def _name_of_dataset(self, config: Config) -> None:
-        """PyCIL's names with _aa stand for a dataset and `augmentation`."""
-        if plain := PYCIL_AUTOAUGMENT.get(str(config.dataset).lower()):
-            self.notes.append(f"dataset {config.dataset} is {plain} with augmentation: autoaugment")
-            config.dataset = plain
-            if "augmentation" not in self.given:
-                config.augmentation = "autoaugment"
+        """Some of PyCIL's names stand for a dataset and `augmentation`."""
+        name = str(config.dataset)
+        if name.lower().endswith("_aa"):
+            name = name.lower()
+        if name not in PYCIL_DATASETS:
+            return
+        config.dataset, augmentation = PYCIL_DATASETS[name]
+        if "augmentation" not in self.given:
+            config.augmentation = augmentation
+            self.notes.append(f"dataset {name} is PyCIL's name of {config.dataset} with augmentation: {augmentation}")
+
+    def _kind_of_memory(self, config: Config) -> None:
+        """As in PyCIL, classes share memory_size unless fixed_memory says otherwise."""
+        if config.memory_size and "fixed_memory" not in self.given:
+            config.fixed_memory = False
+            self.notes.append(f"fixed_memory is not given: all classes share memory_size = {config.memory_size} units")
 
     def refuse(self, message: str, *names: str) -> None:
         """Add a problem, unless a key that it is about has been refused already."""

@@ -79,7 +79,8 @@ class Config:
     )
     fixed_memory: bool = setting(
         True,
-        "each class has its own budget; false: all seen share memory_size, real : syn_per_class is a ratio",
+        "each class has its own budget; false: all seen share memory_size, real : syn_per_class is a ratio; where it "
+        "is not given and memory_size is: false, as in PyCIL",
         source=PYCIL,
     )
     exemplar_selection: Literal["herding", "random", "closest"] = setting("herding", "how exemplars are chosen")
@@ -141,7 +142,8 @@ class Config:
         "pescr",
         "in training. Large images: random crop and flip, with pescr and autoaugment also brightness and AutoAugment, "
         "with pycil brightness for ImageNet1000; small ones: crop, flip and brightness, with autoaugment also "
-        "AutoAugment and Cutout (PyCIL's cifar100_aa)",
+        "AutoAugment and Cutout. PyCIL's names of datasets bring their own: cifar100_aa autoaugment, imagenet100 and "
+        "imagenet1000, spelt so, pycil",
     )
     augmentation_scope: Literal["all", "exemplars"] = setting("all", "which real images p applies to")
     regenerate: Literal["ahead", "on_demand"] = setting(

@@ -91,8 +91,10 @@ def backward_transfer(per_phase: Sequence[Sequence[float]]) -> float | None:
 def nearest_mean_scores(features: "Tensor", means: "Tensor") -> "Tensor":
     """Scores of the nearest-mean-of-exemplars classifier (iCaRL, Algorithm 1): minus the squared distance to each mean.
 
-    features: N x D, L2-normalised here; means: C x D, of unit length.  Returns N x C.
+    features: N x D, L2-normalised here; means: C x D, of unit length, or zeros for a class without exemplars, whose
+    scores are -inf.  Returns N x C.
     """
     import torch
 
-    return -torch.cdist(torch.nn.functional.normalize(features), means).square()
+    scores = -torch.cdist(torch.nn.functional.normalize(features), means).square()
+    return scores.masked_fill(~means.any(dim=1), -torch.inf)

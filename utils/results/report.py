@@ -8,13 +8,13 @@ results.json (accuracies in percent, seconds, bytes):
         seed, finished, class_names (in the order in which the classes came)
         phases     one entry a phase: phase, classes_seen; cnn and nme (null where unused), each with top1, top5, old,
                    new, per_class {label: accuracy}, per_phase [accuracy on the classes of phase 0, 1, ...],
-                   per_ten [accuracy on each ten classes]; student (FOSTER's, from phase 1 on), as cnn;
+                   per_ten [accuracy on each ten classes]; student (FOSTER's, from phase 1 on), svm (FeTrIL's), as cnn;
                    memory (`utils.memory.ExemplarMemory.report`); parameters (all of the network); training (epochs,
                    loss, accuracy of the first stage, seconds of all, reused, stages: stage, epochs, loss, accuracy);
                    copies_on_demand (number made, null where all were made ahead); copies (what made those in use:
                    made_by {settings, ...}, generator (the model's name or file), files, digest; null where none is used);
                    seconds {train, exemplars, evaluate, total}
-        cnn, nme, student
+        cnn, nme, student, svm
                    average_incremental_accuracy; forgetting, forgetting_in_tens (PyCIL's) and backward_transfer
                    (null after one phase); top1 (a list, by phase); per_class {label: [accuracy by phase, null before
                    the class was learnt]}; or null
@@ -76,19 +76,24 @@ def run_entry(seed: int, class_names: Sequence[str], records: Sequence[Mapping],
         "phases": phases,
         "cnn": _over_phases(records, "cnn", class_names),
         "nme": _over_phases(records, "nme", class_names),
-        **_of_student(records, class_names),
+        **_further(records, class_names),
         "memory": records[-1]["memory"],
         "seconds": sum(record["seconds"]["total"] for record in records),
         "seconds_reused": sum(training["seconds"] for training in trainings if training["reused"]),
     }
 
 
-def _of_student(records: Sequence[Mapping], class_names: Sequence[str]) -> dict[str, Any]:
-    """The figures of FOSTER's student, which in phase 0 is the network itself; nothing for other methods."""
-    if not any("student" in record for record in records):
-        return {}
-    filled = [{"student": record.get("student", record["cnn"])} for record in records]
-    return {"student": _over_phases(filled, "student", class_names)}
+def _further(records: Sequence[Mapping], class_names: Sequence[str]) -> dict[str, Any]:
+    """The figures of the classifiers that a method has beside head and nearest means.
+
+    Where a phase has none, it is the head: in phase 0 FOSTER's student is the network itself.
+    """
+    figures = {}
+    for name in CLASSIFIERS:
+        if name not in ("cnn", "nme") and any(name in record for record in records):
+            filled = [{name: record.get(name, record["cnn"])} for record in records]
+            figures[name] = _over_phases(filled, name, class_names)
+    return figures
 
 
 def _over_phases(records: Sequence[Mapping], classifier: str, class_names: Sequence[str]) -> dict[str, Any] | None:
@@ -122,7 +127,7 @@ def summary(runs: Sequence[Mapping]) -> dict[str, Any] | None:
         "classes_seen": [phase["classes_seen"] for phase in runs[0]["phases"]],
     }
     for classifier in CLASSIFIERS:
-        if classifier == "student" and not all("student" in run for run in runs):
+        if not all(classifier in run for run in runs):
             continue
         entries = [run[classifier] for run in runs]
         out[classifier] = None

@@ -8,8 +8,9 @@ import numpy as np
 
 from utils.data.images import write_atomically
 
-CLASSIFIERS = {"cnn": "CNN", "nme": "NME", "student": "student"}
-"""Classifiers by their keys in results.json, as tables call them; student: FOSTER's compressed network."""
+CLASSIFIERS = {"cnn": "CNN", "nme": "NME", "student": "student", "svm": "SVM"}
+"""Classifiers by their keys in results.json, as tables call them; student: FOSTER's compressed network; svm: FeTrIL's
+second classifier."""
 
 _COLOURS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#a6761d", "#444444")
 _STYLES = ("-", "--", ":", "-.")
