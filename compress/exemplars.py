@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from compress.copies import CopiesAhead
-from compress.forms import Cost
+from compress.cost import Cost
 from compress.options import parse_settings
 from compress.records import recorded_options
 from utils.config.schema import Config, MethodInfo

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from compress.forms import Cost, Form, pixels
+from compress.cost import Cost
+from compress.forms import Form, pixels
 from compress.job import Machine
 from compress.options import at_least_one, fitting_preset, parse_settings
 from utils import cli

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compress.forms import Cost, examples, form_named, pixels
+from compress.cost import Cost
+from compress.forms import examples, form_named, pixels
 from compress.job import Machine
 from compress.presets import HIGH
 from tests.conftest import long_but

@@ -1,10 +1,11 @@
-"""What an exemplar costs, and how many fit a budget (compress.forms.Cost, utils/memory/budget.py)."""
+"""What an exemplar costs, and how many fit a budget (compress.cost.Cost, utils/memory/budget.py)."""
 
 import re
 
 import pytest
 
-from compress.forms import Cost, form_named
+from compress.cost import Cost
+from compress.forms import form_named
 from compress.presets import HIGH
 from tests.folders import save_noise, save_picture
 from utils.data.paths import DatasetPaths

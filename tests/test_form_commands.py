@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 import main
-from compress.forms import Cost, form_named
+from compress.cost import Cost
+from compress.forms import form_named
 from compress.generators import build
 from compress.job import Machine
 from compress.presets import HIGH

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from compress import presets, run
-from compress.forms import Cost
+from compress.cost import Cost
 from compress.forms.edges import read as edges_of
 from compress.forms.edges import written
 from compress.presets import HIGH

@@ -13,7 +13,7 @@ from PIL import Image
 
 import main
 from compress import on_demand
-from compress.forms import Cost
+from compress.cost import Cost
 from compress.options import parse_settings
 from models.epochs import Epochs
 from models.trainer import Trainer

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress.forms import Cost
+from compress.cost import Cost
 from tests.folders import save_noise, save_picture
 from tests.test_budget import edges_cost
 from tests.test_herding import herding_by_hand

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from PIL import Image
 
-from compress.forms import Cost, form_named
+from compress.cost import Cost
+from compress.forms import form_named
 from compress.plan import plan
 from compress.presets import HIGH
 from compress.records import Records

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 
 class ExemplarForm(Protocol):
-    """What one form of exemplar costs and keeps (`compress.forms.Cost`)."""
+    """What one form of exemplar costs and keeps (`compress.cost.Cost`)."""
 
     def settings(self) -> dict[str, Any]:
         """What a kept file depends on beside its image: plain values."""

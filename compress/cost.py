@@ -1,0 +1,60 @@
+"""What exemplars of a form cost, in units and in bytes."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from compress.forms import Form, pixels
+from utils.data.images import image_bits
+from utils.data.paths import DatasetPaths
+from utils.errors import UserError
+
+
+class Cost:
+    """What exemplars of one form cost and keep, for the trainer's memory.
+
+    form: None for real exemplars, which are kept as they are.
+    """
+
+    def __init__(self, form: Form | None, paths: DatasetPaths):
+        self.form = form
+        self.paths = paths
+
+    def settings(self) -> dict[str, Any]:
+        """The form's; none for real exemplars."""
+        return self.form.settings() if self.form else {}
+
+    def units(self, image: Path) -> float | None:
+        """Cost of a train image's exemplar in units of one real image, whether it has been made or not.
+
+        None for a form that has no such count.  Raises UserError for an image that can't be read.
+        """
+        if self.form is None:
+            return 1.0
+        try:
+            width, height, bits_per_pixel = image_bits(image)
+            raw_bits = self.form.raw_bits(height, width, self.paths.find_kept(image))
+        except OSError as error:
+            raise UserError(f"cannot read image {error}. Replace the file or take it away.") from error
+        return None if raw_bits is None else raw_bits / (width * height * bits_per_pixel)
+
+    def kept_bytes(self, image: Path) -> int | None:
+        """Bytes that are kept of a train image; None while they have not been made."""
+        path = image if self.form is None else self.paths.find_kept(image)
+        return path.stat().st_size if path else None
+
+    def expected_bytes(self, image: Path) -> int:
+        """The same, of what has not been made yet too: it is encoded in memory."""
+        there = self.kept_bytes(image)
+        if there is not None:
+            return there
+        try:
+            return len(self.form.encode(pixels(image)))
+        except OSError as error:
+            raise UserError(f"cannot read image {error}. Replace the file or take it away.") from error
+
+    def text_bytes(self, labels: Collection[str]) -> int:
+        """Bytes that are kept once for each of some classes: their texts in UTF-8."""
+        if self.form is None or not labels:
+            return 0
+        return sum(len(text.encode()) for text in self.paths.class_texts(labels).values())
