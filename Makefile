@@ -34,8 +34,11 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# PYCIL=DIR, a checkout of github.com/LAMDA-CL/PyCIL, adds the comparison with it.
 bench: env
-	@for benchmark in tests/bench/bench_*.py; do $(BIN)/python $$benchmark || exit 1; done
+	@for benchmark in $(filter-out %bench_pycil.py,$(wildcard tests/bench/bench_*.py)); do \
+		$(BIN)/python $$benchmark || exit 1; done
+	$(if $(PYCIL),$(BIN)/python tests/bench/bench_pycil.py $(PYCIL))
 
 # Trains the bundled model again from nothing (about an hour on 2 cores), into ControlNet/models/cldm_tiny.safetensors.
 tiny-model: env

@@ -93,27 +93,17 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--data-dir", help="folder of all datasets [$ESCORT_DATA_DIR, else ./data]")
     parser.add_argument("--dataset", required=True)
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--bytes", type=_positive, metavar="N", help="memory of all classes together")
-    budget.add_argument("--bytes-per-class", type=_positive, metavar="N")
+    budget.add_argument("--bytes", type=cli.at_least(1), metavar="N", help="memory of all classes together")
+    budget.add_argument("--bytes-per-class", type=cli.at_least(1), metavar="N")
     parser.add_argument("--forms", default=FORMS, help="names with commas between them [%(default)s]")
     parser.add_argument(
-        "--real", type=int, metavar="R", help="real exemplars beside a form's [1; with text all that fit]"
+        "--real", type=cli.at_least(0), metavar="R", help="real exemplars beside a form's [1; with text all that fit]"
     )
-    parser.add_argument("--copies", type=_positive, default=5, metavar="K", help="copies of an exemplar [5]")
+    parser.add_argument("--copies", type=cli.at_least(1), default=5, metavar="K", help="copies of an exemplar [5]")
     parser.add_argument("--settings", default="", help="options of compress/run.py about settings and model")
-    parser.add_argument("--sample", type=_positive, default=64, metavar="N", help="images to look at [64]")
+    parser.add_argument("--sample", type=cli.at_least(1), default=64, metavar="N", help="images to look at [64]")
     parser.add_argument("--time", action="store_true", help="also time a copy with the model, for the hours")
     return plan(parser.parse_args(argv))
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text.replace(",", "").replace("_", ""))
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return number
 
 
 if __name__ == "__main__":

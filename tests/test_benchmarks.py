@@ -4,11 +4,13 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from compress.generators.controlnet import PictureGenerator
 from compress.presets import HIGH
 from ControlNet.cldm.model import load_model
 from tests.bench import bench_controlnet as bench
+from tests.bench import bench_herding, bench_pycil
 
 DDIM = HIGH.changed(size=64, sampler="ddim", steps=20)
 
@@ -71,3 +73,42 @@ def test_pictures_that_differ_are_not_ranked(capsys):
     assert ["not ranked" in line for line in said] == [False, True]
     drawing = HIGH.changed(size=64, sampler="lcm", steps=4)
     assert bench.comparable(contenders, drawing, [None], 4, bench.SAME_PSNR["fp32"]) == {"a", "b", "c"}
+
+
+def test_herding_is_compared_on_the_same_picks(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_herding.py", "--images=40", "--features=8", "--picks=9", "--rounds=1"])
+    bench_herding.main()
+    assert "herding 9 of 40 images, 8 features: PyCIL " in capsys.readouterr().out
+    monkeypatch.setattr(bench_herding, "herding", lambda rows, m: list(range(m)))
+    with pytest.raises(SystemExit, match="the picks differ"):
+        bench_herding.main()
+
+
+def test_a_part_within_another_one_is_counted_for_itself(monkeypatch):
+    clock = iter([0.0, 1.0, 4.0, 9.0, 16.0, 20.0, 21.0])
+    monkeypatch.setattr(bench_pycil.Meter, "_now", staticmethod(lambda: (now := next(clock), 10 * now)))
+    meter = bench_pycil.Meter()
+    with meter.part("train"), meter.part("exemplars"):
+        pass
+    meter.phase += 1
+    meter.timed(lambda: None, "train")()
+    assert meter.seconds["train"] == [[3.0 + 7.0, 100.0], [1.0, 10.0]]
+    assert meter.seconds["exemplars"] == [[5.0, 50.0]]
+
+
+def test_a_folder_that_is_no_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["bench_pycil.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is no checkout of PyCIL"):
+        bench_pycil.main()
+
+
+def test_both_sides_get_the_same_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_pycil, "TRAIN", 3)
+    monkeypatch.setattr(bench_pycil, "TEST", 2)
+    bench_pycil.make_data(tmp_path, None)
+    arrays = np.load(tmp_path / "pictures.npz")
+    assert (arrays["train"].shape, arrays["test"].shape) == ((45, 32, 32, 3), (30, 32, 32, 3))
+    for row in (0, 4, 44):
+        label = int(arrays["train_targets"][row])
+        file = tmp_path / "data" / "MINI15" / "train" / f"class_{label:02d}" / f"{row - 3 * label:03d}.png"
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), arrays["train"][row])

@@ -3,7 +3,11 @@
 import json
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 import urllib.request
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -202,6 +206,19 @@ def test_no_network(curate, name):
     assert "--source" in said
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["CIFAR10", "Food101"])
+def test_torchvisions_datasets_in_a_process_of_their_own(tmp_path, name):
+    """Where nothing has imported torch before, and torchvision may have been built for another one."""
+    closed = {f"{protocol}_proxy": "http://127.0.0.1:9" for protocol in ("http", "https")}
+    done = subprocess.run(
+        [sys.executable, "-m", "utils.curate", name, "--data-dir", str(tmp_path)],
+        cwd=Path(__file__).parent.parent, env={**os.environ, **closed}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {name} is not in {tmp_path / 'downloads'} and can't be downloaded")
+
+
 # Folders of class folders
 
 WORDNET = ("n01440764", "n01491361", "n02102040")
@@ -304,6 +321,7 @@ def test_a_source_that_is_not_there(curate, tmp_path):
         (["folder"], ["--dataset NAME"]),
         (["folder", "--dataset", "X"], ["no class folders"]),
         (["folder", "--dataset", "X", "--test-share", "1.5"], ["--test-share", "1.5"]),
+        (["folder", "--dataset", "X", "--split-seed", "-1"], ["'-1' is not a whole number of at least 0"]),
         (["folder", "--dataset", "X", "--classes", "LIST"], ["2 of 2 classes", "not in", "cat, dog"]),
         (["folder", "--dataset", "X", "--classes", "none.txt"], ["none.txt", "no list of classes"]),
         (["folder", "--dataset", "X", "--texts", "BROKEN"], ["broken.json", "no list of classes"]),
@@ -327,10 +345,73 @@ def test_classes_that_lack_pictures(curate, tmp_path, imagenet):
     assert code == 2
     assert f"class '{WORDNET[2]}' has no pictures in {imagenet / 'val'}" in said
     save_noise(tmp_path / "source" / "alone" / "1.png", 0)
-    (imagenet / "train").rename(tmp_path / "elsewhere")
+    for folder in ("train", "val", "test"):
+        (imagenet / folder).rename(tmp_path / folder)
     code, _, said = curate("folder", "--dataset", "X")
     assert code == 2
     assert "too few to divide" in said
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        # Kaggle's ImageNet-100
+        (
+            ("train.X1/a", "train.X1/b", "train.X2/c", "val.X/a"),
+            "train.X1, train.X2, val.X hold class folders (such as train.X1/a)",
+        ),
+        (("train1/a", "train2/b", "val/a", "other"), "train1, train2, val hold class folders (such as train1/a)"),
+        (("birds/crow", "birds/owl", "fish/shark"), "birds, fish hold class folders (such as birds/crow)"),
+        (("train/birds/crow", "train/fish/shark"), "birds, fish hold class folders (such as birds/crow)"),
+    ],
+)
+def test_folders_one_level_too_high_are_no_classes(curate, tmp_path, folders, words):
+    for folder in folders:
+        for i in range(3):
+            save_noise(tmp_path / "source" / folder / f"{i}.png", i)
+    code, _, said = curate("folder", "--dataset", "X")
+    assert code == 2
+    assert words in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "data" / "X").exists()
+
+
+def test_a_folder_within_each_class_folder(curate, tmp_path):
+    """As Tiny ImageNet has it; groups of classes are taken as classes where a list names them."""
+    for folder in ("a/images", "b/images", "c/one", "c/two"):
+        for i in range(3):
+            save_noise(tmp_path / "source" / folder / f"{i}.png", i)
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    (tmp_path / "all.txt").write_text("a\nb\nc\n")
+    assert curate("folder", "--dataset", "All")[0] == 2
+    assert curate("folder", "--dataset", "All", "--classes", str(tmp_path / "all.txt"))[0] == 0
+    names = {file.name for file in (tmp_path / "data" / "All").glob("*/c/*.png")}
+    assert names == {f"{folder}_{i}.png" for folder in ("one", "two") for i in range(3)}
+    shutil.rmtree(tmp_path / "source" / "c")
+    assert curate("folder", "--dataset", "Two")[0] == 0
+    assert {file.name for file in (tmp_path / "data" / "Two").glob("*/a/*")} == {f"images_{i}.png" for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("twice.json", '{"a": "one", "b": "two", "a": "three"}', "a has two texts, 'one' and 'three'; keep one"),
+        ("index.json", '{"0": ["a", "one"], "1": ["a", "two"]}', "a has two texts, 'one' and 'two'; keep one"),
+        ("lines.txt", "a\tone\nb\na\ttwo\n", "a has two texts, 'one' and 'two'; keep one"),
+    ],
+)
+def test_a_class_that_a_list_names_twice(curate, tmp_path, name, content, words):
+    for label in "ab":
+        for i in range(2):
+            save_noise(tmp_path / "source" / label / f"{i}.png", i)
+    (tmp_path / name).write_text(content)
+    for option in ("--classes", "--texts"):
+        code, _, said = curate("folder", "--dataset", "X", option, str(tmp_path / name))
+        assert code == 2
+        assert words in said
+    (tmp_path / "again.txt").write_text("a\tone\na\tone\n")
+    assert curate("folder", "--dataset", "X", "--classes", str(tmp_path / "again.txt"))[0] == 0
+    assert texts(tmp_path, "X") == {"a": "one"}
 
 
 def test_a_flat_val_beside_train_is_said(curate, tmp_path):
@@ -370,3 +451,22 @@ def test_links_in_place_of_copies(curate, tmp_path):
     linked = [file for file in (tmp_path / "data" / "Linked").rglob("*.png") if file.is_symlink()]
     assert len(linked) == 8
     assert {file.resolve().parent.parent for file in linked} == {tmp_path / "source"}
+
+
+def test_links_to_a_source_that_has_moved_are_made_anew(curate, tmp_path):
+    for label in ("a", "b"):
+        for i in range(4):
+            save_noise(tmp_path / "source" / label / f"{i}.png", seed=i)
+    assert curate("folder", "--dataset", "Linked", "--link")[0] == 0
+    (tmp_path / "source").rename(tmp_path / "elsewhere")
+    moved = ("--source", str(tmp_path / "elsewhere"))
+    code, said, _ = curate("folder", "--dataset", "Linked", "--link", *moved)
+    assert code == 0
+    assert "8 of 8 images were written now" in said
+    assert sorted(files(tmp_path / "data" / "Linked").values()) == sorted(files(tmp_path / "elsewhere").values())
+
+    (tmp_path / "elsewhere").rename(tmp_path / "source")
+    code, said, _ = curate("folder", "--dataset", "Linked")  # copies now
+    assert code == 0
+    assert "8 of 8 images were written now" in said
+    assert not [file for file in (tmp_path / "data" / "Linked").rglob("*.png") if file.is_symlink()]

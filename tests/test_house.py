@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("ControlNet", "compress", "convs", "models", "utils", "exps")
 MAY_IMPORT = {
     "main": {"models", "compress", "utils"},
-    "exps": {"utils"},  # starts main.py and compress/run.py as commands
+    "exps": {"compress", "models", "utils"},  # it starts main.py and compress/run.py as commands
     "compress": {"ControlNet", "utils"},
     "models": {"convs", "utils"},
     "ControlNet": set(),
@@ -73,6 +73,50 @@ def test_no_circles_between_files():
         module = module_name(file)
         graph[module] = {other for other in imported if not (other in packages and module.startswith(other + "."))}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the files
+
+
+NEED_TORCHVISION = {"torchvision", "pytorch_lightning", "timm"}
+"""Libraries that import torchvision, whose import fails beside a torch of another build (`torchvision_compat`)."""
+
+
+def test_torchvision_is_imported_after_its_compat_module():
+    """The compat module comes first in each such file, or in the function that imports the library.
+
+    ControlNet/ldm/diffusion.py looks for Lightning only where controlnet_aliases has imported the compat module.
+    """
+    wrong = []
+    for file, tree in TREES.items():
+        scopes = [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))]
+        compat = {}  # scope -> first line from which the compat module is there
+        for scope in scopes:
+            lines = [line for name, line in library_imports(scope) if name == "torchvision_compat"]
+            compat[scope] = min(lines, default=float("inf"))
+        for scope in scopes:
+            first = (
+                compat[scope]
+                if scope is tree
+                else min(compat[scope], 0 if compat[tree] < float("inf") else float("inf"))
+            )
+            wrong += [
+                f"{file}:{line}: {name}"
+                for name, line in library_imports(scope)
+                if name in NEED_TORCHVISION and line < first
+            ]
+    assert [place for place in wrong if not place.startswith("ControlNet/ldm/diffusion.py")] == []
+
+
+def library_imports(scope: ast.AST) -> list[tuple[str, int]]:
+    """(library, line) of the imports in a module or function, without those in functions inside it."""
+    found, waiting = [], list(ast.iter_child_nodes(scope))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found += [(room_of(alias.name), node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.append((room_of(node.module), node.lineno))
+        elif not isinstance(node, ast.FunctionDef):
+            waiting += ast.iter_child_nodes(node)
+    return found
 
 
 def test_nothing_is_oversized():

@@ -131,6 +131,12 @@ def test_every_sweep_in_exps_can_be_read(file, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("option", ["--real=-1", "--real=x", "--copies=0", "--sample=0"])
+def test_numbers_that_plan_refuses(option, capsys):
+    assert plan.main(["--dataset", "Shapes", "--bytes", "30000", option]) == 2
+    assert "is not a whole number of at least" in capsys.readouterr().err
+
+
 def test_plan_by_the_arithmetic(folder, capsys):
     where = ["--data-dir", str(folder / "data"), "--dataset", "Shapes"]
     code = plan.main(

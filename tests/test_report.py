@@ -180,3 +180,5 @@ def test_a_gallery_shows_what_there_is(shapes, tmp_path, capsys):
         copy.unlink()
     assert draw(shapes, tmp_path / "g.png") == 2
     assert "no copies yet" in capsys.readouterr().err
+    assert draw(shapes, tmp_path / "g.png", "--copies", "-1") == 2
+    assert "'-1' is not a whole number of at least 0" in capsys.readouterr().err

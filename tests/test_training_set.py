@@ -19,9 +19,11 @@ from compress.forms import form_named
 from compress.presets import HIGH
 from tests.chance import CHI2_999, chi2
 from tests.folders import make_dataset, save_noise, save_picture
+from utils.data import batches as batches_module
+from utils.data import cache as cache_module
 from utils.data.augment_large import FullSize
 from utils.data.batches import ImageSet, TrainingSet, batch_loader
-from utils.data.cache import open_cache
+from utils.data.cache import PictureCache, open_cache
 from utils.data.classes import DataManager
 from utils.data.datasets import dataset_defaults
 from utils.data.items import Item, PathTable
@@ -223,6 +225,26 @@ def test_a_cache_changes_nothing(photos, tmp_path, kind, workers):
     batches = [next(iter(batch_loader(dataset, [range(14)], workers))) for dataset in tests]
     assert all(map(torch.equal, batches[0], batches[1]))
     assert all(map(torch.equal, batches[0], batches[2]))
+
+
+@pytest.mark.parametrize(("side", "reads"), [(32, 6), (300, 18)])
+def test_small_test_pictures_are_decoded_once(tmp_path, monkeypatch, side, reads):
+    """Large ones are decoded in each evaluation, and leave the cache to training."""
+    paths = make_dataset(tmp_path, ["a", "b"], test=3, size=(side, side))
+    data = DataManager(paths, shuffle=False, seed=0, init_cls=1, increment=1)
+    images = [image for target in range(2) for image in data.test_images(target)]
+    cache = PictureCache(8 << 20, data.train_transform.prepare)
+    plain = ImageSet(images, [0] * 6, data.test_transform).__getitems__(range(6))
+    counted = []
+    for module in (batches_module, cache_module):
+        read = module.read_prepared
+        monkeypatch.setattr(
+            module, "read_prepared", lambda path, how, read=read: counted.append(path) or read(path, how)
+        )
+    for _ in range(3):
+        batch = ImageSet(images, [0] * 6, data.test_transform, cache).__getitems__(range(6))
+        assert all(map(torch.equal, batch, plain))
+    assert len(counted) == reads
 
 
 def test_an_item_does_not_depend_on_the_other_items_read(photos):

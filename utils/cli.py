@@ -189,6 +189,21 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number of `least` or more; commas and underscores may group its digits."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text.replace(",", ""))
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return number
+
+
 def tolerate_odd_names() -> None:
     """Print a name that the terminal's encoding does not know escaped, instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):

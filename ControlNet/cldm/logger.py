@@ -1,6 +1,10 @@
 """Saves sample images during training."""
 
+import contextlib
 from pathlib import Path
+
+with contextlib.suppress(ModuleNotFoundError):  # absent where this folder was copied alone
+    import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
 
 import numpy as np
 import torch

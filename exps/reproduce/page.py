@@ -1,97 +1,72 @@
-"""Rows as text: docs/reproduced.md, and the table of --list."""
+"""Rows as text: the table of --list, and the recorded runs of docs/reproduced.md."""
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from exps.reproduce.rows import Row, Table, shown
 
 WIDTH = 80
-_INTRODUCTION = """\
-# Published numbers, and ours
-
-Average incremental and last top-1 accuracy in %. Published numbers are copied from the source named with each table,
-papers' tables from conversions of their PDF files to text: look at the paper before you cite one. Ours are those of
-runs of this code, with date, machine and commit below the table. An empty cell: not published there, or not run here.
-Hours are of one class order on one GPU, estimated by a dry run on it.
-
-```
-python -m exps.reproduce --list
-python -m exps.reproduce --run survey-inc10-icarl --dry-run          # the command, and its hours on your machine
-python -m exps.reproduce --run survey-inc10-icarl data_dir=~/data    # goes on where it stopped; writes this page anew
-```
-
-This page is written by `python -m exps.reproduce --write` from `exps/reproduce/*.json`.
-"""
+HEADING = "## Recorded runs\n"
+"""What follows it in docs/reproduced.md is written by `python -m exps.reproduce --record`."""
 
 
 def number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def page(tables: Sequence[Table], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """docs/reproduced.md."""
-    return "\n".join([_INTRODUCTION, *(line for table in tables for line in _section(table, results))])
+def with_records(page: str, tables: Sequence[Table], records: Mapping[str, Mapping[str, Any]]) -> str:
+    """docs/reproduced.md with its last section, the recorded runs, written anew.  page: its present text."""
+    recorded = [(table, row) for table in tables for row in table.rows if row.name in records]
+    waiting = sum(len(table.rows) for table in tables) - len(recorded)
+    total = waiting + len(recorded)
+    lines = [f"{waiting} of {total} published rows wait for somebody with a GPU: each takes hours or days of one."]
+    if recorded:
+        header = ["row", "method, dataset, protocol", "published: average", "last", "recorded: average", "last"]
+        lines += ["", "| " + " | ".join([*header, "config"]) + " |", "|" + "---|" * (len(header) + 1)]
+        lines += [_line(row, records[row.name]) for _, row in recorded]
+        lines += ["", *(_note(table, row, records[row.name]) for table, row in recorded)]
+    return page.partition(HEADING)[0] + HEADING + "\n" + "\n".join(lines) + "\n"
 
 
-def _section(table: Table, results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    yield f"## {table.title}\n"
-    yield f"[Source]({table.url}). {table.note}\n"
-    own = ["dataset, protocol"] if len(table.protocols) > 1 else []
-    header = ["row", "method", *own, "published: average", "last", "ours: average", "last", "hours", "config"]
-    yield "| " + " | ".join(header) + " |"
-    yield "|" + "---|" * len(header)
-    for row in table.rows:
-        ours, hours = results["runs"].get(row.name, {}), results["hours"].get(row.name, {})
-        where = [f"{row.dataset}, {row.protocol}"] if own else []
-        config = " ".join([f"`{shown(row.base)}`", *(f"`{override}`" for override in row.overrides)])
-        cells = [f"`{row.name}`", row.method, *where, number(row.average), number(row.last), _ours(ours, "average")]
-        cells += [_ours(ours, "last"), number(hours.get("hours")), config]
-        yield "| " + " | ".join(cells) + " |"
-    notes = list(_notes(table.rows, results))
-    if notes:
-        yield ""
-        yield from (f"- {note}" for note in notes)
-    yield ""
+def _line(row: Row, entry: Mapping[str, Any]) -> str:
+    config = " ".join([f"`{shown(row.base)}`", *(f"`{override}`" for override in row.overrides)])
+    cells = [f"`{row.name}`", f"{row.method}, {row.dataset}, {row.protocol}", number(row.average), number(row.last)]
+    return "| " + " | ".join([*cells, _recorded(entry, "average"), _recorded(entry, "last"), config]) + " |"
 
 
-def _ours(entry: Mapping[str, Any], key: str) -> str:
-    text = number(entry.get(key))
+def _recorded(entry: Mapping[str, Any], key: str) -> str:
+    text = number(entry[key])
     if (std := entry.get(f"{key}_std")) is not None:
         text += f" ± {std:.2f}"
     return f"{text} (NME {entry[f'nme_{key}']:.2f})" if f"nme_{key}" in entry else text
 
 
-def _notes(rows: Sequence[Row], results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    for row in rows:
-        if row.note:
-            yield f"`{row.name}`: {row.note}."
-        for kind in ("runs", "changed"):
-            if entry := results[kind].get(row.name):
-                keys = f" with {', '.join(entry['changed'])}" if kind == "changed" else ""
-                came = f": {number(entry['average'])}, {number(entry['last'])}" if keys else ""
-                seeds = ", ".join(map(str, entry["seeds"]))
-                made = f"{entry['date']}, {entry['machine']}, commit {entry['commit'] or 'unknown'}, seed {seeds}"
-                yield f"`{row.name}`, ours{keys}{came} ({made})."
-        if hours := results["hours"].get(row.name):
-            yield f"`{row.name}`, hours: {hours['date']}, {hours['machine']}."
+def _note(table: Table, row: Row, entry: Mapping[str, Any]) -> str:
+    seeds = ", ".join(map(str, entry["seeds"]))
+    made = f"recorded {entry['date']}, class orders {seeds}" + f"; {entry['note']}" * bool(entry["note"])
+    remark = f" {row.note}." if row.note else ""
+    return f"- `{row.name}`: {made}. Published in [{table.source}, {table.table}]({table.url}). {table.note}{remark}"
 
 
-def listing(tables: Sequence[Table], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The rows at 80 columns: published average and last accuracy, and ours."""
+def listing(tables: Sequence[Table], records: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rows at 80 columns: published average and last accuracy, and recorded ones where there are any."""
     lines = []
     for table in tables:
         lines += [*([""] if lines else []), *textwrap.wrap(table.title, WIDTH)]
         several = len(table.protocols) > 1
-        rows = [("row", "protocol" if several else "method", "published", "ours")]
+        rows = [("row", "protocol" if several else "method", "published", "recorded")]
         for row in table.rows:
-            ours = results["runs"].get(row.name, {})
+            entry = records.get(row.name)
             what = f"{row.dataset}, {row.protocol}" if several else row.method
-            rows.append((row.name, what, _pair(row.average, row.last), _pair(ours.get("average"), ours.get("last"))))
+            recorded = _pair(entry["average"], entry["last"]) if entry else ""
+            rows.append((row.name, what, _pair(row.average, row.last), recorded))
+        if not any(recorded for *_, recorded in rows[1:]):
+            rows = [(*cells, "") for *cells, _ in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines += [
-            f"  {name:<{widths[0]}}  {what:<{widths[1]}}  {published:>{widths[2]}}  {ours:>{widths[3]}}".rstrip()
-            for name, what, published, ours in rows
+            f"  {name:<{widths[0]}}  {what:<{widths[1]}}  {published:>{widths[2]}}  {recorded:>{widths[3]}}".rstrip()
+            for name, what, published, recorded in rows
         ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The rows of published tables, and what came of our runs of them."""
+"""The rows of published tables, and the recorded runs of them."""
 
 import difflib
 import json
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from exps.runs import ROOT
-from utils.config.read import read_json
+from models import catalogue
+from utils.config.read import load_config, read_json
+from utils.config.schema import Config, differences
 from utils.errors import UserError
 from utils.results import report
 
 FOLDER = Path(__file__).parent
-RESULTS = "results.json"
+RECORDED = "recorded.json"
 CLASSIFIERS = ("cnn", "nme", "student", "svm")
 
 
@@ -42,6 +44,11 @@ class Row:
         """main.py's arguments; more: the user's key=value."""
         return ["--config", str(self.base), *self.overrides, f"output_dir=outputs/reproduce/{self.name}", *more]
 
+    def load(self, more: Sequence[str] = ()) -> Config:
+        """The checked config of a run.  Raises UserError."""
+        _, base, *overrides = self.arguments(more)
+        return load_config(Path(base), overrides, methods=catalogue.methods(), backbones=catalogue.backbones())
+
 
 @dataclass(frozen=True)
 class Table:
@@ -66,7 +73,7 @@ class Table:
 
 def read_tables(folder: Path = FOLDER) -> list[Table]:
     """The tables of a folder, by file name.  Raises UserError for a file that is none, or a name that comes twice."""
-    tables = [_table(file) for file in sorted(folder.glob("*.json")) if file.name != RESULTS]
+    tables = [_table(file) for file in sorted(folder.glob("*.json")) if file.name != RECORDED]
     names: set[str] = set()
     for row in (row for table in tables for row in table.rows):
         if row.name in names:
@@ -124,41 +131,68 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
-# What came of it: results.json, {"runs": {row: figures}, "changed": {row: figures}, "hours": {row: estimate}}
+def rows_of(tables: Sequence[Table], config: Mapping[str, Any]) -> list[Row]:
+    """The rows that a run with this config reproduces.
 
-
-def read_results(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
-    """What our runs came to.  "runs": of rows as they are; "changed": with other keys; "hours": estimates on a GPU."""
-    file = folder / RESULTS
-    content = read_json(file) if file.exists() else {}
-    return {kind: dict(content.get(kind, {})) for kind in ("runs", "changed", "hours")}
-
-
-def keep(folder: Path, kind: str, name: str, entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Add an entry of a row to results.json.  Returns all of it."""
-    results = read_results(folder)  # again, as another run may have written meanwhile
-    results[kind] = dict(sorted({**results[kind], name: dict(entry)}.items()))
-    report.write_json(folder / RESULTS, results)
-    return results
-
-
-def figures(results: Mapping[str, Any], row: Row, seeds: Sequence[int]) -> dict[str, Any]:
-    """Our average and last accuracy of a row, means over class orders, from main.py's results.
-
-    Raises UserError where a class order is not finished, or the method has no such classifier.
+    config: of a results.json.  Its class orders may be others than the row's.  Raises UserError, with the row of the
+    same method that is nearest, where there is none.
     """
-    runs = [run for run in results["runs"] if run["seed"] in seeds and run["finished"]]
-    if len(runs) < len(seeds):
-        raise UserError(f"{row.name} is not finished: {len(runs)} of {len(seeds)} class orders. Run it again to go on.")
+    nearest: tuple[list[str], str] | None = None
+    same = []
+    for row in (row for table in tables for row in table.rows):
+        own = row.load()
+        if own.model_name != config.get("model_name"):
+            continue
+        folder = own.dataset if own.dataset.lower() == str(config.get("dataset")).lower() else config.get("dataset")
+        differing = differences(own, {**config, "seed": own.seed, "dataset": folder})
+        if not differing:
+            same.append(row)
+        if nearest is None or len(differing) < len(nearest[0]):
+            nearest = (differing, row.name)
+    if same:
+        return same
+    if nearest is None:
+        raise UserError(f"no row has model_name {config.get('model_name')}. python -m exps.reproduce --list shows all.")
+    differing, name = nearest
+    more = f"; {len(differing) - 4} more" if len(differing) > 4 else ""
+    raise UserError(
+        f"this run reproduces no row. The nearest is {name}, from which it differs in {'; '.join(differing[:4])}{more}."
+    )
+
+
+# Recorded runs: recorded.json, {row: numbers}
+
+
+def read_records(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
+    """The recorded numbers of each row that has any."""
+    file = folder / RECORDED
+    return read_json(file) if file.exists() else {}
+
+
+def keep(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    """Put a row's numbers into recorded.json."""
+    records = {**read_records(folder), name: dict(entry)}
+    report.write_json(folder / RECORDED, dict(sorted(records.items())))
+
+
+def figures(results: Mapping[str, Any], row: Row) -> dict[str, Any]:
+    """Average and last accuracy in percent of a row's classifier, and of nearest means, means over class orders.
+
+    Raises UserError where no class order is finished, or the method has no such classifier.
+    """
+    runs = [run for run in results["runs"] if run["finished"]]
     summary = report.summary(runs)
+    if summary is None:
+        raise UserError(f"{row.name} is not finished. The command that started it goes on where it stopped.")
     if not summary.get(row.classifier):
         raise UserError(f"{row.name}: {row.method} has no accuracy of {row.classifier!r}.")
-    entry: dict[str, Any] = {"seeds": list(seeds)}
+    entry: dict[str, Any] = {"seeds": [run["seed"] for run in runs]}
     for classifier in dict.fromkeys((row.classifier, "nme")):
-        if of := summary.get(classifier):
+        if numbers := summary.get(classifier):
             prefix = "" if classifier == row.classifier else f"{classifier}_"
-            entry[f"{prefix}average"] = round(of["average_incremental_accuracy"]["mean"], 2)
-            entry[f"{prefix}last"] = round(of["top1"]["mean"][-1], 2)
-            if len(seeds) > 1:
-                entry[f"{prefix}average_std"] = round(of["average_incremental_accuracy"]["std"], 2)
+            average, last = numbers["average_incremental_accuracy"], numbers["top1"]
+            entry[f"{prefix}average"], entry[f"{prefix}last"] = round(average["mean"], 2), round(last["mean"][-1], 2)
+            if len(runs) > 1:
+                entry[f"{prefix}average_std"] = round(average["std"], 2)
+                entry[f"{prefix}last_std"] = round(last["std"][-1], 2)
     return entry

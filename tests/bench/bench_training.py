@@ -1,14 +1,18 @@
-"""Images a second of loading and of training, against a loop as published trainers have it:
-python tests/bench/bench_training.py [DATA_DIR] [--device cuda --precision bf16-mixed --batch-size 128]
+"""Images per second of loading and of training, against PyCIL's loop:
+python tests/bench/bench_training.py [DATA_DIR] [--cpu] [--device cuda --precision bf16-mixed --batch-size 128]
 
 DATA_DIR holds CIFAR10 and Imagenette224 in the project's layout (without one: JPEGs of noise are made, in a temporary
 folder).  32 pixels train a resnet32, 224 pixels a resnet18.
 
-The published loop: Pillow opens a file and converts it, torchvision's transforms one picture at a time, a DataLoader
-with a process a worker, floats in NCHW, and for each step zero_grad, backward, step, and the loss and the right answers
-read back.  Ours is what main.py runs.  Both take turns, round by round, with 0, 1 and 2 workers, each as fast as with
-its best number; figures are medians over rounds, after one pass over the data that is not counted, as in a training of
-100 epochs and more.  Where the machine does other work too, set OMP_NUM_THREADS to the cores that are free.
+PyCIL's loop: CIFAR's pictures are arrays in memory, others files that Pillow opens and converts; torchvision's
+transforms one picture at a time, a DataLoader with a process per worker, floats in NCHW, and for each step zero_grad,
+backward, step, and the loss and the right answers read back.  224 pixels are loaded with PyCIL's transforms of
+ImageNet-100 (crop and flip), and with PESCR's, which add brightness and AutoAugment.  Ours is what main.py runs.
+
+Both take turns, round by round, with 0, 1 and 2 workers, each as fast as with its best number; figures are medians over
+rounds, after one pass over the data that is not counted, as in a training of 100 epochs and more.  --cpu counts CPU
+seconds, without workers, which other work on the machine changes less; where that takes cores, set OMP_NUM_THREADS to
+those that are free.
 """
 
 import argparse
@@ -55,36 +59,45 @@ WORKERS = (0, 1, 2)
 PARTS = {"CIFAR10": (32, "resnet32"), "Imagenette224": (224, "resnet18")}
 
 
-# The published loop
+# PyCIL's loop
 
 
-class Files(Dataset):
-    def __init__(self, items: Sequence[Item], transform: Callable):
+class Pictures(Dataset):
+    """Items as PyCIL's DummyDataset reads them: arrays in memory of 32-pixel pictures, else files."""
+
+    def __init__(self, items: Sequence[Item], transform: Callable, *, in_memory: bool):
         self.items, self.transform = items, transform
+        self.arrays = [np.asarray(_opened(item)) for item in items] if in_memory else None
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, index):
-        item = self.items[index]
-        with open(item.image, "rb") as file:
-            image = Image.open(file).convert("RGB")
-        return index, self.transform(image), item.target
+        image = _opened(self.items[index]) if self.arrays is None else Image.fromarray(self.arrays[index])
+        return index, self.transform(image), self.items[index].target
 
 
-def published_transform(side: int) -> Callable:
+def _opened(item: Item) -> Image.Image:
+    with open(item.image, "rb") as file:
+        return Image.open(file).convert("RGB")
+
+
+def published_transform(side: int, augmentation: str) -> Callable:
     jitter, flip = transforms.ColorJitter(brightness=63 / 255), transforms.RandomHorizontalFlip()
     if side == 32:
         first, last, statistics_ = [transforms.RandomCrop(32, padding=4), flip, jitter], [], CIFAR10_STATISTICS
     else:
-        first, last = [transforms.RandomResizedCrop(224), flip, jitter], [transforms.AutoAugment()]
+        pescr = augmentation == "pescr"
+        first, last = [transforms.RandomResizedCrop(224), flip], [jitter, transforms.AutoAugment()] if pescr else []
         statistics_ = IMAGENET_STATISTICS
     return transforms.Compose([*first, *last, transforms.ToTensor(), transforms.Normalize(*statistics_)])
 
 
-def published_loader(items: Sequence[Item], side: int, batch_size: int, workers: int) -> DataLoader:
-    dataset = Files(items, published_transform(side))
-    # Workers that stay are more than published loops have; without them a short pass would measure their start.
+def published_loader(
+    items: Sequence[Item], side: int, batch_size: int, workers: int, augmentation: str = "pescr"
+) -> DataLoader:
+    dataset = Pictures(items, published_transform(side, augmentation), in_memory=side == 32)
+    # Workers that stay are more than PyCIL has; without them a short pass would measure their start.
     return DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
 
@@ -112,9 +125,9 @@ def best(rounds: dict[int, list[float]]) -> tuple[float, int]:
     return max((statistics.median(rates), workers) for workers, rates in rounds.items())
 
 
-def rate(work: Callable[[], int]) -> float:
-    start = time.perf_counter()
-    return work() / (time.perf_counter() - start)
+def rate(work: Callable[[], int], clock: Callable[[], float]) -> float:
+    start = clock()
+    return work() / (clock() - start)
 
 
 def gone_through(loader: DataLoader, sampler: EpochBatchSampler | None = None, epoch: int = 0) -> int:
@@ -123,14 +136,15 @@ def gone_through(loader: DataLoader, sampler: EpochBatchSampler | None = None, e
     return sum(len(targets) for _, _, targets in loader)
 
 
-def compare(sides: dict[str, dict[int, Callable[[], int]]], rounds: int) -> dict[str, tuple[float, int]]:
+def compare(sides: dict[str, dict[int, Callable[[], int]]], options) -> dict[str, tuple[float, int]]:
     """Side -> (median images a second, workers), of work by side and workers; they take turns."""
+    clock = time.process_time if options.cpu else time.perf_counter
     rates = {side: {workers: [] for workers in by_workers} for side, by_workers in sides.items()}
-    for number in range(rounds + 1):
-        for workers in WORKERS:
+    for number in range(options.rounds + 1):
+        for workers in options.workers:
             for side, by_workers in sides.items():
                 if workers in by_workers:
-                    images_a_second = rate(by_workers[workers])
+                    images_a_second = rate(by_workers[workers], clock)
                     if number > 0:
                         rates[side][workers].append(images_a_second)
     return {side: best(by_workers) for side, by_workers in rates.items()}
@@ -138,13 +152,15 @@ def compare(sides: dict[str, dict[int, Callable[[], int]]], rounds: int) -> dict
 
 def print_row(what: str, found: dict[str, tuple[float, int]]) -> None:
     theirs, workers = found["published"]
-    words = [f"published loop {theirs:9,.1f} ({workers} workers)"]
+    words = [f"PyCIL's loop {theirs:9,.1f} ({workers} workers)"]
     for name, (ours, workers) in list(found.items())[1:]:
         words.append(f"{name} {ours:9,.1f} ({workers} workers), {ours / theirs:5.2f} x")
     print(f"{what:42}" + "   ".join(words), flush=True)
 
 
 def measure_loading(data: DataManager, items: Sequence[Item], side: int, options, cache: PictureCache) -> None:
+    augmentation = data.augmentation
+
     def ours(pixels: PictureCache | None, workers: int) -> Callable[[], int]:
         dataset = TrainingSet(items, data.paths, data.train_transform, 0.0, 0, "all", 1, 0, pixels)
         sampler = EpochBatchSampler(len(items), options.batch_size, 1, 0)
@@ -152,15 +168,16 @@ def measure_loading(data: DataManager, items: Sequence[Item], side: int, options
         return lambda: gone_through(loader, sampler, next(epochs))
 
     def theirs(workers: int) -> Callable[[], int]:
-        loader = published_loader(items, side, options.batch_size, workers)
+        loader = published_loader(items, side, options.batch_size, workers, augmentation)
         return lambda: gone_through(loader)
 
     sides = {
-        "published": {workers: theirs(workers) for workers in WORKERS},
-        "cached": {workers: ours(cache, workers) for workers in WORKERS},
-        "not cached": {workers: ours(None, workers) for workers in WORKERS},
+        "published": {workers: theirs(workers) for workers in options.workers},
+        "cached": {workers: ours(cache, workers) for workers in options.workers},
+        "not cached": {workers: ours(None, workers) for workers in options.workers},
     }
-    print_row(f"{side} pixels, loading", compare(sides, options.rounds))
+    transforms_ = "" if side == 32 else f", {augmentation}'s transforms"
+    print_row(f"{side} pixels, loading{transforms_}", compare(sides, options))
 
 
 def measure_training(data: DataManager, items: Sequence[Item], name: str, options, cache: PictureCache, folder) -> None:
@@ -195,8 +212,8 @@ def measure_training(data: DataManager, items: Sequence[Item], name: str, option
 
         return epoch
 
-    sides = {"published": {w: theirs(w) for w in WORKERS}, "main.py": {w: ours(w) for w in WORKERS}}
-    print_row(f"{side} pixels, training a {convnet}, {options.precision}", compare(sides, options.rounds))
+    sides = {"published": {w: theirs(w) for w in options.workers}, "main.py": {w: ours(w) for w in options.workers}}
+    print_row(f"{side} pixels, training a {convnet}, {options.precision}", compare(sides, options))
 
 
 # Data
@@ -224,10 +241,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, nargs=2, default=(256, 32), help="a pass, at 32 and 224 pixels [256 32]")
     parser.add_argument("--only", choices=("loading", "training"))
+    parser.add_argument("--cpu", action="store_true", help="count CPU seconds, without workers")
     options = parser.parse_args()
+    options.workers = (0,) if options.cpu else WORKERS
+    seconds = "CPU second" if options.cpu else "second"
     print(
-        f"images a second on {options.device}, {torch.get_num_threads()} threads, batches of {options.batch_size}, "
-        f"medians of {options.rounds} rounds; {options.data_dir or 'noise'}"
+        f"images per {seconds} on {options.device}, {torch.get_num_threads()} threads, batches of "
+        f"{options.batch_size}, medians of {options.rounds} rounds; {options.data_dir or 'noise'}"
     )
     with tempfile.TemporaryDirectory() as temporary:
         if options.data_dir is None:
@@ -243,6 +263,9 @@ def main() -> None:
             cache = PictureCache(1 << 30, data.train_transform.prepare)
             if options.only != "training":
                 measure_loading(data, items, side, options, cache)
+                if side == 224:
+                    pycil = DataManager(paths, shuffle=False, seed=0, init_cls=10, increment=10, augmentation="pycil")
+                    measure_loading(pycil, items, side, options, cache)
             if options.only != "loading":
                 measure_training(data, items, name, options, cache, Path(temporary))
 

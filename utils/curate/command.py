@@ -105,8 +105,9 @@ def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture], *, link: bo
     there = {}
     for mode in ("train", "test"):
         for label in class_folders(paths.folder(mode)):
-            names = {file.name for file in paths.images(label, mode)}
-            there[mode, label] = names
+            files = paths.images(label, mode)
+            names = {file.name for file in files}
+            there[mode, label] = {file.name for file in files if file.exists()}  # not a link to what has moved
             if strangers := sorted(names - wanted.get((mode, label), set())):
                 raise UserError(
                     f"{paths.folder(mode) / label} holds {strangers[0]} (and {len(strangers) - 1} more files), from "
@@ -119,6 +120,7 @@ def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture], *, link: bo
             file = paths.folder(picture.mode) / picture.label / picture.name
             if link and isinstance(picture.content, Path):
                 file.parent.mkdir(parents=True, exist_ok=True)
+                file.unlink(missing_ok=True)  # a broken link
                 file.symlink_to(picture.content.absolute())
             else:
                 write_atomically(file, functools.partial(_fill, picture.content))
@@ -174,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--test-share", type=float, default=Split().share, metavar="X", help=(
         "share of each class's test pictures, where there is no official split (default: %(default)s)"
     ))  # fmt: skip
-    parser.add_argument("--split-seed", type=int, default=Split().seed, metavar="N", help=(
+    parser.add_argument("--split-seed", type=cli.at_least(0), default=Split().seed, metavar="N", help=(
         "seed of that split (default: %(default)s)"
     ))  # fmt: skip
     parser.add_argument("--link", action="store_true", help=(

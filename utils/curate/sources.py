@@ -22,6 +22,7 @@ from utils.errors import UserError
 CALTECH_CLUTTER = "257.clutter"
 """Caltech-256's folder of pictures that are in none of its 256 classes; left out unless a class list names it."""
 TEST_FOLDERS = ("test", "val", "valid", "validation")
+MODE_FOLDERS = ("train", *TEST_FOLDERS)
 
 
 class Picture(NamedTuple):
@@ -73,6 +74,7 @@ def divide(files: Mapping[str, Mapping[str, Path]], split: Split) -> list[Pictur
 
 def _torchvision(name: str, root: Path, **arguments):
     """A dataset of torchvision from `root`, downloaded if it is not there.  Raises UserError where that fails."""
+    import torchvision_compat  # noqa: F401, I001  (before torchvision)
     from torchvision import datasets
 
     there = set(root.rglob("*")) if root.is_dir() else None
@@ -153,6 +155,8 @@ def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None
     taken = choose(labels, class_folders(train), train)
     if not taken:
         raise UserError(f"{train} has no class folders; pictures belong in {train}/<class-label>/.")
+    if not labels:
+        _check_level(train, taken)
     for name in TEST_FOLDERS if has_train else ():
         if set(taken) & set(class_folders(folder / name)):
             modes = {"train": train, "test": folder / name}
@@ -173,6 +177,34 @@ def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None
                 raise UserError(f"class {label!r} has no pictures in {place}. Add some, or leave it out (--classes).")
             pictures += [Picture(mode, label, name, file) for name, file in files.items()]
     return pictures
+
+
+def _check_level(folder: Path, labels: Sequence[str]) -> None:
+    """Raise UserError where sub-folders are not classes but parts of a split, or groups of classes.
+
+    Such are Kaggle's ImageNet-100 (train.X1, ..., train.X4, val.X) and a folder of datasets: they hold folders with
+    pictures, and no picture themselves.  One folder of pictures in each class, as Tiny ImageNet has it, is accepted.
+    """
+    inner = {label: names for label in labels if (names := _only_folders(folder / label))}
+    parts = [label for label in inner if re.fullmatch(rf"({'|'.join(MODE_FOLDERS)})(\d+|[._-].*)?", label)]
+    if parts:
+        advice = f"Move the class folders of train into {folder / 'train'}, those of val or test into {folder / 'val'}."
+    elif len(inner) == len(labels) and len({name for names in inner.values() for name in names}) > 1:
+        advice = (
+            "Name one of them with --source, or move the class folders one level up; --classes takes them as they are."
+        )
+    else:
+        return
+    groups = parts or list(inner)
+    shown = ", ".join(groups[:3]) + (", ..." if len(groups) > 3 else "")
+    raise UserError(f"{folder}: {shown} hold class folders (such as {groups[0]}/{inner[groups[0]][0]}). {advice}")
+
+
+def _only_folders(folder: Path) -> list[str]:
+    """The sub-folders that hold pictures, of a folder that holds no picture itself; else []."""
+    if any(is_image(path) for path in folder.iterdir()):
+        return []
+    return [name for name in class_folders(folder) if any(is_image(path) for path in (folder / name).rglob("*"))]
 
 
 def choose(labels: Iterable[str] | None, found: Sequence[str], place: Path | str) -> list[str]:
@@ -222,11 +254,16 @@ def read_class_list(file: Path) -> dict[str, str | None]:
         if file.suffix.lower() != ".json":
             lines = without_comments(content.splitlines())
             parts = [re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1) for line in lines]
-            entries = {label: text[0] if text else None for label, *text in parts}
+            pairs = [(label, text[0] if text else None) for label, *text in parts]
         else:
-            listed = json.loads(content)
-            pairs = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
-            entries = dict(value if isinstance(value, list) else (key, value) for key, value in pairs)
+            # a dict would keep the last of a key's values
+            listed = json.loads(content, object_pairs_hook=lambda pairs: pairs)
+            pairs = [item if isinstance(item, tuple) else (item, None) for item in listed]
+            pairs = [tuple(value) if isinstance(value, list) else (key, value) for key, value in pairs]
+        entries: dict[str, str | None] = {}
+        for label, text in pairs:
+            if entries.setdefault(label, text) != text:
+                raise ValueError(f"{label} has two texts, {entries[label]!r} and {text!r}; keep one")
         if not entries or not all(isinstance(t, str | None) and isinstance(label, str) for label, t in entries.items()):
             raise ValueError("it has no labels, or values that are not texts")
     except (OSError, ValueError, TypeError) as error:

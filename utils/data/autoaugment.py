@@ -5,6 +5,9 @@ shears and translations uncover is filled with grey (128) instead of black, shea
 Solarize's thresholds count down from 256, not from 255.
 """
 
+import torchvision_compat  # noqa: F401  (before torchvision)
+
+# isort: split
 from collections.abc import Callable, Sequence
 
 from PIL import Image, ImageEnhance, ImageOps

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.cli import NOTICES
-from utils.data.augment import TestTransform, TrainTransform, random_bits, uniform
+from utils.data.augment import SmallTest, TestTransform, TrainTransform, random_bits, uniform
 from utils.data.cache import PictureCache
 from utils.data.images import read_prepared
 from utils.data.items import NEW, REAL, Item, PathTable
@@ -140,7 +140,8 @@ class TrainingSet(Batched):
 class ImageSet(Batched):
     """Images under the test transform, for evaluation and features.  Keys are indices.
 
-    pixels: cache of pictures that training has decoded.  Nothing is added to it: these images are read once a phase.
+    pixels: cache of decoded pictures.  Small ones are added to it, as decoding takes most of their batches' time; large
+    ones are not: they are read once per phase, and the cache is for training pictures.
     Raises UserError, naming the file, for a picture that can't be read.
     """
 
@@ -168,6 +169,8 @@ class ImageSet(Batched):
 
     def _picture(self, path: str) -> np.ndarray:
         prepare = self.transform.prepare
+        if self.pixels is not None and isinstance(self.transform, SmallTest):
+            return self.pixels.read(path)[0]
         picture = None if self.pixels is None else self.pixels.find(path)
         return read_prepared(path, prepare) if picture is None else picture
 

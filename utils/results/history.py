@@ -167,6 +167,7 @@ def check_loggers(loggers: Sequence[str]) -> None:
 
 def _wandb_logger(folder: Path):
     """Lightning's, for a run whose identity is its folder's, so that a run that goes on adds to its curves."""
+    import torchvision_compat  # noqa: F401, I001  (before Lightning)
     from pytorch_lightning.loggers import WandbLogger
 
     identity = hashlib.sha256(str(folder.absolute()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
