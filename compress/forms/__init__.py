@@ -95,7 +95,7 @@ class Form(abc.ABC):
     deterministic: whether all copies of an image are equal; needs_weights: whether encoding takes a model (`using`);
     encoded_by_generator: whether that is the generator's own, so that images are encoded in batches (`encode_batch`);
     fixed_bytes: the length of every kept file, None where it depends on the image; never None where the form is
-    `encoded_by_generator`, and then any bytes of that length stand for some picture.
+    `encoded_by_generator`, and then as many zeros stand for some picture (`stand_in`).
     """
 
     preset: Preset
