@@ -1,9 +1,8 @@
 """Codes of noise: a picture as the noise of each step of ancestral sampling, chosen from seeded codebooks.
 
-Ohayon et al. 2025, "Compressed Image Generation with Denoising Diffusion Codebook Models" (DDCM): the noise of each step
-is the one of 2^bits Gaussian codewords that is most aligned with what the predicted clean latents still lack.  Vaisman
-et al. 2025, "Turbo-DDCM": it is the normalised sum of several signed codewords.  Who knows their numbers repeats the
-walk.
+Ohayon et al. 2025, "Compressed Image Generation with Denoising Diffusion Codebook Models" (DDCM): a step's noise is the
+one of 2^bits Gaussian codewords that is most aligned with what the predicted clean latents still lack.  Vaisman et al.
+2025, "Turbo-DDCM": it is the normalised sum of several signed codewords.  Who knows their numbers repeats the walk.
 
 Beyond the papers:
 - The steps lie where they change the picture (`AncestralSampler`).
