@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from compress.forms import Form, pixels
+from compress.forms import Form
 from utils.data.images import image_bits
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
@@ -44,12 +44,12 @@ class Cost:
         return path.stat().st_size if path else None
 
     def expected_bytes(self, image: Path) -> int:
-        """The same, of what has not been made yet too: it is encoded in memory."""
+        """The same, of what has not been made yet too: it is encoded in memory, unless its length is fixed."""
         there = self.kept_bytes(image)
         if there is not None:
             return there
         try:
-            return len(self.form.encode(pixels(image)))
+            return len(self.form.stand_in(image))
         except OSError as error:
             raise UserError(f"cannot read image {error}. Replace the file or take it away.") from error
 

@@ -3,7 +3,7 @@
 import io
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,18 +38,23 @@ def estimate(regenerator: Regenerator, plan: Plan) -> Estimate:
     kept_bytes, copy_bytes, requests = [], [], []
     for task in tasks:
         try:
-            kept, image = regenerator.kept(task), np.asarray(read_image(task.image))
+            if task.kept is None:
+                kept = form.stand_in(task.image, regenerator.text(task.image))
+            else:
+                kept = regenerator.kept(task)
+            image = np.asarray(read_image(task.image))
             file, greyscale = io.BytesIO(), image_bits(task.image)[2] != 24
-            requests += regenerator.requests(task, kept)
+            requests += regenerator.requests(replace(task, copy_numbers=task.copy_numbers or (0,)), kept)
         except OSError:
             continue  # the run itself will list it
         form.save_copy(image, file, greyscale)
         kept_bytes.append(len(kept))
         copy_bytes.append(file.tell())
+    walks = plan.copies_missing + plan.kept_missing * form.encoded_by_generator  # encoding takes as long as a copy
     return Estimate(
         plan.kept_missing * _mean(kept_bytes) if plan.kept_missing else 0.0,
         plan.copies_missing * _mean(copy_bytes) if plan.copies_missing else 0.0,
-        plan.copies_missing * seconds_per_copy(form, regenerator.generator, requests) if regenerator.generator else 0.0,
+        walks * seconds_per_copy(form, regenerator.generator, requests) if regenerator.generator else 0.0,
     )
 
 

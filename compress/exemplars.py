@@ -23,8 +23,8 @@ def exemplar_form(config: Config, data):
         form = parse_settings(options, resolution, config.syn_form)[0]
         if form.needs_weights:
             if config.regenerate == "ahead" and not options:
-                options = made_with(config, form, replace(data.paths, files=form.files))
-                form = parse_settings(options, resolution, config.syn_form)[0]
+                options = recorded_options(replace(data.paths, files=form.files).folder("copies"))
+                form = parse_settings(shlex.join(options), resolution, config.syn_form)[0]
             form.settings()  # whether the weights are there
     except UserError as error:
         raise UserError(f"regenerate_options: {error}") from error

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from compress.cost import Cost
-from compress.forms import Form, pixels
+from compress.forms import Form
 from compress.job import Machine
 from compress.options import at_least_one, fitting_preset, parse_settings
 from utils import cli
@@ -49,7 +49,7 @@ def measured(paths: DatasetPaths, images: Sequence[Path], form: Form | None) -> 
     sizes, units, copies = [], [], []
     texts = paths.class_texts()
     for image in images:
-        sizes.append(len(form.encode(pixels(image), texts[image.parent.name])))
+        sizes.append(len(form.stand_in(image, texts[image.parent.name])))
         width, height, bits = image_bits(image)
         raw_bits = form.raw_bits(height, width)
         units.append(None if raw_bits is None else raw_bits / (width * height * bits))
@@ -74,7 +74,7 @@ def seconds_of_copy(paths: DatasetPaths, images: Sequence[Path], form: Form, mac
     precision = choose_precision(machine.precision, fabric.device, machine.engine)
     generator = make_generator(form, machine, fabric.device, precision)
     text = next(iter(paths.class_texts().values()))
-    requests = [form.requests(image, form.encode(pixels(image), text), text, [0])[0] for image in images]
+    requests = [form.requests(image, form.stand_in(image, text), text, [0])[0] for image in images]
 
     return seconds_per_copy(form, generator, requests)
 

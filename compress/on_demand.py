@@ -66,7 +66,7 @@ class OnDemand(Copies):
         paths = replace(job.data.paths, data_dir=root.parent)
         todo = fabric.broadcast(by_first(fabric, lambda: self._plan(paths, images, with_copies)))
         generator = None
-        if todo.copies_missing:
+        if todo.needs_generator:
             generator = build.make_generator(job.form, job.machine, fabric.device, self.precision)
         with progress(todo.copies_missing, "copies", quiet=not fabric.is_global_zero) as bar:
             result = run_shared(fabric, Regenerator(paths, job.form, generator), todo, bar.update)

@@ -67,6 +67,12 @@ class Plan:
         return sum(len(task.copy_numbers) for task in self.tasks)
 
     @property
+    def needs_generator(self) -> bool:
+        """Whether what is missing takes the form's generator."""
+        encodes = self.kept_missing > 0 and self.records.form.encoded_by_generator
+        return encodes or self.copies_missing > 0
+
+    @property
     def copies_present(self) -> int:
         return len(self.tasks) * self.copies_per_image - self.copies_missing
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from utils.errors import UserError
 
-SAMPLERS = ("ddim", "ddim-trailing", "dpm++2m", "dpm++2m-karras", "unipc", "unipc-karras", "lcm", "tcd")
+SAMPLERS = ("ddim", "ddim-trailing", "ancestral", "dpm++2m", "dpm++2m-karras", "unipc", "unipc-karras", "lcm", "tcd")
 """What `Sampling.sampler` may be.  The names are those of ControlNet.cldm.samplers, which imports torch."""
 
 ETAS = {"ddim": 0.0, "ddim-trailing": 0.0, "tcd": 0.3}

@@ -11,6 +11,7 @@ copy: `settings.json`, then `settings-2.json`, ... whenever the settings change.
 A settings file is written once, under a free number, and never changed, so processes that share the work can't
 overwrite each other's.  The newest one counts for each class.  Kept files carry no mark, as their bytes count as
 memory; their settings are in `edge_maps/settings.json`, and a file is checked by its size or against its image.
+Where the generator encodes them too, these include the model, the precision and the class's text.
 
 Precision is a setting: bf16 in place of fp32 changes almost half of a copy's pixels.  Device and batch size are none:
 in fp32 they change a few pixels in ten thousand by one or two levels of 255, in bf16 some by a level or more.
@@ -212,8 +213,11 @@ class Records:
         self.form = form
         self.precision = precision
         texts = paths.class_texts()
-        self.kept = Record(paths.folder("kept"), form.settings(), dict.fromkeys(texts))
         made_by = {"model": model, "precision": precision} if form.needs_model else {}
+        if form.encoded_by_generator:
+            self.kept = Record(paths.folder("kept"), {**form.settings(), **made_by}, texts)
+        else:
+            self.kept = Record(paths.folder("kept"), form.settings(), dict.fromkeys(texts))
         options = [*options, *(["--precision", precision.partition("-")[0]] if precision and options else [])]
         self.copies = Record(paths.folder("copies"), {**form.copy_settings(), **made_by}, texts, options)
 

@@ -2,12 +2,13 @@
 
 A run is a chain of four stages, each of which knows only its neighbours: tasks into requests (reads images, writes kept
 files), requests into batches, batches into pictures (a generator), pictures into files.  The first and the last work in
-threads while the model samples.
+threads while the model samples.  Where a form is encoded by the generator, that comes between the first two, a batch at
+a time.
 """
 
 import errno
 import functools
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,11 +39,15 @@ Progress = Callable[[int], object]
 
 @dataclass
 class _Read:
-    """The outcome of a task's first stage: the copies to make, and its part of the result."""
+    """The outcome of a task's first stage: the copies to make, and its part of the result.
 
-    image: Path
+    to_encode: the picture of a task whose kept file the generator is to make (`Form.prepared`), None of all others.
+    """
+
+    task: Task
     requests: list[Request]
     result: Result
+    to_encode: np.ndarray | None = None
 
 
 class _Tally:
@@ -65,10 +70,10 @@ class _Tally:
             if each.result.copies_failed:
                 self.progress(each.result.copies_failed)
             if each.requests:
-                self.left[each.image] = len(each.requests)
+                self.left[each.task.image] = len(each.requests)
                 yield from each.requests
             else:
-                self.finished(each.image)
+                self.finished(each.task.image)
 
     def collect(self, most: int) -> None:
         """Wait until at most this many batches are still being written."""
@@ -86,7 +91,7 @@ class _Tally:
 class Regenerator:
     """Makes the kept files and copies of a dataset's train images.
 
-    generator: of the form's copies (`make_generator`); None where no copy is missing.
+    generator: of the form's copies (`make_generator`); None where nothing that is missing takes it.
     """
 
     def __init__(self, paths: DatasetPaths, form: Form, generator: Generator | None):
@@ -118,7 +123,7 @@ class Regenerator:
         tally = _Tally(Result(kept_skipped=plan.kept_present, copies_skipped=plan.copies_present), progress, finished)
         ahead = map_ahead(readers, self._read, plan.tasks if tasks is None else tasks, THREADS + self._batch_size)
         try:
-            for batch in batches(tally.requests(ahead), self._batch_size):
+            for batch in batches(tally.requests(self._encoded(ahead)), self._batch_size):
                 pictures = self.generator(batch) if batch else []
                 tally.collect(most=1 if batch else 0)
                 tally.being_written.append(
@@ -151,25 +156,29 @@ class Regenerator:
         try:
             return self._read_whole(task)
         except OSError as error:
-            failed = Result(
-                kept_failed=int(task.kept is None),
-                copies_failed=len(task.copy_numbers),
-                failures=[Failure(task.image, reason(error, task.image))],
-            )
-            return _Read(task.image, [], failed)
+            return _failed(task, error)
 
     def _read_whole(self, task: Task) -> _Read:
+        if task.is_done:
+            return self._finished(task, [])
+        width, height, _ = image_bits(task.image)
+        with self._pixels.hold(width * height):
+            if task.kept is None and self.form.encoded_by_generator:
+                return _Read(task, [], Result(), self.form.prepared(pixels(task.image)))
+            return self._kept_and_requests(task, self.kept(task))
+
+    def _kept_and_requests(self, task: Task, kept: bytes) -> _Read:
+        """Save what is kept of a task's image, if it is new, and list the copies to make from it."""
+        if task.kept is None:
+            self._save_kept(task, kept)
+        return self._finished(task, self.requests(task, kept) if task.copy_numbers else [])
+
+    def _finished(self, task: Task, requests: list[Request]) -> _Read:
+        """With the task's part of the result, once its kept file is on disk."""
         width, height, bits_per_pixel = image_bits(task.image)
-        path, requests = task.kept or self.paths.kept(task.image), []
-        if not task.is_done:
-            with self._pixels.hold(width * height):
-                kept = self.kept(task)
-                if task.kept is None:
-                    self._save_kept(task, kept)
-                if task.copy_numbers:
-                    requests = self.requests(task, kept)
+        path = task.kept or self.paths.kept(task.image)
         return _Read(
-            task.image,
+            task,
             requests,
             Result(
                 kept_made=int(task.kept is None),
@@ -179,6 +188,36 @@ class Regenerator:
                 raw_bits=self.form.raw_bits(height, width, path) or 0,
             ),
         )
+
+    def _encoded(self, read: Iterable[_Read | None]) -> Iterator[_Read | None]:
+        """Encode what the generator is to encode, in batches of pictures of one shape; pass on the rest.
+
+        Where tasks pause (None), and at the end, incomplete batches are encoded too.
+        """
+        waiting: dict[tuple[int, ...], list[_Read]] = defaultdict(list)
+        for each in read:
+            if each is None:
+                for batch in waiting.values():
+                    yield from self._encode(batch)
+                waiting.clear()
+            if each is None or each.to_encode is None:
+                yield each
+                continue
+            batch = waiting[each.to_encode.shape]
+            batch.append(each)
+            if len(batch) == self._batch_size:
+                yield from self._encode(waiting.pop(each.to_encode.shape))
+        for batch in waiting.values():
+            yield from self._encode(batch)
+
+    def _encode(self, batch: list[_Read]) -> Iterator[_Read]:
+        texts = [self.text(each.task.image) for each in batch]
+        codes = self.form.encode_batch([each.to_encode for each in batch], texts, self.generator)
+        for each, code in zip(batch, codes, strict=True):
+            try:
+                yield self._kept_and_requests(each.task, code)
+            except OSError as error:
+                yield _failed(each.task, error)
 
     def _save_kept(self, task: Task, kept: bytes) -> None:
         """Write a kept file in place of an older one.
@@ -220,6 +259,15 @@ class Regenerator:
             return Result(copies_made=1)
         except OSError as error:
             return Result(copies_failed=1, failures=[Failure(request.image, reason(error, copy))])
+
+
+def _failed(task: Task, error: OSError) -> _Read:
+    failed = Result(
+        kept_failed=int(task.kept is None),
+        copies_failed=len(task.copy_numbers),
+        failures=[Failure(task.image, reason(error, task.image))],
+    )
+    return _Read(task, [], failed)
 
 
 def _write(path: Path, write: Callable) -> None:

@@ -78,8 +78,8 @@ def dry_run(job: Job, todo: Plan, fabric: Fabric) -> int:
 
 
 def make_generator_for(job: Job, todo: Plan, fabric: Fabric):
-    """The generator of a plan's copies, announced by the first process; None where no copy is missing."""
-    if not todo.copies_missing:
+    """The generator that a plan takes, announced by the first process; None where it takes none."""
+    if not todo.needs_generator:
         return None
     precision, engine = todo.records.precision, job.machine.engine
     generator = make_generator(job.form, job.machine, fabric.device, precision)
@@ -92,7 +92,7 @@ def make_generator_for(job: Job, todo: Plan, fabric: Fabric):
 
 
 def find_work(fabric: Fabric, job: Job, images: list[Path], action: Action) -> Plan:
-    """The plan for these images.  The model's weights, and what "auto" precision means, matter only to new copies.
+    """The plan for these images.  The model's weights, and what "auto" precision means, matter only to new files.
 
     Raises UserError where files on disk were made with other settings, and the options don't say what to do with them.
     """
@@ -116,7 +116,7 @@ def find_work(fabric: Fabric, job: Job, images: list[Path], action: Action) -> P
     try:
         todo = planned_to_make() if again else planned(None, named(machine))
         findings = verified(fabric, todo.records, images, numbers) if action.repair else Findings()
-        if findings.repairs(todo).copies_missing and not again:
+        if findings.repairs(todo).needs_generator and not again:
             todo = planned_to_make()
     except MadeOtherwise as error:
         raise UserError(f"{error}.\n{MIXING}") from error

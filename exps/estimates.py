@@ -110,7 +110,7 @@ def tell(sweep: Any, measures: Mapping[str, Any], points: Sequence[Any], todo: S
         print(f"| {label} | {of_form['bytes']:,.0f} | " + " | ".join(cells) + " |")
         if keys["syn_form"] == "real":
             continue
-        ahead = sweep.copies == "ahead" or of_form["deterministic"]
+        ahead = sweep.copies == "ahead" or (of_form["deterministic"] and not of_form["needs_model"])
         # on demand, class orders choose different exemplars, so that each may bring copies of its own
         chosen = min(most, max(synthetic for _, synthetic in counts) * len(sweep.seeds) * len(sweep.methods))
         images = measures["train_images"] if ahead else chosen * classes

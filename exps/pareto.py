@@ -146,6 +146,11 @@ def _form(file: Path, form: str | dict, real: int | None) -> tuple[str, dict[str
     return label, {"syn_form": name, "real_per_class": real, "syn_per_class": "fill", **given}
 
 
+def made_ahead(sweep: Sweep, of_form: Mapping[str, Any]) -> bool:
+    """Whether a form's copies are made of all train images: as the sweep says, or where decoding takes no model."""
+    return sweep.copies == "ahead" or (of_form["deterministic"] and not of_form["needs_model"])
+
+
 def points(sweep: Sweep, measures: Mapping[str, Any]) -> list[Point]:
     """All runs.  measures: `exps.runs.measured`; forms that failed there have none."""
     found = []
@@ -154,7 +159,7 @@ def points(sweep: Sweep, measures: Mapping[str, Any]) -> list[Point]:
             form = keys["syn_form"]
             if "error" in measures["forms"][form]:
                 continue
-            ahead = form == REAL or sweep.copies == "ahead" or measures["forms"][form]["deterministic"]
+            ahead = form == REAL or made_ahead(sweep, measures["forms"][form])
             how = {} if ahead else {"regenerate": "on_demand", "regenerate_options": sweep.settings}
             of_form = {key: value for key, value in keys.items() if (key, value) != ("syn_form", REAL)}
             for budget in sweep.budgets:
@@ -205,11 +210,7 @@ def encode(sweep: Sweep, measures: Mapping[str, Any], jobs: int) -> dict[str, st
         return "; ".join([last_words(done), *said[-3:]] if done.returncode == 2 else said[-3:])
 
     measured_forms = {form: measures["forms"][form] for form in sweep.kept}
-    forms = [
-        form
-        for form, of in measured_forms.items()
-        if "error" not in of and (of["deterministic"] or sweep.copies == "ahead")
-    ]
+    forms = [form for form, of in measured_forms.items() if "error" not in of and made_ahead(sweep, of)]
     failed = dict(zip(forms, for_each(forms, of_form, jobs), strict=True))
     return {form: words for form, words in failed.items() if words is not None}
 

@@ -101,10 +101,22 @@ def test_unequal_budgets_and_mistakes_are_refused(folder, capsys, changes, words
     assert not (folder / "refused").exists()
 
 
+def measured(form):
+    return {"deterministic": form != "text", "needs_model": form not in ("real", "webp:10")}
+
+
+def test_copies_that_a_model_decodes_are_made_on_demand_even_where_all_are_equal(folder):
+    sweep = pareto.read(sweep_file(folder, forms=["real", "webp:10", "codebook:6@20"], budgets=[300]), folder / "o")
+    measures = {"forms": {form: measured(form) for form in ("real", "webp:10", "codebook:6@20")}}
+    assert measures["forms"]["codebook:6@20"] == {"deterministic": True, "needs_model": True}
+    how = {point.form: point.keys.get("regenerate") for point in pareto.points(sweep, measures)}
+    assert how == {"real": None, "webp:10": None, "codebook:6@20": "on_demand"}
+
+
 def test_every_run_of_a_budget_has_the_same_bytes(folder):
     forms = ["real", "webp:10", {"form": "text", "syn_per_class": 3}, {"form": "text", "real_per_class": 0}]
     sweep = pareto.read(sweep_file(folder, forms=forms, budgets=[300, 100], methods=["der", "icarl"]), folder / "o")
-    measures = {"forms": {form: {"deterministic": form != "text"} for form in ("real", "webp:10", "text")}}
+    measures = {"forms": {form: measured(form) for form in ("real", "webp:10", "text")}}
     found = pareto.points(sweep, measures)
     assert len(found) == 2 * 4 * 2 == len({point.folder for point in found})
     for point in found:
@@ -126,7 +138,7 @@ def test_a_part_of_a_sweep(folder, capsys):
 @pytest.mark.parametrize("file", SWEEPS, ids=[file.name for file in SWEEPS])
 def test_every_sweep_in_exps_can_be_read(file, tmp_path):
     sweep = pareto.read(file, tmp_path)
-    measures = {"forms": {form: {"deterministic": True} for form in ("real", *sweep.kept)}}
+    measures = {"forms": {form: measured(form) for form in ("real", *sweep.kept)}}
     assert len(pareto.points(sweep, measures)) == len(sweep.forms) * len(sweep.budgets) * len(sweep.methods)
 
 

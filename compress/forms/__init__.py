@@ -36,12 +36,14 @@ class Condition:
     """What copies are made from, in memory.
 
     size: (height, width) of the generated pictures; hint: an edge map of that size (HxW uint8, 0 or 255), None for no
-    control; start: a picture (HxWx3 uint8) that copies start from, or, for forms without a model, that they are.
+    control; start: a picture (HxWx3 uint8) that copies start from, or, for forms without a model, that they are;
+    code: of the noise of the first sampling steps (`ControlNet.cldm.codebook`), None where all noise is drawn freely.
     """
 
     size: tuple[int, int]
     hint: np.ndarray | None = None
     start: np.ndarray | None = None
+    code: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -63,19 +65,24 @@ class Request:
 
 @dataclass(frozen=True)
 class Spec:
-    """A form's name in parts: "webp:10@64" is head "webp", argument "10" and side 64; plus: the Spec behind "+"."""
+    """A form's name in parts: "webp:10@64" is head "webp", argument "10" and side 64; "codebook:6@20/10" has part 10.
+
+    plus: the Spec behind "+".
+    """
 
     head: str
     argument: str | None = None
     side: int | None = None
     plus: "Spec | None" = None
+    part: int | None = None
 
     @property
     def name(self) -> str:
         """As users write it."""
         argument = "" if self.argument is None else f":{self.argument}"
         side = "" if self.side is None else f"@{self.side}"
-        return f"{self.head}{argument}{side}" + (f"+{self.plus.name}" if self.plus else "")
+        part = "" if self.part is None else f"/{self.part}"
+        return f"{self.head}{argument}{side}{part}" + (f"+{self.plus.name}" if self.plus else "")
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,10 @@ class Form(abc.ABC):
     A form has, as class attributes or as fields of its own where they depend on its name:
     name: as users write it; noun: what messages call a kept file; files: where kept files and copies lie (FormFiles);
     needs_model: whether copies come from a diffusion model; has_start: whether they start from a kept picture;
-    deterministic: whether all copies of an image are equal; needs_weights: whether encoding takes a model (`using`).
+    deterministic: whether all copies of an image are equal; needs_weights: whether encoding takes a model (`using`);
+    encoded_by_generator: whether that is the generator's own, so that images are encoded in batches (`encode_batch`);
+    fixed_bytes: the length of every kept file, None where it depends on the image; never None where the form is
+    `encoded_by_generator`, and then as many zeros stand for some picture (`stand_in`).
     """
 
     preset: Preset
@@ -93,6 +103,8 @@ class Form(abc.ABC):
     has_start = False
     deterministic = False
     needs_weights = False
+    encoded_by_generator = False
+    fixed_bytes = None
 
     def using(self, machine: Any) -> "Form":
         """This form with the model (`compress.job.Machine`) that encodes and decodes; most forms need none."""
@@ -104,7 +116,29 @@ class Form(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
-        """What is kept of an image (HxWx3 RGB or HxW greyscale, uint8) whose class is called `text`."""
+        """What is kept of an image (HxWx3 RGB or HxW greyscale, uint8) whose class is called `text`.
+
+        Not called where the form is `encoded_by_generator`.
+        """
+
+    def prepared(self, image: np.ndarray) -> np.ndarray:
+        """The picture that `encode_batch` takes of an image: HxWx3 uint8, at the size at which it is encoded."""
+        return image
+
+    def encode_batch(self, pictures: Sequence[np.ndarray], texts: Sequence[str], generator: Any) -> list[bytes]:
+        """What is kept of images whose `prepared` pictures have one shape.
+
+        texts: their classes'; generator: of `compress.generators.build.make_generator`, with its model loaded.
+        Raises UserError.
+        """
+        return [self.encode(picture, text) for picture, text in zip(pictures, texts, strict=True)]
+
+    def stand_in(self, image: Path, text: str = "") -> bytes:
+        """Bytes as long as what is kept of a train image, from which copies can be made: to estimate sizes and times.
+
+        What is kept itself, unless its length is known without it.  Raises OSError with the path.
+        """
+        return self.encode(pixels(image), text) if self.fixed_bytes is None else bytes(self.fixed_bytes)
 
     def condition(self, kept: bytes, size: tuple[int, int]) -> Condition:
         """What copies are made from; by default, the picture that the bytes hold.
@@ -206,7 +240,7 @@ def reduced(height: int, width: int, side: int | None) -> tuple[int, int]:
 
 def files_named(name: str, kept_endings: tuple[str, ...], copy_ending: str) -> FormFiles:
     """Where the files of a form of this name lie."""
-    folder = name.replace(":", "-")  # which is not allowed in names on all systems
+    folder = re.sub("[:/]", "-", name)  # which are not allowed in names on all systems
     return FormFiles(folder, f"{folder}-copies", kept_endings, copy_ending)
 
 
@@ -218,10 +252,11 @@ def plural(noun: str) -> str:
 def parsed(name: str) -> Spec:
     """Raises UserError for what is no form's name."""
     first, _, rest = name.partition("+")
-    match = re.fullmatch(r"([a-z0-9]+)(?::(\w+))?(?:@([1-9]\d{0,3}))?", first)
+    match = re.fullmatch(r"([a-z0-9]+)(?::(\w+))?(?:@([1-9]\d{0,3}))?(?:/(\d{1,4}))?", first)
     if not match or "+" in rest or name.endswith("+"):
         raise UserError(f"{name!r} is no form's name; such as {', '.join(examples())}.")
-    return Spec(match[1], match[2], match[3] and int(match[3]), parsed(rest) if rest else None)
+    side, part = (number and int(number) for number in match.group(3, 4))
+    return Spec(match[1], match[2], side, parsed(rest) if rest else None, part)
 
 
 def form_named(name: str, preset: Preset) -> Form:
@@ -230,6 +265,8 @@ def form_named(name: str, preset: Preset) -> Form:
     head = spec.head + "+" * bool(spec.plus)
     if head not in _table():
         raise UserError(f"no form {head!r}: choose one of {', '.join(examples())}.")
+    if spec.part is not None and not any(example.startswith(head) and "/" in example for example in examples()):
+        raise UserError(f"the form {head!r} takes no part: {name!r} ends in /{spec.part}.")
     return _table()[head](spec, preset)
 
 

@@ -46,7 +46,12 @@ class Text(Form):
         return (OTHERWISE, "it is not empty") if kept else None
 
     def seed(self, image: Path, copy_number: int) -> int:
-        return (zlib.crc32(bytes(image.stem, "utf-8", "surrogateescape")) << 20) + copy_number
+        return seed_by_name(image, copy_number)
+
+
+def seed_by_name(image: Path, copy_number: int) -> int:
+    """A seed that differs between images and between copies, in 32 bits: torch's generator ignores the higher ones."""
+    return zlib.crc32(bytes(f"{image.stem}/{copy_number}", "utf-8", "surrogateescape"))
 
 
 def text(spec: Spec, preset: Preset) -> Text:

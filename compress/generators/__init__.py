@@ -21,6 +21,7 @@ class Generator(Protocol):
 
     batch_size: requests that are generated together.  A class in GENERATORS is called with (preset, machine, device),
     and has a string `fingerprint`: copies are recorded under it, so it must change when the pictures do.
+    One that can also encode pictures has `encode`, as `PictureGenerator` has.
     """
 
     batch_size: int
@@ -59,9 +60,9 @@ def decode(
 
 
 def group(request: Request) -> Hashable:
-    """Requests of one group may share a batch: one generated size, alike in having a text, an edge map and a start."""
+    """Requests of one group may share a batch: one generated size, alike in having a text, edge map, start and code."""
     condition = request.condition
-    return condition.size, bool(request.text), condition.hint is None, condition.start is None
+    return condition.size, bool(request.text), condition.hint is None, condition.start is None, condition.code is None
 
 
 def batches(requests: Iterable[Request | None], batch_size: int) -> Iterator[list[Request]]:

@@ -1,7 +1,7 @@
 """Pictures by ControlNet, a batch at a time.  Nothing here touches the disk."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -9,7 +9,9 @@ import torch
 
 from compress.forms import Request
 from compress.presets import Preset
+from ControlNet.cldm import codebook
 from ControlNet.cldm.inference import make_ready, visiting
+from ControlNet.cldm.sampler import Sampler
 from ControlNet.cldm.samplers import SAMPLERS
 from utils.errors import UserError
 
@@ -75,17 +77,30 @@ class PictureGenerator:
         steps: the sampler's, the preset's if None.
         Raises UserError where a single picture does not fit the device, or comes out as no picture.
         """
-        pictures: list[np.ndarray] = []
+        return self._in_parts(batch, batch[0].condition.size, lambda part: self._pictures(part, steps))
+
+    @torch.inference_mode()
+    def encode(self, pictures: Sequence[np.ndarray], texts: Sequence[str], **codes) -> list[np.ndarray]:
+        """The codes of pictures (HxWx3 uint8, of one generated size) of classes with these texts: coded x atoms each.
+
+        codes: of `ControlNet.cldm.codebook.encode`, beside the steps.  Raises UserError as a call does.
+        """
+        pairs = list(zip(pictures, texts, strict=True))
+        return self._in_parts(pairs, pictures[0].shape[:2], lambda part: self._codes(part, **codes))
+
+    def _in_parts(self, batch: Sequence, size: tuple[int, int], function: Callable[[Sequence], list]) -> list:
+        """The function's results for a batch, of as many items at a time as fit.  size: of the pictures."""
+        done: list[np.ndarray] = []
         asked = self.batch_size
-        while len(pictures) < len(batch):
-            part = batch[len(pictures) : len(pictures) + self.batch_size]
+        while len(done) < len(batch):
+            part = batch[len(done) : len(done) + self.batch_size]
             try:
-                pictures += self._pictures(part, steps)
+                done += function(part)
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
                 if self.batch_size == 1:
-                    raise UserError(self._too_large(part[0])) from error
+                    raise UserError(self._too_large(size)) from error
                 self.batch_size //= 2
             else:
                 continue
@@ -93,29 +108,28 @@ class PictureGenerator:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         if self.batch_size < asked:
-            height, width = batch[0].condition.size
             log.warning(
                 "%d pictures of %d x %d pixels at a time don't fit on %s: %d at a time from now on (--batch-size)",
-                *(asked, height, width, self.device, self.batch_size),
+                *(asked, *size, self.device, self.batch_size),
             )
-        return pictures
+        return done
 
-    def _too_large(self, request: Request) -> str:
-        height, width = request.condition.size
+    def _too_large(self, size: tuple[int, int]) -> str:
+        height, width = size
         mend = "use a smaller --size" if self.low_memory else "use --low-memory, --precision bf16 or a smaller --size"
         return f"not even one picture of {height} x {width} pixels fits on {self.device}: {mend}."
 
     def _pictures(self, batch: Sequence[Request], steps: int | None) -> list[np.ndarray]:
         """Pictures of at most batch_size requests."""
         model, sampling = self.model, self.preset.sampling_for(batch[0].text)
-        filled = list(batch) + [batch[-1]] * (self.batch_size - len(batch))
+        filled = self._filled(batch)
         height, width = batch[0].condition.size
         hints, start = self._hints(filled), self._starts(filled)
         texts = [self.preset.prompt_text(request.text) for request in filled]
         contexts = self._encode([self.preset.negative_prompt, *texts])
         model.control_scales = sampling.control_scales(len(model.control_scales))
         with self._at_work("model", "control_model"):
-            sampler, steps = SAMPLERS[sampling.sampler](model), steps or sampling.steps
+            sampler, steps = self._sampler(filled, sampling.sampler), steps or sampling.steps
             latents, _ = sampler.sample(
                 steps,
                 len(filled),
@@ -135,12 +149,34 @@ class PictureGenerator:
                 verbose=False,
             )
         decoded = self._decoded(latents.to(model.dtype))[: len(batch)].float()
-        if not decoded.isfinite().all():
-            raise UserError(
-                f"in {model.dtype} the model's pictures hold values that are no numbers: use --precision fp32."
-            )
+        self._check_numbers(decoded)
         pictures = (decoded * 127.5 + 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return list(pictures)
+
+    def _check_numbers(self, values: torch.Tensor) -> None:
+        if not values.isfinite().all():
+            raise UserError(
+                f"in {self.model.dtype} the model's pictures hold values that are no numbers: use --precision fp32."
+            )
+
+    def _filled(self, batch: Sequence) -> list:
+        return [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
+
+    def _sampler(self, requests: Sequence[Request], name: str) -> Sampler:
+        if requests[0].condition.code is None:
+            return SAMPLERS[name](self.model)
+        return codebook.CodebookSampler(self.model, torch.from_numpy(np.stack([r.condition.code for r in requests])))
+
+    def _codes(self, batch: Sequence[tuple[np.ndarray, str]], **codes) -> list[np.ndarray]:
+        """Codes of at most batch_size pictures of classes with these texts."""
+        pictures, texts = zip(*self._filled(batch), strict=True)
+        latents, texts = self._latents(pictures), [self.preset.prompt_text(text) for text in texts]
+        contexts = self._encode(texts)
+        cond = {"c_concat": None, "c_crossattn": [torch.cat([contexts[text] for text in texts])]}
+        self._check_numbers(latents)
+        with self._at_work("model"):
+            found = codebook.encode(self.model, latents, cond, steps=self.preset.sampling.steps, **codes)
+        return list(found[: len(batch)].cpu().numpy())
 
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
         """The latents' pictures, B x 3 x H x W.  The decoder needs the most memory, and has a batch size of its own."""
@@ -166,7 +202,11 @@ class PictureGenerator:
         """Mean latents of the pictures that the copies start from, B x 4 x H/8 x W/8; None where there are none."""
         if requests[0].condition.start is None:
             return None
-        starts = torch.from_numpy(np.stack([request.condition.start for request in requests])).permute(0, 3, 1, 2)
+        return self._latents([request.condition.start for request in requests])
+
+    def _latents(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        """Mean latents of pictures of one size, as the UNet sees them: B x 4 x H/8 x W/8, float32."""
+        starts = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
         with self._at_work("first_stage_model"):
             pictures = (starts.to(self.device).float() / 127.5 - 1).to(self.model.dtype)
             parts = pictures.split(1 if self.low_memory else len(pictures))

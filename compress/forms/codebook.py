@@ -1,0 +1,187 @@
+"""Codes of noise: an exemplar is the walk of the diffusion model to its picture ("codebook:12@10", 15 bytes).
+
+In each of STEPS steps of ancestral sampling the noise is one of 2^BITS codewords that encoder and decoder draw from one
+seed ("codebook:BITS@STEPS"), or the sum of ATOMS signed ones ("codebook:BITSxATOMS@STEPS"); ControlNet/cldm/codebook.py
+has the papers.  The class's text conditions the walk; there is no guidance and no control.  "codebook:12@10/4" keeps
+the first 4 steps and draws the noise of the others freely, so that copies differ; with "/0" nothing is kept, and copies
+are those of the form "text" with --sampler ancestral --steps STEPS+1 --guidance 1.
+
+Nothing but the codewords' numbers is kept, BITS * STEPS bits with one atom, so a code that was damaged and has its
+length gives another picture.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from compress.forms import Condition, Form, Spec, files_named
+from compress.forms.text import seed_by_name
+from compress.presets import Preset
+from ControlNet.annotator.util import HWC3
+from utils.data.paths import FormFiles
+from utils.errors import UserError
+
+MOST_BITS, MOST_ATOMS = 16, 64
+
+CANDIDATES = 4
+"""Noises that the encoder tries in each step.  It makes encoding take as many times as long as decoding, and gains 0.7
+dB on digits (tests/bench/bench_codebook.py)."""
+
+
+@dataclass(frozen=True)
+class Codebook(Form):
+    """bits, atoms, steps: as the name has them; coded: steps that are kept."""
+
+    name: str
+    bits: int
+    atoms: int
+    steps: int
+    coded: int
+    files: FormFiles
+    machine: Any = field(default=None, compare=False)
+    noun = "code"
+    needs_weights = True
+    encoded_by_generator = True
+
+    @property
+    def deterministic(self) -> bool:
+        return self.coded == self.steps
+
+    @property
+    def fixed_bytes(self) -> int:
+        return -(-((self.radix**self.coded - 1).bit_length()) // 8)
+
+    @property
+    def radix(self) -> int:
+        """How many different noises a step has."""
+        words = 2**self.bits
+        return words if self.atoms == 1 else math.comb(words, self.atoms) * 2**self.atoms
+
+    def using(self, machine: Any) -> "Codebook":
+        return replace(self, machine=machine)
+
+    def settings(self) -> dict[str, Any]:
+        """`model` is None where there are no weights: then codes can neither be made nor decoded here."""
+        sampling = {"bits": self.bits, "atoms": self.atoms, "steps": self.steps, "coded": self.coded}
+        size = {name: getattr(self.preset, name) for name in ("shorter_side", "small_shorter_side", "prompt_template")}
+        return {**sampling, "candidates": CANDIDATES, **size, "model": self.machine and _fingerprint(self.machine)}
+
+    def copy_settings(self) -> dict[str, Any]:
+        return {"form": self.name, **super().copy_settings()}
+
+    def encode(self, image: np.ndarray, text: str = "") -> bytes:
+        raise TypeError("a code is made by a generator: encode_batch")
+
+    def prepared(self, image: np.ndarray) -> np.ndarray:
+        """At the generated size: Lanczos where that is larger, else by area."""
+        image, (height, width) = HWC3(image), self.preset.generated_size(*image.shape[:2])
+        enlarge = height * width >= image.shape[0] * image.shape[1]
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LANCZOS4 if enlarge else cv2.INTER_AREA)
+
+    def encode_batch(self, pictures: Sequence[np.ndarray], texts: Sequence[str], generator: Any) -> list[bytes]:
+        if not self.coded:
+            return [b""] * len(pictures)
+        if not hasattr(generator, "encode"):
+            raise UserError(f"the form {self.name} needs a --model that encodes: sd15, tiny or a ControlNet's weights.")
+        codes = {"coded": self.coded, "bits": self.bits, "atoms": self.atoms, "candidates": CANDIDATES}
+        return [self.packed(code) for code in generator.encode(pictures, texts, **codes)]
+
+    def condition(self, kept: bytes, size: tuple[int, int]) -> Condition:
+        return Condition(self.preset.generated_size(*size), code=self.unpacked(kept))
+
+    def packed(self, code: np.ndarray) -> bytes:
+        """The bytes of a code (coded x atoms): its steps are the digits of one number, the first step's the highest."""
+        value = 0
+        for numbers in code.tolist():
+            value = value * self.radix + self._digit(numbers)
+        return value.to_bytes(self.fixed_bytes, "big")
+
+    def unpacked(self, kept: bytes) -> np.ndarray | None:
+        """The code of `packed`'s bytes, None where no step is coded.  Raises OSError for bytes that are no code."""
+        if len(kept) != self.fixed_bytes:
+            raise OSError(f"a code of {len(kept)} bytes instead of {self.fixed_bytes}" if kept else "the file is empty")
+        value, code = int.from_bytes(kept, "big"), []
+        if value >= self.radix**self.coded:
+            raise OSError("no code: a number in it is too large")
+        for _ in range(self.coded):
+            value, digit = divmod(value, self.radix)
+            code.append(self._numbers(digit))
+        return np.array(code[::-1], np.int64) if code else None
+
+    def _digit(self, numbers: Sequence[int]) -> int:
+        """0 to radix - 1: one atom's number; the rank of several (combinatorial number system) and their signs."""
+        if self.atoms == 1:
+            return numbers[0]
+        words = [k if k >= 0 else ~k for k in numbers]
+        rank = sum(math.comb(word, i + 1) for i, word in enumerate(words))
+        return rank << self.atoms | sum((k < 0) << i for i, k in enumerate(numbers))
+
+    def _numbers(self, digit: int) -> list[int]:
+        if self.atoms == 1:
+            return [digit]
+        rank, signs, words = digit >> self.atoms, digit & (2**self.atoms - 1), []
+        for i in reversed(range(self.atoms)):
+            word = _largest(rank, i + 1, 2**self.bits)
+            rank -= math.comb(word, i + 1)
+            words.append(word)
+        return [~word if signs >> i & 1 else word for i, word in enumerate(words[::-1])]
+
+    def raw_bits(self, height: int, width: int, kept: Path | None = None) -> int:
+        return 8 * self.fixed_bytes
+
+    def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:
+        """Whether it is a code; whether the image's own only the model could tell."""
+        self.unpacked(kept)
+        return None
+
+    def seed(self, image: Path, copy_number: int) -> int:
+        return seed_by_name(image, copy_number)
+
+
+def _largest(rank: int, k: int, most: int) -> int:
+    """The largest n < most with comb(n, k) <= rank."""
+    low, high = k - 1, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if math.comb(middle, k) <= rank else (low, middle)
+    return low
+
+
+@cache
+def _fingerprint(machine: Any) -> str | None:
+    from compress.generators.build import fingerprint
+
+    try:
+        return fingerprint(machine)
+    except UserError:
+        return None
+
+
+def codebook(spec: Spec, preset: Preset) -> Codebook:
+    match = re.fullmatch(r"(\d{1,2})(?:x(\d{1,2}))?", spec.argument or "")
+    bits, atoms = (int(match[1]), int(match[2] or 1)) if match else (0, 0)
+    steps, coded = spec.side or 0, spec.side if spec.part is None else spec.part
+    if spec.plus or not 1 <= bits <= MOST_BITS or not 1 <= atoms <= min(MOST_ATOMS, 2**bits) or not 1 <= steps < 1000:
+        raise UserError(
+            f"the form 'codebook' needs bits (1 to {MOST_BITS}) and steps, and may have atoms: codebook:12@10, "
+            "codebook:8x4@10; /N keeps the first N steps alone: codebook:12@10/4."
+        )
+    if coded > steps:
+        raise UserError(f"{spec.name} has {steps} steps: it can't keep the first {coded} of them.")
+    whole = coded == steps
+    name = replace(spec, part=None if whole else coded).name
+    sampling = replace(preset.sampling, sampler="ancestral", steps=steps + 1, guidance=1.0, eta=0.0, reuse_every=1)
+    sampling = replace(sampling, guidance_from=0.0, guidance_until=1.0, start_strength=0.7)
+    preset = replace(preset, sampling=sampling, guess=None)
+    return Codebook(preset, name, bits, atoms, steps, coded, files_named(name, (".bin",), ".png" if whole else ".jpg"))
+
+
+EXAMPLES = ["codebook:BITS@STEPS", "codebook:BITSxATOMS@STEPS", "codebook:BITS@STEPS/N"]
+FORMS = {"codebook": codebook}
