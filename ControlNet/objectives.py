@@ -88,7 +88,7 @@ class DiffusionTask(_Conditioned):
     """The noise-prediction loss (DDPM, equation 14), conditioned on text and edge map.
 
     A share of the texts is replaced by a negative text, to train the unconditional branch of guidance, and a share of
-    the control tensors is set to zero, to train the UNet without control.
+    the control tensors is set to zero, to train the UNet without control (hint_dropout; 1 trains the UNet only).
     """
 
     def __init__(self, model: ControlLDM, settings: DictConfig, data: Texts):
@@ -114,8 +114,11 @@ class DiffusionTask(_Conditioned):
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy = model.q_sample(latents, t, noise)
         context = model.get_learned_conditioning(self.texts)[text.to(pictures.device)]
-        networks = model.model.diffusion_model, model.control_model
-        eps = predicted_noise(networks, noisy, t, context, edges, controlled)
+        if self.settings.hint_dropout >= 1:
+            eps = model.model.diffusion_model(x=noisy, timesteps=t, context=context, control=None).float()
+        else:
+            networks = model.model.diffusion_model, model.control_model
+            eps = predicted_noise(networks, noisy, t, context, edges, controlled)
         return {"loss": F.mse_loss(eps, noise)}
 
 

@@ -3,7 +3,7 @@
     python ControlNet/train.py ControlNet/models/cldm_tiny_train.yaml [key=value ...]
 
 Four stages share one loop:
-- autoencoder;
+- autoencoder (a PatchAutoencoder takes none: its weights are principal components);
 - text: the text encoder;
 - diffusion: the UNet and the control network together, and the text encoder too where the model's config sets
   cond_stage_trainable;
@@ -46,6 +46,7 @@ from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.model import ModelError, create_model, load_model
 from ControlNet.cldm.weights import find_weights
 from ControlNet.disk import move_into_place, read_picture, user_path
+from ControlNet.ldm.patch_autoencoder import PatchAutoencoder
 from ControlNet.objectives import AutoencoderTask, ConsistencyTask, DiffusionTask, TextTask
 
 STAGES = ("autoencoder", "text", "diffusion", "refine", "consistency")
@@ -207,21 +208,19 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
         task.load_state_dict(average.module.state_dict())
 
 
-@torch.no_grad()
-def normalise_latents(model: ControlLDM, config: DictConfig, batches: int = 16) -> float:
-    """Rescale the autoencoder so that its latents times scale_factor have unit variance.  Returns the factor.
+def first_pictures(config: DictConfig, count: int) -> Tensor:
+    """The first pictures, count x 3 x S x S, that the autoencoder stage trains on."""
+    data = Views(config, "autoencoder")
+    return torch.stack([data[i // 16, i % 16][0] for i in range(count)])
 
-    The factor is multiplied into quant_conv and divided out of post_quant_conv, so reconstructions stay the same.
-    """
-    data, autoencoder = Views(config, "autoencoder"), model.first_stage_model.eval()
-    pictures = [torch.stack([data[step, i][0] for i in range(16)]) for step in range(batches)]
-    std = torch.cat([autoencoder.encode(x.to(model.device)).mode() for x in pictures]).std().item()
-    factor = 1 / (model.scale_factor * std)
-    channels = autoencoder.post_quant_conv.in_channels
-    autoencoder.quant_conv.weight[:channels] *= factor
-    autoencoder.quant_conv.bias[:channels] *= factor
-    autoencoder.quant_conv.bias[channels:] += 2 * math.log(factor)
-    autoencoder.post_quant_conv.weight /= factor
+
+@torch.no_grad()
+def normalise_latents(model: ControlLDM, config: DictConfig) -> float:
+    """Rescale the autoencoder so that its latents times scale_factor have unit variance.  Returns the factor."""
+    autoencoder = model.first_stage_model.eval()
+    batches = first_pictures(config, 256).to(model.device).split(16)
+    factor = 1 / (model.scale_factor * torch.cat([autoencoder.encode(x).mode() for x in batches]).std().item())
+    autoencoder.rescale(factor)
     return factor
 
 
@@ -278,7 +277,10 @@ def train(config: DictConfig) -> None:
         fit(fabric, model, "consistency", config)
     else:
         model = create_model(config.model).to(fabric.device)
-        fit(fabric, model, "autoencoder", config)
+        if isinstance(model.first_stage_model, PatchAutoencoder):
+            model.first_stage_model.fit(first_pictures(config, 4096).to(fabric.device))
+        else:
+            fit(fabric, model, "autoencoder", config)
         factor = normalise_latents(model, config)
         fabric.print(f"latents scaled by {factor:.3f}")
         fit(fabric, model, "text", config)

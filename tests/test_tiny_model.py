@@ -11,6 +11,7 @@ from PIL import Image
 
 from ControlNet import train as trainer
 from ControlNet.cldm.model import BUNDLED, MODELS_FOLDER, load_model, load_state_dict
+from ControlNet.ldm.patch_autoencoder import PatchAutoencoder
 from tests import forks
 from tests.bench.bench_tiny_model import edge_map, edges_found, generate, nearest_neighbour
 from tests.little_model import little_config, little_model, save_checkpoint
@@ -145,15 +146,60 @@ def test_training_goes_on_where_it_stopped(folder, monkeypatch):
     load_model(folder / "model.safetensors")  # with the model.yaml beside it
 
 
-def test_latents_are_scaled_to_unit_variance_and_pictures_stay(folder):
+def with_patches(folder):
+    """Give the model of a folder the linear autoencoder, with 6 channels."""
+    config = OmegaConf.load(folder / "model.yaml")
+    params = config.model.params
+    params.first_stage_config = {"target": "ldm.models.autoencoder.PatchAutoencoder", "params": {"embed_dim": 6}}
+    params.channels = params.unet_config.params.in_channels = params.unet_config.params.out_channels = 6
+    params.control_stage_config.params.in_channels = 6
+    OmegaConf.save(config, folder / "model.yaml")
+
+
+def test_the_linear_autoencoder_keeps_the_principal_components_of_patches(folder):
+    """Against the singular value decomposition of the same patches; the mean colour is kept, not the mean patch."""
+    data = trainer.Views(OmegaConf.load(folder / "train.yaml"), "autoencoder")
+    pictures = torch.stack([data[0, i][0] for i in range(8)])
+    autoencoder = PatchAutoencoder(embed_dim=10)
+    autoencoder.fit(pictures)
+    with torch.no_grad():
+        found = autoencoder.decode(autoencoder.encode(pictures).mode())
+    patches = torch.nn.functional.unfold(pictures.double(), 8, stride=8).transpose(1, 2).reshape(-1, 192)
+    mean = patches.mean(0)
+    components = torch.linalg.svd(patches - mean, full_matrices=False).Vh[:10]
+    colour = mean.view(3, 64).mean(1).repeat_interleave(64)
+    kept = (patches - mean) @ components.T @ components + colour
+    expected = torch.nn.functional.fold(kept.view(8, -1, 192).transpose(1, 2), pictures.shape[-2:], 8, stride=8)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
+def test_a_model_with_a_linear_autoencoder_trains(folder):
+    """The UNet first, without control, which leaves the control network as it was; then both."""
+    with_patches(folder)
+    assert trainer.main([str(folder / "train.yaml"), "diffusion.hint_dropout=1.0"]) == 0
+    model = load_model(folder / "model.safetensors")
+    assert model.first_stage_model.encoder.weight.norm() > 0
+    stage = torch.load(folder / "training" / "diffusion.ckpt", weights_only=True)["task"]
+    torch.manual_seed(OmegaConf.load(folder / "train.yaml").seed)
+    new = trainer.create_model(OmegaConf.load(folder / "model.yaml")).state_dict()
+    moved = {name for name, tensor in new.items() if not torch.equal(tensor, stage[f"model.{name}"])}
+    assert any(name.startswith("model.diffusion_model.") for name in moved)
+    assert not any(name.startswith("control_model.") for name in moved)
+
+
+@pytest.mark.parametrize("autoencoder", ["AutoencoderKL", "PatchAutoencoder"])
+def test_latents_are_scaled_to_unit_variance_and_pictures_stay(folder, autoencoder):
+    if autoencoder == "PatchAutoencoder":
+        with_patches(folder)
     config = OmegaConf.load(folder / "train.yaml")
     torch.manual_seed(0)
     model = trainer.create_model(config.model).eval()
     data = trainer.Views(config, "autoencoder")
-    pictures = torch.stack([data[step, i][0] for step in range(2) for i in range(16)])
+    pictures = torch.stack([data[step, i][0] for step in range(16) for i in range(16)])
     with torch.no_grad():
         before = model.first_stage_model.decode(model.first_stage_model.encode(pictures).mode())
-        trainer.normalise_latents(model, config, batches=2)
+        trainer.normalise_latents(model, config)
         posterior = model.first_stage_model.encode(pictures)
         assert (model.scale_factor * posterior.mode()).std().item() == pytest.approx(1.0, rel=1e-3)
         torch.testing.assert_close(model.first_stage_model.decode(posterior.mode()), before, rtol=1e-3, atol=1e-4)

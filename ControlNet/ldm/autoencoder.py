@@ -1,5 +1,6 @@
 """The first stage: a variational autoencoder between pictures and latents of 1/8 of their size."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -195,6 +196,14 @@ class AutoencoderKL(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(z))
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Multiply the latents by a factor, in the 1 x 1 convolutions on both sides; reconstructions stay the same."""
+        self.quant_conv.weight[: self.embed_dim] *= factor
+        self.quant_conv.bias[: self.embed_dim] *= factor
+        self.quant_conv.bias[self.embed_dim :] += 2 * math.log(factor)
+        self.post_quant_conv.weight /= factor
 
     def forward(self, images: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """(reconstruction, posterior)."""

@@ -16,6 +16,7 @@ TARGETS = {
     "cldm.cldm.ControlNet": "ControlNet.cldm.cldm",
     "cldm.cldm.ControlledUnetModel": "ControlNet.cldm.cldm",
     "ldm.models.autoencoder.AutoencoderKL": "ControlNet.ldm.autoencoder",
+    "ldm.models.autoencoder.PatchAutoencoder": "ControlNet.ldm.patch_autoencoder",
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": "ControlNet.ldm.text",
     "torch.nn.Identity": "torch.nn",
 }
