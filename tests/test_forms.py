@@ -337,7 +337,7 @@ def test_text_keeps_nothing_and_its_copies_differ_by_image():
         ("latent:9", "needs bits a value, 1 to 8"),
         ("edges+text", "comes a picture"),
         ("webp:10+webp:10", r"no form 'webp\+'"),
-        ("depth", "no form 'depth': choose one of edges"),
+        ("depth", "no form 'depth': choose one of .*edges"),
         ("webp:10@0", "no form's name"),
     ],
 )
