@@ -82,7 +82,7 @@ class CopiesAhead(Copies):
 
 
 def generator_of(form: Form, options: Sequence[str]) -> str | None:
-    """The model's name or file among a Job's `options`, which omit the default; None for a form without a model."""
+    """The model's name or file by a Job's `options`, which leave out the default; None for a form without a model."""
     if not (form.needs_model or form.needs_weights):
         return None
     return options[options.index("--model") + 1] if "--model" in options else Machine.model

@@ -66,10 +66,10 @@ def test_overrides_have_types_and_reach_other_keys(tmp_path):
     config = load(
         tmp_path,
         {"output_dir": "out/${model_name}-${real_per_class}"},
-        "real_per_class=7", "seed=[1,2]", "milestones=[3]", "lrate=1e-3", "shuffle=false", "device=cpu",
+        "real_per_class=7", "seed=[2]", "milestones=[3]", "lrate=1e-3", "shuffle=false", "device=cpu",
     )  # fmt: skip
     assert config.output_dir == "out/der-7"
-    assert (config.seed, config.milestones, config.lrate) == ([1, 2], [3], 0.001)
+    assert (config.seed, config.milestones, config.lrate) == ([2], [3], 0.001)
     assert config.shuffle is False
     assert config.device == "cpu"
     assert load(tmp_path, None, "seed=5").seed == [5]
@@ -126,7 +126,12 @@ def test_overrides_have_types_and_reach_other_keys(tmp_path):
         ({"precision": "fp8"}, r"precision must be one of"),
         ({"momentum": 1}, r"momentum must be below 1"),
         ({"num_workers": -1}, r"num_workers must be at least 0"),
-        ({"output_dir": "${nope}"}, r"output_dir: .*nope"),
+        ({"output_dir": "${nope}"}, r"output_dir: .*\$\{nope\} is no other key's value"),
+        ({"prefix": "${oc.env:PATH}"}, r"prefix: .*\$\{oc.env:PATH\} is no other key's value"),
+        ({"prefix": "a${dataset"}, r"prefix: .*a reference has the form \$\{key\}"),
+        ({"prefix": "${dataset.${model_name}}"}, r"prefix: .*\$\{key\}"),
+        ({"prefix": "a${prefix}"}, r"prefix -> prefix refers to itself"),
+        ({"shuffle": False, "seed": [1, 2]}, r"shuffle: false gives one order of classes; seed must be one number"),
     ],
 )  # fmt: skip
 def test_one_line_for_each_mistake(tmp_path, values, words):
@@ -147,7 +152,14 @@ def test_all_problems_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "not valid JSON: line 1"), ("[1]", "one JSON object"), ('{"a": 1,}', "not valid JSON"), ("\xff", "JSON")],
+    [
+        ("{", "not valid JSON: line 1"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": 1, "a": 2}', "a is given 2 times"),
+        ("[1]", "one JSON object"),
+        ('{"a": 1,}', "not valid JSON"),
+        ("\xff", "JSON"),
+    ],
 )
 def test_files_that_are_no_config(tmp_path, text, words):
     file = tmp_path / "c.json"
@@ -288,9 +300,11 @@ def test_increments_and_class_orders(tmp_path):
         (tmp_path / name).write_text(content)
         assert load(tmp_path, {"class_order": str(tmp_path / name)}).class_order == ["b", "apple pie"]
         assert load(tmp_path, None, f"class_order={tmp_path / name}").class_order == ["b", "apple pie"]
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     for values, words in (
         ({"increment": [3, 0]}, "increment must be at least 1"),
         ({"class_order": "none.txt"}, "class_order names a file that can't be read"),
+        ({"class_order": str(tmp_path / "deep.json")}, "class_order names a list that can't be read .*too deeply"),
         ({"class_order": [1, 1]}, "class_order must list one or more different values"),
         ({"class_order": [1, 0], "seed": [1, 2]}, "class_order is one order of classes"),
     ):

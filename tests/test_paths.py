@@ -178,12 +178,21 @@ def test_class_names_json_changes_the_texts_it_names(tmp_path):
     assert paths.class_texts() == {"n01440764": "tench 🐟", "cat": "cat"}
 
 
-@pytest.mark.parametrize("content", ["{", '["tench"]', '{"cat": 3}'])
-def test_a_broken_class_names_json_is_named(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not valid JSON"),
+        ('["tench"]', "one object of texts"),
+        ('{"cat": 3}', "one object of texts"),
+        ('{"cat": "cat", "cat": "lion"}', "cat is given 2 times; keep one"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_broken_class_names_json_is_named(tmp_path, content, words):
     paths = DatasetPaths(tmp_path, "D")
     (paths.folder("train") / "cat").mkdir(parents=True)
     (paths.root / "class_names.json").write_text(content)
-    with pytest.raises(UserError, match=r"class_names\.json"):
+    with pytest.raises(UserError, match=rf"class_names\.json .*{words}"):
         paths.class_texts()
 
 

@@ -1,6 +1,7 @@
 """From a JSON file and `key=value` overrides to a checked `Config`, or one line for each mistake."""
 
 import difflib
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -196,26 +197,18 @@ class _Reading:
 
     def _resolved(self) -> dict[str, Given]:
         """The values, with references such as ${dataset} replaced."""
-        referring = [n for n, entry in self.given.items() if isinstance(entry.value, str) and "${" in entry.value]
-        if not referring:
-            return self.given
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-
-        plain = {name: key.default for name, key in self.keys.items() if key.default is not REQUIRED}
-        plain |= {name: entry.value for name, entry in self.given.items() if name not in referring}
-        known = OmegaConf.create(plain)
+        known = {name: key.default for name, key in self.keys.items() if key.default is not REQUIRED}
+        known |= {name: entry.value for name, entry in self.given.items()}
         resolved = dict(self.given)
-        for step in (lambda name: known.update({name: self.given[name].value}), lambda name: known[name]):
-            for name in referring:
+        for name, entry in self.given.items():
+            if isinstance(entry.value, str) and "${" in entry.value:
                 try:
-                    value = step(name)
-                    resolved[name] = self.given[name]._replace(value=value, typed=not isinstance(value, str))
-                except OmegaConfBaseException as error:
-                    said = str(error).strip().partition("\n")[0]
-                    self.refuse(f"{name}: {as_json(self.given[name].value)} can't be read ({said})", name)
+                    value = _filled_in(entry.value, known, (name,))
+                    resolved[name] = entry._replace(value=value, typed=not isinstance(value, str))
+                except ValueError as error:
+                    self.refuse(f"{name}: {as_json(entry.value)} can't be read: {error}", name)
                     self.broken.add(name)
-                    resolved.pop(name, None)
+                    del resolved[name]
         return resolved
 
     def _checked(self, key: Key, entry: Given) -> Any:
@@ -277,9 +270,10 @@ class _Reading:
             message = f"real_per_class + syn_per_class must be at least {least}: {self.method.name} needs exemplars"
             if synthetic != "fill" and real + synthetic < least:
                 self.refuse(message, "real_per_class", "syn_per_class", "model_name", "fixed_memory")
-        if config.class_order and len(config.seed) > 1:
-            message = f"class_order is one order of classes; seed must be one number, not {config.seed}"
-            self.refuse(message, "class_order", "seed")
+        if (config.class_order or not config.shuffle) and len(config.seed) > 1:  # the runs would be equal
+            given = "class_order is" if config.class_order else "shuffle: false gives"
+            message = f"{given} one order of classes; seed must be one number, not {config.seed}"
+            self.refuse(message, "class_order" if config.class_order else "shuffle", "seed")
         if hasattr(config.settings, "check"):
             for message in config.settings.check(config):
                 self.refuse(message, "model_name", message.partition(":")[0])
@@ -294,6 +288,31 @@ class _Reading:
         if config.freeze_backbone and config.backbone_lrate:
             message = "backbone_lrate: freeze_backbone leaves the backbone without a learning rate; set one of them"
             self.refuse(message, "backbone_lrate", "freeze_backbone")
+
+
+_REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+
+
+def _filled_in(text: str, known: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """A text with the values of other keys in place of ${key}; a text that is one reference becomes that key's value.
+
+    names: the key that the text belongs to, and those that have led to it.  Raises ValueError.
+    """
+
+    def value_of(reference: re.Match) -> Any:
+        if (name := reference[1]) not in known:  # ${oc.env:NAME} among them, which could publish a secret
+            raise ValueError(f"{reference[0]} is no other key's value, such as ${{dataset}}")
+        if name in names:
+            raise ValueError(f"{' -> '.join([*names, name])} refers to itself")
+        value = known[name]
+        return _filled_in(value, known, (*names, name)) if isinstance(value, str) else value
+
+    if whole := _REFERENCE.fullmatch(text):
+        return value_of(whole)
+    filled = _REFERENCE.sub(lambda reference: str(value_of(reference)), text)
+    if "${" in _REFERENCE.sub("", text):
+        raise ValueError("a reference has the form ${key}")
+    return filled
 
 
 def _fill_in(config: Config) -> None:

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator
 
+from utils import json_files
 from utils.data.published import labels, without_comments
+from utils.errors import UserError
 
 
 def _as_text(value: Any) -> Any:
@@ -73,8 +75,12 @@ def _listed_or_in_file(value: Any) -> Any:
     if not isinstance(value, str) or Path(value).suffix not in (".json", ".txt"):
         return (labels(value) if isinstance(value, str) else None) or _listed(value)
     try:
-        text = Path(value).expanduser().read_text(encoding="utf-8")
-        return json.loads(text) if value.endswith(".json") else without_comments(text.splitlines())
+        file = Path(value).expanduser()
+        if value.endswith(".json"):
+            return json_files.read(file)
+        return without_comments(file.read_text(encoding="utf-8").splitlines())
+    except UserError as error:
+        raise ValueError(f"names a list that can't be read ({str(error).removesuffix('.')})") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not a list in UTF-8"
         raise ValueError(f"names a file that can't be read ({reason})") from None

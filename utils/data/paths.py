@@ -13,7 +13,6 @@ differ only in their ending (`a.jpg`, `a.png`), the files derived from them have
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from utils import json_files
 from utils.data.images import is_image
 from utils.data.published import find_list
 from utils.errors import UserError
@@ -198,10 +198,7 @@ class DatasetPaths:
         file = self.root / "class_names.json"
         if not file.is_file():
             return {}
-        try:
-            texts = json.loads(file.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} can't be read as JSON: {error}") from error
+        texts = json_files.read(file)
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
             raise UserError(f'{file} must be one object of texts, like {{"n01440764": "tench"}}.')
         return {unicodedata.normalize("NFC", label): text for label, text in texts.items()}

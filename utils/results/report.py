@@ -12,7 +12,8 @@ results.json (accuracies in percent, seconds, bytes):
                    memory (`utils.memory.ExemplarMemory.report`); parameters (all of the network); training (epochs,
                    loss, accuracy of the first stage, seconds of all, reused, stages: stage, epochs, loss, accuracy);
                    copies_on_demand (number made, null where all were made ahead); copies (what made those in use:
-                   made_by {settings, ...}, generator (model name or file), files, digest; null where none is used);
+                   made_by {settings, ...}, generator (the model's name or file), files, digest; null where none is
+                   used);
                    seconds {train, exemplars, evaluate, total}
         cnn, nme, student, svm
                    average_incremental_accuracy; forgetting, forgetting_in_tens (PyCIL's) and backward_transfer
