@@ -74,10 +74,13 @@ class CosineHead(nn.Module):
         self.eta = nn.Parameter(torch.ones(()))
 
     def grow(self, nb_new: int) -> None:
-        """Add a parameter of proxies for `nb_new` more classes, uniform in +-1/sqrt(D)."""
-        fresh = torch.empty(nb_new * self.nb_proxies, self.in_features, device=self.eta.device)
+        """Add a parameter of proxies for `nb_new` more classes, uniform in +-1/sqrt(D).
+
+        They are drawn on the CPU, so that they are the same numbers on all devices.
+        """
         bound = self.in_features**-0.5
-        self.proxies.append(nn.Parameter(fresh.uniform_(-bound, bound)))
+        fresh = torch.empty(nb_new * self.nb_proxies, self.in_features).uniform_(-bound, bound)
+        self.proxies.append(nn.Parameter(fresh.to(self.eta.device)))
 
     def forward(self, features: Tensor) -> Tensor:
         proxies = F.normalize(torch.cat(list(self.proxies)), dim=1)

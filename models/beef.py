@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -205,7 +204,6 @@ class BEEF(Method, name="beefiso"):
         network, extractor = self.network, self.network.extractors[-1]
         x = images.rot90(2, (2, 3)).detach()
         extractor.eval()
-        rng = self.run.rng(self.phase, f"low energy, stage of {self.epoch}, {self.step}")
         for _ in range(LANGEVIN_STEPS):
             with torch.enable_grad():
                 x.requires_grad_(True)
@@ -213,9 +211,12 @@ class BEEF(Method, name="beefiso"):
                 logits = torch.cat([network.module_logits(features), network.forward_(features)], dim=1)
                 energy = logits.softmax(dim=1)[:, -self.nb_seen :].sum().log()
                 (gradient,) = torch.autograd.grad(energy, x)
-            x = (x - LANGEVIN_RATE * gradient).detach() + LANGEVIN_NOISE * self.noise(x, rng)
+            x = (x - LANGEVIN_RATE * gradient).detach() + LANGEVIN_NOISE * self.noise(x)
         extractor.train(not network.frozen)
         return x
 
-    def noise(self, like: Tensor, rng: np.random.Generator) -> Tensor:
-        return self.fabric.to_device(torch.from_numpy(rng.standard_normal(like.shape, dtype=np.float32))).to(like.dtype)
+    def before_batch(self) -> None:
+        self.random = self.run.generator(self.phase, self.epoch, self.step)
+
+    def noise(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.random, device=like.device, dtype=like.dtype)

@@ -20,6 +20,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from convs.resnet import ResNet
 from models.losses import distillation
@@ -56,8 +57,13 @@ class Coil(Method, name="coil"):
         """Initialise the new classifiers by those of the old classes, carried along the plan."""
         if self.phase == 0:
             return
-        of_images = self.settings.old_class_means == "images"
-        old_means = self.image_means(range(self.nb_old)) if of_images else self.exemplar_means()
+        exemplars = [image for target in range(self.nb_old) for image, _ in self.memory.evaluation_images(target)]
+        self.exemplar_loader = self.run.test_loader(exemplars)
+        self.new_loader = self.run.test_loader([item.image for item in self.data.new_items(self.phase)])
+        if self.settings.old_class_means == "images":
+            old_means = self.image_means(range(self.nb_old))
+        else:
+            old_means = self.exemplar_means()
         plan = self.plan(old_means)
         *old, new = self.network.head.proxies
         with torch.no_grad():
@@ -95,16 +101,17 @@ class Coil(Method, name="coil"):
 
     def plan(self, old_means: Tensor) -> Tensor:
         """The transport plan between old and new classes, nb_old x nb_new; old_means: nb_old x D."""
-        s, new_means = self.settings, self.image_means(range(self.nb_old, self.nb_seen))
+        s, new_means = self.settings, self.image_means(range(self.nb_old, self.nb_seen), self.new_loader)
         return self.fabric.to_device(sinkhorn(torch.cdist(old_means, new_means, p=s.norm_term), s.sinkhorn))
 
     def exemplar_means(self) -> Tensor:
         """The mean feature of each old class's exemplars, of unit length: nb_old x D."""
-        return self.run.class_means(self.network, range(self.nb_old))
+        return self.run.class_means(self.network, range(self.nb_old), loader=self.exemplar_loader)
 
-    def image_means(self, targets: Sequence[int]) -> Tensor:
+    def image_means(self, targets: Sequence[int], loader: DataLoader | None = None) -> Tensor:
         """The mean feature of all train images of each class, of unit length: classes x D."""
-        features = self.run.features(self.network, [self.data.train_images(target) for target in targets])
+        images = [self.data.train_images(target) for target in targets]
+        features = self.run.features(self.network, images, loader=loader)
         return F.normalize(torch.stack([F.normalize(rows).mean(dim=0) for rows in features]))
 
 

@@ -138,6 +138,7 @@ class Epochs:
         fabric, method, place = self.fabric, self.method, training.place
         loss_of, sizes = training.stage.loss or method.loss, training.sampler.sizes(place.step)
         method.epoch, method.step, method.images_in_step = place.epoch, place.step, sizes[1]
+        self.run.seed_step(method.phase, training.first_epoch + place.epoch, place.step)
         method.before_batch()
         training.optimizer.zero_grad()
         for part in parts(images, targets, self.config.accumulate_batches, sizes, fabric.world_size):
@@ -189,7 +190,6 @@ class Epochs:
                 "network": method.network.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(),
-                "random": torch.get_rng_state(),
                 "within_phase": method.within_phase,
                 "copies": self.copies_state,
             }
@@ -205,4 +205,3 @@ class Epochs:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         optimizer._opt_called = True  # at an epoch's end the scheduler comes first, and rightly so: no warning
-        torch.set_rng_state(state["random"])

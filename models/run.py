@@ -25,11 +25,16 @@ from utils.data.cache import PictureCache
 from utils.data.classes import DataManager
 from utils.data.datasets import Augmentation
 from utils.data.items import Item
-from utils.data.sampler import EpochBatchSampler
+from utils.data.sampler import EpochBatchSampler, seed_sequence
 from utils.devices import nb_cores
 from utils.fabric import Fabric
 from utils.memory.exemplars import ExemplarMemory
 from utils.results.history import History
+
+_NETWORK, _METHOD = 3, 4
+"""Streams of random numbers within a step."""
+_ROWS = 4096
+"""How many rows of predictions the processes add up at a time."""
 
 
 class Copies(Protocol):
@@ -83,6 +88,16 @@ class Run:
         """Fresh weights are a function of model_seed and the stage (0 the backbone, 1 + phase) alone."""
         torch.manual_seed(int(np.random.SeedSequence((self.config.model_seed, stage)).generate_state(1)[0]))
 
+    def seed_step(self, phase: int, epoch: int, step: int) -> None:
+        """What networks draw in a step (dropout), on all devices, is a function of these and the process alone."""
+        seeds = seed_sequence(self.config.model_seed, phase, epoch, _NETWORK, step, self.fabric.global_rank)
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+
+    def generator(self, phase: int, epoch: int, step: int) -> torch.Generator:
+        """For what a method draws in a step, on the run's device and in each process for itself."""
+        seeds = seed_sequence(self.config.model_seed, phase, epoch, _METHOD, step, self.fabric.global_rank)
+        return torch.Generator(self.fabric.device).manual_seed(int(seeds.generate_state(1)[0]))
+
     # Devices
 
     def to_home(self, network: nn.Module) -> None:
@@ -92,6 +107,12 @@ class Run:
     def to_device(self, images: Tensor) -> Tensor:
         """A loader's images as a network takes them: they travel as bytes and become floats on the device."""
         return self.data.normalise(self.fabric.to_device(images)).contiguous(memory_format=torch.channels_last)
+
+    def reset_gradient_scale(self) -> None:
+        """Of 16-mixed: a class order does not begin with the scale that another one has ended with."""
+        precision = self.fabric.strategy.precision
+        if getattr(precision, "scaler", None) is not None:
+            precision.scaler = torch.amp.GradScaler(precision.device)
 
     def compiled(self, network: nn.Module) -> nn.Module:
         """The network, or, where `compile` is set, a compiled module that shares its weights."""
@@ -157,20 +178,27 @@ class Run:
         """
         logits = torch.zeros(len(images), network.nb_classes)
         features = torch.zeros(len(images), network.head.in_features)
-        for index, outputs in self._own_outputs(network, images, description):
+        for index, outputs in self._own_outputs(network, self.test_loader(images), description):
             logits[index] = outputs.logits.to(logits)
             features[index] = outputs.features.to(features)
         return Outputs(self._sum_over_processes(logits), self._sum_over_processes(features))
 
     def features(
-        self, network: GrowingNet, groups: Sequence[Sequence[Path]], description: str = ""
+        self,
+        network: GrowingNet,
+        groups: Sequence[Sequence[Path]],
+        description: str = "",
+        loader: DataLoader | None = None,
     ) -> Iterator[Tensor]:
         """The features of each group of images, such as a class, N x D each; one group at a time is in memory.
 
-        The images are those of one `predict`, in the same batches.
+        The images are those of one `predict`, in the same batches.  loader: `test_loader` of them, where they are
+        looked at again and again: its worker processes stay.
         """
         size, rank, world_size = network.head.in_features, self.fabric.global_rank, self.fabric.world_size
-        outputs = self._own_outputs(network, [image for group in groups for image in group], description)
+        if loader is None:
+            loader = self.test_loader([image for group in groups for image in group])
+        outputs = self._own_outputs(network, loader, description)
         index, rows = torch.zeros(0, dtype=torch.long), torch.zeros(0, size)  # of this process, not handed on yet
         for start, end in itertools.pairwise([0, *itertools.accumulate(len(group) for group in groups)]):
             of_group = torch.zeros(end - start, size)
@@ -186,27 +214,33 @@ class Run:
                 rows = of_batch.features.to(of_group)
             yield self._sum_over_processes(of_group)
 
-    def class_means(self, network: GrowingNet, targets: Iterable[int], description: str = "") -> Tensor:
+    def class_means(
+        self, network: GrowingNet, targets: Iterable[int], description: str = "", loader: DataLoader | None = None
+    ) -> Tensor:
         """The mean feature of each class's exemplars, of unit length: classes x D; zeros for a class without exemplars.
 
-        A synthetic exemplar counts as much as a real one: its copies share its weight.
+        A synthetic exemplar counts as much as a real one: its copies share its weight.  loader: as for `features`.
         """
         shown = [self.memory.evaluation_images(target) for target in targets]
-        features = self.features(network, [[image for image, _ in of_class] for of_class in shown], description)
+        groups = [[image for image, _ in of_class] for of_class in shown]
+        features = self.features(network, groups, description, loader)
         means = []
         for of_class, rows in zip(shown, features, strict=True):
             weights = torch.tensor([weight for _, weight in of_class])
             means.append(weights @ F.normalize(rows) / weights.sum().clamp(min=1e-12))
         return F.normalize(torch.stack(means))
 
-    def _own_outputs(
-        self, network: GrowingNet, images: Sequence[Path], description: str
-    ) -> Iterator[tuple[Tensor, Outputs]]:
-        """(indices, outputs) of this process's share of the images, by batches in ascending order."""
-        fabric = self.fabric
+    def test_loader(self, images: Sequence[Path]) -> DataLoader:
+        """(indices, pictures, zeros) of this process's share of the images, by batches in ascending order."""
         dataset = ImageSet(images, [0] * len(images), self.data.test_transform, self.pixels)
-        own = range(fabric.global_rank, len(images), fabric.world_size)
-        batches = self.loader(dataset, BatchSampler(own, self.config.batch_size, drop_last=False))
+        own = range(self.fabric.global_rank, len(images), self.fabric.world_size)
+        return self.loader(dataset, BatchSampler(own, self.config.batch_size, drop_last=False))
+
+    def _own_outputs(
+        self, network: GrowingNet, batches: DataLoader, description: str
+    ) -> Iterator[tuple[Tensor, Outputs]]:
+        """(indices, outputs) of the batches of `test_loader`."""
+        fabric = self.fabric
         network.eval()
         with logs.progress(len(batches), description, quiet=not (description and fabric.is_global_zero)) as bar:
             for index, pictures, _ in batches:
@@ -219,4 +253,6 @@ class Run:
         """Each process has filled in its own rows of an array of zeros."""
         if self.fabric.world_size == 1:
             return rows
-        return self.fabric.all_reduce(rows.to(self.fabric.device), reduce_op="sum").cpu()
+        for some in rows.split(_ROWS):  # not all at once: a device may not have room for a whole test set's
+            some.copy_(self.fabric.all_reduce(some.to(self.fabric.device), reduce_op="sum"))
+        return rows

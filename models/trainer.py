@@ -36,6 +36,7 @@ class Trainer:
 
     def __init__(self, method: type[Method], run: Run):
         self.run, self.config, self.data = run, run.config, run.data
+        run.reset_gradient_scale()
         self.method = method(run)
         self.records: list[dict[str, Any]] = []
         self.checkpoints = Checkpoints(run)
@@ -69,7 +70,9 @@ class Trainer:
         start = time.perf_counter()
         self.start_phase(phase)
         training = self.train(within)
+        self.run.seed_torch(phase + 1)  # whether the training was done here, or before the run was killed
         self.method.after_training()
+        self.run.share(self.method.network)  # what each process has worked out may differ in the last bits
         trained = time.perf_counter()
         copies = self.choose_exemplars()
         chosen = time.perf_counter()

@@ -114,7 +114,7 @@ def test_a_full_disk_is_one_line_of_every_tool(config, tmp_path, capsys):
     for tool, arguments in (
         (main.main, ["predict", str(out), images, f"--output={file}", "--device=cpu"]),
         (main.main, ["evaluate", str(out), f"--output={file}", "--device=cpu"]),
-        (main.main, ["export", str(out), "--to=torchscript", f"--output={file}", "--device=cpu"]),
+        (main.main, ["export", str(out), f"--output={file}", "--device=cpu"]),
         (report.main, [str(out), f"--plot={file}"]),
         (report.main, [str(out), f"--html={file}"]),
         (gallery.main, [*data, "--dataset=Toy", "--copies=0", str(file)]),

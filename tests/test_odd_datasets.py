@@ -94,7 +94,7 @@ def test_names_that_are_not_utf_8_go_through_every_tool(run, tmp_path, capsys):
     assert main.main(["predict", str(out), f"--images={image.parent}", f"--output={file}.csv", "--device=cpu"]) == 0
     assert main.main(["predict", str(out), f"--images={image}", "--device=cpu"]) == 0
     assert main.main(["evaluate", str(out), f"--output={file}.json", "--device=cpu"]) == 0
-    assert main.main(["export", str(out), "--to=torchscript", f"--output={file}.pt", "--device=cpu"]) == 0
+    assert main.main(["export", str(out), f"--output={file}.onnx", "--device=cpu"]) == 0
     assert "Traceback" not in capsys.readouterr().err
 
 

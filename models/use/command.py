@@ -2,7 +2,7 @@
 
     python main.py predict RUN --images DIR          a table (CSV): file, class, probability, and the next four classes
     python main.py evaluate RUN [--data DIR]         accuracies on test pictures, as in results.json
-    python main.py export RUN --to onnx|torchscript  one file: pictures in, probabilities out
+    python main.py export RUN                        an ONNX file, and a JSON file that says what goes in and comes out
 
 RUN is a run's output folder.  Of several class orders the first is taken unless --seed names one; of several phases the
 last unless --phase does (a run keeps the last `keep_checkpoints`).
@@ -19,7 +19,11 @@ from pathlib import Path
 from utils import cli
 from utils.data.images import write_atomically
 
-COMMANDS = ("predict", "evaluate", "export")
+COMMANDS = {
+    "predict": "The classes of pictures, as a table (CSV): file, class, probability, and the next four classes.",
+    "evaluate": "Accuracies on test pictures, as in results.json.",
+    "export": "The network as an ONNX file, with a JSON file beside it: the transform of its input, the class names.",
+}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -27,32 +31,34 @@ def run(argv: Sequence[str]) -> int:
     options = _parser(argv[0]).parse_args(argv[1:])
     from models.use.learner import Learner
 
-    learner = Learner(options.run, seed=options.seed, phase=options.phase, device=options.device)
+    chosen = {"seed": options.seed, "phase": options.phase, "device": options.device}
+    learner = Learner(options.run, classifier=options.classifier, **chosen)
     print(learner.description, file=sys.stderr)
     return {"predict": _predict, "evaluate": _evaluate, "export": _export}[argv[0]](learner, options)
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"main.py {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog=f"main.py {command}", description=COMMANDS[command], allow_abbrev=False)
     parser.add_argument("run", type=cli.path, metavar="RUN", help="output folder of the run")
+    if command == "predict":
+        pictures = "a picture, or a folder of them"
+        parser.add_argument("--images", type=cli.path, required=True, metavar="DIR", help=pictures)
+    if command == "evaluate":
+        data = "a dataset's folder, or a folder of class folders (default: the run's own dataset)"
+        parser.add_argument("--data", type=cli.path, metavar="DIR", help=data)
+    what = "head: the network's logits; nme: the nearest class mean, which often forgets less"
+    default = None if command == "evaluate" else "head"
+    shown = "both, as far as the run has them" if default is None else default
+    parser.add_argument("--classifier", choices=("head", "nme"), default=default, help=f"{what} (default: {shown})")
+    where = {
+        "predict": "the CSV (default: the terminal)",
+        "evaluate": "write all figures there too, as JSON",
+        "export": "the ONNX file (default: RUN/seed<N>/phase<NN>.onnx); the JSON is FILE.json",
+    }
+    parser.add_argument("--output", type=cli.path, metavar="FILE", help=where[command])
     parser.add_argument("--seed", type=int, metavar="N", help="class order (default: the first)")
     parser.add_argument("--phase", type=int, metavar="N", help="phase, counted from 0 (default: the last one kept)")
     parser.add_argument("--device", default="auto", help='as the config\'s "device" (default: %(default)s)')
-    if command == "predict":
-        parser.add_argument(
-            "--images", type=cli.path, required=True, metavar="DIR", help="a picture, or a folder of them"
-        )
-        where = "the CSV (default: the terminal)"
-    elif command == "evaluate":
-        data = "a dataset's folder, or a folder of class folders (default: the run's own dataset)"
-        parser.add_argument("--data", type=cli.path, metavar="DIR", help=data)
-        where = "write all figures there too, as JSON"
-    else:
-        parser.add_argument("--to", choices=("onnx", "torchscript"), required=True)
-        where = "the file to write (default: RUN/seed<N>/phase<NN>.onnx or .pt)"
-    parser.add_argument("--output", type=cli.path, metavar="FILE", help=where)
     return parser
 
 
@@ -75,17 +81,17 @@ def _evaluate(learner, options: argparse.Namespace) -> int:
     from models.use.evaluate import evaluate, in_words
 
     figures = evaluate(learner, options.data)
-    print("\n".join(in_words(figures)))
+    print("\n".join(in_words(figures, options.classifier)))
     if options.output:
         _write(options.output, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 
 def _export(learner, options: argparse.Namespace) -> int:
-    from models.use.export import ENDINGS, export
+    from models.use.export import export
 
-    default = learner.folder / f"seed{learner.seed}" / f"phase{learner.phase:02d}{ENDINGS[options.to]}"
-    print(export(learner, options.to, options.output or default))
+    default = learner.folder / f"seed{learner.seed}" / f"phase{learner.phase:02d}.onnx"
+    print("\n".join(map(str, export(learner, options.output or default))))
     return 0
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,12 +62,15 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def in_words(figures: dict[str, Any]) -> Iterator[str]:
-    """The figures of `evaluate` as lines for a terminal."""
-    for name, metrics in (("CNN", figures["cnn"]), ("NME", figures["nme"])):
+def in_words(figures: dict[str, Any], classifier: Literal["head", "nme"] | None = None) -> Iterator[str]:
+    """The figures of `evaluate` as lines for a terminal, of one classifier or of both; then each class's accuracy, by
+    that one or by the head."""
+    shown = {"head": ["cnn"], "nme": ["nme"], None: ["cnn", "nme"]}[classifier]
+    for key in shown:
+        name, metrics = key.upper(), figures[key]
         if metrics is None:
             continue
         parts = [f"{key} {metrics[key]:.2f} %" for key in ("top1", "top5", "old", "new") if metrics[key] is not None]
         yield f"{name}: {', '.join(parts)}  ({figures['images']} pictures of {len(figures['classes'])} classes)"
     for name in figures["classes"]:
-        yield f"{figures['cnn']['per_class'][name]:7.2f} %  {name}"
+        yield f"{figures[shown[0]]['per_class'][name]:7.2f} %  {name}"

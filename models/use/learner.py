@@ -2,11 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from models import catalogue, checkpoint
 from models.method import network_input
+from models.networks import Outputs
 from models.run import Run
 from utils.config.read import load_config
 from utils.config.schema import accelerator
@@ -19,15 +23,23 @@ class Learner:
     """What a run had learnt by the end of a phase.
 
     folder: the run's output folder; seed: the class order, None for the first; phase: None for the last one kept;
-    device: as the config's key of that name.
-    Raises UserError where there is no such checkpoint.
+    device: as the config's key of that name; classifier: "head" or "nme", whose `confidences` are asked for.
+    Raises UserError where there is no such checkpoint, or no class means for nme.
 
     `network` maps normalised pictures to `models.networks.Outputs`; `class_names` are those of its logits, in order;
     `class_means` (classes x D) are the nearest-mean classifier's, None where the run has none; `data` has the
     transforms, and `run` makes predictions (`Run.predict`).
     """
 
-    def __init__(self, folder: Path, *, seed: int | None = None, phase: int | None = None, device: str = "auto"):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        seed: int | None = None,
+        phase: int | None = None,
+        device: str = "auto",
+        classifier: Literal["head", "nme"] | None = None,
+    ):
         self.folder = folder
         self.seed, self.phase = _choose(folder, seed, phase)
         path = checkpoint.phase_path(_checkpoints(folder, self.seed), self.phase)
@@ -53,9 +65,26 @@ class Learner:
         method.restore(state)
         self.network = method.evaluated.eval()
         self.class_means: torch.Tensor | None = state.get("class_means")
+        self.by_means = classifier == "nme"
+        if self.by_means and self.class_means is None:
+            raise UserError(f"--classifier nme: {path} has no class means ({config.model_name}, nme={config.nme}).")
         self.class_names = self.data.class_names[: self.network.nb_classes]
         what = f"{config.model_name}, {config.convnet_type}, {len(self.class_names)} classes"
         self.description = f"{what}, phase {self.phase} of seed {self.seed}: {path}"
+
+    @property
+    def confidence_name(self) -> str:
+        """What `confidences` are."""
+        return "similarities" if self.by_means else "probabilities"
+
+    def confidences(self, outputs: Outputs) -> Tensor:
+        """Of the classifier, B x classes, float32: softmax of the logits, or cosines to the class means (-1 for a class
+        that has none)."""
+        if not self.by_means:
+            return outputs.logits.float().softmax(dim=1)
+        means = self.class_means.to(outputs.features)
+        cosines = F.normalize(outputs.features) @ means.T
+        return cosines.masked_fill(~means.any(dim=1), -1.0).float()
 
 
 def _choose(folder: Path, seed: int | None, phase: int | None) -> tuple[int, int]:

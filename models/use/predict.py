@@ -29,11 +29,12 @@ def pictures_of(place: Path) -> list[Path]:
 def header(learner: Learner) -> list[str]:
     """The columns of `rows`."""
     further = range(2, min(SHOWN, len(learner.class_names)) + 1)
-    return ["file", "class", "probability", *(f"{name}_{n}" for n in further for name in ("class", "probability"))]
+    value = "similarity" if learner.by_means else "probability"
+    return ["file", "class", value, *(f"{name}_{n}" for n in further for name in ("class", value))]
 
 
 def rows(learner: Learner, images: Sequence[Path], broken: list[str]) -> Iterator[list[str]]:
-    """One row a picture: the file, then the likeliest classes and their probabilities (softmax of the logits).
+    """One row a picture: the file, then the likeliest classes and how likely they are (`Learner.confidences`).
 
     broken: gets a message for each picture that can't be read, which has no row.
     """
@@ -56,8 +57,8 @@ def rows(learner: Learner, images: Sequence[Path], broken: list[str]) -> Iterato
                 continue
             pictures = run.to_device(learner.data.test_transform([picture for _, picture in good]))
             with torch.inference_mode(), run.fabric.autocast():
-                logits = learner.network(pictures).logits
-            best = logits.float().softmax(dim=1).cpu().topk(min(SHOWN, len(names)))
+                outputs = learner.network(pictures)
+            best = learner.confidences(outputs).cpu().topk(min(SHOWN, len(names)))
             for (path, _), values, classes in zip(good, best.values.tolist(), best.indices.tolist(), strict=True):
                 shown = zip(classes, values, strict=True)
                 yield [str(path), *(text for target, p in shown for text in (names[target], f"{p:.4f}"))]
