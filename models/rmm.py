@@ -86,8 +86,10 @@ class RMM(Method):
 
     def after_training(self) -> None:
         super().after_training()
-        self.memory.total = self.units(self.phase)
         targets = self.data.phase_targets(self.phase)
+        counted = self.state.get("images", [])  # of old classes, whose images may be gone by now
+        self.state["images"] = [*counted, *(len(self.data.train_images(target)) for target in targets)]
+        self.memory.total = self.units(self.phase)
         losses = [self.mean_loss(self.data.train_images(target), target) for target in targets]
         self.hard = {t: loss > np.median(losses) for t, loss in zip(targets, losses, strict=True)}
 
@@ -96,14 +98,14 @@ class RMM(Method):
         seen, rate = self.data.seen_targets(phase), self.m_rate(phase)
         if rate == 0:
             return self.config.memory_size
-        images = sum(len(self.data.train_images(target)) for target in seen)
+        images = sum(self.state["images"][: seen.stop])
         later = len(self.data.phase_targets(min(1, self.data.nb_phases - 1)))
         return min(images - 1, self.config.memory_size + int(rate * later * self.images_per_class()))
 
     def images_per_class(self) -> int:
         """Of phase 0's classes."""
         targets = self.data.phase_targets(0)
-        return sum(len(self.data.train_images(target)) for target in targets) // len(targets)
+        return sum(self.state["images"][: targets.stop]) // len(targets)
 
     def exemplar_units(self, target: int) -> float:
         """Level 2."""
@@ -130,6 +132,8 @@ class RMM(Method):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
+        seen = self.data.seen_targets(state["phase"])  # checkpoints of earlier versions have no counts
+        self.state.setdefault("images", [len(self.data.train_images(target)) for target in seen])
         self.memory.total = self.units(state["phase"])
 
 
