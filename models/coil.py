@@ -12,7 +12,7 @@ when the new images are there, by the same network, and its masses are uniform; 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -27,7 +27,7 @@ from models.losses import distillation
 from models.method import Method
 from models.networks import CosineNet, Outputs
 from models.stages import Defaults
-from utils.config.schema import setting
+from utils.config.schema import Config, setting
 from utils.config.types import NonNegative, Number, Positive
 
 PROSPECTIVE_WEIGHT = 0.001
@@ -43,6 +43,11 @@ class Settings:
     old_class_means: Literal["images", "exemplars"] = setting(
         "images", "a phase's first plan takes means of all old images, as in PyCIL, or of the exemplars"
     )
+
+    def check(self, config: Config) -> Iterator[str]:
+        """What does not go together with other keys, each message beginning with one."""
+        if config.memory_only and self.old_class_means == "images":
+            yield "old_class_means: memory_only leaves no old images but the exemplars; set it to exemplars"
 
 
 class Coil(Method, name="coil"):

@@ -90,7 +90,7 @@ def test_file_and_folder_reach_the_disk(memory, tmp_path, monkeypatch):
 def test_the_list_has_all_forms():
     """A new form belongs into FORMS here, or has a test of its own."""
     heads, tested = ({re.match("[a-z0-9]+", name)[0] for name in names} for names in (examples(), FORMS))
-    assert heads == tested
+    assert heads - {"jxl"} == tested  # jxl: tests/test_codecs.py, where its plugin is installed
 
 
 @pytest.mark.parametrize("name", long_but(FORMS, *(name for name in FORMS if not name.startswith("latent"))))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compress.forms import decoded, form_named, resize_back
+from compress.forms import form_named, resize_back
 from compress.forms.edges import read, written
 from compress.forms.latent import CODERS
 from compress.job import Machine
@@ -190,7 +190,6 @@ def test_a_picture_comes_back_as_well_as_its_quality_and_size_allow(codec):
         sizes.append(len(kept))
         assert form.check(kept, image) is None
         assert form.check(form.encode(255 - image), image)[0] == "made otherwise"
-        assert form.check(form.encode(image[:60]), image)[0] == "of the wrong size"
         assert form.raw_bits(*image.shape[:2]) is None
     assert sizes[0] > 1.5 * sizes[1]
     assert sizes[0] > 1.5 * sizes[2]
@@ -253,14 +252,15 @@ def test_a_latent_code_without_weights_says_so():
 def test_a_greyscale_picture_stays_grey(codec):
     image = np.ascontiguousarray(photograph()[:, :, 0])
     form = form_named(f"{codec}:80", HIGH)
-    back = form.condition(form.encode(image), image.shape).start
+    back = form.condition(form.encode(image), image.shape, True).start
     assert np.ptp(back.astype(int), axis=2).max() <= 3
     assert psnr(back[:, :, 0], image) > 28
 
 
 def test_a_picture_is_never_enlarged():
     image = photograph(40, 30)
-    assert decoded(form_named("webp:50@64", HIGH).encode(image)).shape == (40, 30, 3)
+    form = form_named("webp:50@64", HIGH)
+    assert form.condition(form.encode(image), (40, 30)).size == (40, 30)
 
 
 def test_the_copy_of_a_picture_is_lossless(tmp_path):
@@ -290,7 +290,7 @@ def test_an_edge_map_and_a_picture_in_one_file():
     form = form_named("edges+webp:80@40", HIGH)
     edge_map, small = form_named("edges", HIGH).encode(image), form_named("webp:80@40", HIGH).encode(image)
     kept = form.encode(image)
-    assert len(kept) == len(edge_map) + len(small) + 4
+    assert len(kept) == len(edge_map) + len(small) + 1  # the length of an edge map of less than 128 bytes
     condition = form.condition(kept, image.shape[:2])
     assert condition.size == condition.hint.shape == condition.start.shape[:2] == (704, 512)
     assert np.array_equal(condition.hint, cv2.resize(read(edge_map), (512, 704), interpolation=cv2.INTER_NEAREST))
@@ -298,7 +298,7 @@ def test_an_edge_map_and_a_picture_in_one_file():
     assert form.check(kept, image) is None
     for other in (photograph()[:60], photograph()[::-1].copy()):
         assert form.check(form.encode(other), image)
-    swapped = form.encode(image)[: 4 + len(edge_map)] + form_named("webp:80@40", HIGH).encode(255 - image)
+    swapped = form.encode(image)[: 1 + len(edge_map)] + form_named("webp:80@40", HIGH).encode(255 - image)
     assert form.check(swapped, image) == ("made otherwise", "the image gives another picture")
     for broken in (b"", b"\0\0", kept[: len(edge_map)], b"\0" * 20):
         with pytest.raises(OSError, match=r"\w"):

@@ -28,6 +28,9 @@ from utils.data.images import image_bits, read_image
 from utils.data.paths import FormFiles
 from utils.errors import UserError
 
+PICTURES = ("WEBP", "PNG", "BMP", "JPEG", "AVIF", "JXL")
+"""Pillow's names of the formats that are kept; the last one is a plugin's."""
+
 WRONG_SIZE, OTHERWISE = "of the wrong size", "made otherwise"
 
 
@@ -140,13 +143,19 @@ class Form(abc.ABC):
         """
         return self.encode(pixels(image), text) if self.fixed_bytes is None else bytes(self.fixed_bytes)
 
-    def condition(self, kept: bytes, size: tuple[int, int]) -> Condition:
-        """What copies are made from; by default, the picture that the bytes hold.
+    def payload(self, kept: bytes, size: tuple[int, int], greyscale: bool) -> bytes:
+        """What of a kept file counts, and goes into the memory's file: all but what earlier versions wrote around it.
 
-        size: (height, width) of the image.  Raises OSError for broken bytes.
+        size: (height, width) of the image.
         """
-        picture = decoded(kept)
-        return Condition(picture.shape[:2], start=picture)
+        return kept
+
+    @abc.abstractmethod
+    def condition(self, kept: bytes, size: tuple[int, int], greyscale: bool = False) -> Condition:
+        """What copies are made from.
+
+        size: (height, width) of the image; greyscale: whether it is.  Raises OSError for broken bytes.
+        """
 
     def raw_bits(self, height: int, width: int, kept: Path | None = None) -> int | None:
         """Bits that are kept of a height x width image as the paper counts them, before any coding; None where the form
@@ -184,7 +193,7 @@ class Form(abc.ABC):
         """The copies with these numbers of a train image, of which `kept` is kept."""
         width, height, bits_per_pixel = image_bits(image)
         size, greyscale = (height, width), bits_per_pixel != 24
-        condition = self.condition(kept, size)
+        condition = self.condition(kept, size, greyscale)
         return [Request(image, k, text, condition, size, greyscale, self.seed(image, k)) for k in numbers]
 
     def seed(self, image: Path, copy_number: int) -> int:
@@ -216,7 +225,7 @@ def pixels(image: Path) -> np.ndarray:
 def decoded(kept: bytes) -> np.ndarray:
     """A kept picture (HxWx3 uint8).  Raises OSError for bytes that are none."""
     try:
-        with Image.open(io.BytesIO(kept), formats=("WEBP", "PNG", "BMP", "JPEG", "AVIF")) as image:
+        with Image.open(io.BytesIO(kept), formats=[kind for kind in PICTURES if kind in Image.OPEN]) as image:
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # a broken file makes decoders raise anything
         reason = "not a picture that Pillow reads" if kept else "the file is empty"

@@ -68,7 +68,7 @@ class Edges(Form):
     def copy_settings(self) -> dict[str, Any]:
         return super().copy_settings() | ({} if self.side is None else {"form": self.name, "side": self.side})
 
-    def condition(self, kept: bytes, size: tuple[int, int]) -> Condition:
+    def condition(self, kept: bytes, size: tuple[int, int], greyscale: bool = False) -> Condition:
         """The edge map at the generated size, by nearest neighbour."""
         edges, (height, width) = read(kept), self.preset.generated_size(*size)
         if edges.shape != (height, width):

@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from compress.forms import Condition, Form, Spec, decoded, files_named, form_named, resize_back
+from compress.forms import Condition, Form, Spec, files_named, form_named, resize_back
 from compress.forms.edges import Edges, edges
-from compress.forms.picture import CODECS, Picture
+from compress.forms.picture import Picture
 from compress.presets import Preset
+from utils.data.codecs import CODECS
+from utils.data.varint import read_varint, varint
 from utils.errors import UserError
 
-LENGTH = struct.Struct("<I")
-"""The first bytes of a kept file: how many of those that follow are the edge map's.  The picture's are the rest."""
+_EARLIER = struct.Struct("<I")
+"""Earlier versions wrote the edge map's length in four bytes, and whole files of edge map and picture."""
 
 
 @dataclass(frozen=True)
@@ -42,26 +44,41 @@ class EdgesAndPicture(Form):
         return {**super().copy_settings(), "form": self.name}
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
-        edge_map = self.edges.encode(image)
-        return LENGTH.pack(len(edge_map)) + edge_map + self.picture.encode(image)
+        return joined(self.edges.encode(image), self.picture.encode(image))
 
-    def condition(self, kept: bytes, size: tuple[int, int]) -> Condition:
+    def payload(self, kept: bytes, size: tuple[int, int], greyscale: bool) -> bytes:
         edge_map, picture = parts(kept)
-        condition = self.edges.condition(edge_map, size)
-        return Condition(condition.size, condition.hint, resize_back(decoded(picture), *condition.size))
+        return joined(self.edges.payload(edge_map, size, greyscale), self.picture.payload(picture, size, greyscale))
+
+    def condition(self, kept: bytes, size: tuple[int, int], greyscale: bool = False) -> Condition:
+        edge_map, picture = parts(kept)
+        condition = self.edges.condition(edge_map, size, greyscale)
+        start = self.picture.picture(picture, size, greyscale)
+        return Condition(condition.size, condition.hint, resize_back(start, *condition.size))
 
     def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:
         edge_map, picture = parts(kept)
         return self.edges.check(edge_map, image) or self.picture.check(picture, image)
 
 
+def joined(edge_map: bytes, picture: bytes) -> bytes:
+    """The length of the edge map, the edge map, and the picture."""
+    return varint(len(edge_map)) + edge_map + picture
+
+
 def parts(kept: bytes) -> tuple[bytes, bytes]:
-    """The files of the edge map and of the picture.  Raises OSError for bytes that are not those two."""
-    length = LENGTH.unpack_from(kept)[0] if len(kept) > LENGTH.size else 0
-    end = LENGTH.size + length
+    """What is kept of the edge map and of the picture.  Raises OSError for bytes that are not those two."""
+    if kept[4:8] in (b"RIFF", b"\x89PNG"):
+        length, start = _EARLIER.unpack_from(kept)[0], _EARLIER.size
+    else:
+        try:
+            length, start = read_varint(kept)
+        except ValueError:
+            length, start = 0, 0
+    end = start + length
     if not length or end >= len(kept):
         raise OSError("not an edge map and a picture" if kept else "the file is empty")
-    return kept[LENGTH.size : end], kept[end:]
+    return kept[start:end], kept[end:]
 
 
 def edges_and_picture(spec: Spec, preset: Preset) -> EdgesAndPicture:

@@ -101,7 +101,7 @@ class Latent(Form):
             raise OSError(what) from error
         return (low + levels * (max(high - low, 1e-6) / (2**self.bits - 1))).astype(np.float32)
 
-    def condition(self, kept: bytes, size: tuple[int, int]) -> Condition:
+    def condition(self, kept: bytes, size: tuple[int, int], greyscale: bool = False) -> Condition:
         height, width = self.shown_size(*size)
         picture = self.autoencoder.decode(self.latents(kept, size))[:height, :width]
         return Condition(size, start=resize_back(picture, *size))

@@ -36,7 +36,7 @@ class Text(Form):
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
         return b""
 
-    def condition(self, kept: bytes, size: tuple[int, int]) -> Condition:
+    def condition(self, kept: bytes, size: tuple[int, int], greyscale: bool = False) -> Condition:
         return Condition(self.preset.generated_size(*size))
 
     def raw_bits(self, height: int, width: int, kept: Path | None = None) -> int:
