@@ -1,6 +1,7 @@
 """One run of compress/run.py: look at the disk, make what is missing, report."""
 
 import difflib
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from compress.generators.build import (
 from compress.job import Data, Job, Machine
 from compress.options import Action
 from compress.plan import Plan, Survey, survey, to_plan
-from compress.records import MadeOtherwise, Records
+from compress.records import MadeOtherwise, Records, model_options, recorded_models
 from compress.regenerate import Regenerator
 from compress.share import PATIENCE, by_all, by_first, own_part, run_shared, together
 from compress.summary import report, report_estimate, report_findings, report_plan
@@ -41,7 +42,8 @@ def run(job: Job, action: Action) -> int:
     fabric = launch(*accelerator(action.device), patience=PATIENCE)
     images, empty = together(fabric, lambda: select(job.data))
     if action.verify:
-        records = Records(job.data.paths, job.form, None, named(job.machine))
+        model = fabric.broadcast(by_first(fabric, lambda: model_asked_for(job, images)))
+        records = Records(job.data.paths, job.form, model, named(job.machine))
         is_well = verified(fabric, records, images, job.data.copy_numbers).is_well
         return DONE if (is_well and not empty) or not fabric.is_global_zero else SOME_FAILED
     if action.download:
@@ -92,7 +94,8 @@ def make_generator_for(job: Job, todo: Plan, fabric: Fabric):
 
 
 def find_work(fabric: Fabric, job: Job, images: list[Path], action: Action) -> Plan:
-    """The plan for these images.  The model's weights, and what "auto" precision means, matter only to new copies.
+    """The plan for these images.  What "auto" precision means matters only to new copies; so do the model's weights
+    where they are not at hand, if the copies there were made by a model of the same name.
 
     Raises UserError where files on disk were made with other settings, and the options don't say what to do with them.
     """
@@ -114,13 +117,40 @@ def find_work(fabric: Fabric, job: Job, images: list[Path], action: Action) -> P
 
     again = job.existing != "refuse"
     try:
-        todo = planned_to_make() if again else planned(None, named(machine))
+        if again:
+            todo = planned_to_make()
+        else:
+            model = fabric.broadcast(by_first(fabric, lambda: model_asked_for(job, images, action.dry_run)))
+            todo = planned(model, named(machine))
         findings = verified(fabric, todo.records, images, numbers) if action.repair else Findings()
         if findings.repairs(todo).copies_missing and not again:
             todo = planned_to_make()
     except MadeOtherwise as error:
         raise UserError(f"{error}.\n{MIXING}") from error
     return findings.repairs(todo)
+
+
+def model_asked_for(job: Job, images: Sequence[Path], without_weights: bool = False) -> str | None:
+    """The fingerprint of the job's model; None where its weights are not at hand and nothing says that copies on disk
+    are another model's.
+
+    without_weights: whether a model that the user names may be missing where no copies are recorded.
+    Raises UserError where the recorded options name another model, or none and the user names one.
+    """
+    if not job.form.needs_model:
+        return None
+    try:
+        return fingerprint(job.machine)
+    except UserError as error:
+        folder, asked = job.data.paths.folder("copies"), model_options(job.options)
+        recorded = recorded_models(folder, dict.fromkeys(image.parent.name for image in images))
+        if not recorded and (without_weights or not asked):
+            return None
+        if recorded == {asked}:
+            return None
+        others = " and ".join(shlex.join(options) or "--model sd15" for options in sorted(recorded - {asked}))
+        made = f"copies in {folder} were made with {others}; for the model asked for now: " if others else ""
+        raise UserError(f"{made}{error}") from error
 
 
 def made_by(job: Job, device: torch.device, without_weights: bool) -> tuple[str | None, str]:

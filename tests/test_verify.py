@@ -6,10 +6,9 @@ import shutil
 import pytest
 from PIL import Image
 
-from compress.generators import build as machine
 from tests.conftest import long_but
 from tests.folders import save_picture
-from tests.little_run import Killed, command, copies, kill_at, little_dataset, tree
+from tests.little_run import Killed, command, copies, kill_at, little_dataset, tree, without_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
 
@@ -112,8 +111,7 @@ def test_an_edge_map_of_the_wrong_size(paths, compress):
 
 def test_verifying_with_other_settings_says_how_they_differ(paths, compress, monkeypatch):
     compress()
-    monkeypatch.setattr(machine, "load_model", None)  # neither is needed
-    monkeypatch.setattr(machine, "weights_fingerprint", None)
+    without_weights(monkeypatch)  # none are needed
     code, out, _ = compress("--verify", steps="2")
     assert code == 1
     assert "8 copies made otherwise" in out

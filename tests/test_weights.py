@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,39 @@ def test_a_fingerprint_tells_weights_apart(state, official, tmp_path):
     for name in ("control_model.zero_convs.0.0.bias", "cond_stage_model.transformer.text_model.final_layer_norm.bias"):
         changed = write(tmp_path / "changed.pth", state | {name: state[name] + 1})
         assert weights_fingerprint(changed) != weights_fingerprint(official)
-    assert len(weights_fingerprint(official)) == 16
+    assert re.fullmatch(r"[0-9a-f]{16}\.[0-9a-f]{8}", weights_fingerprint(official))
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("linear_start", 0.001),
+        ("scale_factor", 0.13025),
+        ("only_mid_control", True),
+        ("unet_config.params.num_heads", 4),
+        ("control_stage_config.params.num_heads", 4),
+        ("cond_stage_config.params.num_attention_heads", 4),
+    ],
+)
+def test_a_fingerprint_tells_configs_apart_whose_pictures_differ(where, value, state, official, tmp_path):
+    """Equal tensors under another config make other pictures, though no shape differs."""
+    path = write(tmp_path / "other.pth", state)
+    config = little_config()
+    OmegaConf.update(config, f"model.params.{where}", value)
+    OmegaConf.save(config, path.with_suffix(".yaml"))
+    other, same = weights_fingerprint(path), weights_fingerprint(official)
+    assert other != same
+    assert other.partition(".")[0] == same.partition(".")[0]
+    assert load_model(path).fingerprint == other
+
+
+def test_a_fingerprint_knows_defaults_and_ignores_what_changes_no_picture(state, official, tmp_path):
+    path = write(tmp_path / "other.pth", state)
+    config = little_config()
+    del config.model.params.scale_factor  # 0.18215 by default, too
+    config.model.params.monitor = "val/loss"
+    OmegaConf.save(config, path.with_suffix(".yaml"))
+    assert weights_fingerprint(path) == weights_fingerprint(official)
 
 
 def test_a_model_that_was_not_loaded_has_no_fingerprint():

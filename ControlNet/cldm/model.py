@@ -104,7 +104,7 @@ def load_model(
     model.load_state_dict(state, assign=True)
     if decoder is not None:
         use_small_decoder(model.first_stage_model, model.scale_factor, load_small_decoder(decoder, model.channels))
-    model.fingerprint = _with_changes(fingerprint(weights.state), loras, decoder)
+    model.fingerprint = _with_changes(fingerprint(weights), loras, decoder)
     del state
     del weights  # so that a tensor's old memory is free as soon as it is converted
     tables = dict(model.named_buffers(recurse=False))
@@ -121,12 +121,13 @@ def weights_fingerprint(
     decoder: str | os.PathLike | None = None,
 ) -> str:
     """What tells the weights of `load_model(spec, base=base, loras=loras, decoder=decoder)` from others, without
-    building the model: 16 hex digits, and "+", digest and scale of each LoRA, "+decoder:" and digest of the decoder.
+    building the model: `weights.fingerprint`, and "+", digest and scale of each LoRA, "+decoder:" and digest of the
+    decoder.
 
-    The same for any file or folder of the same weights, in float32 or float16 (see `weights.fingerprint`).
+    The same for any file or folder of the same weights, in float32 or float16, under the same config.
     Raises ModelError.
     """
-    return _with_changes(fingerprint(find_weights(spec, base).state), loras, decoder)
+    return _with_changes(fingerprint(find_weights(spec, base)), loras, decoder)
 
 
 def _with_changes(weights: str, loras: Sequence[Lora], decoder: str | os.PathLike | None) -> str:
