@@ -31,6 +31,12 @@ HARMLESS = (
     "cond_stage_model.text_projection", "cond_stage_model.transformer.text_projection.", "embedding_manager.",
     "lvlb_weights",
 )  # fmt: skip
+_OTHER_WEIGHTS = {
+    ".absmax": "quantised by bitsandbytes (NF4 or 8 bits)",
+    "control_add_embedding.": "a ControlNet-Union or ControlNet++ model",
+    "task_embedding": "a ControlNet-Union or ControlNet++ model",
+}
+"""Parts of tensors' names -> what weights have them."""
 FINGERPRINT_VALUES = 24  # of each tensor
 _NETWORK = {"num_heads": -1, "num_head_channels": -1}
 CONFIG_VALUES = {
@@ -197,6 +203,9 @@ def _likely_reason(state: Mapping[str, Tensor], misshapen: Sequence[str]) -> str
     def has(*beginnings: str) -> bool:
         return any(name.startswith(beginnings) for name in state)
 
+    for part, what in _OTHER_WEIGHTS.items():
+        if any(part in name for name in state):
+            return f"it is {what}, which is not supported: take plain weights for Stable Diffusion 1.5"
     other = _other_control(state)
     if other and not has(UNET):
         return other
