@@ -28,6 +28,7 @@ from pathlib import Path
 
 from compress.forms import Form
 from compress.presets import Preset, Sampling
+from utils.data.images import temporary_prefix
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
@@ -182,7 +183,7 @@ class Record:
         target = self.folder / ("settings.json" if number == 1 else f"settings-{number}.json")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{os.getpid()}-", suffix=".tmp")
+            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=temporary_prefix(), suffix=".tmp")
             try:
                 with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:  # JSON's escapes
                     json.dump(content, file, indent=1, ensure_ascii=False)

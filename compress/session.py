@@ -3,20 +3,23 @@
 import difflib
 import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from compress.generators import Generator
 from compress.generators.build import (
     OF_OPENVINO,
     choose_precision,
     download,
     fingerprint,
-    make_generator,
-    warn_of_long_prompts,
+    generator,
+    warn_of_settings,
 )
 from compress.job import Data, Job, Machine
 from compress.options import Action
@@ -50,47 +53,65 @@ def run(job: Job, action: Action) -> int:
         by_first(fabric, lambda: download(job.machine.model))
     todo = together(fabric, lambda: find_work(fabric, job, images, action))
     if fabric.is_global_zero:
-        warn_of_long_prompts(job.form, job.machine, todo.records.copies.texts)
+        warn_of_settings(job.form, job.machine, todo.records.copies.texts)
         report_plan(todo, f"{job.data.paths.dataset}, {job.form.preset.name} resolution")
     if action.dry_run:
         return dry_run(job, todo, fabric)
-    generator = make_generator_for(job, todo, fabric)
-    regenerator = Regenerator(job.data.paths, job.form, generator)
-    start = time.perf_counter()
-    with progress_bar(todo.copies_missing, "copy", fabric) as bar:
-        result = run_shared(fabric, regenerator, todo, bar.update)
+    by_first(fabric, lambda: check_writable(todo))
+    with generator_for(job, todo, fabric) as generate:
+        start = time.perf_counter()
+        with progress_bar(todo.copies_missing, "copy", fabric) as bar:
+            result = run_shared(fabric, Regenerator(job.data.paths, job.form, generate), todo, bar.update)
     if not fabric.is_global_zero:
         return DONE
     report(result, job.form.noun, empty, time.perf_counter() - start)
     return SOME_FAILED if result.failures or empty else DONE
 
 
+def check_writable(todo: Plan) -> None:
+    """Raises UserError, before a model is loaded, where the folders of what is missing can't be written to."""
+    paths = todo.records.paths
+    for mode, count in (("kept", todo.kept_missing), ("copies", todo.copies_missing)):
+        folder = paths.folder(mode)
+        try:
+            if count:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"can't write to {folder}: {error.strerror}.") from error
+
+
 def dry_run(job: Job, todo: Plan, fabric: Fabric) -> int:
     """Tell what the plan will take.  Without weights the copies are counted and their time is unknown."""
     if not fabric.is_global_zero:
         return DONE
-    try:
-        generator, missing = make_generator_for(job, todo, fabric), None
-    except UserError as error:
-        generator, missing = None, error
-    report_estimate(Regenerator(job.data.paths, job.form, generator), todo)
+    with ExitStack() as stack:
+        try:
+            generate, missing = stack.enter_context(generator_for(job, todo, fabric)), None
+        except UserError as error:
+            generate, missing = None, error
+        report_estimate(Regenerator(job.data.paths, job.form, generate), todo, fabric.world_size)
     if missing:
         print(f"the time is unknown: {missing}")
     return DONE
 
 
-def make_generator_for(job: Job, todo: Plan, fabric: Fabric):
+@contextmanager
+def generator_for(job: Job, todo: Plan, fabric: Fabric) -> Iterator[Generator | None]:
     """The generator of a plan's copies, announced by the first process; None where no copy is missing."""
     if not todo.copies_missing:
-        return None
+        yield None
+        return
     precision, engine = todo.records.precision, job.machine.engine
-    generator = make_generator(job.form, job.machine, fabric.device, precision)
-    if job.form.needs_model and fabric.is_global_zero:
-        where = fabric.device if fabric.world_size == 1 else f"{fabric.world_size} processes ({fabric.device.type})"
-        at_a_time = f"{generator.batch_size} at a time"
-        by = "" if engine in ("auto", "torch") else f" by {engine}"
-        print(f"model {job.machine.model} on {where}{by} in {precision.partition('-')[0]}, {at_a_time}", flush=True)
-    return generator
+    with generator(job.form, job.machine, fabric.device, precision) as generate:
+        if job.form.needs_model and fabric.is_global_zero:
+            where = fabric.device if fabric.world_size == 1 else f"{fabric.world_size} processes ({fabric.device.type})"
+            by = "" if engine in ("auto", "torch") else f" by {engine}"
+            precision = precision.partition("-")[0]
+            print(
+                f"model {job.machine.model} on {where}{by} in {precision}, {generate.batch_size} at a time", flush=True
+            )
+        yield generate
 
 
 def find_work(fabric: Fabric, job: Job, images: list[Path], action: Action) -> Plan:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 import main
 from compress import plan as plans
+from compress.generators import build as machine
 from compress.on_demand import OnDemand
 from compress.presets import HIGH, LOW
 from compress.records import MadeOtherwise, Records, State, read_mark
@@ -483,6 +485,22 @@ def test_the_trainer_keeps_the_same_records(paths, compress, checkpoint):
     on_demand(apart, checkpoint, steps=2).make(paths.images("sushi"))
     assert len(copies(apart)) == 4
     assert {name: content for name, content in tree(paths.root).items() if "-two/" not in name} == whole
+
+
+def test_the_model_of_copies_on_demand_is_freed_before_training_goes_on(paths, checkpoint, monkeypatch):
+    models = []
+
+    def note(*arguments, of=machine.load_model):
+        model = of(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(machine, "load_model", note)
+    maker = on_demand(paths, checkpoint)
+    for label in LABELS:
+        maker.make(paths.images(label))
+        assert [model() for model in models] == [None] * len(models)
+    assert len(models) == 2
 
 
 def test_the_trainer_reads_what_is_kept_apart(paths, compress, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import socket
 
 import pytest
 from PIL import Image
@@ -56,7 +57,7 @@ def test_verify_and_repair_each_kind_of_damage(paths, compress):
     assert "checked: 4 edge maps and 8 copies of 4 images" in out
     assert "4/4" in err
     broken = break_things(paths)
-    leftover = paths.copies_folder("sushi") / f".{2**22 + 1}-x.tmp"
+    leftover = paths.copies_folder("sushi") / f".{socket.gethostname()}.{2**22 + 1}-x.tmp"
     leftover.touch()
     damaged = tree(paths.root)
     code, out, _ = compress("--verify")
