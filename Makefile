@@ -1,4 +1,4 @@
-# make env | demo | demo-on-demand | test | test-long | lint | bench | tiny-model | clean
+# make env | demo | demo-on-demand | test | test-long | test-gpu | lint | bench | tiny-model | clean
 # Python 3.11, 3.12 or 3.13: the first of these commands that runs one.  PYTHON=... names another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SEEDS  ?= 1993
 
-.PHONY: env demo demo-on-demand test test-long lint bench tiny-model clean
+.PHONY: env demo demo-on-demand test test-long test-gpu lint bench tiny-model clean
 
 env: $(STAMP)
 
@@ -29,6 +29,10 @@ test: env lint
 # All but what needs gigabytes or minutes: every method against PyCIL's figures, learning, several processes, kills.
 test-long:
 	ESCORT_LONG=1 $(MAKE) test
+
+# What only a CUDA device can show.
+test-gpu: env
+	ESCORT_LONG=1 $(BIN)/python -m pytest -m gpu
 
 lint: env
 	$(BIN)/ruff check .

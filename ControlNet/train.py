@@ -16,12 +16,14 @@ Every step's pictures, noise and timesteps are a function of (seed, stage, step)
 last checkpoint and ends with the same weights.
 """
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +69,7 @@ class Views(Dataset):
         self.items = [(file, y) for y, label in enumerate(labels) for file in sorted((folder / label).iterdir())]
         if not self.items:
             raise ModelError(f"{folder} holds no pictures; they belong in {folder}/<class-label>/")
-        texts = json.loads(user_path(config.class_names).read_text()) if config.class_names else {}
+        texts = read_class_names(user_path(config.class_names)) if config.class_names else {}
         templates = [
             template.replace("{label}", texts.get(label, label)) for label in labels for template in config.texts
         ]
@@ -94,6 +96,26 @@ class Views(Dataset):
 
     def _resized(self, image: np.ndarray, interpolation: int) -> np.ndarray:
         return cv2.resize(image, (self.size, self.size), interpolation=interpolation)
+
+
+def read_class_names(file: Path) -> dict[str, str]:
+    """Class label -> text.  Raises ModelError for a file that is no such table, or gives a label two texts."""
+
+    def unique(pairs: list[tuple[str, str]]) -> dict[str, str]:
+        twice = [label for label, count in Counter(label for label, _ in pairs).items() if count > 1]
+        if twice:
+            raise ModelError(f"{file} gives class {twice[0]!r} {len(pairs) - len(dict(pairs)) + 1} texts: keep one")
+        return dict(pairs)
+
+    try:
+        texts = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except ModelError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise ModelError(f"{file} must be an object of class labels and their texts")
+    return texts
 
 
 def _moved(image: np.ndarray, rng: np.random.Generator, amount: DictConfig) -> np.ndarray:
@@ -132,23 +154,49 @@ def step_seed(seed: int, stage: str, step: int) -> int:
     return int(np.random.SeedSequence([seed, STAGES.index(stage), step]).generate_state(1, np.uint64)[0]) >> 1
 
 
-FIXED_KEYS = ("seed", "teacher", "image_size", "texts", "negative_texts", "augmentation", "looseness")
+FIXED_KEYS = ("seed", "precision", "teacher", "image_size", "texts", "negative_texts", "augmentation", "looseness")
 """Keys of the config, beside those of the stage, that a checkpoint's training must have in common with this one."""
 
+MOST_READ = 64
+"""Pictures whose content goes into the digest of `data`, beside the names and sizes of all."""
 
-def check_settings(config: DictConfig, stage: str, has_checkpoint: bool) -> None:
-    """Record the stage's settings beside its checkpoint; raise ModelError where one of other settings is there."""
+
+def content_digests(config: DictConfig, data: Views) -> dict[str, str | None]:
+    """Keys of the config that name files -> a digest of what these hold; None where nothing is named."""
+    pictures, step = hashlib.sha256(), -(-len(data.items) // MOST_READ)
+    for i, (file, _) in enumerate(data.items):
+        content = hashlib.sha256(file.read_bytes()).hexdigest() if i % step == 0 else ""
+        pictures.update(f"{file.parent.name}/{file.name} {file.stat().st_size} {content}\n".encode(errors="replace"))
+    names = {"class_names": config.class_names, "model": None if config.get("teacher") else config.model}
+    read = {key: name and hashlib.sha256(user_path(name).read_bytes()).hexdigest() for key, name in names.items()}
+    return {"data": pictures.hexdigest(), **read}
+
+
+def check_settings(config: DictConfig, stage: str, data: Views, has_checkpoint: bool) -> None:
+    """Record the stage's settings beside its checkpoint; raise ModelError where one of other settings is there.
+
+    What a record of an earlier version does not hold is not compared.
+    """
     file = user_path(config.output) / f"{stage}_settings.json"
     asked = OmegaConf.to_container(OmegaConf.masked_copy(config, [*FIXED_KEYS, stage]), resolve=True)
-    if has_checkpoint and file.exists() and (known := json.loads(file.read_text())) != asked:
-        differ = ", ".join(name for name in (*FIXED_KEYS, stage) if known.get(name) != asked.get(name))
-        raise ModelError(
-            f"{file.parent} has a checkpoint of the {stage} stage with other settings ({differ}): give this training "
-            "another output=, or delete the checkpoint"
-        )
+    asked |= content_digests(config, data)
+    if has_checkpoint and file.exists():
+        known = json.loads(file.read_text())
+        known = {name: known.get(name) for name in asked if name in known or name == "teacher"}
+        differ = [name for name, value in known.items() if value != asked.get(name)]
+        if differ:
+            raise ModelError(
+                f"{file.parent} has a checkpoint of the {stage} stage with other settings ({', '.join(differ)}): give "
+                "this training another output=, or delete the checkpoint"
+            )
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(asked, indent=1))
     move_into_place(file, temporary)
+
+
+def make_optimizer(parameters: list[Tensor], learning_rate: float, precision: str) -> torch.optim.AdamW:
+    """AdamW; fused, except under a gradient scaler: then it unscales by itself, and gradients can't be clipped."""
+    return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-2, fused=precision != "16-mixed")
 
 
 def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> None:
@@ -157,7 +205,7 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
     data = Views(config, stage)
     task = TASKS[stage](model, settings, data)
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=1e-2, fused=True)
+    optimizer = make_optimizer(trained, settings.learning_rate, config.precision)
     warmup = max(1, min(100, settings.steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * min(1, s / settings.steps)))
@@ -165,7 +213,7 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
     average = AveragedModel(task, multi_avg_fn=get_ema_multi_avg_fn(settings.get("ema_decay", 0.0)))
     state = {"task": task, "average": average, "optimizer": optimizer, "schedule": schedule, "step": 0, "log": []}
     checkpoint = output / f"{stage}.ckpt"
-    check_settings(config, stage, checkpoint.exists())
+    check_settings(config, stage, data, checkpoint.exists())
     if checkpoint.exists():
         state |= {k: v for k, v in fabric.load(checkpoint, state).items() if k in ("step", "log")}
         fabric.print(f"{stage}: going on from step {state['step']} of {settings.steps}")

@@ -10,6 +10,7 @@ import numpy as np
 from compress.forms import Form, Request
 from compress.generators import Generator, group
 from compress.plan import Plan
+from compress.presets import Sampling
 from compress.regenerate import Regenerator
 from ControlNet.ldm.schedule import ddim_timesteps
 from utils.data.images import image_bits, read_image
@@ -20,8 +21,8 @@ SAMPLE = 64
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the missing files will take: bytes on disk, and seconds, 0 without a generator.  NaN where no image can be
-    read."""
+    """What the missing files will take: bytes on disk, and seconds of one process, 0 without a generator.  NaN where no
+    image can be read."""
 
     kept_bytes: float
     copy_bytes: float
@@ -29,7 +30,7 @@ class Estimate:
 
 
 def estimate(regenerator: Regenerator, plan: Plan) -> Estimate:
-    """Look at a sample of the images, and time one batch at two numbers of steps.  Writes nothing.
+    """Look at a sample of the images, and time one batch, at two numbers of steps if it has many.  Writes nothing.
 
     A copy is taken to be as large as its image would be, saved as copies are.
     """
@@ -74,10 +75,22 @@ def seconds_per_copy(form: Form, generator: Generator, requests: list[Request]) 
         generator(batch, steps=steps)
         return time.perf_counter() - start
 
-    once, five = seconds(1), seconds(5)
-    steps = len(ddim_timesteps(form.preset.sampling_for(typical.text).steps))
-    whole = once + max(five - once, 0) / 4 * (steps - 1)
+    sampling = form.preset.sampling_for(typical.text)
+    # A whole cycle of steps that reuse features, or one step; then at least four steps more.
+    few = sampling.reuse_every
+    more = few * (1 + -(-4 // few))
+    if more >= sampling.steps:
+        whole = seconds(sampling.steps)
+    else:
+        first = seconds(few)
+        each = max(seconds(more) - first, 0) / (_steps(sampling, more) - _steps(sampling, few))
+        whole = first + each * (_steps(sampling, sampling.steps) - _steps(sampling, few))
     return whole / generator.batch_size * _mean(areas) / math.prod(typical.condition.size)
+
+
+def _steps(sampling: Sampling, asked: int) -> int:
+    """The steps that a sampler makes: DDIM may make more than it is asked for."""
+    return len(ddim_timesteps(asked)) if sampling.sampler == "ddim" else asked
 
 
 def _mean(values) -> float:

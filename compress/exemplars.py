@@ -81,6 +81,7 @@ def check_exemplars(config: Config, method: MethodInfo, data, form, fabric, numb
             copies=nb_copies,
             fabric=fabric,
         )
+    form.release()
     if needs_copies and config.regenerate == "ahead" and (not from_memory or may_be_replaced):
         ahead = CopiesAhead(data.paths, form, list(itertools.chain(*images)), nb_copies)
         copies = copies or ahead  # with memory_only, new images have theirs ahead, and exemplars get theirs

@@ -1,6 +1,7 @@
 """Copies made while training goes on, of the chosen exemplars alone (the trainer's `regenerate: on_demand`)."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class OnDemand(Copies):
         except UserError as error:
             raise UserError(f"regenerate_options: {error}") from error
         if fabric.is_global_zero:
-            build.warn_of_long_prompts(form, machine, paths.class_texts())
+            build.warn_of_settings(form, machine, paths.class_texts())
         some = [image for label in paths.classes() for image in paths.images(label)[:1]]
         todo = self._plan(paths, some, with_copies=True)
         self.made_by = by_settings(todo.records.copies.wanted(label) for label in paths.classes())
@@ -65,11 +66,11 @@ class OnDemand(Copies):
         fabric, job = self.fabric, self.job
         paths = replace(job.data.paths, data_dir=root.parent)
         todo = fabric.broadcast(by_first(fabric, lambda: self._plan(paths, images, with_copies)))
-        generator = None
+        opened = nullcontext()
         if todo.needs_generator:
-            generator = build.make_generator(job.form, job.machine, fabric.device, self.precision)
-        with progress(todo.copies_missing, "copies", quiet=not fabric.is_global_zero) as bar:
-            result = run_shared(fabric, Regenerator(paths, job.form, generator), todo, bar.update)
+            opened = build.generator(job.form, job.machine, fabric.device, self.precision)
+        with opened as generate, progress(todo.copies_missing, "copies", quiet=not fabric.is_global_zero) as bar:
+            result = run_shared(fabric, Regenerator(paths, job.form, generate), todo, bar.update)
         result = fabric.broadcast(result)
         if result.failures:
             more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""

@@ -137,18 +137,23 @@ def _add_settings(parser: argparse.ArgumentParser, resolution: str | None, form:
         help="the preset that fits the size of the images" + ("; auto chooses it" if resolution is None else ""),
     )
     settings.add_argument("--form", default=form, help=f"what is kept of an image: {', '.join(examples())} [{form}]")
-    settings.add_argument("--size", metavar="N", type=at_least_one, help="shorter side of the generated pictures")
+    settings.add_argument(
+        "--size", metavar="N", type=at_least_one, help="shorter side of the generated pictures: 64, 128, 192, ..."
+    )
     settings.add_argument(
         "--preset",
         choices=("paper", "fast"),
         default="paper",
-        help=f"fast: --sampler {FAST['sampler']} --steps {FAST['steps']} where they are not given, which cost "
-        "nothing measurable on digits and 0.7 points on CIFAR-10 (docs/benchmarks.md) [paper]",
+        help=f"fast: --sampler {FAST['sampler']} --steps {FAST['steps']} where they are not given; docs/benchmarks.md "
+        "measures what that costs [paper]",
     )
     settings.add_argument("--sampler", choices=tuple(SAMPLERS), help="how latents are sampled [ddim]")
     settings.add_argument("--steps", metavar="N", type=at_least_one, help="steps of the sampler")
     settings.add_argument(
-        "--guidance", metavar="X", type=finite, help="scale of classifier-free guidance; 1 is none, in half the time"
+        "--guidance",
+        metavar="X",
+        type=finite,
+        help="scale of classifier-free guidance; 1 is none, in half the time [9; lcm, tcd: 1]",
     )
     settings.add_argument(
         "--guidance-window",

@@ -68,8 +68,8 @@ class Plan:
 
     @property
     def needs_generator(self) -> bool:
-        """Whether what is missing takes the form's generator."""
-        encodes = self.kept_missing > 0 and self.records.form.encoded_by_generator
+        """Whether what is missing takes the form's generator, or a model to encode, which is freed with it."""
+        encodes = self.kept_missing > 0 and self.records.form.needs_weights
         return encodes or self.copies_missing > 0
 
     @property

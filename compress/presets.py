@@ -10,22 +10,30 @@ from utils.errors import UserError
 SAMPLERS = ("ddim", "ddim-trailing", "ancestral", "dpm++2m", "dpm++2m-karras", "unipc", "unipc-karras", "lcm", "tcd")
 """What `Sampling.sampler` may be.  The names are those of ControlNet.cldm.samplers, which imports torch."""
 
-ETAS = {"ddim": 0.0, "ddim-trailing": 0.0, "tcd": 0.3}
-"""Samplers that take an eta, and the eta where none is given."""
+SAMPLER_DEFAULTS = {
+    "ddim": {"eta": 0.0},
+    "ddim-trailing": {"eta": 0.0},
+    "lcm": {"guidance": 1.0},
+    "tcd": {"eta": 0.3, "guidance": 1.0},
+}
+"""What a sampler brings where it is not given.  Those with an eta take one.  Weights for LCM and TCD have guidance
+built in (Luo et al. 2023, Zheng et al. 2024)."""
 
 MOST_STEPS = {"lcm": 50, "tcd": 50}
 """Steps that a sampler can take, where fewer than 1,000."""
 
 FAST = {"sampler": "dpm++2m", "steps": 4}
 """What --preset fast sets: the cheapest setting whose copies keep edges, class and variety on handwritten digits and on
-CIFAR-10.  A classifier learns as much from them on digits, and 0.7 +- 0.4 points less on CIFAR-10 (docs/benchmarks.md,
-"Few steps")."""
+CIFAR-10 (docs/benchmarks.md, "Few steps")."""
 
 SIDE_STEP = 64
 """Generated sides are multiples of this: the autoencoder divides sides by 8, the UNet by another 8."""
 
 MAX_PIXELS = 786_432
-"""The largest picture to generate: 768 x 1,024, or 512 x 1,536."""
+"""The published limit of a generated picture: 768 x 1,024, or 512 x 1,536."""
+
+LONGEST = 3
+"""Up to this proportion the limit leaves a picture of the published 512 pixels as it is; so it is at any --size."""
 
 DEFAULT_QUALITY = 75
 """Pillow's default JPEG quality (4:2:0 subsampling), with which the published scripts save copies."""
@@ -36,7 +44,7 @@ class Sampling:
     """How latents are sampled.
 
     steps: number of steps, 1 to 1,000; guidance: scale of classifier-free guidance, at 1 the negative prompt has no
-    effect and its branch is not computed; eta: share of fresh noise a step, of the samplers in ETAS (0: deterministic);
+    effect and its branch is not computed; eta: share of fresh noise a step, of some samplers (0: deterministic);
     strength: factor of all control tensors; control_decay: factor from each control tensor to the next finer one;
     unconditional_control: whether the edge map also steers the branch of the negative prompt; sampler: in SAMPLERS;
     guidance_from, guidance_until: guidance in this part of the steps alone, 0 (noise) to 1 (picture);
@@ -68,7 +76,7 @@ class Sampling:
         sampler: str | None = None,
         eta: float | None = None,
     ) -> "Sampling":
-        """With the given values in place of its own.  A sampler brings its own eta where none is given.
+        """With the given values in place of its own.  A sampler brings its SAMPLER_DEFAULTS where they are not given.
 
         guidance_window: guidance_from and guidance_until.  Raises UserError for invalid values.
         """
@@ -79,10 +87,13 @@ class Sampling:
             raise UserError(f"the number of steps lies between 1 and 1000; --steps {steps} does not.")
         if (steps or self.steps) > (most := MOST_STEPS.get(name, 1000)):
             raise UserError(f"--sampler {name} takes at most {most} steps; choose fewer with --steps.")
-        if eta is not None and (name not in ETAS or not 0 <= eta <= 1):
-            raise UserError(f"--eta lies between 0 and 1 and goes with --sampler {', '.join(ETAS)}, not {name}.")
-        if sampler is not None and eta is None:
-            eta = ETAS.get(sampler, 0.0)
+        with_eta = [each for each, defaults in SAMPLER_DEFAULTS.items() if "eta" in defaults]
+        if eta is not None and (name not in with_eta or not 0 <= eta <= 1):
+            raise UserError(f"--eta lies between 0 and 1 and goes with --sampler {', '.join(with_eta)}, not {name}.")
+        if sampler is not None:
+            defaults = {"eta": 0.0, **SAMPLER_DEFAULTS.get(sampler, {})}
+            eta = defaults["eta"] if eta is None else eta
+            guidance = defaults.get("guidance") if guidance is None else guidance
         start, end = guidance_window or (None, None)
         if guidance_window is not None and not 0 <= start < end <= 1:
             raise UserError(f"--guidance-window a:b has 0 <= a < b <= 1; {start:g}:{end:g} does not.")
@@ -114,7 +125,7 @@ class Preset:
     in pixels, for images of at least shorter_side pixels and for smaller ones; edges_of_generated_size: whether the
     image is resized before its edges are found (edge maps then have the generated size), or the edge map afterwards;
     guess: the sampling where a class has no text, None for the ordinary one; low_threshold, high_threshold: Canny's;
-    quality: of a copy's JPEG file, 1 to 100.
+    quality: of a copy's JPEG file, 1 to 100; max_pixels: the most that are generated of a picture.
     """
 
     name: str
@@ -128,11 +139,13 @@ class Preset:
     low_threshold: float = 100
     high_threshold: float = 200
     quality: int = DEFAULT_QUALITY
+    max_pixels: int = MAX_PIXELS
 
     def generated_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) at which copies of an image of this height and width are generated."""
         small = min(height, width) < self.shorter_side
-        return generated_size(height, width, self.small_shorter_side if small else self.shorter_side)
+        side = self.small_shorter_side if small else self.shorter_side
+        return generated_size(height, width, side, self.max_pixels)
 
     def prompt_text(self, label_text: str) -> str:
         """The text that conditions a copy.  Without a label, what the template says beside it."""
@@ -154,10 +167,12 @@ class Preset:
     ) -> "Preset":
         """A preset with the given values in place of its own; sampling: of `Sampling.changed`, also for guess mode.
 
-        size: the shorter side of every generated picture, whatever the image's.  Raises UserError for invalid values.
+        size: the shorter side of every generated picture, whatever the image's, up to the proportion LONGEST.
+        Raises UserError for invalid values.
         """
-        if size is not None and size < 64:
-            raise UserError(f"a generated picture's shorter side is at least 64 pixels; --size {size} is too small.")
+        if size is not None and (size < SIDE_STEP or size % SIDE_STEP):
+            nearest = max(1, round(size / SIDE_STEP)) * SIDE_STEP
+            raise UserError(f"generated sides are multiples of {SIDE_STEP}; --size {size} is none: take {nearest}.")
         if quality is not None and not 1 <= quality <= 100:
             raise UserError(f"a JPEG's quality lies between 1 and 100; --quality {quality} does not.")
         strange = set(re.findall(r"\{\w*\}", prompt_template or "")) - {"{label}"}
@@ -171,6 +186,7 @@ class Preset:
             **_given(
                 shorter_side=size,
                 small_shorter_side=size,
+                max_pixels=size and max(MAX_PIXELS, LONGEST * size**2),
                 prompt_template=prompt_template,
                 negative_prompt=negative_prompt,
                 quality=quality,
@@ -182,22 +198,22 @@ def _given(**values) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def generated_size(height: int, width: int, shorter_side: int) -> tuple[int, int]:
+def generated_size(height: int, width: int, shorter_side: int, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """The size (height, width) at which copies of a height x width image are generated, in multiples of 64.
 
     As published (PESCR, `Compress._resize`): scale both sides so that the shorter one becomes `shorter_side`, halve
-    both while the picture has more than MAX_PIXELS pixels, round each to the nearest multiple of 64 (ties to the even
+    both while the picture has more than max_pixels pixels, round each to the nearest multiple of 64 (ties to the even
     one, NumPy's rounding).
 
     Two cases differ, where the published formula has no usable result: a side is never rounded to 0 but to 64, and if
-    that exceeds MAX_PIXELS (1 x 1000 would become 64 x 16000), the longer side is cut (64 x 12288).
+    that exceeds max_pixels (1 x 1000 would become 64 x 16000), the longer side is cut (64 x 12288).
     """
     scale = shorter_side / min(height, width)
     sides = np.array([height * scale, width * scale])
-    while sides.prod() > MAX_PIXELS:
+    while sides.prod() > max_pixels:
         sides /= 2
     sides = np.maximum(np.round(sides / SIDE_STEP), 1).astype(int) * SIDE_STEP
-    longest = MAX_PIXELS // int(sides.min()) // SIDE_STEP * SIDE_STEP
+    longest = max_pixels // int(sides.min()) // SIDE_STEP * SIDE_STEP
     height, width = np.minimum(sides, longest).tolist()
     return height, width
 

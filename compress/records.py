@@ -29,12 +29,15 @@ from pathlib import Path
 
 from compress.forms import Form
 from compress.presets import Preset, Sampling
+from utils.data.images import temporary_prefix
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
 MARK = "ESCORT"
 MADE_BY = ("model", "precision")
 """Settings that a record may lack, or that nobody has looked up; None, which equals any value."""
+MODELS = ("model", "autoencoder")
+"""Settings that are the fingerprint of a model."""
 DEFAULTS = {
     **{each.name: each.default for kind in (Preset, Sampling) for each in fields(kind) if each.default is not MISSING},
     **dict.fromkeys(MADE_BY),
@@ -81,12 +84,12 @@ class Record:
         return State.SAME if all(_alike(kind, wanted) for kind in kinds) else State.MIXED
 
     def mark(self, label: str) -> str | None:
-        """The JPEG comment of new copies of a class; None while the model is unknown."""
+        """The JPEG comment of new copies of a class; None while model or precision is unknown."""
         wanted = self._wanted(label)
         # As recorded: an earlier version may have known fewer settings.
         kind = next((kind for kind in reversed(self._kinds(label)) if _alike(kind, wanted)), None)
         if kind is None or _knows_less(kind, wanted):
-            kind = None if wanted.get("model", "") is None else wanted
+            kind = None if any(wanted.get(name, "") is None for name in MADE_BY) else wanted
         return kind and f"{MARK} {_digest(kind)}"
 
     def marks(self, label: str) -> frozenset[str]:
@@ -181,7 +184,7 @@ class Record:
         target = self.folder / ("settings.json" if number == 1 else f"settings-{number}.json")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{os.getpid()}-", suffix=".tmp")
+            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=temporary_prefix(), suffix=".tmp")
             try:
                 with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:  # JSON's escapes
                     json.dump(content, file, indent=1, ensure_ascii=False)
@@ -226,6 +229,21 @@ def recorded_options(folder: Path) -> list[str]:
     """The options of compress/run.py that gave the newest recorded settings; empty where they are not recorded."""
     entries = Record(folder, {}, {}).entries
     return list(entries[-1].get("options", ())) if entries else []
+
+
+def recorded_models(folder: Path, labels: Iterable[str]) -> set[tuple[str, ...]]:
+    """The options that named the model when the newest files of each of these classes were made, where recorded."""
+    entries = reversed(Record(folder, {}, {}).entries)
+    newest: dict[str, Sequence[str]] = {}
+    for entry in entries:
+        newest = {**dict.fromkeys(entry["texts"], entry.get("options", ())), **newest}
+    return {model_options(options) for label in labels if (options := newest.get(label))}
+
+
+def model_options(options: Sequence[str]) -> tuple[str, ...]:
+    """Of options of compress/run.py (name, value, name, value, ...), those that say which model makes the copies."""
+    pairs = zip(options[::2], options[1::2], strict=True)
+    return tuple(word for pair in pairs if pair[0] in ("--model", "--base", "--lora", "--decoder") for word in pair)
 
 
 def recorded_settings(folder: Path, labels: Iterable[str]) -> dict[str, dict | None]:
@@ -283,17 +301,29 @@ def _without_text(kind: Mapping | None) -> dict | None:
 
 
 def _alike(kind: Mapping, other: Mapping) -> bool:
-    """Equal, with DEFAULTS for what a version did not know; an unknown model or precision equals any."""
+    """Equal, with DEFAULTS for what a version did not know; an unknown model, its config or precision equals any."""
     kind, other = {**DEFAULTS, **kind}, {**DEFAULTS, **other}
     for name in MADE_BY:
         if kind[name] is None or other[name] is None:
+            kind[name] = other[name] = None
+    for name in MODELS:
+        if (kind.get(name) in _spellings(other.get(name))) or (other.get(name) in _spellings(kind.get(name))):
             kind[name] = other[name] = None
     return kind == other
 
 
 def _knows_less(kind: Mapping, other: Mapping) -> bool:
-    """Whether a record lacks a model or precision that is known by now."""
-    return any(kind.get(name) is None and other.get(name) is not None for name in MADE_BY)
+    """Whether a record lacks a model, its config or a precision that is known by now."""
+    return any(
+        (old := kind.get(name)) != (new := other.get(name)) and (old is None or old in _spellings(new)[1:])
+        for name in dict.fromkeys([*MADE_BY, *MODELS])
+    )
+
+
+def _spellings(model: str | None) -> list[str | None]:
+    """A fingerprint (`ControlNet.cldm.weights.fingerprint`), and what earlier versions recorded: without its config."""
+    match = re.fullmatch(r"([0-9a-f]{16})\.[0-9a-f]{8}(\+.*)?", model or "")
+    return [model, match[1] + (match[2] or "")] if match else [model]
 
 
 def _digest(kind: Mapping) -> str:

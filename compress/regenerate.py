@@ -8,6 +8,7 @@ a time.
 
 import errno
 import functools
+import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.forms import Form, Request, pixels, resize_back
-from compress.generators import Generator, batches
+from compress.generators import Generator, NoPicture, batches
 from compress.leftovers import temporary_files
 from compress.overlap import Budget, map_ahead
 from compress.plan import Plan, Task
@@ -249,10 +250,12 @@ class Regenerator:
         except OSError as error:
             raise OSError(f"{task.kept or task.image}: {error}") from error
 
-    def _write_copy(self, request: Request, picture: np.ndarray, mark: str | None) -> Result:
+    def _write_copy(self, request: Request, picture: np.ndarray | NoPicture, mark: str | None) -> Result:
         """Write a picture of the generated size as a copy of its image's size."""
         copy = self.paths.copy(request.image, request.copy_number)
         try:
+            if isinstance(picture, NoPicture):
+                raise picture
             with self._pixels.hold(request.size[0] * request.size[1]):
                 picture = resize_back(picture, *request.size)
                 _write(copy, functools.partial(self.form.save_copy, picture, greyscale=request.greyscale, mark=mark))
@@ -281,5 +284,7 @@ def _write(path: Path, write: Callable) -> None:
 
 
 def reason(error: OSError, path: Path) -> str:
-    """What an error says, without the path that stands before it anyway."""
-    return (error.strerror or str(error)).removeprefix(f"{path}: ") or type(error).__name__
+    """What an error says, without `path`, which stands before it anyway, but with the path of another file."""
+    text = (error.strerror or str(error)).removeprefix(f"{path}: ") or type(error).__name__
+    other = error.filename is not None and os.fsdecode(error.filename) != str(path)
+    return f"{os.fsdecode(error.filename)}: {text}" if other else text

@@ -1,26 +1,30 @@
 """One run of compress/run.py: look at the disk, make what is missing, report."""
 
 import difflib
+import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from compress.generators import Generator
 from compress.generators.build import (
     OF_OPENVINO,
     choose_precision,
     download,
     fingerprint,
-    make_generator,
-    warn_of_long_prompts,
+    generator,
+    warn_of_settings,
 )
 from compress.job import Data, Job, Machine
 from compress.options import Action
 from compress.plan import Plan, Survey, survey, to_plan
-from compress.records import MadeOtherwise, Records
+from compress.records import MadeOtherwise, Records, model_options, recorded_models
 from compress.regenerate import Regenerator
 from compress.share import PATIENCE, by_all, by_first, own_part, run_shared, together
 from compress.summary import report, report_estimate, report_findings, report_plan
@@ -41,58 +45,78 @@ def run(job: Job, action: Action) -> int:
     fabric = launch(*accelerator(action.device), patience=PATIENCE)
     images, empty = together(fabric, lambda: select(job.data))
     if action.verify:
-        records = Records(job.data.paths, job.form, None, named(job.machine))
+        model = fabric.broadcast(by_first(fabric, lambda: model_asked_for(job, images)))
+        records = Records(job.data.paths, job.form, model, named(job.machine))
         is_well = verified(fabric, records, images, job.data.copy_numbers).is_well
         return DONE if (is_well and not empty) or not fabric.is_global_zero else SOME_FAILED
     if action.download:
         by_first(fabric, lambda: download(job.machine.model))
     todo = together(fabric, lambda: find_work(fabric, job, images, action))
     if fabric.is_global_zero:
-        warn_of_long_prompts(job.form, job.machine, todo.records.copies.texts)
+        warn_of_settings(job.form, job.machine, todo.records.copies.texts)
         report_plan(todo, f"{job.data.paths.dataset}, {job.form.preset.name} resolution")
     if action.dry_run:
         return dry_run(job, todo, fabric)
-    generator = make_generator_for(job, todo, fabric)
-    regenerator = Regenerator(job.data.paths, job.form, generator)
-    start = time.perf_counter()
-    with progress_bar(todo.copies_missing, "copy", fabric) as bar:
-        result = run_shared(fabric, regenerator, todo, bar.update)
+    by_first(fabric, lambda: check_writable(todo))
+    with generator_for(job, todo, fabric) as generate:
+        start = time.perf_counter()
+        with progress_bar(todo.copies_missing, "copy", fabric) as bar:
+            result = run_shared(fabric, Regenerator(job.data.paths, job.form, generate), todo, bar.update)
     if not fabric.is_global_zero:
         return DONE
     report(result, job.form.noun, empty, time.perf_counter() - start)
     return SOME_FAILED if result.failures or empty else DONE
 
 
+def check_writable(todo: Plan) -> None:
+    """Raises UserError, before a model is loaded, where the folders of what is missing can't be written to."""
+    paths = todo.records.paths
+    for mode, count in (("kept", todo.kept_missing), ("copies", todo.copies_missing)):
+        folder = paths.folder(mode)
+        try:
+            if count:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"can't write to {folder}: {error.strerror}.") from error
+
+
 def dry_run(job: Job, todo: Plan, fabric: Fabric) -> int:
     """Tell what the plan will take.  Without weights the copies are counted and their time is unknown."""
     if not fabric.is_global_zero:
         return DONE
-    try:
-        generator, missing = make_generator_for(job, todo, fabric), None
-    except UserError as error:
-        generator, missing = None, error
-    report_estimate(Regenerator(job.data.paths, job.form, generator), todo)
+    with ExitStack() as stack:
+        try:
+            generate, missing = stack.enter_context(generator_for(job, todo, fabric)), None
+        except UserError as error:
+            generate, missing = None, error
+        report_estimate(Regenerator(job.data.paths, job.form, generate), todo, fabric.world_size)
     if missing:
         print(f"the time is unknown: {missing}")
     return DONE
 
 
-def make_generator_for(job: Job, todo: Plan, fabric: Fabric):
+@contextmanager
+def generator_for(job: Job, todo: Plan, fabric: Fabric) -> Iterator[Generator | None]:
     """The generator that a plan takes, announced by the first process; None where it takes none."""
     if not todo.needs_generator:
-        return None
+        yield None
+        return
     precision, engine = todo.records.precision, job.machine.engine
-    generator = make_generator(job.form, job.machine, fabric.device, precision)
-    if job.form.needs_model and fabric.is_global_zero:
-        where = fabric.device if fabric.world_size == 1 else f"{fabric.world_size} processes ({fabric.device.type})"
-        at_a_time = f"{generator.batch_size} at a time"
-        by = "" if engine in ("auto", "torch") else f" by {engine}"
-        print(f"model {job.machine.model} on {where}{by} in {precision.partition('-')[0]}, {at_a_time}", flush=True)
-    return generator
+    with generator(job.form, job.machine, fabric.device, precision) as generate:
+        if job.form.needs_model and fabric.is_global_zero:
+            where = fabric.device if fabric.world_size == 1 else f"{fabric.world_size} processes ({fabric.device.type})"
+            by = "" if engine in ("auto", "torch") else f" by {engine}"
+            precision = precision.partition("-")[0]
+            print(
+                f"model {job.machine.model} on {where}{by} in {precision}, {generate.batch_size} at a time", flush=True
+            )
+        yield generate
 
 
 def find_work(fabric: Fabric, job: Job, images: list[Path], action: Action) -> Plan:
-    """The plan for these images.  The model's weights, and what "auto" precision means, matter only to new files.
+    """The plan for these images.  What "auto" precision means matters only to new files; so do the model's weights
+    where they are not at hand, if the copies there were made by a model of the same name.
 
     Raises UserError where files on disk were made with other settings, and the options don't say what to do with them.
     """
@@ -114,13 +138,40 @@ def find_work(fabric: Fabric, job: Job, images: list[Path], action: Action) -> P
 
     again = job.existing != "refuse"
     try:
-        todo = planned_to_make() if again else planned(None, named(machine))
+        if again:
+            todo = planned_to_make()
+        else:
+            model = fabric.broadcast(by_first(fabric, lambda: model_asked_for(job, images, action.dry_run)))
+            todo = planned(model, named(machine))
         findings = verified(fabric, todo.records, images, numbers) if action.repair else Findings()
         if findings.repairs(todo).needs_generator and not again:
             todo = planned_to_make()
     except MadeOtherwise as error:
         raise UserError(f"{error}.\n{MIXING}") from error
     return findings.repairs(todo)
+
+
+def model_asked_for(job: Job, images: Sequence[Path], without_weights: bool = False) -> str | None:
+    """The fingerprint of the job's model; None where its weights are not at hand and nothing says that copies on disk
+    are another model's.
+
+    without_weights: whether a model that the user names may be missing where no copies are recorded.
+    Raises UserError where the recorded options name another model, or none and the user names one.
+    """
+    if not job.form.needs_model:
+        return None
+    try:
+        return fingerprint(job.machine)
+    except UserError as error:
+        folder, asked = job.data.paths.folder("copies"), model_options(job.options)
+        recorded = recorded_models(folder, dict.fromkeys(image.parent.name for image in images))
+        if not recorded and (without_weights or not asked):
+            return None
+        if recorded == {asked}:
+            return None
+        others = " and ".join(shlex.join(options) or "--model sd15" for options in sorted(recorded - {asked}))
+        made = f"copies in {folder} were made with {others}; for the model asked for now: " if others else ""
+        raise UserError(f"{made}{error}") from error
 
 
 def made_by(job: Job, device: torch.device, without_weights: bool) -> tuple[str | None, str]:

@@ -10,13 +10,17 @@ from compress.plan import Plan
 from compress.regenerate import Regenerator
 from compress.result import Result
 from compress.verify import Findings
+from utils.data.images import image_bits
+
+MOST_MEASURED = 1000
+"""Images whose generated sizes a plan looks up."""
 
 
 def report_plan(todo: Plan, title: str) -> None:
     """Print what there is to do, and how many files are kept although their settings are not recorded."""
     noun = plural(todo.records.form.noun)
     print(
-        f"{title}: {len(todo.tasks):,} images\n"
+        f"{title}: {len(todo.tasks):,} images{generated_sizes(todo)}\n"
         f"{noun}: {todo.kept_missing:,} to make, {todo.kept_present:,} there already"
         f"{_otherwise(todo.kept_otherwise)}\n"
         f"copies: {todo.copies_missing:,} to make, {todo.copies_present:,} there already"
@@ -29,6 +33,28 @@ def report_plan(todo: Plan, title: str) -> None:
     ]
     if kept:
         print(f"{' and '.join(kept)} without a record of how they were made are kept (--replace makes them again)")
+
+
+def generated_sizes(todo: Plan) -> str:
+    """The smallest and the largest size at which copies are generated, height x width, of MOST_MEASURED images."""
+    form, step = todo.records.form, -(-len(todo.tasks) // MOST_MEASURED)
+    sizes, short = Counter(), 0
+    for task in todo.tasks[::step] if form.needs_model else ():
+        try:
+            width, height, _ = image_bits(task.image)
+        except OSError:
+            continue  # the run itself will list it
+        size = form.preset.generated_size(height, width)
+        short += min(size) < form.preset.small_shorter_side
+        sizes[size] += 1
+    if not sizes:
+        return ""
+    smallest, largest = min(sizes, key=math.prod), max(sizes, key=math.prod)
+    text = f", generated at {smallest[0]} x {smallest[1]}"
+    text += f" to {largest[0]} x {largest[1]} pixels" if len(sizes) > 1 else " pixels"
+    of = f" of the {sizes.total():,} looked at" if step > 1 else ""
+    limit = f"of {form.preset.max_pixels:,} pixels"
+    return text + (f"; {short:,}{of} are so long that the limit {limit} makes them smaller" if short else "")
 
 
 def _otherwise(count: int) -> str:
@@ -68,15 +94,16 @@ def _count(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else plural(noun)}"
 
 
-def report_estimate(regenerator: Regenerator, todo: Plan) -> None:
-    """Print what --dry-run tells: bytes and time."""
+def report_estimate(regenerator: Regenerator, todo: Plan, processes: int = 1) -> None:
+    """Print what --dry-run tells: bytes, and the time of so many processes like this one."""
     if regenerator.generator:
         print("measuring one batch ...", flush=True)
     expected = estimate(regenerator, todo)
     if math.isnan(expected.kept_bytes + expected.copy_bytes + expected.seconds):
         print("expected: unknown, none of the sampled images could be read")
         return
-    seconds = f", about {duration(expected.seconds)} for the copies" if regenerator.generator else ""
+    seconds = f", about {duration(expected.seconds / processes)} for the copies" if regenerator.generator else ""
+    seconds += f" in {processes} processes" if seconds and processes > 1 else ""
     kept = f"{size(expected.kept_bytes)} of {plural(todo.records.form.noun)}"
     print(f"expected: {kept}, {size(expected.copy_bytes)} of copies{seconds}\ndry run: nothing was written")
 

@@ -34,6 +34,8 @@ def long_but(values: Iterable, *quick) -> list:
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         for name, (variable, why) in ON_DEMAND.items():
             marker = item.get_closest_marker(name)
             if marker is not None and not asked_for(name):

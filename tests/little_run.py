@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 from compress import run
+from compress.generators import build
+from ControlNet.cldm.model import ModelError
 from tests.folders import make_dataset
 from utils.data.paths import DatasetPaths
 
@@ -38,6 +40,16 @@ def tree(folder: Path) -> dict[str, bytes]:
 def copies(paths: DatasetPaths, label: str = "*") -> dict[str, bytes]:
     files = paths.folder("exemplars").glob(f"{label}/*.jpg")
     return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
+
+
+def without_weights(monkeypatch) -> None:
+    """From now on a model that is loaded fails the test, and weights that are looked for are not there."""
+
+    def gone(*_):
+        raise ModelError("no checkpoint: it has gone")
+
+    monkeypatch.setattr(build, "load_model", None)
+    monkeypatch.setattr(build, "weights_fingerprint", gone)
 
 
 class Killed(BaseException):

@@ -1,9 +1,12 @@
 """Edge detection and image shapes."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 
+from ControlNet.annotator import util
 from ControlNet.annotator.canny import CannyDetector
 from ControlNet.annotator.util import HWC3, resize_image
 
@@ -65,3 +68,8 @@ def test_resize_image_is_the_published_function(shape, resolution, expected):
     assert resized.shape == (*expected, 3)
     assert (resized == cv2.resize(picture, expected[::-1], interpolation=interpolation)).all()
     assert resize_image(picture[:, :, 0], resolution).shape == expected
+
+
+def test_published_annotators_find_the_folder_of_their_weights():
+    """hed, midas and others, copied beside ours, import this name."""
+    assert util.annotator_ckpts_path == str(Path(util.__file__).parent / "ckpts")

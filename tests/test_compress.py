@@ -1,13 +1,16 @@
 """The command line `compress/run.py`, as its users call it."""
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -225,6 +228,7 @@ def test_bad_images_and_empty_classes_are_listed(paths, compress):
         (["--batch-size", "0"], ["--batch-size", "at least 1"]),
         (["--steps", "1001"], ["--steps", "1001"]),
         (["--size", "10"], ["--size", "64"]),
+        (["--size", "700"], ["--size 700", "704"]),
         (["--guidance", "nan"], ["--guidance", "nan"]),
         (["--prompt-template", "{lable}"], ["{label}", "{lable}"]),
         (["--resolution", "middle"], ["--resolution", "middle"]),
@@ -245,6 +249,88 @@ def test_a_dataset_without_any_image_is_a_wrong_command(tmp_path, compress):
     code, _, err = compress(data=DatasetPaths(tmp_path, "Bare"))
     assert code == 2
     assert "no images" in err
+
+
+def test_a_size_that_is_named_is_generated(tmp_path, compress, monkeypatch):
+    """No copy is generated smaller than it says, as the published formula would make it: it halves 768 x 1152."""
+    data = make_dataset(tmp_path / "wide", ["a"], train=1, size=(60, 40))
+    sizes = []
+
+    def note(generator, batch, steps=None):
+        sizes.extend(request.condition.size for request in batch)
+        return [np.zeros((*request.condition.size, 3), np.uint8) for request in batch]
+
+    monkeypatch.setattr(PictureGenerator, "__call__", note)
+    for size, expected in (("640", "640 x 960"), ("768", "768 x 1152"), ("1024", "1024 x 1536")):
+        options = ["--size", size, "--seeds", "1", "--overwrite"]
+        for more in (["--dry-run"], []):
+            code, out, err = compress(*options, *more, data=data)
+            assert code == 0, err
+            assert f"1 images, generated at {expected} pixels\n" in out
+    assert {f"{height} x {width}" for height, width in sizes} == {"640 x 960", "768 x 1152", "1024 x 1536"}
+
+
+def test_copies_of_a_size_that_an_earlier_version_halved_are_other_copies(paths, compress):
+    """They are recorded without the limit of pixels, which was the published one for all sizes."""
+    options = ["--size", "768", "--seeds", "1", "--classes", "sushi", "--limit", "1"]
+
+    def forget_limit():
+        for file in paths.root.glob("*/settings.json"):
+            record = json.loads(file.read_text())
+            record["settings"].pop("max_pixels", None)
+            file.write_text(json.dumps(record))
+
+    compress("--seeds", "1", "--classes", "sushi", "--limit", "1")
+    forget_limit()
+    assert compress("--seeds", "1", "--classes", "sushi", "--limit", "1")[0] == 0  # of 64 pixels: nothing has changed
+    file = paths.folder("copies") / "settings.json"
+    record = json.loads(file.read_text())
+    record["settings"] |= {"shorter_side": 768, "small_shorter_side": 768}
+    file.write_text(json.dumps(record))
+    code, _, err = compress(*options)
+    assert code == 2
+    assert "max pixels 786432 -> 1769472" in err
+
+
+def test_pictures_that_the_limit_makes_smaller_are_counted(tmp_path, compress):
+    data = make_dataset(tmp_path / "long", ["a"], train=2, size=(50, 40))
+    save_noise(data.folder("train") / "a" / "long.jpg", 1, size=(400, 40))
+    code, out, _ = compress("--size", "128", "--dry-run", data=data)
+    assert (code, "3 images, generated at 128 x 128 to 128 x 1280 pixels\n" in out) == (0, True)
+    _, out, _ = compress("--size", "512", "--dry-run", data=data)
+    assert "generated at 512 x 640 to 256 x 2560 pixels; 1 are so long that the limit of 786,432 pixels makes" in out
+
+
+def test_folders_that_can_not_be_written_to_are_found_before_the_model_is_loaded(paths, compress, monkeypatch):
+    monkeypatch.setattr(machine, "load_model", None)
+    paths.folder("copies").write_text("a file where a folder should be")
+    code, _, err = compress("--seeds", "1")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"can't write to {paths.folder('copies')}" in err
+
+
+def test_a_link_to_nowhere_among_edge_maps_is_named(paths, compress, tmp_path):
+    compress("--seeds", "1", "--limit", "1", "--classes", "sushi")
+    kept = paths.find_kept(paths.images("sushi")[0])
+    kept.unlink()
+    kept.symlink_to(tmp_path / "nowhere.webp")
+    code, out, _ = compress("--seeds", "2", "--limit", "1", "--classes", "sushi")
+    assert code == 1
+    assert f"{kept}: No such file or directory" in out
+
+
+def test_settings_that_surprise_are_said(paths, compress, caplog):
+    for options, words in (
+        (["--steps", "30"], "--steps 30 of ddim makes 31 steps"),
+        (["--guidance", "0"], "--guidance 0 follows the negative prompt alone"),
+    ):
+        caplog.clear()
+        assert compress(*options, "--dry-run", "--model", "/no/such.pth")[0] == 0
+        assert words in caplog.text
+    caplog.clear()
+    compress("--steps", "20", "--guidance", "1", "--dry-run", "--model", "/no/such.pth")
+    assert "steps" not in caplog.text
+    assert "guidance" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -354,7 +440,7 @@ def test_sigkill_and_rerun_leave_the_tree_of_an_undisturbed_run(tmp_path, paths,
     assert process.wait() == -signal.SIGKILL
     assert 10 <= len(copies(paths)) < 108
     # A process that is killed while it writes leaves this behind.
-    leftover = paths.folder("copies") / "apple pie" / f".{process.pid}-half.tmp"
+    leftover = paths.folder("copies") / "apple pie" / f".{socket.gethostname()}.{process.pid}-half.tmp"
     leftover.write_bytes(b"half")
     finished = subprocess.run(
         [*command(paths, checkpoint, "-m", "compress.run"), *arguments],

@@ -235,6 +235,15 @@ def test_weights_are_sent_tensor_by_tensor_to_where_they_are(monkeypatch):
     assert sent == [tensor.data_ptr() for tensor in network.state_dict().values()]
 
 
+def test_float32_is_float32_on_a_gpu_too_and_kernels_are_not_chosen_by_timing():
+    """cuDNN's convolutions would round it to TensorFloat-32's 10 bits."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    launch("cpu", 1)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.benchmark
+
+
 @pytest.mark.parametrize("values", [{"dataset": "Nowhere"}, {"lrate": -1}, {"init_cls": 99}])
 def test_an_error_that_all_processes_find_is_printed_once(tmp_path, values):
     make_shapes(tmp_path / "data", train=1, test=1, copies=0)

@@ -188,3 +188,8 @@ def test_prompts_that_are_cut_are_told(tmp_path, checkpoint, capsys, caplog):
     (paths.root / "class_names.json").write_text(json.dumps(long))
     assert command(paths, checkpoint, capsys)("--dry-run")[0] == 0
     assert "1 prompts have more than 75 tokens and are cut, such as that of class 'sushi'" in caplog.text
+    caplog.clear()
+    template = "a picture, " * 30 + "{label}"
+    assert command(paths, checkpoint, capsys)("--dry-run", "--prompt-template", template)[0] == 0
+    assert "shorten --prompt-template (90 tokens)" in caplog.text
+    assert "class_names.json" not in caplog.text

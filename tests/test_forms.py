@@ -1,11 +1,14 @@
 """Presets, and the forms of exemplars: what is kept of an image, and what comes back."""
 
+import gc
 import io
+import weakref
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from compress.forms import form_named, resize_back
@@ -14,7 +17,9 @@ from compress.forms.latent import CODERS
 from compress.job import Machine
 from compress.presets import HIGH, LOW
 from compress.records import read_mark
+from ControlNet.cldm.model import load_model
 from tests.digits import make_digits
+from utils.devices import accelerator, launch
 from utils.errors import UserError
 
 
@@ -220,6 +225,43 @@ def test_a_latent_code_comes_back_as_well_as_its_bits_allow(digit, bits, bound):
     for broken in (b"", kept[:-1], kept + b"0", b"\x07" + kept[1:]):
         with pytest.raises(OSError, match="empty" if not broken else "no latent code"):
             form.condition(broken, (28, 28))
+
+
+def test_latents_are_computed_on_the_process_s_device(monkeypatch):
+    """In reader threads, too, where CUDA's current device is the first one, whatever the process's is."""
+    form = form_named("latent:4", HIGH).using(Machine(model="tiny"))
+    form.release()
+    launch(*accelerator("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert form.autoencoder.device == torch.device("cpu")
+
+
+def test_the_autoencoder_alone_is_loaded_and_freed():
+    form = form_named("latent:4", HIGH).using(Machine(model="tiny"))
+    whole = load_model("tiny").first_stage_model
+    alone = weakref.ref(form.autoencoder.network)
+    assert all(torch.equal(*pair) for pair in zip(whole.parameters(), alone().parameters(), strict=True))
+    form.release()
+    gc.collect()
+    assert alone() is None
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])
+def test_a_picture_that_does_not_fit_the_device_can_not_be_encoded(message, monkeypatch):
+    form = form_named("latent:4", HIGH).using(Machine(model="tiny"))
+    autoencoder = form.autoencoder
+    error = torch.OutOfMemoryError(message) if "out of" in message else RuntimeError(message)
+
+    def refuse(pixels):
+        raise error
+
+    monkeypatch.setattr(autoencoder.network, "encode", refuse)
+    with pytest.raises(OSError, match="40 x 48 pixels do not fit on cpu: name a side"):
+        form.encode(photograph(40, 48))
+    error = RuntimeError("shape mismatch")
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        form.encode(photograph(40, 48))
+    form.release()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 33), (40, 24)])

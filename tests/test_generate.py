@@ -11,12 +11,13 @@ import torch
 
 from compress import presets
 from compress.forms import Condition, Request
-from compress.generators import controlnet
+from compress.generators import NoPicture, controlnet
 from compress.generators.build import choose_precision
 from compress.generators.controlnet import SAMPLERS, PictureGenerator, default_batch_size
 from compress.presets import HIGH
 from ControlNet.cldm import inference
 from ControlNet.cldm.ddim import DDIMSampler
+from ControlNet.cldm.model import load_model
 from tests.conftest import long_but
 from tests.little_model import little_model
 from utils.errors import UserError
@@ -67,6 +68,17 @@ def exhaust_numpy():
     np.empty(1 << 55)
 
 
+def exhaust_cudnn():
+    raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+
+def exhaust_cublas():
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+EXHAUST = (exhaust_gpu, exhaust_cudnn, exhaust_cublas, exhaust_cpu, exhaust_numpy)
+
+
 def small_device(most, exhaust, tried):
     """A sampler on a device with memory for `most` pictures; notes the batch sizes that are tried."""
 
@@ -80,7 +92,7 @@ def small_device(most, exhaust, tried):
     return SmallDevice
 
 
-@pytest.mark.parametrize("exhaust", long_but((exhaust_gpu, exhaust_cpu, exhaust_numpy), exhaust_gpu))
+@pytest.mark.parametrize("exhaust", long_but(EXHAUST, exhaust_gpu, exhaust_cudnn))
 def test_a_batch_that_does_not_fit_is_halved(exhaust, monkeypatch, caplog):
     expected = PictureGenerator(PRESET, little_model(), batch_size=2)(jobs(2))
     expected += PictureGenerator(PRESET, little_model(), batch_size=2)(jobs(7)[2:4])
@@ -210,6 +222,73 @@ def test_low_memory_survives_an_exhausted_device(monkeypatch):
     assert_alike(pictures, PictureGenerator(PRESET, little_model(), batch_size=2)(jobs(2)))
 
 
+def test_low_memory_pins_the_weights_that_visit_a_gpu(monkeypatch):
+    """From pageable memory they take three to five times as long."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.clone()) or pinned[-1])
+    model = little_model()
+    inference.pin(*model.children())
+    at_home = {tensor.data_ptr() for part in PARTS for tensor in getattr(model, part).parameters()}
+    assert at_home <= {tensor.data_ptr() for tensor in pinned}
+
+    def refuse(tensor):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    inference.pin(model)  # goes on
+
+
+# --- float16, and values that are no numbers ---------------------------------------------------------------------
+
+
+def test_beside_float16_networks_the_autoencoder_works_in_float32(checkpoint):
+    """Its activations exceed 65,504: Stable Diffusion 1.5's pictures come out black."""
+    model = load_model(checkpoint, dtype=torch.float16)
+    assert model.dtype == torch.float16
+    assert {parameter.dtype for parameter in model.first_stage_model.parameters()} == {torch.float32}
+    whole = load_model(checkpoint)
+    for ours, theirs in zip(model.first_stage_model.parameters(), whole.first_stage_model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)  # not rounded on the way
+    for parameter in model.first_stage_model.decoder.conv_in.parameters():
+        parameter.data *= 1e5
+    latents = torch.full((1, 4, 8, 8), 0.5, dtype=torch.float16)
+    assert model.decode_first_stage(latents).isfinite().all()
+    assert model.encode_first_stage(torch.zeros(1, 3, 64, 64, dtype=torch.float16)).mode().dtype == torch.float32
+
+
+def with_bad_pictures(monkeypatch, numbers):
+    """The decoder's pictures with these numbers hold an infinite value."""
+    count = iter(range(1000))
+    model = little_model()
+    decode = model.decode_first_stage
+
+    def spoil(latents):
+        pictures = decode(latents)
+        for picture in pictures:
+            if next(count) in numbers:
+                picture[0, 5, 5] = torch.inf
+        return pictures
+
+    monkeypatch.setattr(model, "decode_first_stage", spoil)
+    return model
+
+
+def test_a_picture_without_numbers_fails_alone(monkeypatch):
+    expected = PictureGenerator(PRESET, little_model(), batch_size=4)(jobs(4))
+    pictures = PictureGenerator(PRESET, with_bad_pictures(monkeypatch, {2}), batch_size=4)(jobs(4))
+    assert [isinstance(picture, NoPicture) for picture in pictures] == [False, False, True, False]
+    assert all(np.array_equal(pictures[i], expected[i]) for i in (0, 1, 3))
+    assert "no numbers: lower --guidance (9 now)" in str(pictures[2])  # in float32 a higher precision is no advice
+    assert "fp32" not in str(pictures[2])
+
+
+def test_settings_that_make_no_picture_at_all_end_the_run(monkeypatch):
+    generator = PictureGenerator(PRESET, with_bad_pictures(monkeypatch, range(1000)), batch_size=4)
+    assert len(generator(jobs(4))) == 4
+    with pytest.raises(UserError, match=r"none of 8 pictures is one: in torch\.float32 .*: lower --guidance"):
+        generator(jobs(4))
+
+
 # --- once --------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +366,14 @@ def test_a_sampler_brings_its_eta():
     assert HIGH.changed(sampler="tcd").sampling.eta == 0.3
     assert HIGH.changed(sampler="tcd", eta=0.0).sampling.eta == 0.0
     assert HIGH.changed(sampler="tcd").changed(sampler="lcm").sampling.eta == 0.0
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "tcd"])
+def test_distilled_samplers_bring_no_guidance(sampler):
+    changed = HIGH.changed(sampler=sampler, steps=4)
+    assert (changed.sampling.guidance, changed.guess.guidance) == (1.0, 1.0)
+    assert HIGH.changed(sampler=sampler, steps=4, guidance=2.5).sampling.guidance == 2.5
+    assert HIGH.changed(sampler="dpm++2m").sampling.guidance == 9.0
 
 
 # --- precision ---------------------------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 """Packed weights, compiled steps, and parts that visit a device: the same numbers, and nothing left behind."""
 
 import copy
+import gc
 import shutil
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ControlNet.cldm import inference
-from ControlNet.cldm.inference import make_ready, visiting
+from ControlNet.cldm.inference import make_ready, release, visiting
 from ControlNet.cldm.samplers import SAMPLERS
 from ControlNet.ldm import packed
 from ControlNet.ldm.packed import PackedConv2d, PackedLinear, pack_weights
@@ -140,6 +143,23 @@ def test_a_model_made_ready_predicts_the_same():
         assert relative_error(ready.decode_first_stage(latents), plain.decode_first_stage(latents)) < 1e-5
 
 
+def test_the_autoencoders_attention_takes_a_fused_kernel(monkeypatch):
+    """Kernels that keep no N x N scores refuse tensors whose last stride is not 1; choice 0 is the one that does."""
+    choices = []
+
+    def note(q, k, v, of=F.scaled_dot_product_attention):
+        choices.append(torch._fused_sdp_choice(q, k, v))
+        return of(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note)
+    model = little_model()
+    with torch.inference_mode():
+        model.decode_first_stage(torch.zeros(1, 4, 8, 8))
+        model.encode_first_stage(torch.zeros(1, 3, 64, 64))
+    assert choices
+    assert 0 not in choices
+
+
 def test_low_memory_packs_nothing():
     model = little_model()
     make_ready(model, low_memory=True)
@@ -185,6 +205,36 @@ class Model(nn.Module):
         return x.sin() + 1
 
     decode_first_stage = apply_model
+
+
+@pytest.mark.parametrize("words", ["CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_a_lack_of_memory_is_no_fault_of_the_compiler(words, monkeypatch):
+    """The batch is halved, and the compiled steps stay."""
+
+    def compiled(*_):
+        raise RuntimeError(f"CUDA error: {words}")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled)
+    model = Model()
+    make_ready(model, engine="compile")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=words):
+            model.apply_model(torch.zeros(1))
+
+
+def test_a_model_made_ready_is_freed_with_its_last_owner(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = Model()
+    make_ready(model, engine="compile")
+    model.apply_model(torch.zeros(1))
+    freed = weakref.ref(model)
+    gc.disable()
+    try:
+        release(model)
+        del model
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def assert_goes_on_without(caplog, reason):

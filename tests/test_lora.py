@@ -9,6 +9,7 @@ from torch import nn
 
 from compress.generators import build
 from compress.options import parse_settings
+from ControlNet.cldm.lora import merge
 from ControlNet.cldm.model import Lora, ModelError, load_model, weights_fingerprint
 from ControlNet.ldm.text import tokenize
 from tests.little_model import little_config, little_model, save_checkpoint
@@ -237,3 +238,54 @@ def test_equal_to_the_weights_that_diffusers_fuses(naming, checkpoint, theirs, t
         x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([801, 1])
         expected = theirs["unet"](x, t, encoder_hidden_states=context).sample
         assert relative(ours.apply_model(x, t, {"c_concat": None, "c_crossattn": [context]}), expected) < 1e-4
+
+
+def peft_adapter(layers, folder, **config):
+    """adapter_model.safetensors and adapter_config.json, as peft's `save_pretrained` writes them of a UNet's layers."""
+    tensors = {}
+    for (network, name), (_, down, up) in layers.items():
+        assert network == "unet"
+        stem = f"base_model.model.{name}"
+        tensors |= {f"{stem}.lora_A.weight": down.weight, f"{stem}.lora_B.weight": up.weight}
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK, **config}))
+    return save(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "strength"),
+    [
+        ({"lora_alpha": 2}, 2 / RANK),
+        ({}, 8 / RANK),  # peft's default
+        ({"lora_alpha": 2, "use_rslora": True}, 2 / RANK**0.5),
+        ({"lora_alpha": 2, "alpha_pattern": {"attn1.to_q": 6}}, 6 / RANK),
+        ({"lora_alpha": 2, "alpha_pattern": {"attn2.to_q": 6}}, 2 / RANK),
+    ],
+)
+def test_pefts_own_files_are_as_strong_as_their_config_says(config, strength, theirs, tmp_path):
+    """peft adds lora_alpha / r * B @ A, or with rank-stabilised LoRA lora_alpha / sqrt(r) * B @ A."""
+    layers = {key: layer for key, layer in low_rank(theirs).items() if key[1].endswith("attn1.to_q")}
+    state = little_model().state_dict()
+    merged = merge(state, Lora(peft_adapter(layers, tmp_path, **config)))
+    changed = [name for name in state if not torch.equal(state[name], merged[name])]
+    assert len(changed) == len(layers) > 0
+    changes = [strength * up.weight @ down.weight for _, down, up in layers.values()]
+    for name in changed:
+        difference = merged[name] - state[name]
+        assert any(torch.allclose(difference, each, atol=1e-6) for each in changes), name
+
+
+def test_an_adapter_config_is_part_of_what_copies_remember(checkpoint, theirs, tmp_path):
+    layers = {key: layer for key, layer in low_rank(theirs).items() if key[1].endswith("attn1.to_q")}
+
+    def made_by(alpha):
+        file = peft_adapter(layers, tmp_path, lora_alpha=alpha)
+        return weights_fingerprint(checkpoint, loras=[Lora(file)])
+
+    assert made_by(2) != made_by(4)
+
+
+def test_a_broken_adapter_config_is_refused(theirs, tmp_path):
+    layers = {key: layer for key, layer in low_rank(theirs).items() if key[1].endswith("attn1.to_q")}
+    file = peft_adapter(layers, tmp_path, lora_alpha="much")
+    with pytest.raises(ModelError, match=r"can't read .*adapter_config\.json, which says how strong"):
+        merge(little_model().state_dict(), Lora(file))

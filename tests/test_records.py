@@ -1,15 +1,18 @@
 """Nothing mixed: what compress/run.py remembers of its files, and refuses, replaces, keeps apart or adopts."""
 
+import hashlib
 import json
 import os
 import re
 import shlex
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from lightning_fabric import Fabric
+from omegaconf import OmegaConf
 from PIL import Image
 
 import main
@@ -20,8 +23,8 @@ from compress.presets import HIGH, LOW
 from compress.records import MadeOtherwise, Records, State, read_mark
 from tests.conftest import long_but
 from tests.folders import save_noise
-from tests.little_model import little_model, save_checkpoint
-from tests.little_run import LABELS, Killed, command, copies, kill_at, little_dataset, tree
+from tests.little_model import little_config, little_model, save_checkpoint
+from tests.little_run import LABELS, Killed, command, copies, kill_at, little_dataset, tree, without_weights
 from tests.regenerating import Maker, edges
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
@@ -50,20 +53,15 @@ def compress(paths, checkpoint, capsys):
 
 @pytest.fixture
 def no_model_from_now(monkeypatch):
-    """Call it, and from then on loading a model or reading its weights fails the test."""
-
-    def forbid():
-        monkeypatch.setattr(machine, "load_model", None)
-        monkeypatch.setattr(machine, "weights_fingerprint", None)
-
-    return forbid
+    """Call it, and from then on loading a model fails the test, and its weights are not there."""
+    return lambda: without_weights(monkeypatch)
 
 
 def marks(paths: DatasetPaths, label: str = "*") -> list[str | None]:
     return [read_mark(file) for file in paths.folder("copies").glob(f"{label}/*.jpg")]
 
 
-def without_marks(paths: DatasetPaths) -> None:
+def remove_marks(paths: DatasetPaths) -> None:
     """Leave the files as earlier versions and the published scripts did: without records and marks."""
     for file in paths.folder("copies").glob("*/*.jpg"):
         with Image.open(file) as image:
@@ -86,7 +84,7 @@ def test_a_copy_and_its_folder_say_what_made_it(paths, compress):
     settings = record["settings"]
     assert settings["sampling"]["steps"] == 1
     assert (settings["shorter_side"], settings["prompt_template"]) == (64, HIGH.prompt_template)
-    assert re.fullmatch(r"[0-9a-f]{16}", settings["model"])
+    assert re.fullmatch(r"[0-9a-f]{16}\.[0-9a-f]{8}", settings["model"])
     record = json.loads((paths.folder("kept") / "settings.json").read_text())
     assert record["settings"] == {"edges_of_generated_size": False, "low_threshold": 100, "high_threshold": 200}
     assert record["classes"] == list(LABELS)
@@ -134,16 +132,78 @@ def test_another_model_is_another_setting(paths, compress, other_checkpoint):
     compress()
     before = tree(paths.root)
     other = ["--model", str(other_checkpoint)]
-    assert compress(*other)[0] == 0  # nothing is missing: it is not even looked at
-    code, _, err = compress(*other, "--seeds", "3")
-    assert code == 2
-    assert re.search(r"model '[0-9a-f]{16}' -> '[0-9a-f]{16}'", err)
+    for more in ((), ("--seeds", "3"), ("--dry-run",), ("--repair",)):
+        code, out, err = compress(*other, *more)
+        assert (code, out) == (2, "")
+        assert re.search(r"model '[0-9a-f]{16}\.[0-9a-f]{8}' -> '[0-9a-f]{16}\.[0-9a-f]{8}'", err)
+    code, out, _ = compress(*other, "--verify")
+    assert code == 1
+    assert "8 copies made otherwise" in out
     code, _, err = compress("--base", str(other_checkpoint), "--seeds", "3")
     assert code == 2
     assert "model" in err
     assert tree(paths.root) == before
     assert compress(*other, "--replace")[0] == 0
     assert all(before[f"exemplars/{name}"] != content for name, content in copies(paths).items())
+
+
+@pytest.mark.parametrize("option", ["--lora", "--decoder", "--base", "--model"])
+def test_a_model_that_is_not_there_is_not_taken_for_that_of_finished_copies(paths, compress, monkeypatch, option):
+    compress()
+    before = tree(paths.root)
+    for more in ((), ("--dry-run",), ("--verify",), ("--repair",)):
+        code, out, err = compress(option, "nosuch.safetensors", *more)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "were made with --model" in err
+        assert "nosuch.safetensors" in err
+    assert tree(paths.root) == before
+
+
+def test_finished_copies_need_no_weights_if_the_same_model_is_named(paths, compress, checkpoint, monkeypatch):
+    compress("--classes", "sushi")
+    compress("--classes", "apple pie")
+    without_weights(monkeypatch)
+    assert compress()[0] == 0
+    code, _, err = compress("--lora", "a.safetensors", "--classes", "sushi")
+    assert (code, str(checkpoint) in err) == (2, True)
+
+
+def as_recorded_without_configs(paths: DatasetPaths) -> None:
+    """The records and marks of earlier versions, whose fingerprints covered the weights alone."""
+    file = paths.folder("copies") / "settings.json"
+    record = json.loads(file.read_text())
+    record["settings"]["model"] = record["settings"]["model"].partition(".")[0]
+    file.write_text(json.dumps(record))
+    text = record["class_texts"]
+    for label in LABELS:
+        kind = {**record["settings"], "class_text": text[label], **record["settings"]["sampling"]}
+        del kind["sampling"], kind["guess"]
+        kind = {name: float(value) if type(value) is int else value for name, value in kind.items()}
+        mark = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:12]
+        for copy in paths.copies_folder(label).glob("*.jpg"):
+            content = re.sub(rb"ESCORT [0-9a-f]{12}", f"ESCORT {mark}".encode(), copy.read_bytes())
+            copy.write_bytes(content)
+
+
+def test_copies_of_versions_whose_fingerprints_had_no_config_go_on(paths, compress, checkpoint, tmp_path):
+    compress()
+    as_recorded_without_configs(paths)
+    before = tree(paths.root)
+    for option in ((), ("--verify",), ("--repair",)):
+        assert compress(*option)[0] == 0
+    assert tree(paths.root) == before
+    code, out, err = compress("--seeds", "3")
+    assert (code, "copies: 4 made, 8 skipped" in out) == (0, True), err
+    assert compress("--seeds", "3", "--verify")[0] == 0
+    assert {name: tree(paths.root)[name] for name in before} == before
+
+    other = tmp_path / "other.safetensors"  # equal weights under another config, which is recorded by now
+    other.write_bytes(checkpoint.read_bytes())
+    config = little_config()
+    config.model.params.scale_factor = 0.2
+    OmegaConf.save(config, other.with_suffix(".yaml"))
+    code, _, err = compress("--seeds", "3", "--model", str(other))
+    assert (code, "model '" in err) == (2, True)
 
 
 @pytest.mark.long
@@ -302,7 +362,7 @@ def test_a_new_class_and_deleted_copies_are_no_change_of_settings(paths, compres
 
 def test_copies_without_a_record_are_adopted(paths, compress):
     compress()
-    without_marks(paths)
+    remove_marks(paths)
     before = tree(paths.root)
     code, out, _ = compress("--verify", steps="7")
     assert (code, "8 copies without a record of how they were made (kept)" in out) == (0, True)
@@ -425,6 +485,22 @@ def test_the_trainer_keeps_the_same_records(paths, compress, checkpoint):
     on_demand(apart, checkpoint, steps=2).make(paths.images("sushi"))
     assert len(copies(apart)) == 4
     assert {name: content for name, content in tree(paths.root).items() if "-two/" not in name} == whole
+
+
+def test_the_model_of_copies_on_demand_is_freed_before_training_goes_on(paths, checkpoint, monkeypatch):
+    models = []
+
+    def note(*arguments, of=machine.load_model):
+        model = of(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(machine, "load_model", note)
+    maker = on_demand(paths, checkpoint)
+    for label in LABELS:
+        maker.make(paths.images(label))
+        assert [model() for model in models] == [None] * len(models)
+    assert len(models) == 2
 
 
 def test_the_trainer_reads_what_is_kept_apart(paths, compress, tmp_path, capsys):

@@ -3,8 +3,10 @@
 import errno
 import itertools
 import os
+import socket
 import subprocess
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from compress import regenerate
+from compress import leftovers, regenerate
 from compress.generators import batches, controlnet
 from compress.presets import HIGH, LOW
 from ControlNet.cldm.sampler import draw
@@ -21,6 +23,7 @@ from tests.conftest import long_but
 from tests.folders import save_noise
 from tests.little_model import little_model
 from tests.regenerating import Maker
+from utils.data import images
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
@@ -273,15 +276,32 @@ def test_a_full_disk_stops_the_run_and_a_bad_name_does_not(paths, model, monkeyp
 def test_half_written_files_of_dead_processes_are_removed(paths):
     gone = subprocess.Popen(["true"])
     gone.wait()
+    here, an_hour_ago = socket.gethostname(), time.time() - 3700
     folders = [paths.kept(images_of(paths)[0]).parent, paths.copy(images_of(paths)[0], 0).parent]
+    others = f".another-host.{gone.pid}-abc.tmp"  # with the number of a process that has died on this one
     for folder in folders:
         folder.mkdir(parents=True)
-        (folder / f".{gone.pid}-abc.tmp").touch()
-        (folder / f".{os.getppid()}-abc.tmp").touch()  # a process that runs may be writing it
+        (folder / f".{here}.{gone.pid}-abc.tmp").touch()
+        (folder / f".{here}.{os.getppid()}-abc.tmp").touch()  # a process that runs may be writing it
+        (folder / others).touch()
+        (folder / f".another-host.{gone.pid}-old.tmp").touch()
+        (folder / f".{gone.pid}-old.tmp").touch()  # of a version that did not name the host
+        for name in (f".another-host.{gone.pid}-old.tmp", f".{gone.pid}-old.tmp"):
+            os.utime(folder / name, (an_hour_ago, an_hour_ago))
         (folder / "mine.tmp").touch()
     Maker(paths, SMALL, None)(images_of(paths), [])
     left = {file.name for folder in folders for file in folder.iterdir() if file.suffix == ".tmp"}
-    assert left == {f".{os.getppid()}-abc.tmp", "mine.tmp"}
+    assert left == {f".{here}.{os.getppid()}-abc.tmp", others, "mine.tmp"}
+
+
+def test_what_is_being_written_has_the_name_of_its_machine(tmp_path):
+    names = []
+    images.write_atomically(tmp_path / "a.bin", lambda file: names.extend(os.listdir(tmp_path)))
+    assert names[0].startswith(f".{socket.gethostname()}.{os.getpid()}-")
+    assert os.listdir(tmp_path) == ["a.bin"]
+    half = tmp_path / names[0]
+    half.touch()
+    assert leftovers.temporary_files(tmp_path) == [half]  # this process has not begun to write: it is another's
 
 
 class Recorder:
@@ -377,9 +397,12 @@ def test_decoded_values_become_levels(paths, recorded, value, level):
     assert (picture == level).all()
 
 
-def test_values_that_are_no_numbers_stop_the_run(paths, recorded):
-    with pytest.raises(UserError, match="--precision fp32"):
-        Maker(paths, SMALL, Decoder(float("nan")), batch_size=1)(images_of(paths), [0])
+def test_values_that_are_no_numbers_fail_their_image(paths, recorded):
+    images = images_of(paths)
+    result = Maker(paths, SMALL, Decoder(float("nan")), batch_size=1)(images[:1], [0])
+    assert (result.copies_made, result.copies_failed) == (0, 1)
+    assert result.failures[0].image == images[0]
+    assert "lower --guidance" in result.failures[0].reason
     assert not files_of_classes(paths.folder("copies"))
 
 

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from lightning_fabric.plugins.precision import MixedPrecision
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -299,6 +300,66 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_with(other, folder, disti
     assert f"with other settings ({given.partition('=')[0].partition('.')[0]})" in said
     assert trainer.main([*distilling, given, f"output={folder / 'another'}"]) == 0
     assert trainer.main([*distilling, "checkpoint_every=3"]) == 0  # what changes no weights may change
+
+
+@pytest.fixture
+def checkpointed(folder):
+    """A config whose first stage has a checkpoint, as far as `check_settings` looks: -> arguments of the command."""
+    config = OmegaConf.load(folder / "train.yaml")
+    (folder / "class_names.json").write_text('{"disc": "a disc", "box": "a box"}')
+    config.class_names = str(folder / "class_names.json")
+    OmegaConf.save(config, folder / "train.yaml")
+    (folder / "training").mkdir()
+    trainer.check_settings(config, "autoencoder", trainer.Views(config, "autoencoder"), False)
+    (folder / "training" / "autoencoder.ckpt").touch()
+    return [str(folder / "train.yaml")]
+
+
+def test_a_checkpoint_of_other_data_model_texts_or_precision_is_not_gone_on_with(folder, checkpointed, capsys):
+    shutil.copytree(folder / "pictures", folder / "others")
+    picture = folder / "others" / "box" / "0.png"
+    Image.new("RGB", (48, 40), "red").save(picture)
+    (folder / "other.json").write_text('{"disc": "a round disc", "box": "a box"}')
+    other = little_config()
+    other.model.params.scale_factor = 0.2
+    OmegaConf.save(other, folder / "other.yaml")
+    for argument in (
+        f"data={folder / 'others'}", f"model={folder / 'other.yaml'}", f"class_names={folder / 'other.json'}",
+        "precision=bf16-mixed",
+    ):  # fmt: skip
+        assert trainer.main([*checkpointed, argument]) == 2
+        said = capsys.readouterr().err
+        assert f"a checkpoint of the autoencoder stage with other settings ({argument.partition('=')[0]})" in said
+
+
+def test_a_checkpoint_goes_on_where_its_files_have_moved_or_an_earlier_version_wrote_its_settings(folder, checkpointed):
+    config = OmegaConf.load(checkpointed[0])
+    shutil.move(folder / "pictures", folder / "elsewhere")
+    config.data = str(folder / "elsewhere")
+    views = trainer.Views(config, "autoencoder")
+    trainer.check_settings(config, "autoencoder", views, True)
+    file = folder / "training" / "autoencoder_settings.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({key: known[key] for key in known if key not in ("data", "model", "class_names")}))
+    trainer.check_settings(config, "autoencoder", views, True)
+    assert json.loads(file.read_text()) == known
+
+
+def test_a_text_given_twice_is_refused(folder, checkpointed, capsys):
+    (folder / "class_names.json").write_text('{"disc": "a disc", "disc": "a plate"}')
+    assert trainer.main(checkpointed) == 2
+    assert "class_names.json gives class 'disc' 2 texts: keep one" in capsys.readouterr().err
+
+
+def test_gradients_can_be_clipped_under_a_gradient_scaler():
+    """Lightning unscales them before, which a fused optimizer does by itself."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = trainer.make_optimizer([parameter], 1e-3, "16-mixed")
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+    precision.scaler.scale(parameter.sum()).backward()
+    precision.unscale_gradients(optimizer)
+    assert parameter.grad.tolist() == [1, 1]
+    assert trainer.make_optimizer([parameter], 1e-3, "bf16-mixed").defaults["fused"]
 
 
 @pytest.mark.parametrize(

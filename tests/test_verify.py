@@ -2,14 +2,14 @@
 
 import re
 import shutil
+import socket
 
 import pytest
 from PIL import Image
 
-from compress.generators import build as machine
 from tests.conftest import long_but
 from tests.folders import save_picture
-from tests.little_run import Killed, command, copies, kill_at, little_dataset, tree
+from tests.little_run import Killed, command, copies, kill_at, little_dataset, tree, without_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
 
@@ -57,7 +57,7 @@ def test_verify_and_repair_each_kind_of_damage(paths, compress):
     assert "checked: 4 edge maps and 8 copies of 4 images" in out
     assert "4/4" in err
     broken = break_things(paths)
-    leftover = paths.copies_folder("sushi") / f".{2**22 + 1}-x.tmp"
+    leftover = paths.copies_folder("sushi") / f".{socket.gethostname()}.{2**22 + 1}-x.tmp"
     leftover.touch()
     damaged = tree(paths.root)
     code, out, _ = compress("--verify")
@@ -112,8 +112,7 @@ def test_an_edge_map_of_the_wrong_size(paths, compress):
 
 def test_verifying_with_other_settings_says_how_they_differ(paths, compress, monkeypatch):
     compress()
-    monkeypatch.setattr(machine, "load_model", None)  # neither is needed
-    monkeypatch.setattr(machine, "weights_fingerprint", None)
+    without_weights(monkeypatch)  # none are needed
     code, out, _ = compress("--verify", steps="2")
     assert code == 1
     assert "8 copies made otherwise" in out

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from ControlNet.cldm.model import ModelError, load_model, load_state_dict, weights_fingerprint
+from ControlNet.cldm.model import ModelError, create_model, load_model, load_state_dict, weights_fingerprint
 from tests.conftest import long_but
 from tests.little_model import little_config, little_model
 
@@ -127,7 +128,39 @@ def test_a_fingerprint_tells_weights_apart(state, official, tmp_path):
     for name in ("control_model.zero_convs.0.0.bias", "cond_stage_model.transformer.text_model.final_layer_norm.bias"):
         changed = write(tmp_path / "changed.pth", state | {name: state[name] + 1})
         assert weights_fingerprint(changed) != weights_fingerprint(official)
-    assert len(weights_fingerprint(official)) == 16
+    assert re.fullmatch(r"[0-9a-f]{16}\.[0-9a-f]{8}", weights_fingerprint(official))
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("linear_start", 0.001),
+        ("scale_factor", 0.13025),
+        ("only_mid_control", True),
+        ("unet_config.params.num_heads", 4),
+        ("control_stage_config.params.num_heads", 4),
+        ("cond_stage_config.params.num_attention_heads", 4),
+    ],
+)
+def test_a_fingerprint_tells_configs_apart_whose_pictures_differ(where, value, state, official, tmp_path):
+    """Equal tensors under another config make other pictures, though no shape differs."""
+    path = write(tmp_path / "other.pth", state)
+    config = little_config()
+    OmegaConf.update(config, f"model.params.{where}", value)
+    OmegaConf.save(config, path.with_suffix(".yaml"))
+    other, same = weights_fingerprint(path), weights_fingerprint(official)
+    assert other != same
+    assert other.partition(".")[0] == same.partition(".")[0]
+    assert load_model(path).fingerprint == other
+
+
+def test_a_fingerprint_knows_defaults_and_ignores_what_changes_no_picture(state, official, tmp_path):
+    path = write(tmp_path / "other.pth", state)
+    config = little_config()
+    del config.model.params.scale_factor  # 0.18215 by default, too
+    config.model.params.monitor = "val/loss"
+    OmegaConf.save(config, path.with_suffix(".yaml"))
+    assert weights_fingerprint(path) == weights_fingerprint(official)
 
 
 def test_a_model_that_was_not_loaded_has_no_fingerprint():
@@ -572,3 +605,48 @@ def test_loading_leaves_the_weights_in_the_file(ending, tmp_path):
     tensors = load_state_dict(path)
     assert resident() - before < path.stat().st_size / 4
     assert tensors["control_model.big"].sum() == 2**26
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "words"),
+    [
+        ("a.gguf", b"GGUF\3\0\0\0", "a GGUF file"),
+        ("a.onnx", b"\x08\x07\x12\x07pytorch\x1a\x052.1.0", "an ONNX model"),
+        ("a.h5", b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    ],
+)
+def test_other_formats_are_named(name, head, words, tmp_path):
+    (tmp_path / name).write_bytes(head + bytes(range(256)) * 4)
+    with pytest.raises(ModelError, match=f"{name} is {words}"):
+        load_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["model.diffusion_model.out.2.weight.absmax"], "quantised by bitsandbytes"),
+        (["control_model.control_add_embedding.linear_1.weight"], "a ControlNet-Union"),
+        (["control_model.task_embedding"], "a ControlNet-Union"),
+    ],
+)
+def test_weights_of_other_kinds_are_named(names, words, state, tmp_path):
+    path = write(tmp_path / "model.pth", state | dict.fromkeys(names, torch.zeros(2)))
+    with pytest.raises(ModelError, match=f"it is {words}"):
+        load_model(path)
+
+
+def test_a_config_of_stable_diffusion_2_is_named():
+    """The published cldm_v21.yaml differs in these places, among others."""
+    config = little_config()
+    config.model.params.unet_config.params.use_linear_in_transformer = True
+    with pytest.raises(ModelError, match=r"is a config of Stable Diffusion 2\.x, and only models of 1\.5"):
+        create_model(config)
+    config = little_config()
+    config.model.params.cond_stage_config.target = "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"
+    with pytest.raises(ModelError, match=r"Stable Diffusion 2\.x"):
+        create_model(config)
+
+
+def test_a_folder_in_place_of_a_file_is_said(tmp_path):
+    with pytest.raises(ModelError, match="is a folder: name the file in it"):
+        load_state_dict(tmp_path)

@@ -25,10 +25,17 @@ _ENDED = "escort: exit code of the first process that ended"
 _LEFT = "escort: processes that know"
 
 
+_device: torch.device | None = None
+"""That of the Fabric that was launched last."""
+
+
 def launch(
     accelerator: str, devices: int | list[int], precision: str = "32-true", patience: timedelta | None = None
 ) -> Fabric:
-    """The launched Fabric.
+    """The launched Fabric.  On GPUs too float32 is float32, and kernels are not chosen by timing.
+
+    cuDNN's convolutions round float32 to TensorFloat-32's 10 bits by default, which makes pictures and features depend
+    on the device.  With cudnn.benchmark, runs that are equal otherwise may choose different kernels.
 
     accelerator: "auto", "cpu" or "cuda"; devices: their number or indices, ignored where torchrun or SLURM has started
     the processes; patience: how long a process waits for the others, where they work separately and meet at the end
@@ -56,9 +63,18 @@ def launch(
         strategy = DDPStrategy(process_group_backend=backend, timeout=patience or _PATIENCE)
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy)
     fabric.launch()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    global _device
+    _device = fabric.device
     if torch.distributed.is_initialized():
         atexit.register(_leave)
     return fabric
+
+
+def process_device() -> torch.device:
+    """This process's device, in all of its threads: the launched Fabric's, else the first GPU or the CPU."""
+    return _device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _leave() -> None:

@@ -1,10 +1,15 @@
 """Convert an image to three channels and resize it to a size that the networks take."""
 
+import os
+
 import cv2
 import numpy as np
 
 SIDE_STEP = 64
 """Sides are multiples of this: the autoencoder downsamples by 8, the UNet by another 8."""
+
+annotator_ckpts_path = os.path.join(os.path.dirname(__file__), "ckpts")
+"""Where the published annotators (hed, midas, mlsd, ...), copied beside this file, keep their weights."""
 
 
 def HWC3(image: np.ndarray) -> np.ndarray:

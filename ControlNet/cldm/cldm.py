@@ -108,10 +108,6 @@ class ControlNet(UNetEncoder):
         return control
 
 
-def _zero_conv(channels: int) -> TimestepEmbedSequential:
-    return TimestepEmbedSequential(zero_module(nn.Conv2d(channels, channels, 1)))
-
-
 class ControlLDM(LatentDiffusion):
     """Latent diffusion with a control network.
 

@@ -25,6 +25,8 @@ def load_state_dict(path: str | os.PathLike, location: str | torch.device = "cpu
     Raises ModelError where the file is missing, broken or not a checkpoint.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder: name the file in it")
     if not path.is_file():
         raise ModelError(f"no checkpoint at {path}: put it there, or name another file")
     if torch.device(location).type == "cuda" and not torch.cuda.is_available():
@@ -61,6 +63,14 @@ def digest(path: str | os.PathLike, what: str) -> str:
         raise ModelError(f"no {what} at {path}: {error.strerror}") from error
 
 
+_OTHER_FORMATS = {
+    b"GGUF": "a GGUF file (quantised weights for llama.cpp and the like)",
+    b"\x89HDF": "an HDF5 file (Keras)",
+    b"TFL3": "a TensorFlow Lite model",
+}
+"""First bytes -> what a file of them is."""
+
+
 def _kind(path: Path) -> str:
     """ "zip" (torch.save's), "safetensors" or "pickle" (torch.save's before 2020), by the first bytes of the file.
 
@@ -72,6 +82,11 @@ def _kind(path: Path) -> str:
         return "zip"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         return "safetensors"
+    for magic, what in _OTHER_FORMATS.items():
+        if head.startswith(magic):
+            raise ModelError(f"{path} is {what}, and not a checkpoint of PyTorch: take its .safetensors or .ckpt")
+    if path.suffix.lower() == ".onnx" and head[:1] == b"\x08":  # protobuf's first field, the format's version
+        raise ModelError(f"{path} is an ONNX model, and not a checkpoint of PyTorch: take its .safetensors or .ckpt")
     if not head:
         raise ModelError(f"{path} is empty, a broken download? Fetch it again")
     if head.startswith(b"version https://git-lfs"):

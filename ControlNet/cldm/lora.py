@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ControlNet.cldm import diffusers_layout
-from ControlNet.cldm.files import ModelError, load_state_dict
+from ControlNet.cldm.files import ModelError, digest, load_state_dict
 
 _TEXT = diffusers_layout.NETWORKS["text_encoder"]
 _TENSOR = re.compile(r"(.+?)(?:\.lora(?:_linear_layer)?\.|_lora\.|\.lora_)(down|up|mid|A|B)(?:\.\w+)?\.weight")
@@ -90,7 +90,47 @@ def _read(path: Path) -> dict[str, dict[str, Tensor]]:
         for layer, tensors in layers.items():
             if layer.startswith(f"{network}."):
                 tensors.setdefault("alpha", torch.tensor(alpha))
+    return _with_adapter_config(path, layers)
+
+
+def lora_digest(lora: Lora) -> str:
+    """16 hex digits of a LoRA's file, and ".", and 8 of the adapter_config.json beside it where that counts."""
+    file = adapter_config(Path(lora.path).expanduser())
+    return digest(lora.path, "LoRA") + (f".{digest(file, 'config')[:8]}" if file else "")
+
+
+def adapter_config(path: Path) -> Path | None:
+    """The adapter_config.json that peft writes beside its adapter_model.safetensors; None for other files."""
+    file = path.parent / "adapter_config.json"
+    return file if path.stem == "adapter_model" and file.is_file() else None
+
+
+def _with_adapter_config(path: Path, layers: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The layers with the alphas of the adapter_config.json that peft writes beside its weights.
+
+    alpha_pattern has a layer's own; with use_rslora the change is scaled by alpha / sqrt(rank).
+    """
+    file = adapter_config(path)
+    if file is None:
+        return layers
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        alpha, patterns = float(config.get("lora_alpha", 8)), dict(config.get("alpha_pattern") or {})
+        patterns = {pattern: float(value) for pattern, value in patterns.items()}
+        own = {layer: _of_pattern(patterns, layer, alpha) for layer in layers}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+        raise ModelError(f"can't read {file}, which says how strong the LoRA is: {error}") from error
+    for layer, tensors in layers.items():
+        rank = len(tensors["down"]) if "down" in tensors else 1
+        factor = rank**0.5 if config.get("use_rslora") else 1.0
+        tensors.setdefault("alpha", torch.tensor(own[layer] * factor))
     return layers
+
+
+def _of_pattern(patterns: Mapping[str, float], layer: str, otherwise: float) -> float:
+    """The value of the first pattern that matches the end of a layer's name, as peft matches them."""
+    found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+    return next(found, otherwise)
 
 
 def _plain(layer: str) -> str:

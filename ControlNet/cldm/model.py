@@ -12,15 +12,20 @@ from yaml import YAMLError
 
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.files import ModelError, digest, load_state_dict
-from ControlNet.cldm.lora import Lora, merge
+from ControlNet.cldm.lora import Lora, lora_digest, merge
 from ControlNet.cldm.small_decoder import decoder_file, load_small_decoder, use_small_decoder
 from ControlNet.cldm.weights import BUNDLED, MODELS_FOLDER, complete, find_weights, fingerprint
+from ControlNet.ldm.autoencoder import AutoencoderKL
 from ControlNet.ldm.util import instantiate_from_config
 
 __all__ = [
-    "BUNDLED", "MODELS_FOLDER", "Lora", "ModelError", "create_empty_model", "create_model", "load_model",
-    "load_state_dict", "weights_fingerprint",
+    "BUNDLED", "MODELS_FOLDER", "Lora", "ModelError", "create_empty_model", "create_model", "load_first_stage",
+    "load_model", "load_state_dict", "weights_fingerprint",
 ]  # fmt: skip
+
+
+_OTHER_VERSIONS = {"use_linear_in_transformer": "2.x", "OpenCLIPEmbedder": "2.x", "sgm.": "XL"}
+"""What configs of other versions hold -> the version."""
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -48,6 +53,10 @@ def create_model(config_path: str | os.PathLike | DictConfig | Mapping) -> Contr
     except KeyError as error:
         raise ModelError(f"{_name(config_path)}: the config lacks {error}") from error
     except ValueError as error:
+        version = next((version for part, version in _OTHER_VERSIONS.items() if part in str(config)), None)
+        if version:
+            what = f"is a config of Stable Diffusion {version}, and only models of 1.5 are supported ({error})"
+            raise ModelError(f"{_name(config_path)} {what}") from error
         raise ModelError(f"{_name(config_path)}: {error}") from error
 
 
@@ -90,7 +99,8 @@ def load_model(
     network alone, as ControlNet 1.1's files do.
     loras: LoRA files and their scales, which are merged into the UNet's and the text encoder's weights.
     decoder: a TAESD file, which decodes in place of the autoencoder (see `small_decoder.load_small_decoder`).
-    dtype: what the networks compute in; the diffusion tables stay float32.
+    dtype: what the networks compute in; the diffusion tables stay float32, and beside float16 networks so does the
+    autoencoder, whose activations exceed float16's range.
 
     On the CPU in the file's own dtype the parameters are views of the memory-mapped file.  Elsewhere they are moved or
     converted one by one.  The model's `fingerprint` is `weights_fingerprint(spec, base, loras, decoder)`.
@@ -104,14 +114,29 @@ def load_model(
     model.load_state_dict(state, assign=True)
     if decoder is not None:
         use_small_decoder(model.first_stage_model, model.scale_factor, load_small_decoder(decoder, model.channels))
-    model.fingerprint = _with_changes(fingerprint(weights.state), loras, decoder)
+    model.fingerprint = _with_changes(fingerprint(weights), loras, decoder)
     del state
     del weights  # so that a tensor's old memory is free as soon as it is converted
     tables = dict(model.named_buffers(recurse=False))
-    model = model.to(device=device, dtype=dtype)
+    for name, part in model.named_children():
+        exceeds = dtype == torch.float16 and name == "first_stage_model"
+        part.to(device=device, dtype=torch.float32 if exceeds else dtype)
     for name, table in tables.items():
         setattr(model, name, table.to(device=device, dtype=torch.float32))
     return model.eval().requires_grad_(False)
+
+
+def load_first_stage(
+    spec: str | os.PathLike = "sd15", device: torch.device | str = "cpu", base: str | os.PathLike | None = None
+) -> AutoencoderKL:
+    """The autoencoder alone of `load_model(spec, base=base)`, in float32.  Raises ModelError."""
+    weights = find_weights(spec, base)
+    model = create_empty_model(weights.config)
+    state, prefix = complete(weights, model.state_dict()), "first_stage_model."
+    network = model.first_stage_model
+    own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    network.load_state_dict(own, assign=True)
+    return network.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
 
 
 def weights_fingerprint(
@@ -121,16 +146,17 @@ def weights_fingerprint(
     decoder: str | os.PathLike | None = None,
 ) -> str:
     """What tells the weights of `load_model(spec, base=base, loras=loras, decoder=decoder)` from others, without
-    building the model: 16 hex digits, and "+", digest and scale of each LoRA, "+decoder:" and digest of the decoder.
+    building the model: `weights.fingerprint`, and "+", digest and scale of each LoRA, "+decoder:" and digest of the
+    decoder.
 
-    The same for any file or folder of the same weights, in float32 or float16 (see `weights.fingerprint`).
+    The same for any file or folder of the same weights, in float32 or float16, under the same config.
     Raises ModelError.
     """
-    return _with_changes(fingerprint(find_weights(spec, base).state), loras, decoder)
+    return _with_changes(fingerprint(find_weights(spec, base)), loras, decoder)
 
 
 def _with_changes(weights: str, loras: Sequence[Lora], decoder: str | os.PathLike | None) -> str:
-    changes = [f"{digest(lora.path, 'LoRA')}*{lora.scale:g}" for lora in loras]
+    changes = [f"{lora_digest(lora)}*{lora.scale:g}" for lora in loras]
     if decoder is not None:
         changes.append(f"decoder:{digest(decoder_file(decoder), 'decoder')}")
     return "+".join([weights, *changes])

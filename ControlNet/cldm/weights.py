@@ -1,13 +1,17 @@
 """Find weights, rename them to the official checkpoint's names, check them against a model, and fingerprint them."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
+from yaml import YAMLError
 
 from ControlNet.cldm import diffusers_layout
 from ControlNet.cldm.files import ModelError, load_state_dict
@@ -27,7 +31,25 @@ HARMLESS = (
     "cond_stage_model.text_projection", "cond_stage_model.transformer.text_projection.", "embedding_manager.",
     "lvlb_weights",
 )  # fmt: skip
+_OTHER_WEIGHTS = {
+    ".absmax": "quantised by bitsandbytes (NF4 or 8 bits)",
+    "control_add_embedding.": "a ControlNet-Union or ControlNet++ model",
+    "task_embedding": "a ControlNet-Union or ControlNet++ model",
+}
+"""Parts of tensors' names -> what weights have them."""
 FINGERPRINT_VALUES = 24  # of each tensor
+_NETWORK = {"num_heads": -1, "num_head_channels": -1}
+CONFIG_VALUES = {
+    "": {
+        "timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012, "scale_factor": 0.18215,
+        "only_mid_control": False,
+    },
+    "control_stage_config": _NETWORK,
+    "unet_config": _NETWORK,
+    "cond_stage_config": {"num_attention_heads": 12},
+}  # fmt: skip
+"""Parameters of a model's config that pictures depend on and that no tensor's shape tells, with their defaults: the
+model's own (""), and those of its networks."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +116,45 @@ def _read(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """16 hex digits that identify the weights.  state: tensors by official names.
+def fingerprint(weights: Weights) -> str:
+    """What identifies a model: 16 hex digits of its weights, ".", and 8 of its config.
 
-    A digest of each tensor's name, its shape and a few dozen evenly spaced values rounded to float16.  It is the same
-    for float32 and float16 files of the same weights in any layout (bfloat16 files differ), and reads only a small part
-    of a memory-mapped file.  The schedule's tables and position_ids, which some files leave out, are not included.
+    The first are a digest of each tensor's name, its shape and a few dozen evenly spaced values rounded to float16.
+    They are the same for float32 and float16 files of the same weights in any layout (bfloat16 files differ), and only
+    a small part of a memory-mapped file is read.  The schedule's tables and position_ids, which some files leave out,
+    are not included.  The last are a digest of CONFIG_VALUES.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted((_bare(name), tensor) for name, tensor in state.items()):
+    for name, tensor in sorted((_bare(name), tensor) for name, tensor in weights.state.items()):
         if "." not in name or name.endswith("position_ids"):
             continue
         values = tensor.detach().flatten()
         step = max(1, len(values) // FINGERPRINT_VALUES)
         picked = values[::step].to("cpu", torch.float16)
         digest.update(f"{name} {tuple(tensor.shape)} ".encode() + picked.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return f"{digest.hexdigest()[:16]}.{_config_digest(weights.config)}"
+
+
+def _config_digest(config: Path) -> str:
+    """8 hex digits of the values of CONFIG_VALUES in a model's config.  Raises ModelError where it can't be read."""
+    try:
+        model = OmegaConf.to_container(OmegaConf.load(config), resolve=True)["model"]["params"]
+        values = {}
+        for network, defaults in CONFIG_VALUES.items():
+            given = (model[network].get("params") or {}) if network else model
+            values |= {f"{network}.{name}": float(given.get(name, value)) for name, value in defaults.items()}
+    except (
+        OSError,
+        UnicodeDecodeError,
+        OmegaConfBaseException,
+        YAMLError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        raise ModelError(f"can't read the model config {config}: {type(error).__name__} {error}") from error
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def complete(weights: Weights, model_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -158,6 +203,9 @@ def _likely_reason(state: Mapping[str, Tensor], misshapen: Sequence[str]) -> str
     def has(*beginnings: str) -> bool:
         return any(name.startswith(beginnings) for name in state)
 
+    for part, what in _OTHER_WEIGHTS.items():
+        if any(part in name for name in state):
+            return f"it is {what}, which is not supported: take plain weights for Stable Diffusion 1.5"
     other = _other_control(state)
     if other and not has(UNET):
         return other

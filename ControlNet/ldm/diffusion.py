@@ -94,6 +94,11 @@ class LatentDiffusion(_module_class()):
         """The type that the networks compute in."""
         return next(self.model.parameters()).dtype
 
+    @property
+    def first_stage_dtype(self) -> torch.dtype:
+        """The type that the autoencoder computes in."""
+        return next(self.first_stage_model.parameters()).dtype
+
     def train(self, mode: bool = True) -> "LatentDiffusion":
         """Switch to training mode; what is frozen stays in eval mode."""
         super().train(mode)
@@ -114,7 +119,7 @@ class LatentDiffusion(_module_class()):
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Images (B x 3 x H x W in [-1, 1]) -> a distribution over latents (B x 4 x H/8 x W/8), not scaled."""
-        return self.first_stage_model.encode(x)
+        return self.first_stage_model.encode(x.to(self.first_stage_dtype))
 
     def get_first_stage_encoding(
         self, encoder_posterior: DiagonalGaussianDistribution | Tensor, generator: torch.Generator | None = None
@@ -129,7 +134,7 @@ class LatentDiffusion(_module_class()):
         """Latents of unit variance (B x 4 x h x w) -> images (B x 3 x 8h x 8w), about [-1, 1]."""
         if predict_cids:
             raise ValueError("predict_cids needs an autoencoder with a codebook; this one is AutoencoderKL")
-        return self.first_stage_model.decode(z / self.scale_factor)
+        return self.first_stage_model.decode(z.to(self.first_stage_dtype) / self.scale_factor)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t: clean latents with the noise of timesteps t (B) added (DDPM eq. 4)."""

@@ -113,6 +113,9 @@ class Form(abc.ABC):
         """This form with the model (`compress.job.Machine`) that encodes and decodes; most forms need none."""
         return self
 
+    def release(self) -> None:
+        """Free the model that encoding and decoding have loaded, if any."""
+
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
         """What a kept file depends on beside its image: plain values."""

@@ -44,7 +44,7 @@ class Edges(Form):
         if self.side is not None:
             return {"side": self.side, **{name: getattr(self.preset, name) for name in THRESHOLDS}}
         names = ["edges_of_generated_size", *THRESHOLDS]
-        names += ["shorter_side", "small_shorter_side"] * self.preset.edges_of_generated_size
+        names += ["shorter_side", "small_shorter_side", "max_pixels"] * self.preset.edges_of_generated_size
         return {name: getattr(self.preset, name) for name in names}
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:

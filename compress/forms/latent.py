@@ -8,10 +8,13 @@ side of SIDE pixels, smaller or larger; without SIDE it keeps its own size.
 import math
 import struct
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from threading import Lock
+from types import ModuleType
 from typing import Any
 
 import cv2
@@ -33,9 +36,8 @@ HEADER = struct.Struct("<Bee")
 """The first bytes of a kept file: the coder (its place in CODERS), and the latents that the lowest and the highest
 level stand for, in 16 bits."""
 
-
-_LOADING = Lock()
-"""One of the threads that encode loads the model."""
+_AT_WORK = Lock()
+"""Of the threads that encode and decode, one at a time uses the model, and the first one loads it."""
 
 
 @dataclass(frozen=True)
@@ -117,39 +119,63 @@ class Latent(Form):
 
     @property
     def autoencoder(self) -> "Autoencoder":
-        with _LOADING:
+        with _AT_WORK:
             return _autoencoder(self.model, self.base)
+
+    def release(self) -> None:
+        with _AT_WORK:
+            _autoencoder.cache_clear()
 
 
 class Autoencoder:
-    """A model's first stage, on a GPU where there is one."""
+    """A model's first stage, in float32 on the process's device.  It works on one picture at a time.
+
+    `encode` and `decode` raise OSError for a picture that does not fit the device's memory.
+    """
 
     def __init__(self, model: str, base: str | None):
-        import torch
+        from ControlNet.cldm.model import ModelError, load_first_stage
+        from utils.devices import process_device
 
-        from ControlNet.cldm.model import ModelError, load_model
-
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = process_device()
         try:
-            self.network = load_model(model, "cpu", torch.float32, base).first_stage_model.to(self.device)
+            self.network = load_first_stage(model, self.device, base)
         except ModelError as error:
             raise UserError(str(error)) from error
 
     def encode(self, picture: np.ndarray) -> np.ndarray:
         """The mean latents of a picture (HxWx3 uint8, sides multiples of FACTOR): CHANNELS x H/FACTOR x W/FACTOR."""
-        import torch
-
-        with torch.inference_mode():
+        with self._at_work(picture.shape[:2]) as torch:
             pixels = torch.from_numpy(picture).to(self.device).float().permute(2, 0, 1)[None] / 127.5 - 1
             return self.network.encode(pixels).mode()[0].cpu().numpy()
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """The picture, HxWx3 uint8."""
-        import torch
-
-        with torch.inference_mode():
+        with self._at_work([FACTOR * side for side in latents.shape[1:]]) as torch:
             decoded = self.network.decode(torch.from_numpy(latents).to(self.device)[None])[0]
             return (decoded * 127.5 + 127.5).clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+    @contextmanager
+    def _at_work(self, size: Sequence[int]) -> Iterator[ModuleType]:
+        """torch, for one thread at a time; a lack of memory is an OSError.  size: the picture's, for the message."""
+        import torch
+
+        from ControlNet.cldm.inference import is_out_of_memory
+
+        try:
+            with _AT_WORK, torch.inference_mode():
+                yield torch
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            too_large = OSError(
+                f"{size[0]} x {size[1]} pixels do not fit on {self.device}: name a side, as latent:4@512"
+            )
+        else:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise too_large
 
 
 @cache

@@ -13,23 +13,29 @@ from typing import Protocol
 
 import numpy as np
 
-from compress.forms import Form, Request, resize_back
+from compress.forms import Request
+
+
+class NoPicture(OSError):
+    """In place of a picture that could not be made; the message says why."""
 
 
 class Generator(Protocol):
     """What makes copies.
 
     batch_size: requests that are generated together.  A class in GENERATORS is called with (preset, machine, device),
-    and has a string `fingerprint`: copies are recorded under it, so it must change when the pictures do.
+    and has a string `fingerprint`: copies are recorded under it, so it must change when the pictures do.  A method
+    `close`, where it has one, is called when all copies are made.
     One that can also encode pictures has `encode`, as `PictureGenerator` has.
     """
 
     batch_size: int
 
-    def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray]:
+    def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray | NoPicture]:
         """Pictures of requests that share their `group`: HxWx3 uint8 each, of the condition's size.
 
-        steps: of the sampler, None for the preset's.  Raises UserError.
+        steps: of the sampler, None for the preset's.  Raises UserError, which ends the run; a NoPicture in the list
+        fails one image.
         """
 
 
@@ -47,16 +53,6 @@ def generators() -> dict[str, type]:
     """The generators beside ControlNet, by the names that `--model` gives them."""
     modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
     return {name: made for module in modules for name, made in getattr(module, "GENERATORS", {}).items()}
-
-
-def decode(
-    form: Form, kept: bytes, text: str, numbers: Sequence[int], size: tuple[int, int], generator: Generator
-) -> list[np.ndarray]:
-    """The copies with these numbers (HxWx3 uint8) of an image of size (height, width), of which `kept` is kept."""
-    condition = form.condition(kept, size)
-    requests = [Request(None, k, text, condition, size, False, k) for k in numbers]
-    pictures = [picture for batch in batches(requests, generator.batch_size) for picture in generator(batch)]
-    return [resize_back(picture, *size) for picture in pictures]
 
 
 def group(request: Request) -> Hashable:

@@ -1,7 +1,9 @@
 """The model and the generator that a job asks for."""
 
+import gc
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -9,10 +11,12 @@ from compress.forms import Form
 from compress.generators import Direct, Generator, generators
 from compress.generators.controlnet import PictureGenerator
 from compress.job import Machine
+from compress.presets import Preset
 from ControlNet.cldm import openvino_engine
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.download import download_sd15
 from ControlNet.cldm.model import Lora, ModelError, load_model, weights_fingerprint
+from ControlNet.ldm.schedule import ddim_timesteps
 from ControlNet.ldm.text import MAX_LENGTH, nb_tokens
 from utils.errors import UserError
 
@@ -106,6 +110,21 @@ def load(machine: Machine, device: torch.device, precision: str) -> ControlLDM:
         raise UserError(f"the model does not fit on {device}: use --low-memory or --precision bf16.") from error
 
 
+@contextmanager
+def generator(form: Form, machine: Machine, device: torch.device, precision: str) -> Iterator[Generator]:
+    """`make_generator`'s.  On leaving, its model is freed, and so is the one that the form loaded to encode."""
+    made = make_generator(form, machine, device, precision)
+    try:
+        yield made
+    finally:
+        if hasattr(made, "close"):
+            made.close()
+        form.release()
+        gc.collect()  # the first model of a process is held by the frames of transformers' import
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def make_generator(form: Form, machine: Machine, device: torch.device, precision: str) -> Generator:
     """The generator of a form's copies, with its model loaded where it needs one."""
     if not form.needs_model:
@@ -123,13 +142,31 @@ def make_generator(form: Form, machine: Machine, device: torch.device, precision
     )
 
 
-def warn_of_long_prompts(form: Form, machine: Machine, texts: Mapping[str, str]) -> None:
-    """Log a warning about prompts that have more tokens than the text encoder reads.  texts: by class label."""
+def warn_of_settings(form: Form, machine: Machine, texts: Mapping[str, str]) -> None:
+    """Log what a user might not expect of the settings.  texts: of the classes, by label."""
     if not form.needs_model or machine.model in generators():
         return
+    sampling = form.preset.sampling
+    if sampling.guidance == 0:
+        log.warning(
+            "--guidance 0 follows the negative prompt alone, as published; recipes of distilled models that say 0 mean "
+            "--guidance 1"
+        )
+    if sampling.sampler == "ddim" and (count := len(ddim_timesteps(sampling.steps))) != sampling.steps:
+        log.warning(
+            "--steps %d of ddim makes %d steps, as published: its timesteps are 1000 // %d apart",
+            *(sampling.steps, count, sampling.steps),
+        )
+    warn_of_long_prompts(form.preset, texts)
+
+
+def warn_of_long_prompts(preset: Preset, texts: Mapping[str, str]) -> None:
+    """Log that prompts have more tokens than the text encoder reads, and what there is to shorten."""
     most = MAX_LENGTH - 2
-    counts = nb_tokens([form.preset.prompt_text(text) for text in texts.values()])
-    cut = [label for label, count in zip(texts, counts, strict=True) if count > most]
+    template, *counts = nb_tokens([preset.prompt_text(""), *map(preset.prompt_text, texts.values())])
+    cut = [(label, count) for label, count in zip(texts, counts, strict=True) if count > most]
     if cut:
-        message = "%d prompts have more than %d tokens and are cut, such as that of class %r: shorten class_names.json"
-        log.warning(message, len(cut), most, cut[0])
+        label, count = cut[0]
+        culprit = f"--prompt-template ({template} tokens)" if template > count - template else "class_names.json"
+        message = "%d prompts have more than %d tokens and are cut, such as that of class %r: shorten %s"
+        log.warning(message, len(cut), most, label, culprit)

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from compress.forms import Request
-from compress.presets import Preset
+from compress.generators import NoPicture
+from compress.presets import Preset, Sampling
 from ControlNet.cldm import codebook
-from ControlNet.cldm.inference import make_ready, visiting
+from ControlNet.cldm.inference import is_out_of_memory, make_ready, pin, release, visiting
 from ControlNet.cldm.sampler import Sampler
 from ControlNet.cldm.samplers import SAMPLERS
 from utils.errors import UserError
@@ -23,6 +24,9 @@ MOST_ON_A_GPU = 16
 
 PICTURE_BYTES = 1_500_000_000
 """What a picture of 512 x 512 takes of a GPU's memory in 2-byte numbers, most of it in the decoder; a careful guess."""
+
+MOST_BAD = 8
+"""Pictures in a row, the first ones, that may hold values that are no numbers before the settings are blamed."""
 
 log = logging.getLogger(__name__)
 
@@ -61,21 +65,25 @@ class PictureGenerator:
         self.model = model
         self.low_memory = low_memory
         self._contexts: dict[str, torch.Tensor] = {}
+        self._made_one, self._bad = False, 0  # whether a picture was good, and how many were not
         if model is not None:
             self.device = torch.device(device or model.device) if low_memory else model.device
             if low_memory:  # the schedule's tables, which also tell the sampler where the latents are to be
                 for name, table in list(model.named_buffers(recurse=False)):
                     setattr(model, name, table.to(self.device))
+                if self.device.type == "cuda":
+                    pin(*model.children())
             make_ready(model, engine=engine, low_memory=low_memory, precision=precision)
         self.batch_size = batch_size or default_batch_size(model)
         self._decoded_together = 1 if low_memory else self.batch_size
 
     @torch.inference_mode()
-    def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray]:
-        """The pictures of requests of one group, each HxWx3 uint8 at the generated size.
+    def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray | NoPicture]:
+        """The pictures of requests of one group, each HxWx3 uint8 at the generated size; NoPicture for one that holds
+        values that are no numbers.
 
         steps: the sampler's, the preset's if None.
-        Raises UserError where a single picture does not fit the device, or comes out as no picture.
+        Raises UserError where a single picture does not fit the device, or of MOST_BAD none came out as a picture.
         """
         return self._in_parts(batch, batch[0].condition.size, lambda part: self._pictures(part, steps))
 
@@ -90,14 +98,14 @@ class PictureGenerator:
 
     def _in_parts(self, batch: Sequence, size: tuple[int, int], function: Callable[[Sequence], list]) -> list:
         """The function's results for a batch, of as many items at a time as fit.  size: of the pictures."""
-        done: list[np.ndarray] = []
+        done: list[np.ndarray | NoPicture] = []
         asked = self.batch_size
         while len(done) < len(batch):
             part = batch[len(done) : len(done) + self.batch_size]
             try:
                 done += function(part)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if self.batch_size == 1:
                     raise UserError(self._too_large(size)) from error
@@ -119,7 +127,14 @@ class PictureGenerator:
         mend = "use a smaller --size" if self.low_memory else "use --low-memory, --precision bf16 or a smaller --size"
         return f"not even one picture of {height} x {width} pixels fits on {self.device}: {mend}."
 
-    def _pictures(self, batch: Sequence[Request], steps: int | None) -> list[np.ndarray]:
+    def close(self) -> None:
+        """Let go of the model, which is not needed any more."""
+        if self.model is not None:
+            release(self.model)
+        self.model = None
+        self._contexts.clear()
+
+    def _pictures(self, batch: Sequence[Request], steps: int | None) -> list[np.ndarray | NoPicture]:
         """Pictures of at most batch_size requests."""
         model, sampling = self.model, self.preset.sampling_for(batch[0].text)
         filled = self._filled(batch)
@@ -148,16 +163,23 @@ class PictureGenerator:
                 generator=[torch.Generator().manual_seed(request.seed) for request in filled],
                 verbose=False,
             )
-        decoded = self._decoded(latents.to(model.dtype))[: len(batch)].float()
-        self._check_numbers(decoded)
+        decoded = self._decoded(latents)[: len(batch)].float()
+        good = decoded.isfinite().flatten(1).all(1).cpu().tolist()
+        self._made_one |= any(good)
+        self._bad += good.count(False)
+        if not self._made_one and self._bad >= MOST_BAD:
+            raise UserError(f"none of {self._bad} pictures is one: {self._no_numbers(sampling)}.")
         pictures = (decoded * 127.5 + 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return list(pictures)
+        bad = NoPicture(self._no_numbers(sampling))
+        return [picture if is_good else bad for picture, is_good in zip(pictures, good, strict=True)]
 
-    def _check_numbers(self, values: torch.Tensor) -> None:
-        if not values.isfinite().all():
-            raise UserError(
-                f"in {self.model.dtype} the model's pictures hold values that are no numbers: use --precision fp32."
-            )
+    def _no_numbers(self, sampling: Sampling) -> str:
+        """Why a picture holds values that are no numbers, and what to do."""
+        if self.model.dtype == torch.float32:
+            advice = f"lower --guidance ({sampling.guidance:g} now) or the scale of a LoRA, or look at the weights"
+        else:
+            advice = "use --precision fp32"
+        return f"in {self.model.dtype} the model's picture holds values that are no numbers: {advice}"
 
     def _filled(self, batch: Sequence) -> list:
         return [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
@@ -173,7 +195,8 @@ class PictureGenerator:
         latents, texts = self._latents(pictures), [self.preset.prompt_text(text) for text in texts]
         contexts = self._encode(texts)
         cond = {"c_concat": None, "c_crossattn": [torch.cat([contexts[text] for text in texts])]}
-        self._check_numbers(latents)
+        if not latents.isfinite().all():
+            raise UserError(f"can't encode: {self._no_numbers(self.preset.sampling)}.")
         with self._at_work("model"):
             found = codebook.encode(self.model, latents, cond, steps=self.preset.sampling.steps, **codes)
         return list(found[: len(batch)].cpu().numpy())
@@ -185,7 +208,7 @@ class PictureGenerator:
                 with self._at_work("first_stage_model"):
                     return torch.cat([self.model.decode_first_stage(z) for z in latents.split(self._decoded_together)])
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error) or self._decoded_together == 1:
+                if not is_out_of_memory(error) or self._decoded_together == 1:
                     raise
             self._decoded_together //= 2
             if self.device.type == "cuda":
@@ -208,7 +231,7 @@ class PictureGenerator:
         """Mean latents of pictures of one size, as the UNet sees them: B x 4 x H/8 x W/8, float32."""
         starts = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
         with self._at_work("first_stage_model"):
-            pictures = (starts.to(self.device).float() / 127.5 - 1).to(self.model.dtype)
+            pictures = starts.to(self.device).float() / 127.5 - 1
             parts = pictures.split(1 if self.low_memory else len(pictures))
             means = torch.cat([self.model.encode_first_stage(part).mode() for part in parts])
         return self.model.get_first_stage_encoding(means.float())
@@ -226,11 +249,6 @@ class PictureGenerator:
         if not self.low_memory:
             return nullcontext()
         return visiting(self.device, *(getattr(self.model, part) for part in parts))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """A GPU's allocator has an error of its own; the CPU's says so in words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def default_batch_size(model) -> int:

@@ -6,6 +6,7 @@ first frame of several.
 
 import hashlib
 import os
+import socket
 import stat
 import tempfile
 import warnings
@@ -174,7 +175,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     a full disk names the target.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{os.getpid()}-", suffix=".tmp")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(), suffix=".tmp")
+    except OSError as error:
+        error.filename = str(path)
+        raise
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -185,6 +190,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def temporary_prefix() -> str:
+    """What the names of this process's half-written files begin with: "." host "." process "-"."""
+    return f".{socket.gethostname()}.{os.getpid()}-"
 
 
 def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
