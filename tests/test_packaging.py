@@ -1,6 +1,7 @@
-"""The wheel: its dependencies are those that are tested, and it works from any folder without the repository."""
+"""What a stranger gets: a wheel that works without the repository, a citation of this version, links that lead on."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -8,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,3 +96,36 @@ def test_a_wheel_is_all_that_is_needed(tmp_path):
     assert (elsewhere / "out" / "report.html").stat().st_size > 1000
     assert "survey-inc10-icarl" in run("-m", "exps.reproduce", "--list")
     assert len(list((elsewhere / "data" / "MNIST" / "exemplars").rglob("*.jpg"))) == 10
+
+
+def test_the_citation_is_of_this_version():
+    citation = OmegaConf.to_container(OmegaConf.load(ROOT / "CITATION.cff"))
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+    names = [
+        f"{author['family-names']}, {author['given-names']}" for author in citation["preferred-citation"]["authors"]
+    ]
+    assert " and ".join(names) in (ROOT / "docs" / "citing.md").read_text(encoding="utf-8")
+    assert f"{{{PROJECT['version']}}}" in (ROOT / "docs" / "citing.md").read_text(encoding="utf-8")
+
+
+PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "exps" / "README.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    wrong = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        if "://" in link or (name and name.startswith("mailto:")):
+            continue
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            wrong.append(link)
+    assert wrong == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
