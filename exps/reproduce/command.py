@@ -75,9 +75,10 @@ def record(tables: Sequence[Table], file: Path, note: str) -> int:
         keep(FOLDER, row.name, entry)
         print(f"{row.name}: published {number(row.average) or '-'} / {number(row.last) or '-'}, ", end="")
         print(f"recorded {number(entry['average'])} / {number(entry['last'])}")
-    text = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
-    report.write_text(PAGE, with_records(text, tables, read_records(FOLDER)))
-    print(shown(PAGE))
+    if PAGE.is_file():  # not where the project was installed without its docs
+        text = with_records(PAGE.read_text(encoding="utf-8"), tables, read_records(FOLDER))
+        report.write_text(PAGE, text)
+        print(shown(PAGE))
     return 0
 
 
