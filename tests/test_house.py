@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("ControlNet", "compress", "convs", "models", "utils", "exps")
 MAY_IMPORT = {
     "main": {"models", "compress", "utils"},
-    "exps": {"utils"},  # starts main.py and compress/run.py as commands
+    "exps": {"compress", "models", "utils"},  # it starts main.py and compress/run.py as commands
     "compress": {"ControlNet", "utils"},
     "models": {"convs", "utils"},
     "ControlNet": set(),
