@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exps.grid import Point, carry_out, checked_config, finished
+from exps.grid import carry_out
+from exps.points import Point, checked_config, finished
 from exps.runs import at_least_one
 from models import catalogue
 from utils import cli

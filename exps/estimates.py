@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from exps.grid import Point
+from exps.points import Point
 from exps.runs import MAIN, call, last_words
 from exps.sweep import Candidate, Plan, Sweep, made_ahead
 from utils.errors import UserError

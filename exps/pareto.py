@@ -36,7 +36,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from exps.estimates import tell
-from exps.grid import Point, carry_out, finished, refusal, results_of
+from exps.grid import carry_out
+from exps.points import Point, finished, refusal, results_of
 from exps.runs import COMPRESS, at_least_one, call, for_each, last_words, measured, threads
 from exps.submit import submit
 from exps.sweep import REAL, Candidate, Plan, Row, Sweep, check, made_ahead, read

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from exps.grid import Point, checked_keys, finished
+from exps.points import Point, checked_keys, finished
 from utils import cli
 from utils.config.read import read_json
 from utils.data.paths import data_dir, find_dataset

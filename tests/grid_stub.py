@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from exps import grid
+from exps import grid, points
 from utils.config.read import read_json
 from utils.results import report
 
 KEYS = {"dataset": "D", "init_cls": 2, "increment": 2, "convnet_type": "resnet8", "model_name": "replay"}
 
 
-def point(folder: Path, name: str = "a", phase0=None, **keys) -> grid.Point:
+def point(folder: Path, name: str = "a", phase0=None, **keys) -> points.Point:
     keys = {**KEYS, "seed": [1, 2], **keys}
     arguments = ("--config", str(folder / name / "point.json"))
-    return grid.Point(name, folder / name, grid.checked_keys(keys), arguments, phase0, keys)
+    return points.Point(name, folder / name, points.checked_keys(keys), arguments, phase0, keys)
 
 
 def entry(seed: int, top1: float = 80.0, nme: float | None = None, phases: int = 2) -> dict:
@@ -41,7 +41,7 @@ def entry(seed: int, top1: float = 80.0, nme: float | None = None, phases: int =
     return report.run_entry(seed, names, records, phases)
 
 
-def write(point: grid.Point, *entries: dict, config=None) -> None:
+def write(point: points.Point, *entries: dict, config=None) -> None:
     """results.json of these class orders beside those that are there."""
     point.folder.mkdir(parents=True, exist_ok=True)
     file = point.folder / "results.json"
@@ -66,7 +66,7 @@ def fake_main(log: Path, seconds: float, fails: str = ""):
                 if folder.name == fails:
                     return subprocess.CompletedProcess(arguments, 2, "", "error: no luck\n  twice\n")
                 config = read_json(folder / "point.json")
-                one = grid.Point(folder.name, folder, grid.checked_keys(config), ())
+                one = points.Point(folder.name, folder, points.checked_keys(config), ())
                 write(one, entry(seed))
         except Timeout:
             return subprocess.CompletedProcess(arguments, 2, "", f"error: another process is working on seed {seed}")
@@ -79,6 +79,6 @@ def carry_out(folder: str, names: str, seconds: str, jobs: str = "1") -> None:
     """A sweep in a process of its own."""
     grid.POLL = 0.05
     grid.call = fake_main(Path(folder) / "calls.txt", float(seconds))
-    points = [point(Path(folder), name) for name in names.split(",")]
-    outcome = grid.carry_out(lambda failed: (points, False), int(jobs))
+    asked = [point(Path(folder), name) for name in names.split(",")]
+    outcome = grid.carry_out(lambda failed: (asked, False), int(jobs))
     print(len(outcome.elsewhere), outcome.failed)

@@ -1,6 +1,5 @@
-"""`exps.grid`: what counts as finished, and runs that several processes, jobs and GPUs share, with a stub for main.py."""
+"""`exps.grid`: what is finished, and runs that several processes, jobs and GPUs share, with a stub for main.py."""
 
-import os
 import re
 import signal
 import subprocess
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from exps import grid, runs
-from tests import forks, grid_stub
+from exps import grid, points, runs
+from tests import grid_stub
 from tests.grid_stub import entry, fake_main, point, write
 from utils.results import report
 
@@ -24,11 +23,11 @@ def stub(tmp_path, monkeypatch):
     """Carries out points with the stub; -> (the outcome, the lines that the stub wrote)."""
     monkeypatch.setattr(grid, "POLL", 0.02)
 
-    def carry_out(*points, jobs=1, seconds=0.0, fails=""):
+    def carry_out(*asked, jobs=1, seconds=0.0, fails=""):
         log = tmp_path / "calls.txt"
         log.unlink(missing_ok=True)
         monkeypatch.setattr(grid, "call", fake_main(log, seconds, fails))
-        outcome = grid.carry_out(lambda failed: (points, False), jobs)
+        outcome = grid.carry_out(lambda failed: (asked, False), jobs)
         return outcome, log.read_text().splitlines() if log.exists() else []
 
     return carry_out
@@ -52,27 +51,27 @@ def test_results_of_another_config_are_refused_each_time(stub, tmp_path, changed
         outcome, calls = stub(other)
         assert said in outcome.failed["a"]
         assert not calls
-        assert grid.finished(other) is None
-    assert grid.finished(point(tmp_path, **before))["summary"]["seeds"] == [1, 2]
+        assert points.finished(other) is None
+    assert points.finished(point(tmp_path, **before))["summary"]["seeds"] == [1, 2]
 
 
 def test_what_main_fills_in_is_no_other_config(tmp_path):
     keys = {"budget_in": "bytes", "memory_bytes_per_class": 600, "syn_form": "webp:10", "augmentations_per_image": 3}
     asked = point(tmp_path, **keys, real_per_class=1, syn_per_class="fill")
     write(asked, entry(1), entry(2), config={**asked.config, "augmentations_per_image": 1, "syn_per_class": 7})
-    assert grid.finished(asked) is not None
+    assert points.finished(asked) is not None
     edges = point(tmp_path, **{**keys, "syn_form": "edges"}, real_per_class=1, syn_per_class="fill")
-    assert "syn_form" in grid.refusal(edges)
+    assert "syn_form" in points.refusal(edges)
 
 
 def test_only_the_class_orders_that_are_asked_for_count(stub, tmp_path):
     asked = point(tmp_path)
     write(asked, entry(1, 80.0), entry(2, 70.0), entry(5, 10.0))
-    done = grid.finished(asked)
+    done = points.finished(asked)
     assert done["summary"]["seeds"] == [1, 2]
     assert done["summary"]["cnn"]["average_incremental_accuracy"]["mean"] == pytest.approx(75.0)
     assert stub(asked)[1] == []
-    assert grid.finished(point(tmp_path, seed=[1, 3])) is None
+    assert points.finished(point(tmp_path, seed=[1, 3])) is None
 
 
 def test_damaged_results_count_as_none(tmp_path):
@@ -80,7 +79,7 @@ def test_damaged_results_count_as_none(tmp_path):
     asked.folder.mkdir()
     for content in ("[]", '{"runs": [{}]}', "{", '{"runs": 3}'):
         (asked.folder / "results.json").write_text(content)
-        assert grid.finished(asked) is None
+        assert points.finished(asked) is None
 
 
 def test_a_run_that_fails_is_named_with_all_lines(stub, tmp_path):
@@ -97,36 +96,38 @@ def test_a_run_whose_results_do_not_come_is_no_endless_loop(tmp_path, monkeypatc
 
 
 def test_runs_of_one_phase_0_wait_for_the_first(stub, tmp_path):
-    points = [point(tmp_path, name, phase0="same", seed=[1]) for name in "abc"]
-    points.append(point(tmp_path, "d", phase0="other", seed=[1]))
-    _, calls = stub(*points, jobs=4, seconds=0.2)
+    asked = [point(tmp_path, name, phase0="same", seed=[1]) for name in "abc"]
+    asked.append(point(tmp_path, "d", phase0="other", seed=[1]))
+    _, calls = stub(*asked, jobs=4, seconds=0.2)
     assert {line.split()[0] for line in calls[:2]} == {"a", "d"}
     assert len(calls) == 4
 
 
 def started(*arguments) -> subprocess.Popen:
     code = "import sys; from tests.grid_stub import carry_out; carry_out(*sys.argv[1:])"
-    return forks.Command(["-c", code, *arguments])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, text=True, **pipes)
 
 
+@pytest.mark.long
 def test_four_processes_share_a_folder_and_one_is_killed(tmp_path):
-    names = "abcdef"
-    processes = [started(str(tmp_path), ",".join(names), "0.4") for _ in range(4)]
-    log = tmp_path / "calls.txt"
+    names, log = "abcdef", tmp_path / "calls.txt"
+    processes = {process.pid: process for process in [started(str(tmp_path), ",".join(names), "0.4") for _ in range(4)]}
     limit = time.monotonic() + 60
     while not log.exists() and time.monotonic() < limit:
         time.sleep(0.02)
     killed = int(log.read_text().split()[2])
-    os.kill(killed, signal.SIGKILL)
-    outputs = {process.pid: process.completed() for process in processes}
-    assert outputs.pop(killed).returncode == -signal.SIGKILL
-    assert all(done.returncode == 0 for done in outputs.values()), outputs
-    counts = Counter(tuple(line.split()[:2]) for line in log.read_text().splitlines() if line.split()[2] != str(killed))
-    assert counts == {(name, seed): 1 for name in names for seed in "12"} | (counts - counts)
-    assert any(done.stdout == "0 {}\n" for done in outputs.values()), "the last one sees all finished"
-    assert all(done.stdout.endswith(" {}\n") for done in outputs.values()), "nobody's work is a failure"
-    for name in names:
-        assert grid.finished(point(tmp_path, name)) is not None
+    processes.pop(killed).kill()
+    outputs = [process.communicate(timeout=60)[0] for process in processes.values()]
+    assert all(process.returncode == 0 for process in processes.values())
+    assert all(output.endswith(" {}\n") for output in outputs), "nobody's work is a failure"
+    assert "0 {}\n" in outputs, "the last one sees that all are finished"
+    lines = [line.split() for line in log.read_text().splitlines()]
+    done = Counter((name, seed) for name, seed, process, _ in lines if int(process) != killed)
+    of_killed = {(name, seed) for name, seed, process, _ in lines if int(process) == killed}
+    assert set(done.values()) == {1}, "every run once"
+    assert done.keys() | of_killed == {(name, seed) for name in names for seed in "12"}
+    assert all(points.finished(point(tmp_path, name)) is not None for name in names), "the dead one's run is taken up"
 
 
 def test_a_run_of_a_dead_sweep_that_goes_on_is_waited_for(stub, tmp_path):
@@ -146,9 +147,9 @@ def test_a_run_of_a_dead_sweep_that_goes_on_is_waited_for(stub, tmp_path):
 def test_each_run_has_a_gpu_of_its_own(stub, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,GPU-7")
-    points = [point(tmp_path, name, seed=[1], device="auto") for name in "abcdefgh"]
-    _, calls = stub(*points, jobs=8, seconds=0.3)
-    assert sorted(line.split()[3] for line in calls) == sorted("0,1,2,3,4,5,6,GPU-7".split(","))
+    asked = [point(tmp_path, name, seed=[1], device="auto") for name in "abcdefgh"]
+    _, calls = stub(*asked, jobs=8, seconds=0.3)
+    assert sorted(line.split()[3] for line in calls) == sorted(["0", "1", "2", "3", "4", "5", "6", "GPU-7"])
 
 
 def test_more_jobs_than_gpus_share_them_evenly_and_a_named_device_wins(stub, tmp_path, monkeypatch):
@@ -276,8 +277,8 @@ def grid_stub_options(tmp_path):
 def test_results_are_read_again_when_they_change(tmp_path):
     asked = point(tmp_path)
     write(asked, entry(1))
-    assert grid.done_orders(asked).keys() == {1}
+    assert points.done_orders(asked).keys() == {1}
     write(asked, entry(2))
-    assert grid.done_orders(asked).keys() == {1, 2}
+    assert points.done_orders(asked).keys() == {1, 2}
     assert report.load_results(asked.folder)["summary"]["seeds"] == [1, 2]
     assert grid_stub.KEYS["dataset"] == asked.config["dataset"]
