@@ -35,7 +35,7 @@ KNOWN = {
 """Keys of a sweep's file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """One way to spend a budget: a form with its keys of main.py.  label: what it is called, without p."""
 

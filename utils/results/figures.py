@@ -33,15 +33,17 @@ class Looks:
     """How lines are drawn on one page: a colour a form, a dash pattern and a marker a method, so that both can be read
     off, and mean the same in all figures.
 
-    lines: (method, form) of all of the page.
+    methods: of all of the page.  A form has its colour from when it is first drawn.
     """
 
-    def __init__(self, lines: Sequence[tuple[str, str]]):
-        self.methods = list(dict.fromkeys(method for method, _ in lines))
-        self.forms = list(dict.fromkeys(form for _, form in lines))
+    def __init__(self, methods: Sequence[str]):
+        self.methods = list(dict.fromkeys(methods))
+        self.forms: list[str] = []
 
     def of(self, method: str, form: str) -> dict:
         """matplotlib's keywords of a line."""
+        if form not in self.forms:
+            self.forms.append(form)
         m, f = self.methods.index(method), self.forms.index(form)
         many = f // len(COLOURS)  # a colour comes again with another marker
         return {

@@ -41,7 +41,7 @@ def page(
     single = len(runs) == 1
     configs = {name: content["config"] for name, (_, content) in runs.items()}
     titles, rows = pictures.form_rows(of)
-    looks = figures.Looks([*lines, *((entry.method, entry.line) for entry in of)])
+    looks = figures.Looks([entry.method for entry in of])
     table = comparison.rows_of(of)
     return _template().render(
         title=title or _title(of),
