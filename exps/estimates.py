@@ -122,10 +122,9 @@ def tell(plan: Plan, known: Sequence[Point], todo: Sequence[Point]) -> None:
         number * measures["forms"][form]["copy_bytes"] + images * measures["forms"][form]["bytes"]
         for form, (number, images) in made.items()
     )
-    copies = f"copies: up to {sum(number for number, _ in made.values()):,}, {_hours(seconds)}"
     if not known:
-        print(f"\n{copies} on this machine; {disk / 1e6:,.1f} MB")
         return
+    copies = f"copies: up to {sum(number for number, _ in made.values()):,}, {_hours(seconds)}"
     training = 0.0
     for method in sweep.methods:
         of_method = [point for point in todo if point.config["model_name"] == method]

@@ -100,7 +100,7 @@ COLUMNS = (
 
 
 def write(plan: Plan, done: Sequence[Point], problems: Sequence[str]) -> str:
-    """Write table.md, table.csv and report.html of the finished runs.  Returns the table with its verdict."""
+    """Write table.md, table.csv and report.html of the finished runs.  Returns the table, and what it says."""
     sweep = plan.sweep
     contents = {point.name: (point.folder, finished(point)) for point in done}
     labels = {point.name: _label(plan, point) for point in done}
@@ -115,15 +115,15 @@ def write(plan: Plan, done: Sequence[Point], problems: Sequence[str]) -> str:
             cells.append([*first, *score, *kept])
     write_csv(sweep.output / "table.csv", COLUMNS, cells)
     rows = rows_of(compared)
-    text = "\n\n".join(["\n".join(f"- {line}" for line in verdict(rows)), markdown(rows)])
-    report.write_text(sweep.output / "table.md", text + "\n")
+    table, conclusion = markdown(rows), "\n".join(f"- {line}" for line in verdict(rows))
+    report.write_text(sweep.output / "table.md", f"{conclusion}\n\n{table}\n")
     from utils.results.page import page  # imports Jinja2 and matplotlib
 
     title = f"Exemplar forms at equal bytes: {sweep.config['dataset']}, {', '.join(sweep.methods)}"
     missing = [f"Missing: {problem}" for problem in problems]
     file = sweep.output / "report.html"
     report.write_text(file, page(contents, title, [*_notes(plan), *missing], labels=labels, file=file))
-    return text
+    return f"{table}\n\n{conclusion}"
 
 
 def _label(plan: Plan, point: Point) -> str:
@@ -208,7 +208,7 @@ def _budget_only(options: argparse.Namespace) -> int:
         candidates.append(Candidate(form, form, keys))
     rows = tuple(Row(candidate.form, (candidate,)) for candidate in candidates)
     sweep = Sweep(config, rows, tuple(options.budgets), (), (1,), options.settings, "on_demand", Path("outputs"))
-    measures = measured(config, [REAL, *sweep.kept], sweep.settings, "--time")
+    measures = measured(config, [REAL, *sweep.kept], sweep.settings)
     tell(Plan(sweep, measures), [], [])
     failed = [f"{form}: {found['error']}" for form, found in measures["forms"].items() if "error" in found]
     print(*failed, sep="\n", end="\n" * bool(failed), file=sys.stderr)
