@@ -1,4 +1,4 @@
-# make env | demo | demo-on-demand | test | test-long | test-gpu | lint | bench | tiny-model | clean
+# make env | demo | test | test-long | test-gpu | lint | bench | tiny-model | clean
 # Python 3.11, 3.12 or 3.13: the first of these commands that runs one.  PYTHON=... names another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 SEEDS  ?= 1993
 
-.PHONY: env demo demo-on-demand test test-long test-gpu lint bench tiny-model clean
+.PHONY: env demo test test-long test-gpu lint bench tiny-model clean
 
 env: $(STAMP)
 
@@ -19,9 +19,6 @@ $(STAMP): requirements.txt requirements-dev.txt
 
 demo: env
 	SEEDS="$(SEEDS)" $(BIN)/python -m exps.demo
-
-demo-on-demand: env
-	SEEDS="$(SEEDS)" $(BIN)/python -m exps.demo --on-demand
 
 test: env lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup

@@ -33,7 +33,7 @@ from utils.results.output import Output, seed_folder
 
 log = logging.getLogger("main")
 
-CLASS_KEYS = ("shuffle", "init_cls", "increment", "class_order", "class_sort", "augmentation")
+CLASS_KEYS = ("shuffle", "init_cls", "increment", "class_order", "class_sort", "augmentation", "val_per_class")
 """Keys that decide which classes a phase has and how their images are read."""
 
 

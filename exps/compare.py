@@ -9,7 +9,7 @@ Each run is main.py's, in <output>/<method>-<real or mix>: a finished run
 of the same settings is reused, a killed one goes on, one of other settings is named and left alone.  A method that
 keeps no exemplars runs once.  The table, in Markdown, has top-1 accuracy in percent, mean ± standard deviation over the
 config's seeds; it is written to <output>/table.md too.  A method whose config main.py refuses is named, and the others
-are run.
+are run.  The same command in several processes or on several machines shares the runs.
 """
 
 import argparse
@@ -19,10 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exps.runs import MAIN, call, for_each, last_words, side_by_side
+from exps.grid import carry_out
+from exps.points import Point, checked_config, finished
+from exps.runs import at_least_one
+from models import catalogue
 from utils import cli
 from utils.config.read import read_json
-from utils.config.schema import differences
+from utils.config.schema import as_dict
 from utils.errors import UserError
 from utils.results import report
 from utils.results.show import curves
@@ -32,18 +35,6 @@ MEMORIES = {
     "mix": (),
 }
 """Overrides of each kind of run."""
-
-
-class Run(NamedTuple):
-    """One run of main.py: `memory` is one of MEMORIES, `arguments` what the command is given."""
-
-    method: str
-    memory: str
-    folder: Path
-    arguments: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.method}, {self.memory}"
 
 
 class Table(NamedTuple):
@@ -70,26 +61,12 @@ def read(file: Path) -> Table:
     return Table(file.parent / config, own)
 
 
-def checked_config(run: Run) -> dict[str, Any] | str:
-    """The config that a run will have, with all defaults, or what main.py says against it."""
-    shown = call(MAIN, *run.arguments, "--show-config")
-    return last_words(shown) if shown.returncode else json.loads(shown.stdout)
-
-
-def finished(run: Run, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A run's results over the config's seeds, if it has the config's settings and all seeds are done."""
-    try:
-        results = report.load_results(run.folder)
-    except UserError:
-        return None
-    runs = [entry for entry in results["runs"] if entry["finished"] and entry["seed"] in config["seed"]]
-    if len(runs) < len(config["seed"]) or differences(config, results["config"]):
-        return None
-    return report.results(results["config"], runs)
-
-
-def keeps_exemplars(results: Mapping[str, Any]) -> bool:
-    return results["summary"]["bytes"]["mean"] > 0
+def point_of(file: Path, method: str, memory: str, overrides: Sequence[str], output: Path) -> Point:
+    """One run.  memory: one of MEMORIES; overrides: "key=value" of main.py.  Raises UserError for a wrong config."""
+    words = (*overrides, *MEMORIES[memory], f"model_name={method}")
+    config = as_dict(checked_config(file, words))
+    phase0 = (method, memory if config["augmentation_prob"] else None) if config["phase0_cache"] else None
+    return Point(f"{method}, {memory}", output / f"{method}-{memory}", config, ("--config", str(file), *words), phase0)
 
 
 def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -125,39 +102,40 @@ def compare(options: argparse.Namespace) -> int:
     """What the command line asks for.  Returns the exit code."""
     asked = read(options.config)
     output = options.output or Path("outputs") / options.config.stem
-    known = call(MAIN, "--list", "methods").stdout.split()
-    methods = options.methods.split(",") if options.methods else [*asked.methods] or known
-    if unknown := sorted(set(methods) - set(known)):
+    known = catalogue.methods()
+    methods = options.methods.split(",") if options.methods else [*asked.methods] or list(known)
+    if unknown := sorted(set(methods) - known.keys()):
         raise UserError(f"methods: {', '.join(unknown)} is not among {', '.join(known)}.")
-    failed: dict[Run, str] = {}
-    results: dict[str, dict[str, Mapping]] = {memory: {} for memory in MEMORIES}
-    for memory, overrides in MEMORIES.items():
-        runs = []
+    points: dict[tuple[str, str], Point] = {}  # by memory and method
+    refused: dict[str, str] = {}
+    for memory in MEMORIES:
         for method in methods:
-            folder = output / f"{method}-{memory}"
-            common = ("--config", str(asked.config), *asked.methods.get(method, ()), *options.overrides)
-            own = (*overrides, f"model_name={method}", f"output_dir={folder}")
-            runs.append(Run(method, memory, folder, (*common, *own)))
-        configs = dict(zip(runs, for_each(runs, checked_config), strict=True))
-        refused = {run: words for run, words in configs.items() if isinstance(words, str)}
-        if len(refused) == len(runs):
-            raise UserError(next(iter(refused.values())))
-        runs = [run for run in runs if run not in refused]
-        if options.only in (None, memory):
-            failed |= refused
-            without = {method for method, of_real in results["real"].items() if not keeps_exemplars(of_real)}
-            wanted = [run for run in runs if memory == "real" or run.method not in without]
-            todo = {run: run.arguments for run in wanted if finished(run, configs[run]) is None}
-            failed |= side_by_side(todo, options.jobs)
-        for run in runs:
-            if (of_run := finished(run, configs[run])) is not None:
-                results[memory][run.method] = of_run
-    if any(results.values()):
-        text = table(results)
-        print(text)
-        report.write_text(output / "table.md", text + "\n")
-    for run, words in failed.items():
-        print(f"{run}: {words}", file=sys.stderr)
+            if memory != "real" and not known[method].uses_memory:
+                continue  # it keeps no exemplars, and runs once
+            overrides = (*asked.methods.get(method, ()), *options.overrides)
+            try:
+                points[memory, method] = point_of(asked.config, method, memory, overrides, output)
+            except UserError as error:
+                refused[f"{method}, {memory}"] = str(error).removeprefix(f"{asked.config}: ")
+    if not points:
+        raise UserError(next(iter(refused.values())))
+    wanted = [point for (memory, _), point in points.items() if options.only in (None, memory)]
+    outcome = carry_out(lambda failed: (wanted, False), options.jobs)
+    failed = {**refused, **outcome.failed}
+    if outcome.elsewhere:
+        print(f"other processes work on {len(outcome.elsewhere)} runs, and write the table when they are done:")
+        print(*(f"  {task}" for task in outcome.elsewhere), sep="\n")
+    else:
+        results: dict[str, dict[str, Mapping]] = {memory: {} for memory in MEMORIES}
+        for (memory, method), point in points.items():
+            if (done := finished(point)) is not None:
+                results[memory][method] = done
+        if any(results.values()):
+            text = table(results)
+            print(text)
+            report.write_text(output / "table.md", text + "\n")
+    for name, words in failed.items():
+        print(f"{name}: {words}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -174,7 +152,9 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the config in all runs")
     parser.add_argument("--methods", help="separated by commas (default: all)")
     parser.add_argument("--only", choices=MEMORIES, help="carry out one kind of runs; the table has what is there")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=at_least_one, default=1, metavar="N", help="runs at a time (default: %(default)s)"
+    )
     parser.add_argument("--output", type=cli.path, metavar="DIR", help="default: outputs/<name of the config>")
     return compare(parser.parse_intermixed_args(cli.options_as_overrides(parser, argv)))
 

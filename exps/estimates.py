@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from exps.points import Point
 from exps.runs import MAIN, call, last_words
+from exps.sweep import Candidate, Plan, Sweep, made_ahead
 from utils.errors import UserError
 from utils.results import report
 
@@ -88,51 +90,92 @@ def class_order_hours(config: Mapping[str, Any]) -> tuple[float, list[str]]:
     return seconds / 3600, notes
 
 
-def tell(sweep: Any, measures: Mapping[str, Any], points: Sequence[Any], todo: Sequence[Any]) -> None:
-    """Print what a dry run of `exps.pareto` tells."""
+HEADER = ("form", "p", "bytes each", "budget", "R + S", "bytes per class", "units per class", "copies", "disk, MB")
+
+
+def tell(plan: Plan, known: Sequence[Point], todo: Sequence[Point]) -> None:
+    """Print what a dry run of `exps.pareto` tells.  known: all runs, todo: those to be done."""
+    sweep, measures = plan.sweep, plan.measures
     classes, most, real_bytes = measures["classes"], measures["images_per_class"], measures["forms"]["real"]["bytes"]
     print(
-        f"{sweep.config['dataset']}: {classes} classes of at least {most} train images, {real_bytes:,.0f} bytes each\n"
+        f"{sweep.config['dataset']}: {classes} classes of at least {most} train images, {real_bytes:,.0f} bytes each "
+        f"(means of {measures['images']} images)\n"
     )
+    rows, made = [HEADER], {}
+    for candidate in sweep.candidates:
+        if "error" in measures["forms"][candidate.keys["syn_form"]]:
+            continue
+        for budget in sweep.budgets:
+            rows.append(_row(plan, candidate, budget))
+        form, images, number = _copies(plan, candidate)
+        made[form] = max(made.get(form, (0, 0)), (images * number, images))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        print("  ".join(padded).rstrip())
     print(
-        "| form | bytes an exemplar | "
-        + " | ".join(f"{budget:,} bytes: real + form" for budget in sweep.budgets)
-        + " |"
+        "\nR + S: real exemplars and those of the form. 1 unit: the raw bits of one real image; -: not in the paper.\n"
+        "Copies: of all train images where p is above 0, else of the chosen exemplars; all runs share them."
     )
-    print("| --- " * (2 + len(sweep.budgets)) + "|")
-    copies, seconds, disk = 0, 0.0, 0.0
-    for label, keys in sweep.forms.items():
-        of_form = measures["forms"][keys["syn_form"]]
-        if "error" in of_form:
-            continue
-        counts = [exemplars(of_form, real_bytes, budget, keys, most) for budget in sweep.budgets]
-        cells = [f"{real} + {synthetic}" for real, synthetic in counts]
-        print(f"| {label} | {of_form['bytes']:,.0f} | " + " | ".join(cells) + " |")
-        if keys["syn_form"] == "real":
-            continue
-        ahead = sweep.copies == "ahead" or (of_form["deterministic"] and not of_form["needs_model"])
-        # on demand, class orders choose different exemplars, so that each may bring copies of its own
-        chosen = min(most, max(synthetic for _, synthetic in counts) * len(sweep.seeds) * len(sweep.methods))
-        images = measures["train_images"] if ahead else chosen * classes
-        number = images * (1 if of_form["deterministic"] else keys.get("augmentations_per_image", sweep.nb_copies))
-        copies += number
-        seconds += number * of_form.get("seconds_per_copy", 0.0)
-        disk += number * of_form["copy_bytes"] + images * of_form["bytes"]
+    seconds = sum(number * measures["forms"][form].get("seconds_per_copy", 0.0) for form, (number, _) in made.items())
+    disk = sum(
+        number * measures["forms"][form]["copy_bytes"] + images * measures["forms"][form]["bytes"]
+        for form, (number, images) in made.items()
+    )
+    if not known:
+        return
+    copies = f"copies: up to {sum(number for number, _ in made.values()):,}, {_hours(seconds)}"
     training = 0.0
     for method in sweep.methods:
-        of_method = [point for point in todo if point.method == method]
+        of_method = [point for point in todo if point.config["model_name"] == method]
         if of_method:
-            keys = next((p.keys for p in points if p.method == method and p.form == "real"), of_method[0].keys)
-            if keys.get("regenerate") == "on_demand":
-                keys = {**keys, "real_per_class": None, "syn_per_class": 0}
-            first, later, size = training_seconds(keys)
-            training += len(sweep.seeds) * (first + later * len(of_method))
-            disk += size * len(sweep.seeds) * len(of_method)
-    print(f"\nruns: {len(todo)} of {len(points)} to do, {len(sweep.seeds)} class orders each")
-    print(
-        f"copies: up to {copies:,}, {_hours(seconds)}; training: {_hours(training)}, one run at a time; on this machine"
-    )
+            keys = plan.keys(method, _real(sweep), sweep.budgets[0])
+            first, later, size = training_seconds({**keys, "seed": list(sweep.seeds)})
+            orders = sum(len(point.seeds) for point in of_method)
+            alike = {(point.phase0, seed) for point in of_method for seed in point.seeds}
+            training += first * len(alike) + later * orders
+            disk += size * orders
+    print(f"\nruns: {len(todo)} of {len(known)} to do, {len(sweep.seeds)} class orders each")
+    if any(len(row.candidates) > 1 for row in sweep.rows):
+        print("of rows that are tuned, only the runs on held-out train pictures are counted; one more each is tested")
+    print(f"{copies}; training: {_hours(training)}, one run at a time; on this machine")
     print(f"disk: up to {disk / 1e6:,.0f} MB\ndry run: nothing was kept")
+
+
+def _row(plan: Plan, candidate: Candidate, budget: int) -> tuple[str, ...]:
+    measures = plan.measures
+    of_form, of_real = measures["forms"][candidate.keys["syn_form"]], measures["forms"]["real"]
+    real, synthetic = exemplars(of_form, of_real["bytes"], budget, candidate.keys, measures["images_per_class"])
+    used = real * of_real["bytes"] + synthetic * of_form["bytes"] + of_form["text_bytes"] * (synthetic > 0)
+    units = "-" if synthetic and of_form["units"] is None else f"{real + synthetic * (of_form['units'] or 0):.1f}"
+    _, images, number = _copies(plan, candidate, synthetic)
+    disk = f"{images * number * of_form['copy_bytes'] / 1e6:,.1f}"
+    p, each = f"{candidate.probability:g}", f"{of_form['bytes']:,.0f}"
+    kept = f"{real} + {synthetic}"
+    return candidate.label, p, each, f"{budget:,}", kept, f"{used:,.0f}", units, f"{images * number:,}", disk
+
+
+def _copies(plan: Plan, candidate: Candidate, synthetic: int | None = None) -> tuple[str, int, int]:
+    """(form, images of which copies are made, copies of each).  synthetic: exemplars of a class; None: at most."""
+    sweep, measures, form = plan.sweep, plan.measures, candidate.keys["syn_form"]
+    if form == "real":
+        return form, 0, 0
+    number = candidate.keys.get("augmentations_per_image", sweep.nb_copies)
+    number = 1 if measures["forms"][form]["deterministic"] else number
+    if made_ahead(sweep, candidate, measures):
+        return form, measures["train_images"], number
+    most = measures["images_per_class"]
+    if synthetic is None:
+        of_form, real_bytes = measures["forms"][form], measures["forms"]["real"]["bytes"]
+        counts = [exemplars(of_form, real_bytes, budget, candidate.keys, most)[1] for budget in sweep.budgets]
+        # class orders choose different exemplars, so that each may bring copies of its own
+        synthetic = max(counts) * len(sweep.seeds) * max(len(sweep.methods), 1)
+    return form, min(most, synthetic) * measures["classes"], number
+
+
+def _real(sweep: Sweep) -> Candidate:
+    keys = {"syn_form": "real", "real_per_class": None, "syn_per_class": 0, "augmentation_prob": 0}
+    return Candidate("real", "real", keys)
 
 
 def _hours(seconds: float) -> str:

@@ -1,12 +1,15 @@
-"""Commands that experiments of many runs start: one at a time with its output, or several side by side."""
+"""Commands that experiments of many runs start, and what happens to them when the experiment is stopped."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,56 +20,100 @@ ROOT = Path(__file__).resolve().parent.parent
 MAIN, COMPRESS = ("main.py",), ("compress/run.py",)
 MEASURE = ("-m", "compress.measure")
 Input, Output = TypeVar("Input"), TypeVar("Output")
-_BUSY = "another process is working on"
-"""main.py's words where a run of an earlier, killed sweep still goes on."""
+
+PATIENCE = 60.0
+"""Seconds that a command has for its checkpoint after SIGTERM, before it is killed."""
 
 
-def call(program: Sequence[str], *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run a command of this project with this Python, from the caller's folder, and keep what it prints.
+class Children:
+    """The commands that this process has started and that still run.  Threads may start and end them."""
 
-    It waits while another process works on the same run.
-    """
-    script = program if program[0] == "-m" else (str(ROOT / program[0]),)
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, *script, *arguments]
-    while True:
-        done = subprocess.run(
-            command,
-            env={**environment, **os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        if not done.returncode or _BUSY not in done.stderr:
-            return done
-        time.sleep(5)
+    def __init__(self):
+        self._running: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
+
+    def start(self, program: Sequence[str], arguments: Sequence[str], variables: Mapping[str, str], **options):
+        """A command of this project with this Python, from the caller's folder.  variables: of its environment."""
+        script = program if program[0] == "-m" else (str(ROOT / program[0]),)
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, **variables, "PYTHONPATH": path}
+        with self._lock:
+            process = subprocess.Popen([sys.executable, *script, *arguments], env=environment, **options)
+            self._running.add(process)
+        return process
+
+    def ended(self, process: subprocess.Popen) -> None:
+        with self._lock:
+            self._running.discard(process)
+
+    def stop(self) -> None:
+        """Ask all of them to end, and kill those that have not after PATIENCE seconds."""
+        limit = time.monotonic() + PATIENCE
+        while True:  # a thread may start one more in the meantime
+            with self._lock:
+                running = [process for process in self._running if process.poll() is None]
+            if not running:
+                return
+            for process in running:
+                process.terminate()
+            for process in running:
+                try:
+                    process.wait(max(0.0, limit - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+children = Children()
+"""Those of this process."""
+
+
+@contextmanager
+def stopped_together() -> Iterator[None]:
+    """Where this process is stopped inside, by a signal or an error, its commands are stopped before it goes on."""
+    try:
+        yield
+    except BaseException:
+        children.stop()
+        raise
+
+
+def call(program: Sequence[str], *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run a command of this project and keep what it prints.  variables: of its environment, unless set by the user."""
+    own = {name: value for name, value in variables.items() if name not in os.environ or name in ASSIGNED}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with stopped_together():
+        process = children.start(program, arguments, own, text=True, errors="replace", **pipes)
+        out, err = process.communicate()
+    children.ended(process)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+ASSIGNED = ("CUDA_VISIBLE_DEVICES",)
+"""Variables that a run is given even where the user has set them, out of what the user has set."""
 
 
 def follow(program: Sequence[str], *arguments: str) -> int:
     """Run a command of this project as if the user had typed it, and return its exit code.
 
-    A signal stops it as it would alone; it has a minute for that.
+    A signal stops it as it would alone.
     """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(ROOT / program[0]), *arguments]
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as process:
-        try:
-            return process.wait()
-        except BaseException:
-            process.terminate()
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            raise
+    with stopped_together():
+        process = children.start(program, arguments, {})
+        code = process.wait()
+    children.ended(process)
+    return code
 
 
 def last_words(done: subprocess.CompletedProcess) -> str:
-    """The message of a command that failed."""
+    """The message of a command that failed, with the indented lines that belong to it."""
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    message = next((line for line in lines if line.startswith("error: ")), lines[-1] if lines else "no message")
-    return message.removeprefix("error: ")
+    start = next((i for i, line in enumerate(lines) if line.startswith("error: ")), None)
+    if start is None:
+        return lines[-1] if lines else "no message"
+    end = start + 1
+    while end < len(lines) and lines[end].startswith(" "):
+        end += 1
+    return "\n".join(lines[start:end]).removeprefix("error: ")
 
 
 def measured(config: Mapping[str, Any], forms: Sequence[str], settings: str, *more: str) -> dict[str, Any]:
@@ -88,9 +135,31 @@ def threads(jobs: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, nb_cores() // jobs))}
 
 
+def at_least_one(text: str) -> int:
+    """A whole number of 1 or more, for argparse."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+@contextmanager
+def pool_of(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that wait for commands.  When this process is stopped, what waits is not begun and what runs is ended."""
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        children.stop()
+        raise
+    finally:
+        pool.shutdown()
+
+
 def for_each(values: Iterable[Input], function: Callable[[Input], Output], jobs: int | None = None) -> list[Output]:
     """A function's results, in the values' order; each call waits for a command, `jobs` (one a core) at a time."""
-    with ThreadPoolExecutor(jobs or nb_cores()) as pool:
+    with pool_of(jobs or nb_cores()) as pool:
         return list(pool.map(function, values))
 
 
@@ -100,16 +169,13 @@ def side_by_side(todo: Mapping[Hashable, Sequence[str]], jobs: int) -> dict[Hash
     Returns the last words of what failed, by key.
     """
     failed = {}
-    with ThreadPoolExecutor(jobs) as pool, logs.progress(len(todo), "runs") as bar:
+    with pool_of(jobs) as pool, logs.progress(len(todo), "runs") as bar:
         futures = {pool.submit(call, MAIN, *arguments, **threads(jobs)): key for key, arguments in todo.items()}
-        try:
-            for future in as_completed(futures):
-                key, done = futures[future], future.result()
-                if done.returncode:
-                    failed[key] = last_words(done)
-                bar.set_postfix_str(str(key), refresh=False)
+        waiting: set[Future] = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, timeout=1, return_when="FIRST_COMPLETED")
+            for future in done:
+                if (result := future.result()).returncode:
+                    failed[futures[future]] = last_words(result)
                 bar.update()
-        except KeyboardInterrupt:  # the runs have had it too, and stop; those that wait need not begin
-            pool.shutdown(cancel_futures=True)
-            raise
     return failed

@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Trainer:
     def do_phase(self, phase: int, within: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """One phase's record.  within: the checkpoint within the phase, None to start at its beginning."""
         start = time.perf_counter()
+        made = self.make_new_copies(phase)
         self.start_phase(phase)
         training = self.train(within)
         self.run.seed_torch(phase + 1)  # whether the training was done here, or before the run was killed
@@ -83,7 +84,7 @@ class Trainer:
         return {
             **results,
             "training": training,
-            "copies_on_demand": copies,
+            "copies_on_demand": None if copies is None and not made else (copies or 0) + made,
             "copies": self.run.copies and self.run.copies.summary(self.shown()),
             "seconds": {**seconds, "total": now - start},
         }
@@ -118,7 +119,11 @@ class Trainer:
             self._load_phase(done)
         began_with = within or done or {}
         if len(self.records) < self.data.nb_phases and began_with.get("copies") and self.run.copies:
-            self.run.copies.check(began_with["copies"], self.shown())
+            images = self.shown()
+            if within is not None:
+                self.make_new_copies(len(self.records))
+                images += self.new_images_with_copies(len(self.records))
+            self.run.copies.check(began_with["copies"], images)
         return within
 
     def _load_phase(self, state: Mapping[str, Any]) -> None:
@@ -148,8 +153,8 @@ class Trainer:
         )
         self.epochs.clock.restart()
 
-    def _copies_state(self) -> dict[str, Any] | None:
-        return self.run.copies and self.run.copies.state(self.shown())
+    def _copies_state(self, new_images: Sequence[Path] = ()) -> dict[str, Any] | None:
+        return self.run.copies and self.run.copies.state([*self.shown(), *new_images])
 
     # Training
 
@@ -174,7 +179,7 @@ class Trainer:
         trainings = [record["training"] for record in self.records]
         stages = [done for training in trainings for done in training.get("stages", [training])]
         self.epochs.epochs_before = sum(done["epochs"] for done in stages)
-        self.epochs.copies_state = self._copies_state()
+        self.epochs.copies_state = self._copies_state(self.new_images_with_copies(phase))
         for number, stage in enumerate(method.stages()):
             method.before_stage(stage)
             if number >= len(place.stages):
@@ -210,6 +215,20 @@ class Trainer:
         """The exemplars of which copies are looked at."""
         replaced = self.config.augmentation_prob > 0
         return [item.image for item in self.run.memory.items() if replaced or item.regenerated]
+
+    def new_images_with_copies(self, phase: int) -> list[Path]:
+        """A phase's new images, where training reads copies of them that are made on demand."""
+        c = self.config
+        if self.run.copies is None or c.regenerate != "on_demand":
+            return []
+        if c.augmentation_prob == 0 or c.augmentation_scope != "all":
+            return []
+        return [item.image for item in self.data.new_items(phase)]
+
+    def make_new_copies(self, phase: int) -> int:
+        """Make what is missing of the copies of a phase's new images.  Returns the number of copies made."""
+        images = self.new_images_with_copies(phase)
+        return (self.run.copies.make(images, with_copies=True) or 0) if images else 0
 
     def make_kept(self, there: Collection[Path] = ()) -> None:
         """Make what is missing of the exemplars' kept files, and drop exemplars for which there is no room then.

@@ -104,7 +104,7 @@ def test_overrides_have_types_and_reach_other_keys(tmp_path):
         ({"augmentation_prob": 1.5}, r"augmentation_prob must be at most 1"),
         ({"augmentation_scope": "none"}, r"augmentation_scope must be one of all, exemplars"),
         ({"regenerate": "later"}, r"regenerate must be one of ahead, on_demand"),
-        ({"regenerate": "on_demand", "augmentation_prob": 0.1}, r"regenerate: on_demand .*augmentation_scope"),
+        ({"val_per_class": 3, "memory_only": True}, r"val_per_class: memory_only may lose the train images"),
         ({"real_per_class": -1}, r"real_per_class must be at least 0"),
         ({"real_per_class": 21}, r"21 real exemplars cost 21 units, more than memory_per_class = 20"),
         ({"syn_per_class": 3, "augmentations_per_image": 0}, r"augmentations_per_image must be at least 1"),

@@ -13,6 +13,8 @@ import main
 from compress import copies
 from compress.copies import CopiesAhead
 from compress.presets import LOW
+from models import checkpoint as checkpoints
+from models.trainer import Trainer
 from tests.little_run import command, little_dataset
 from tests.regenerating import edges
 from tests.shapes import make_shapes
@@ -186,3 +188,54 @@ def test_copies_that_are_there_are_not_counted_as_made(train, tmp_path, checkpoi
     phases = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["phases"]
     assert [phase["copies_on_demand"] for phase in phases] == [0, 0]
     assert "copies on demand: 0 made" in capsys.readouterr().out
+
+
+def accuracies(out: Path) -> list:
+    phases = json.loads((out / "results.json").read_text())["runs"][0]["phases"]
+    return [(phase["cnn"], phase["memory"]["bytes_total"], phase["training"]["loss"]) for phase in phases]
+
+
+def test_copies_of_new_images_are_made_before_their_phase(train, tmp_path):
+    """With p above 0 and scope "all" a run with copies on demand is the run with copies ahead, also when resumed."""
+    paths = make_shapes(tmp_path / "data", train=4, test=2)
+    for folder in ("kept", "copies"):
+        shutil.rmtree(paths.folder(folder))
+    form = "webp:10@16"
+    values = {"syn_form": form, "budget_in": "bytes", "memory_bytes_per_class": 2700, "syn_per_class": "fill"}
+    values |= {"augmentation_prob": 0.5, "nme": False}
+    assert train(**values, regenerate="on_demand", output_dir=str(tmp_path / "demand")) == 0
+    made = sorted(paths.root.glob("webp-10@16-copies/*/*.png"))
+    assert len(made) == 6 * 4, "one copy of each image: all would be equal"
+    phases = json.loads((tmp_path / "demand" / "results.json").read_text())["runs"][0]["phases"]
+    assert [phase["copies_on_demand"] for phase in phases] == [8, 8, 8]
+    assert train(**values, output_dir=str(tmp_path / "ahead")) == 0
+    assert accuracies(tmp_path / "demand") == accuracies(tmp_path / "ahead")
+
+    back_to_phase(0, tmp_path / "demand")
+    for file in made:
+        file.unlink()
+    assert train(**values, regenerate="on_demand", output_dir=str(tmp_path / "demand")) == 0
+    assert accuracies(tmp_path / "demand") == accuracies(tmp_path / "ahead")
+
+
+def test_a_run_that_stopped_within_a_phase_goes_on_with_the_copies_of_its_new_images(
+    train, paths, tmp_path, monkeypatch
+):
+    values = {"syn_form": "webp:10@16", "budget_in": "bytes", "memory_bytes_per_class": 2700, "syn_per_class": "fill"}
+    values |= {"augmentation_prob": 0.5, "nme": False, "regenerate": "on_demand", "epochs": 2}
+    assert train(**values, output_dir=str(tmp_path / "whole")) == 0
+
+    def stop(trainer, choose=Trainer.choose_exemplars):
+        if trainer.method.phase == 1:
+            raise KeyboardInterrupt
+        return choose(trainer)
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(Trainer, "choose_exemplars", stop)
+        assert train(**values, checkpoint_every=1e-9) == 130
+    within = checkpoints.load(checkpoints.unfinished_path(tmp_path / "out" / "seed1" / "checkpoints"))
+    read = [label for label, of_class in within["copies"]["fingerprint"]["classes"].items() if of_class[0]]
+    assert len(read) == 4, "exemplars of phase 0 and new images of phase 1"
+    shutil.rmtree(paths.root / "webp-10@16-copies")
+    assert train(**values) == 0
+    assert accuracies(tmp_path / "out") == accuracies(tmp_path / "whole")

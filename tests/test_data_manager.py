@@ -173,3 +173,19 @@ def test_increments_and_orders_as_lists(tmp_path):
     for wrong in ([33, 2], [33, 2, 10, 5]):
         with pytest.raises(UserError, match="class_order must hold each of the 4 classes once"):
             DataManager(paths, increment=1, class_order=wrong, **common)
+
+
+def test_validation_images_are_held_out_of_training_the_same_in_all_orders(tmp_path):
+    paths = make_dataset(tmp_path, ["a", "b", "c"], train=6, test=2)
+    of_all = manager(paths, init_cls=1, increment=1)
+    one = manager(paths, init_cls=1, increment=1, val_per_class=2)
+    for data in (one, one.reordered(7), manager(paths, seed=7, init_cls=1, increment=1, val_per_class=2)):
+        for target, label in enumerate(data.class_names):
+            train, held_out = data.train_images(target), data.test_images(target)
+            assert sorted(train + held_out) == of_all.train_images(of_all.class_names.index(label))
+            assert (len(train), len(held_out)) == (4, 2)
+            place = one.class_names.index(label)
+            assert held_out == one.test_images(place)
+    assert all(item.image in one.train_images(item.target) for phase in range(3) for item in one.new_items(phase))
+    with pytest.raises(UserError, match=r"val_per_class is 6, but .* has 6 images: none would be left"):
+        manager(paths, init_cls=1, increment=1, val_per_class=6)

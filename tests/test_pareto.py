@@ -1,8 +1,9 @@
-"""`python -m exps.pareto` and `exps.plan` with the real commands on a tiny dataset."""
+"""`python -m exps.pareto` with the real commands on a tiny dataset, and what its files ask for."""
 
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from exps import pareto, plan
+from exps import pareto
+from exps.points import finished
+from exps.sweep import Plan, read
+from tests.grid_stub import entry, write
 from tests.shapes import make_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -69,11 +73,13 @@ def test_killed_then_run_again_then_nothing_to_do(folder):
     assert "nosuch: no form 'nosuch'" in again.stderr, "what can't be made is listed"
     before, page = checkpoints(output), (output / "report.html").read_bytes()
     with (output / "table.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["method"] == "der (CNN)"]
+        rows = [row for row in csv.DictReader(file) if row["classifier"] == "cnn"]
     assert [(row["form"], row["budget_bytes_per_class"]) for row in rows] == [("real", "2600"), ("webp:10@8", "2600")]
     assert int(rows[1]["synthetic_exemplars"]) > 0 == int(rows[0]["synthetic_exemplars"])
     assert all(0 < int(row["memory_bytes"]) <= 6 * 2600 for row in rows)
-    assert "| der (CNN) | webp:10@8 | 2,600 |" in (output / "table.md").read_text()
+    assert "| der | webp:10@8 | 0.4 | 2,600 |" in (output / "table.md").read_text()
+    assert "one class order, so no standard error" in again.stdout
+    assert "± 0.0" not in again.stdout
     assert b"nosuch" in page
     assert b"webp:10@8: comes back" in page
     assert (output / "runs" / "der-real-2600" / "report.html").is_file()
@@ -115,68 +121,174 @@ def test_copies_that_a_model_decodes_are_made_on_demand_even_where_all_are_equal
 
 def test_every_run_of_a_budget_has_the_same_bytes(folder):
     forms = ["real", "webp:10", {"form": "text", "syn_per_class": 3}, {"form": "text", "real_per_class": 0}]
-    sweep = pareto.read(sweep_file(folder, forms=forms, budgets=[300, 100], methods=["der", "icarl"]), folder / "o")
-    measures = {"forms": {form: measured(form) for form in ("real", "webp:10", "text")}}
-    found = pareto.points(sweep, measures)
+    sweep = read(sweep_file(folder, forms=forms, budgets=[300, 100], methods=["der", "icarl"]), folder / "o")
+    measures = {"forms": {form: {"deterministic": form != "text"} for form in ("real", "webp:10", "text")}}
+    found, more = Plan(sweep, measures).known()
+    assert not more
     assert len(found) == 2 * 4 * 2 == len({point.folder for point in found})
     for point in found:
-        assert (point.keys["budget_in"], point.keys["memory_bytes_per_class"]) == ("bytes", point.budget)
+        assert point.keys["budget_in"] == "bytes"
         assert point.keys["fixed_memory"] is True
-        assert point.keys["augmentation_prob"] == 0
+        assert point.keys["augmentation_prob"] == (0.4 if "syn_form" in point.keys else 0)
         assert "memory_per_class" not in point.keys
-    assert {point.budget for point in found} == {100, 300}
+    assert {point.keys["memory_bytes_per_class"] for point in found} == {100, 300}
 
 
 def test_a_part_of_a_sweep(folder, capsys):
     file = sweep_file(folder, forms=["real", "webp:10", {"form": "text", "syn_per_class": 3}])
-    sweep = pareto.read(file, folder / "o", seeds=[7], budgets=[900], forms=["text", "real"])
-    assert (list(sweep.forms), sweep.budgets, sweep.seeds) == (["real", "text, syn_per_class=3"], [900], [7])
+    sweep = read(file, folder / "o", seeds=[7], budgets=[900], forms=["text", "real"])
+    names = [row.name for row in sweep.rows]
+    assert (names, sweep.budgets, sweep.seeds) == (["real", "text, syn_per_class=3, p = 0.4"], (900,), (7,))
     assert pareto.main([str(file), "--output", str(folder / "refused"), "--forms", "real,edges"]) == 2
     assert "no form 'edges'; it has real, webp:10, text." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=[file.name for file in SWEEPS])
 def test_every_sweep_in_exps_can_be_read(file, tmp_path):
-    sweep = pareto.read(file, tmp_path)
-    measures = {"forms": {form: measured(form) for form in ("real", *sweep.kept)}}
-    assert len(pareto.points(sweep, measures)) == len(sweep.forms) * len(sweep.budgets) * len(sweep.methods)
+    sweep = read(file, tmp_path)
+    measures = {"forms": {form: {"deterministic": True} for form in ("real", *sweep.kept)}}
+    points, more = Plan(sweep, measures).known()
+    cells = len(sweep.budgets) * len(sweep.methods)
+    tuned = [row for row in sweep.rows if len(row.candidates) > 1]
+    assert more == bool(tuned)
+    assert len(points) == sum(len(row.candidates) for row in sweep.rows) * cells
+    assert all(candidate.probability == 0.4 for c in sweep.rows for candidate in c.candidates[-1:] if c.name != "real")
+
+
+def test_a_list_of_p_is_a_row_of_each(folder):
+    forms = ["real", {"form": ["webp:10", "webp:5"], "augmentation_prob": [0, 0.4]}, {"form": "edges", "name": "maps"}]
+    sweep = read(sweep_file(folder, forms=forms, augmentation_prob=0.2), folder / "o")
+    assert [(str(c), c.probability) for c in sweep.candidates] == [
+        ("real", 0),
+        ("webp:10", 0),
+        ("webp:10, p = 0.4", 0.4),
+        ("webp:5", 0),
+        ("webp:5, p = 0.4", 0.4),
+        ("maps, p = 0.2", 0.2),
+    ]
+
+
+def test_copies_of_new_pictures_are_made_ahead_for_all_runs(folder):
+    """Others of the chosen exemplars on demand, but those that take no model."""
+    forms = [{"form": name, "augmentation_prob": [0, 0.4]} for name in ("webp:10", "edges", "codebook")]
+    sweep = read(sweep_file(folder, forms=forms[:2]), folder / "o")
+    measures = {"forms": {"webp:10": {"deterministic": True, "needs_model": False}}}
+    measures["forms"]["edges"] = {"deterministic": False, "needs_model": True}
+    points, _ = Plan(sweep, measures).known()
+    assert [(p.name.split(", ")[1], p.config["augmentation_prob"], p.config["regenerate"]) for p in points] == [
+        ("webp:10", 0, "ahead"),
+        ("webp:10", 0.4, "ahead"),
+        ("edges", 0, "on_demand"),
+        ("edges", 0.4, "ahead"),
+    ]
+    phase0 = [point.phase0 for point in points]
+    assert phase0[0] == phase0[2], "without copies phase 0 is the same for all forms"
+    assert len(set(phase0)) == 3
+
+
+def test_real_exemplars_with_copies_and_random_exemplars_are_controls(folder, capsys):
+    forms = [
+        {"form": "real", "augmentation_prob": 0.4, "copies_of": "edges"},
+        {"form": "edges", "exemplar_selection": "random"},
+    ]
+    real, other = read(sweep_file(folder, forms=forms), folder / "o").candidates
+    assert str(real) == "real, copies of edges, p = 0.4"
+    assert (real.keys["syn_form"], real.keys["syn_per_class"]) == ("edges", 0)
+    assert other.keys["exemplar_selection"] == "random"
+    file = sweep_file(folder, forms=[{"form": "real", "augmentation_prob": 0.4}])
+    assert pareto.main([str(file), "--output", str(folder / "refused")]) == 2
+    assert "copies_of" in capsys.readouterr().err
+
+
+def test_what_is_chosen_on_validation_pictures_alone_is_tested(folder, tmp_path):
+    webp = {"form": ["webp:5", "webp:10"], "augmentation_prob": [0, 0.4]}
+    changes = {"forms": ["real", webp], "tune": True, "val_per_class": 2, "tune_seeds": [3, 4], "seeds": [1, 2]}
+    sweep = read(sweep_file(folder, **changes), tmp_path)
+    plan = Plan(sweep, {"forms": {form: {"deterministic": True} for form in ("real", "webp:5", "webp:10")}})
+    points, more = plan.known()
+    assert more
+    candidates = [point for point in points if point.config["val_per_class"]]
+    assert [point.name.split(", 2,600")[0] for point in candidates] == [
+        "der, webp:5",
+        "der, webp:5, p = 0.4",
+        "der, webp:10",
+        "der, webp:10, p = 0.4",
+    ]
+    assert all(point.config["val_per_class"] == 2 and point.seeds == [3, 4] for point in candidates)
+    assert [point.name for point in plan.tested()] == ["der, real, 2,600 bytes"]
+    # On each order another one is the best; the mean decides.
+    for point, (first, second) in zip(candidates[:3], [(90, 10), (60, 61), (10, 90)], strict=True):
+        write(point, entry(3, float(first)), entry(4, float(second)))
+    assert plan.known()[1], "one has not finished"
+    assert not plan.known({candidates[3].name})[1], "a candidate that failed is left out"
+    write(candidates[3], entry(3, 50.0), entry(4, 50.0))
+    points, more = plan.known()
+    assert not more
+    tested = plan.tested()
+    assert [point.name for point in tested] == ["der, real, 2,600 bytes", "der, webp (webp:5, p = 0.4), 2,600 bytes"]
+    assert all(point.config["val_per_class"] == 0 and point.seeds == [1, 2] for point in tested)
+    for point in tested:
+        write(point, entry(1), entry(2, 70.0))
+    assert all(finished(point) for point in tested)
+    table = pareto.write(plan, tested, [])
+    assert "webp: webp:5" in table
+    page = (tmp_path / "report.html").read_text()
+    assert "Chosen on 2 train pictures of each class" in page
+    assert "webp at 2,600 bytes (der): webp:5, p = 0.4" in page
+    assert 'href="runs/der-real-2600/results.json"' in page
+
+
+def test_a_refused_config_shows_all_lines(folder, capsys):
+    file = sweep_file(folder, methods=["nosuch"], config={"dataset": "S", "init_cls": 0})
+    assert pareto.main([str(file), "--output", str(folder / "refused")]) == 2
+    said = capsys.readouterr().err
+    for words in ("problems in the config", "model_name must be one of", "increment is not given", "init_cls"):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tune": True}, "tune needs val_per_class"),
+        ({"tune": True, "val_per_class": 2, "tune_by": "test"}, "tune_by is"),
+        ({"augmentation_prob": 2}, "a probability, 0 to 1"),
+        ({"forms": ["webp:10", "webp:10"]}, "two rows are called 'webp:10, p = 0.4'"),
+    ],
+)
+def test_mistakes_of_rows(folder, capsys, changes, words):
+    assert pareto.main([str(sweep_file(folder, **changes)), "--output", str(folder / "refused")]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("option", ["--real=-1", "--real=x", "--copies=0", "--sample=0"])
-def test_numbers_that_plan_refuses(option, capsys):
-    assert plan.main(["--dataset", "Shapes", "--bytes", "30000", option]) == 2
-    assert "is not a whole number of at least" in capsys.readouterr().err
+def test_main_with_another_seed_beside_a_sweep(folder, tmp_path):
+    """It takes the sweep's phase 0, and its class order does not enter the sweep's table."""
+    file = sweep_file(folder, forms=["real"], methods=["replay"])
+    command = [sys.executable, "-m", "exps.pareto", str(file), "--output", str(tmp_path)]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    run = tmp_path / "runs" / "replay-real-2600"
+    words = [sys.executable, "main.py", "--config", str(run / "point.json"), "seed=5"]
+    subprocess.run(words, cwd=ROOT, capture_output=True, check=True)
+    assert len(json.loads((run / "results.json").read_text())["runs"]) == 2
+    assert not (run / "phase0_cache").exists()
+    assert len(list((tmp_path / "phase0_cache").glob("*.pt"))) == 2
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == first.stdout
 
 
-def test_plan_by_the_arithmetic(folder, capsys):
-    where = ["--data-dir", str(folder / "data"), "--dataset", "Shapes"]
-    code = plan.main(
-        [
-            *where,
-            "--bytes",
-            "30,000",
-            "--settings=--resolution high",
-            "--forms",
-            "webp:10@8,edges,text,nosuch",
-            "--copies",
-            "3",
-        ]
-    )
+@pytest.mark.long
+def test_what_a_budget_holds_by_the_arithmetic(folder, capsys, monkeypatch):
+    monkeypatch.setenv("ESCORT_DATA_DIR", str(folder / "data"))
+    words = ["--dry-run", "--dataset", "Shapes", "--budgets", "5000", "--settings=--resolution high"]
+    assert pareto.main([*words, "--forms", "webp:10@8,edges,text,nosuch"]) == 1
     out, err = capsys.readouterr()
-    assert code == 1
     assert "nosuch" in err
-    assert "6 classes of at least 4 train images; 5,000 bytes a class" in out
-    rows = {
-        line.split()[0]: line.split()
-        for line in out.splitlines()
-        if line and line.split()[0] in (*FORMS, "edges", "text")
-    }
+    assert "6 classes of at least 4 train images" in out
+    rows = {line.split()[0]: re.split(r"\s{2,}", line) for line in out.splitlines() if re.search(r"  \d+ \+ \d+", line)}
     sizes = [file.stat().st_size for file in (folder / "data" / "Shapes" / "train").rglob("*.*")]
     real = sum(sizes) / len(sizes)
-    assert rows["real"][1:4] == [f"{real:,.0f}", str(int(5000 // real)), "0"]
-    assert rows["edges"][2:5] == ["1", "3", "3"], "three of four images are left"
+    assert rows["real"][2:5] == [f"{real:,.0f}", "5,000", f"{int(5000 // real)} + 0"]
+    assert rows["edges"][4] == "1 + 3", "three of four images are left"
     assert rows["edges"][6] == "1.1", "1 + 3 / 24 units"
-    assert rows["edges"][7] == str(3 * 3 * 6), "copies"
-    assert rows["webp:10@8"][4] == "1", "all copies would be equal"
-    assert rows["text"][2] == rows["real"][2]
+    assert rows["edges"][7] == str(3 * 5 * 6), "copies"
+    assert rows["webp:10@8"][7] == "24", "one copy of each image: all would be equal"
+    assert rows["text"][4].startswith(rows["real"][4].split()[0])

@@ -261,10 +261,9 @@ class _Reading:
         if (synthetic != 0 or probability > 0) and config.augmentations_per_image < 1:
             message = "augmentations_per_image must be at least 1 where syn_per_class or augmentation_prob is above 0"
             self.refuse(message, "augmentations_per_image", *keys)
-        if config.regenerate == "on_demand" and probability > 0 and config.augmentation_scope == "all":
-            advice = 'set augmentation_scope to "exemplars" or augmentation_prob to 0'
-            message = f"regenerate: on_demand makes copies of exemplars only; {advice}"
-            self.refuse(message, "regenerate", "augmentation_prob", "augmentation_scope")
+        if config.val_per_class and config.memory_only:
+            message = "val_per_class: memory_only may lose the train images that are held out; set one of them"
+            self.refuse(message, "val_per_class", "memory_only")
         if uses_memory and self.method and config.fixed_memory and real is not None:
             least = self.method.least_exemplars
             message = f"real_per_class + syn_per_class must be at least {least}: {self.method.name} needs exemplars"

@@ -97,6 +97,11 @@ class Config:
         "the classes in the order of a run, as labels or as places in the sorted labels, in place of shuffle; or a "
         "file of them, .json (a list) or .txt (one a line); or a published list, ImageNet100",
     )
+    val_per_class: Natural = setting(
+        0,
+        "train images of each class that are held out of training and of the choice of exemplars, and evaluated in "
+        "place of the test images: to choose settings without these",
+    )
     class_sort: Literal["text", "number"] = setting(
         "text", "how class labels are sorted: as text, as PyCIL does, or by the numbers in them (2 before 10)"
     )
@@ -147,7 +152,9 @@ class Config:
     )
     augmentation_scope: Literal["all", "exemplars"] = setting("all", "which real images p applies to")
     regenerate: Literal["ahead", "on_demand"] = setting(
-        "ahead", "copies made beforehand by compress/run.py, or after each phase for the chosen exemplars only"
+        "ahead",
+        "copies made beforehand by compress/run.py, or while training: before each phase of its new images, where p "
+        "applies to them, and after it of the chosen exemplars",
     )
     memory_only: bool = setting(
         False,

@@ -25,8 +25,9 @@ class DataManager(PhasedClasses):
     np.random.permutation(n)`, else keep them sorted; init_cls: number of classes of phase 0; increment: number of
     classes of each later phase, or a list of numbers of which the last repeats; the last phase gets the remainder.
     class_order: labels, or indices of the sorted labels, instead of shuffle; class_sort: "text", or "number" to sort
-    labels by the numbers in them; network_input: of a backbone that takes a size of its own; old_may_be_gone: classes
-    may have no train images (see `check_phases`).
+    labels by the numbers in them; network_input: of a backbone that takes a size of its own; val_per_class: train
+    images of each class that are held out and take the place of its test images; old_may_be_gone: classes may have no
+    train images (see `check_phases`).
 
     Raises UserError for a missing folder, a class without images, train and test classes that differ, or impossible
     phases.  All folders are listed once, here.
@@ -44,6 +45,7 @@ class DataManager(PhasedClasses):
         class_sort: Literal["text", "number"] = "text",
         augmentation: Augmentation = "pescr",
         network_input: NetworkInput | None = None,
+        val_per_class: int = 0,
         old_may_be_gone: bool = False,
     ):
         self.paths, self.dataset = paths, paths.dataset
@@ -71,7 +73,22 @@ class DataManager(PhasedClasses):
         self._train = [paths.images(label, "train") for label in self.class_names]
         self._test = [paths.images(label, "test") for label in self.class_names]
         self._check_no_class_is_empty(n if old_may_be_gone else 0)
+        if val_per_class:
+            self._hold_out(val_per_class)
         paths.warn_of_nested(labels)
+
+    def _hold_out(self, number: int) -> None:
+        """Part the train images of each class into those that stay and `number` that are evaluated.
+
+        Which ones is a function of the class's label and its images, the same in all runs.  Raises UserError.
+        """
+        for target, (label, images) in enumerate(zip(self.class_names, self._train, strict=True)):
+            if len(images) <= number:
+                where = self.paths.folder("train") / label
+                raise UserError(f"val_per_class is {number}, but {where} has {len(images)} images: none would be left.")
+            held_out = set(np.random.default_rng([*label.encode()]).permutation(len(images))[:number].tolist())
+            self._train[target] = [image for i, image in enumerate(images) if i not in held_out]
+            self._test[target] = [image for i, image in enumerate(images) if i in held_out]
 
     def reordered(self, seed: int) -> "DataManager":
         """The same classes in the order of another seed; the folders are not listed again."""

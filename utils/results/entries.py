@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,8 @@ from utils.results.show import CLASSIFIERS
 REAL = "real"
 _WHERE = ("output_dir", "phase0_cache", "prefix", "data_dir", "cache", "cache_gib", "num_workers")
 """Keys of a config that change no number."""
+CODECS = ("jpeg", "webp", "avif", "jxl")
+"""Heads of the names of forms that are pictures of a codec."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,17 @@ class Entry:
     """One classifier of one run.
 
     name: the run's; folder: where its results.json lies; content: of that file; classifier: a key of CLASSIFIERS;
-    method: the method, with whatever else distinguishes it from the other entries of the page.
+    model: the method, with whatever else distinguishes it from the other entries of the page; method: the same with the
+    classifier, where the run has several; label: what tables call the form of the run's exemplars.
     """
 
     name: str
     folder: Path
     content: Mapping[str, Any]
     classifier: str
+    model: str
     method: str
+    label: str
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -38,6 +43,20 @@ class Entry:
     def form(self) -> str:
         """The form of the exemplars that do not stay as they are; "real" where there are none."""
         return self.config.get("syn_form", "edges") if self.config.get("syn_per_class") else REAL
+
+    @property
+    def is_codec(self) -> bool:
+        return self.form.partition(":")[0].partition("@")[0] in CODECS
+
+    @property
+    def probability(self) -> float:
+        """p: with which real pictures are replaced by copies in training."""
+        return self.config.get("augmentation_prob") or 0.0
+
+    @property
+    def line(self) -> str:
+        """The form with p, as legends name it."""
+        return f"{self.label}, p = {self.probability:g}" if self.probability else self.label
 
     @cached_property
     def runs(self) -> list[Mapping[str, Any]]:
@@ -54,8 +73,8 @@ class Entry:
         return {run["seed"]: run[self.classifier]["average_incremental_accuracy"] for run in self.runs}
 
     @property
-    def bytes_a_class(self) -> float:
-        """True bytes that are kept after the last phase, by class, averaged over classes and class orders."""
+    def bytes_per_class(self) -> float:
+        """True bytes that are kept after the last phase, per class, averaged over classes and class orders."""
         return self.content["summary"]["bytes"]["mean"] / self.content["summary"]["classes_seen"][-1]
 
     @property
@@ -63,9 +82,17 @@ class Entry:
         """Bytes that a class may take; None for a budget in units."""
         return self.config.get("memory_bytes_per_class") if self.config.get("budget_in") == "bytes" else None
 
+    @property
+    def place(self) -> int:
+        """Where the run stands on the axis of bytes per class: at its budget, or at what it kept."""
+        return self.budget or round(self.bytes_per_class)
 
-def entries(runs: Mapping[str, tuple[Path, Mapping]]) -> list[Entry]:
-    """The entries of runs: name -> (output folder, content of results.json)."""
+
+def entries(runs: Mapping[str, tuple[Path, Mapping]], labels: Mapping[str, str] | None = None) -> list[Entry]:
+    """The entries of runs: name -> (output folder, content of results.json).
+
+    labels: name -> what tables call the form; default: the form's name.
+    """
     configs = [content["config"] for _, content in runs.values()]
     varied = [key for key in ("dataset", "convnet_type") if len({str(config.get(key)) for config in configs}) > 1]
     found = []
@@ -73,23 +100,21 @@ def entries(runs: Mapping[str, tuple[Path, Mapping]]) -> list[Entry]:
         there = [classifier for classifier in CLASSIFIERS if content["summary"].get(classifier) is not None]
         method = " ".join(str(content["config"].get(key)) for key in ("model_name", *varied))
         for classifier in there:
-            label = f"{method} ({CLASSIFIERS[classifier]})" if len(there) > 1 else method
-            found.append(Entry(name, folder, content, classifier, label))
+            own = f"{method} ({CLASSIFIERS[classifier]})" if len(there) > 1 else method
+            entry = Entry(name, folder, content, classifier, method, own, "")
+            found.append(replace(entry, label=(labels or {}).get(name, entry.form)))
     return found
 
 
 def lines(of: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:
-    """(method, form) -> its entries by bytes a class: the lines of accuracy against bytes.
+    """(method, form with p) -> its entries by bytes per class: the lines of accuracy against bytes.
 
-    Two runs of the same method, form and bytes are told apart by their names.
+    Two runs of the same method, form, p and bytes are told apart by their names.
     """
     found: dict[tuple[str, str], list[Entry]] = {}
-    for entry in sorted(of, key=lambda entry: entry.budget or entry.bytes_a_class):
-        place = entry.budget or round(entry.bytes_a_class)
-        alike = [
-            e for e in of if (e.method, e.form, e.budget or round(e.bytes_a_class)) == (entry.method, entry.form, place)
-        ]
-        form = entry.form if len(alike) == 1 else f"{entry.form}: {entry.name}"
+    for entry in sorted(of, key=lambda entry: entry.place):
+        alike = [e for e in of if (e.method, e.line, e.place) == (entry.method, entry.line, entry.place)]
+        form = entry.line if len(alike) == 1 else f"{entry.line}: {entry.name}"
         found.setdefault((entry.method, form), []).append(entry)
     return found
 
@@ -129,7 +154,7 @@ def area(points: Sequence[tuple[float, float]]) -> float | None:
 
 def areas(line: Sequence[Entry], budgets: Sequence[float]) -> dict[int, float]:
     """Class order -> area under a line's curve over `budgets`; only class orders that have all of them."""
-    at = {entry.budget or entry.bytes_a_class: entry.scores for entry in line}
+    at = {entry.place: entry.scores for entry in line}
     if len(budgets) < 2 or not set(budgets) <= at.keys():
         return {}
     seeds = set.intersection(*(set(at[budget]) for budget in budgets))
@@ -143,7 +168,8 @@ def reference_of(entry: Entry, of: Sequence[Entry]) -> Entry | None:
     ]
     if entry.budget is not None:
         same = [other for other in same if other.budget == entry.budget]
-    reference = next((other for other in same if other.form == REAL), same[0] if same else None)
+    of_real = sorted((other for other in same if other.form == REAL), key=lambda other: other.probability)
+    reference = of_real[0] if of_real else same[0] if same else None
     return None if reference is entry else reference
 
 

@@ -4,7 +4,7 @@ import base64
 import csv
 import io
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,25 @@ SIDE = 112
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with what is said of it.  uri: None where there is nothing to show."""
+    """A picture with what is said of it.  uri: None where there is nothing to show; alt: what it shows."""
 
     uri: str | None
     note: str = ""
+    alt: str = ""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A confusion matrix.
+
+    names: of the classes, in order; cells: for each true class (percent, colour) of each predicted one, empty where
+    there are too many classes, of which `uri` is a picture; in_order: whether the order is that of learning.
+    """
+
+    names: list[str]
+    cells: list[list[tuple[str, str]]]
+    uri: str
+    in_order: bool
 
 
 def form_files(form: str) -> FormFiles:
@@ -56,13 +71,17 @@ def form_rows(of: Sequence[Entry], most: int = 4) -> tuple[list[str], list[list[
         ]
     except UserError:
         return [], []
-    titles, rows = ["original"], [[_thumbnail(image, _size(image))] for image in first]
+    titles = ["original"]
+    rows = [[replace(_thumbnail(image, _size(image)), alt=f"{image.parent.name}: original")] for image in first]
     for form, of_form in of_forms.items():
         cells = [(_kept(of_form, image), _copy(of_form, image)) for image in first]
         if any(cell is not None for pair in cells for cell in pair):
-            titles += [f"{form}: kept", f"{form}: comes back"]
-            for row, pair in zip(rows, cells, strict=True):
-                row += [cell or Picture(None, "not there") for cell in pair]
+            own = [f"{form}: kept", f"{form}: comes back"]
+            titles += own
+            for image, row, pair in zip(first, rows, cells, strict=True):
+                alts = [f"{image.parent.name}: {title}" for title in own]
+                pair = [cell or Picture(None, "not there") for cell in pair]
+                row += [replace(cell, alt=alt) for cell, alt in zip(pair, alts, strict=True)]
     return (titles, rows) if len(titles) > 1 else ([], [])
 
 
@@ -122,29 +141,53 @@ def _uri(picture: Image.Image) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def confusion(entry: Entry) -> Picture | None:
-    """The confusion matrix after the last phase, summed over class orders, as a picture of one pixel a cell.
+MOST_CLASSES = 20
+"""Up to this number, a matrix is a table whose cells say what they count."""
 
-    Rows are true classes and columns predicted ones, both in the order in which they were learnt, so that a column of
-    the last phase shows what the newest classes draw to themselves.  None where the files are not at hand.
+
+def confusion(entry: Entry) -> Confusion | None:
+    """The confusion matrix after the last phase, summed over class orders.
+
+    Rows are true classes and columns predicted ones.  Of one class order they are in the order in which they were
+    learnt, so that a column of the last phase shows what the newest classes draw to themselves; of several they are
+    sorted.  None where the files are not at hand.
     """
-    total = None
+    total, names = None, []
     for run in entry.runs:
         path = entry.folder / f"seed{run['seed']}" / f"confusion_phase{len(run['phases']) - 1:02d}.csv"
         try:
             with path.open(encoding="utf-8", newline="") as file:
-                counts = np.array([[float(cell) for cell in row[1:]] for row in list(csv.reader(file))[1:]])
+                rows = list(csv.reader(file))
+            counts = np.array([[float(cell) for cell in row[1:]] for row in rows[1:]])
         except (OSError, ValueError):
             return None
+        own = rows[0][1:]
+        if counts.shape != (len(own), len(own)) or (names and sorted(own) != sorted(names)):
+            return None
+        names = names or (own if len(entry.runs) == 1 else sorted(own))
+        order = [own.index(name) for name in names]
+        counts = counts[np.ix_(order, order)]
         total = counts if total is None else total + counts
-    if total is None or total.ndim != 2 or not total.size:
+    if total is None or not total.size:
         return None
     share = total / np.maximum(total.sum(axis=1, keepdims=True), 1)
     pale, dark = np.array([247.0, 251, 255]), np.array([8.0, 48, 107])
     pixels = (pale + np.sqrt(share)[..., None] * (dark - pale)).astype(np.uint8)
+    in_order = len(entry.runs) == 1
+    if len(names) <= MOST_CLASSES:
+        cells = [
+            [(f"{100 * part:.0f}", f"#{colour.tobytes().hex()}") for part, colour in zip(*row, strict=True)]
+            for row in zip(share, pixels, strict=True)
+        ]
+        return Confusion(names, cells, "", in_order)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", optimize=True)
-    return Picture("data:image/png;base64," + base64.b64encode(file.getvalue()).decode(), f"{len(total)} classes")
+    uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return Confusion(names, [], uri, in_order)
+
+
+ABOUT_GENERATOR = ("generator", "generator's bytes", "generator trained on")
+"""Rows of a provenance that say what the generator has seen, and how large it is."""
 
 
 def provenance(entry: Entry, models: Path) -> list[tuple[str, str]]:

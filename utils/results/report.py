@@ -263,7 +263,7 @@ def write_page(folders: Mapping[str, Path], file: Path, title: str = "", notes: 
     from utils.results.page import page  # imports Jinja2 and, for figures, matplotlib
 
     runs = {printable(name): (at if at.is_dir() else at.parent, load_results(at)) for name, at in folders.items()}
-    write_text(file, page(runs, title, notes))
+    write_text(file, page(runs, title, notes, file=file))
 
 
 def named_folders(arguments: Sequence[str]) -> dict[str, Path]:
