@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.shapes import make_shapes
+from utils.config.schema import Config
 from utils.results import gallery, report, show
+from utils.results.output import Output
 
 
 def metrics(top1, names):
@@ -182,3 +184,36 @@ def test_a_gallery_shows_what_there_is(shapes, tmp_path, capsys):
     assert "no copies yet" in capsys.readouterr().err
     assert draw(shapes, tmp_path / "g.png", "--copies", "-1") == 2
     assert "'-1' is not a whole number of at least 0" in capsys.readouterr().err
+
+
+def test_figures_and_page_are_drawn_once(tmp_path, monkeypatch):
+    """When the last class order of a run is finished, whichever it is."""
+    drawn = []
+    monkeypatch.setattr(report, "plot", lambda runs, file: drawn.append(file.name))
+    monkeypatch.setattr(report, "write_page", lambda folders, file: drawn.append(file.name))
+    monkeypatch.setattr(report, "write_phases", lambda *_: None)
+    config = Config(dataset="D", init_cls=1, increment=1, model_name="der", convnet_type="resnet8", seed=[1, 2])
+    output = Output(config, tmp_path)
+    names = ["a", "b"]
+    records = [
+        {
+            "cnn": {
+                "top1": 50.0,
+                "per_phase": [50.0] * seen,
+                "per_ten": [50.0],
+                "per_class": [50.0] * seen,
+                "confusion": [],
+            },
+            **{"nme": None, "classes_seen": seen, "memory": {"units_total": 1, "bytes_total": 1}},
+            **{"seconds": {"total": 1.0}, "training": {"reused": False}},
+        }
+        for seen in (1, 2)
+    ]
+    for seed, phases, expected in (
+        (2, 1, []),
+        (2, 2, []),
+        (1, 1, []),
+        (1, 2, ["accuracy.png", "report.html"]),
+    ):
+        output.write(report.run_entry(seed, names, records[:phases], 2), [[[1]]] * phases)
+        assert drawn == expected

@@ -57,6 +57,8 @@ class Output:
     def write(self, run: Mapping[str, Any], confusions: Sequence[Sequence[Sequence[int]]]) -> dict[str, Any]:
         """Put a class order's entry of results.json in its place beside those of other class orders.
 
+        The figure and the page are drawn when all class orders of this run's config are finished.
+
         run: `report.run_entry`; confusions: a matrix a phase.  Returns the new content of results.json.
         """
         for phase, confusion in enumerate(confusions):
@@ -69,7 +71,8 @@ class Output:
             content = report.results(config, runs)
             report.write_json(self.folder / "results.json", content)
             report.write_phases(self.folder / "phases.csv", runs)
-            if run["finished"]:
+            finished = {entry["seed"] for entry in runs if entry["finished"]}
+            if finished >= set(self.config.seed):  # once: drawing takes a second
                 report.plot({self.config.model_name: content}, self.folder / "accuracy.png")
                 report.write_page({self.config.model_name: self.folder}, self.folder / "report.html")
         return content
