@@ -6,6 +6,7 @@ DDIM = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", DDIM, {}),
     "ddim-trailing": ("DDIMScheduler", {**DDIM, "timestep_spacing": "trailing"}, {}),
+    "ancestral": ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small"}, {}),
     "dpm++2m": ("DPMSolverMultistepScheduler", DPM, {}),
     "dpm++2m-karras": ("DPMSolverMultistepScheduler", {**DPM, "use_karras_sigmas": True}, {}),
     "unipc": ("UniPCMultistepScheduler", UNIPC, {}),

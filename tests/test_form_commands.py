@@ -15,13 +15,16 @@ from compress.presets import HIGH
 from tests.conftest import long_but
 from tests.folders import save_noise
 from tests.little_run import command, little_dataset, tree
+from utils.data.images import read_image
 from utils.data.paths import DatasetPaths
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
 
 PICTURES = ["webp:10@20", "jpeg:30", "latent:4@32"]
-FORMS = [*PICTURES, "text", "edges@20", "edges+webp:10@16"]
-QUICK = ("webp:10@20", "text", "edges@20")  # a codec, copies without control, and with it
+CODES = ["codebook:4@3", "codebook:3x2@3/1"]
+FORMS = [*PICTURES, "text", "edges@20", "edges+webp:10@16", *CODES]
+ONE_COPY = [*PICTURES, "codebook:4@3"]
+QUICK = ("webp:10@20", "text", "edges@20", "codebook:4@3")  # a codec, copies without control, with it, of a code
 EACH = long_but(FORMS, *QUICK)
 
 
@@ -41,11 +44,11 @@ def of_form(paths: DatasetPaths, form: str) -> DatasetPaths:
 
 @pytest.mark.parametrize("form", EACH)
 def test_a_form_is_made_resumed_verified_and_repaired(paths, compress, form, monkeypatch):
-    """Copies of pictures are one each: all would be equal.  They need no model."""
+    """Copies of pictures and of whole codes are one each: all would be equal.  Pictures need no model."""
     if form in PICTURES:
         monkeypatch.setattr(build, "load_model", None)
         monkeypatch.setattr(build, "weights_fingerprint", None)
-    copies = 4 if form in PICTURES else 8
+    copies = 4 if form in ONE_COPY else 8
     before = tree(paths.root)
     code, out, err = compress("--form", form, "--dry-run")
     assert code == 0, err
@@ -76,6 +79,81 @@ def test_a_form_is_made_resumed_verified_and_repaired(paths, compress, form, mon
         with Image.open(ours.copy(image, 0)) as copy, Image.open(image) as original:
             assert copy.size == original.size
     assert compress("--form", form, "--quality", "50", "--steps", "2", "--dry-run")[0] == (0 if form in PICTURES else 2)
+
+
+def test_what_a_code_depends_on_is_recorded(paths, compress, checkpoint):
+    """Model, precision, the class's text and the generated size; a code of others is refused, --replace makes it."""
+    form, ours = "codebook:4@3", of_form(paths, "codebook:4@3")
+    assert compress("--form", form)[0] == 0
+    before = tree(ours.folder("kept"))
+    record = json.loads(before["settings.json"])
+    assert record["settings"]["model"] == build.fingerprint(Machine(model=str(checkpoint)))
+    assert (record["settings"]["precision"], record["settings"]["shorter_side"]) == ("fp32", 64)
+    assert record["class_texts"] == {"apple pie": "apple pie", "sushi": "sushi"}
+    for change, words in (
+        (("--precision", "bf16"), "precision 'fp32' -> 'bf16'"),
+        (("--prompt-template", "a {label}"), "prompt template"),
+        (("--size", "128"), "shorter side 64 -> 128"),
+    ):
+        code, _, err = compress("--form", form, *change)
+        assert (code, words in err, "codes and copies there were made" in err) == (2, True, True), err
+    assert tree(ours.folder("kept")) == before
+    (paths.root / "class_names.json").write_text(json.dumps({"sushi": "raw fish"}))
+    code, _, err = compress("--form", form)
+    assert (code, "text of class 'sushi': 'sushi' -> 'raw fish'" in err, "in 1 of 2 classes" in err) == (2, True, True)
+    assert compress("--form", form, "--replace")[0] == 0
+    after = tree(ours.folder("kept"))
+    assert {name for name in before if before[name] != after[name]} <= {"sushi/0.bin", "sushi/1.bin"}
+    (record,) = [json.loads(text) for name, text in after.items() if name == "settings-2.json"]
+    assert record["class_texts"] == {"sushi": "raw fish"}
+
+
+@pytest.mark.parametrize(("width", "height"), long_but([(1, 1), (1, 20000)], (1, 1)))
+def test_a_code_of_any_size(paths, compress, width, height):
+    for label in ("apple pie", "sushi"):
+        for image in paths.images(label):
+            image.unlink()
+    save_noise(paths.folder("train") / "sushi" / "odd.png", 1, (width, height))
+    code, _, err = compress("--form", "codebook:4@2", "--classes", "sushi", "--batch-size", "1")
+    assert code == 0, err
+    ours = of_form(paths, "codebook:4@2")
+    (image,) = ours.images("sushi")
+    assert len(ours.kept(image).read_bytes()) == 1
+    with Image.open(ours.copy(image, 0)) as copy:
+        assert copy.size == (width, height)
+    assert compress("--form", "codebook:4@2", "--classes", "sushi", "--verify")[0] == 0
+
+
+def test_a_code_that_is_broken_is_one_line(paths, compress):
+    form, ours = "codebook:3@3", of_form(paths, "codebook:3@3")  # 9 bits in 2 bytes
+    assert compress("--form", form)[0] == 0
+    image = ours.images("sushi")[0]
+    for broken, words in (
+        (b"", "the file is empty"),
+        (b"1", "a code of 1 bytes instead of 2"),
+        (b"\xff\xff", "no code"),
+    ):
+        ours.kept(image).write_bytes(broken)
+        ours.copy(image, 0).unlink()
+        code, out, err = compress("--form", form)
+        assert code == 1
+        (line,) = [line for line in out.splitlines() if str(ours.kept(image)) in line]
+        assert words in line
+        assert "Traceback" not in out + err
+        assert compress("--form", form, "--repair")[0] == 0
+
+
+def test_nothing_of_a_code_is_text_alone(paths, compress):
+    """codebook:...@S/0 is the form text, with the sampler of codes, S + 1 steps and no guidance."""
+    assert compress("--form", "codebook:4@3/0")[0] == 0
+    assert compress("--form", "text", "--sampler", "ancestral", "--guidance", "1", steps="4")[0] == 0
+    code, text = of_form(paths, "codebook:4@3/0"), of_form(paths, "text")
+    pictures = []
+    for ours in (code, text):
+        pictures.append([read_image(ours.copy(image, k)).tobytes() for image in ours.images("sushi") for k in (0, 1)])
+        assert {ours.kept(image).stat().st_size for image in ours.images("sushi")} == {0}
+    assert pictures[0] == pictures[1]
+    assert len(set(pictures[0])) == 4
 
 
 def test_forms_lie_side_by_side(paths, compress):

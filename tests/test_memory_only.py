@@ -21,7 +21,7 @@ from utils.memory import archive
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
 
 LABELS = ("apple pie", "crème", "pho", "sushi")
-FORMS = ["real", "webp:10@20", "edges+webp:10@16", "text"]
+FORMS = ["real", "webp:10@20", "edges+webp:10@16", "text", "codebook:4@2", "codebook:4@3/2"]
 
 
 def dataset(folder) -> DatasetPaths:
