@@ -140,7 +140,6 @@ def test_every_sweep_in_exps_can_be_read(file, tmp_path):
     tuned = [row for row in sweep.rows if len(row.candidates) > 1]
     assert more == bool(tuned)
     assert len(points) == sum(len(row.candidates) for row in sweep.rows) * cells
-    assert all(candidate.probability == 0.4 for c in sweep.rows for candidate in c.candidates[-1:] if c.name != "real")
 
 
 def test_a_list_of_p_is_a_row_of_each(folder):
