@@ -4,8 +4,8 @@
 
 No incremental learning, no network: 10 classes of handwritten digits, for each class a memory of B bytes in one form,
 and a support vector machine (RBF kernel) that is trained on what comes back from these memories and tested on 1,500
-other digits.  It shows the mechanism of `python -m exps.pareto`: a form that takes fewer bytes an exemplar keeps more of
-them, and loses some of each.
+other digits.  It shows the mechanism of `python -m exps.pareto`: a form that takes fewer bytes keeps more exemplars,
+and loses some of each.
 
     real      the digit's PNG file                          28 x 28 levels of grey
     webp      a WebP of quality 10, without its container
