@@ -15,7 +15,7 @@ from compress.copies import CopiesAhead
 from compress.presets import LOW
 from models import checkpoint as checkpoints
 from models.trainer import Trainer
-from tests.little_run import command, little_dataset
+from tests.little_run import command, little_dataset, tree
 from tests.regenerating import edges
 from tests.shapes import make_shapes
 from utils.data.paths import DatasetPaths
@@ -239,3 +239,21 @@ def test_a_run_that_stopped_within_a_phase_goes_on_with_the_copies_of_its_new_im
     shutil.rmtree(paths.root / "webp-10@16-copies")
     assert train(**values) == 0
     assert accuracies(tmp_path / "out") == accuracies(tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_copies_on_demand_are_those_made_ahead_byte_for_byte(train, tmp_path, checkpoint, capsys):
+    """With p above 0, by a model: each copy, the memory and all accuracies."""
+    ahead, demand = little_dataset(tmp_path / "data"), little_dataset(tmp_path / "other")
+    options = f"--model {shlex.quote(str(checkpoint))} --size 64 --steps 1 --batch-size 1 --resolution high"
+    assert command(ahead, checkpoint, capsys)("--batch-size", "1")[0] == 0
+    values = {"dataset": ahead.dataset, "init_cls": 1, "increment": 1, "real_per_class": 1, "syn_per_class": 1}
+    values |= {"augmentation_prob": 0.5, "nme": False}
+    assert train(**values) == 0
+    values |= {"regenerate": "on_demand", "regenerate_options": options, "data_dir": str(demand.data_dir)}
+    assert train(**values, output_dir=str(tmp_path / "demand")) == 0
+    copies = [tree(paths.folder("copies")) for paths in (ahead, demand)]
+    made = [{name: data for name, data in of.items() if name.endswith(".jpg")} for of in copies]
+    assert made[0] == made[1]
+    assert len(made[0]) == 2 * 2 * 2
+    assert accuracies(tmp_path / "demand") == accuracies(tmp_path / "out")

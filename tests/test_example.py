@@ -47,3 +47,15 @@ def test_a_file_that_is_no_picture_is_refused(tmp_path, monkeypatch, capsys):
         run(monkeypatch, tmp_path / "notes.txt", "digit one", "--out", tmp_path / "out")
     assert ended.value.code == 2
     assert "can't read" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_equal_bytes_on_one_page(monkeypatch, capsys):
+    page = EXAMPLE.with_name("equal_bytes.py")
+    assert page.read_text().count("\n") < 120
+    monkeypatch.setattr(sys, "argv", [str(page), "--bytes", "600", "--draws", "1"])
+    runpy.run_path(str(page), run_name="__main__")
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    assert rows.keys() == {"real", "webp", "webp@14", "threshold", "mean"}
+    assert float(rows["webp"][1]) > float(rows["real"][1]) + 10
+    assert int(rows["real"][2].strip("(")) < int(rows["webp"][2].strip("("))

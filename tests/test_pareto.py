@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from exps import pareto
+from exps import demo, pareto
 from exps.points import finished
 from exps.sweep import Plan, read
 from tests.grid_stub import entry, write
@@ -155,7 +155,6 @@ def test_every_sweep_in_exps_can_be_read(file, tmp_path):
     tuned = [row for row in sweep.rows if len(row.candidates) > 1]
     assert more == bool(tuned)
     assert len(points) == sum(len(row.candidates) for row in sweep.rows) * cells
-    assert all(candidate.probability == 0.4 for c in sweep.rows for candidate in c.candidates[-1:] if c.name != "real")
 
 
 def test_a_list_of_p_is_a_row_of_each(folder):
@@ -295,3 +294,10 @@ def test_what_a_budget_holds_by_the_arithmetic(folder, capsys, monkeypatch):
     assert rows["edges"][7] == str(3 * 5 * 6), "copies"
     assert rows["webp:10@8"][7] == "24", "one copy of each image: all would be equal"
     assert rows["text"][4].startswith(rows["real"][4].split()[0])
+
+
+def test_the_demo_says_what_one_class_order_can_say_and_has_a_folder_of_its_own():
+    assert "One class order" in demo.what_it_says(1)
+    assert "3 class orders" in demo.what_it_says(3)
+    config = json.loads((ROOT / "exps" / "demo.json").read_text())
+    assert not Path(config["output_dir"]).is_relative_to(demo.OUTPUT)
