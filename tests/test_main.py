@@ -428,8 +428,16 @@ def test_checkpoints_of_another_experiment(train, tmp_path, capsys):
 def test_a_damaged_checkpoint(train, tmp_path, capsys):
     assert train("epochs=1", "init_epoch=1", "init_cls=6") == 0
     path = tmp_path / "out" / "seed1993" / "checkpoints" / "phase00.pt"
+    whole = torch.load(path, weights_only=True)
     path.write_bytes(path.read_bytes()[:1000])
     assert train("epochs=1", "init_epoch=1", "init_cls=6") == 2
     said = capsys.readouterr().err
     assert str(path) in said
     assert "Traceback" not in said
+    for part in ("network", "memory", "config"):
+        torch.save({**whole, part: {}}, path)
+        assert train("epochs=1", "init_epoch=1", "init_cls=6") == 2
+        said = capsys.readouterr().err
+        assert f"{path} is no checkpoint of this program" in said or part == "config"
+        assert str(path) in said
+        assert said.count("\n") == 1

@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace, table: Any, row: Row) -> int:
     typed = ["--config", shown(row.base), *arguments[2:]]
     print(f"{row.name}: {row.method}, {row.dataset}, {row.protocol}; {table.source}, {table.table or 'no table'}")
     print(f"published: average {number(row.average) or '-'}, last {number(row.last) or '-'}")
-    print(f"$ python main.py {' '.join(typed)}", flush=True)
+    print(f"$ python main.py {shlex.join(typed)}", flush=True)
     if options.dry_run:
         return estimate(options, row, config, changed)
     if code := follow(MAIN, *arguments):

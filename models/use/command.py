@@ -11,6 +11,7 @@ last unless --phase does (a run keeps the last `keep_checkpoints`).
 import argparse
 import csv
 import io
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
     from models.use.learner import Learner
 
     learner = Learner(options.run, seed=options.seed, phase=options.phase, device=options.device)
-    print(learner.description, file=sys.stderr)
+    print(cli.visible(learner.description), file=sys.stderr)
     return {"predict": _predict, "evaluate": _evaluate, "export": _export}[argv[0]](learner, options)
 
 
@@ -62,12 +63,12 @@ def _predict(learner, options: argparse.Namespace) -> int:
 
     table, broken = io.StringIO(), []
     writer = csv.writer(table if options.output else sys.stdout, lineterminator="\n")
-    writer.writerow(header(learner))
-    writer.writerows(rows(learner, pictures_of(options.images), broken))
+    for row in itertools.chain([header(learner)], rows(learner, pictures_of(options.images), broken)):
+        writer.writerow(row if options.output else map(cli.visible, row))
     if options.output:
         _write(options.output, table.getvalue())
     for message in broken:
-        print(message, file=sys.stderr)
+        print(cli.visible(message), file=sys.stderr)
     return 1 if broken else 0
 
 
@@ -75,7 +76,7 @@ def _evaluate(learner, options: argparse.Namespace) -> int:
     from models.use.evaluate import evaluate, in_words
 
     figures = evaluate(learner, options.data)
-    print("\n".join(in_words(figures)))
+    print(cli.visible("\n".join(in_words(figures))))
     if options.output:
         _write(options.output, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     return 0
@@ -85,7 +86,7 @@ def _export(learner, options: argparse.Namespace) -> int:
     from models.use.export import ENDINGS, export
 
     default = learner.folder / f"seed{learner.seed}" / f"phase{learner.phase:02d}{ENDINGS[options.to]}"
-    print(export(learner, options.to, options.output or default))
+    print(cli.visible(str(export(learner, options.to, options.output or default))))
     return 0
 
 

@@ -1,6 +1,7 @@
 """A trained network, with the classes and transforms of its run, from a run's output folder."""
 
 import re
+import shlex
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ class Learner:
         self.folder = folder
         self.seed, self.phase = _choose(folder, seed, phase)
         path = checkpoint.phase_path(_checkpoints(folder, self.seed), self.phase)
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, checkpoint.AFTER_PHASE)
         if "picture_size" not in state:
             raise UserError(f"{path} was written by an earlier version, which did not keep the pictures' size.")
         names = {"methods": catalogue.methods(), "backbones": catalogue.backbones()}
@@ -50,7 +51,8 @@ class Learner:
         self.run = Run(config, self.data, None, fabric, path.parent, path.parent, initial_weights=False)
         method = catalogue.load(config.model_name)(self.run)
         method.phase = self.phase
-        method.restore(state)
+        with checkpoint.fitting(path):
+            method.restore(state)
         self.network = method.evaluated.eval()
         self.class_means: torch.Tensor | None = state.get("class_means")
         self.class_names = self.data.class_names[: self.network.nb_classes]
@@ -66,7 +68,8 @@ def _choose(folder: Path, seed: int | None, phase: int | None) -> tuple[int, int
     saved = {number: checkpoint.saved_phases(_checkpoints(folder, number)) for number in sorted(seeds)}
     saved = {number: phases for number, phases in saved.items() if phases}
     if not saved:
-        raise UserError(f"{folder} has no finished phase: train it with python main.py --config {folder}/config.json")
+        command = f"python main.py --config {shlex.quote(str(folder / 'config.json'))}"
+        raise UserError(f"{folder} has no finished phase: train it with {command}")
     if seed is None:
         seed = next(iter(saved))
     if seed not in saved:

@@ -299,7 +299,7 @@ def command(argv: Sequence[str] | None) -> None:
     arguments = parser.parse_args(argv)
     folders = named_folders(arguments.runs)
     runs = {name: load_results(folder) for name, folder in folders.items()}
-    print(table(runs))
+    print(cli.visible(table(runs)))
     if arguments.plot:
         plot(runs, arguments.plot)
     if arguments.html:
