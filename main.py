@@ -26,7 +26,7 @@ from utils.config.read import load_config
 from utils.config.schema import Config, accelerator, as_dict
 from utils.config.show import help_text
 from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
-from utils.data.published import class_lists, labels
+from utils.data.published import FETCHED, class_lists, curate_command, labels
 from utils.errors import UserError
 from utils.results import report
 from utils.results.output import Output, seed_folder
@@ -85,11 +85,9 @@ def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
     """The names of the methods, backbones, exemplar forms, or datasets: those in a data folder, and published lists."""
     if kind == "datasets":
         there = datasets(data_dir(folder))
-        to_make = [name for name in class_lists() if name not in there]
-        return there + [
-            f"{name}: {len(labels(name))} classes, not there; python -m utils.curate {name} --source DIR makes it"
-            for name in to_make
-        ]
+        others = {**dict.fromkeys(FETCHED, ""), **{name: f" {len(labels(name))} classes," for name in class_lists()}}
+        to_make = {name: classes for name, classes in others.items() if name not in there}
+        return there + [f"{name}:{known} not there; {curate_command(name)} makes it" for name, known in to_make.items()]
     if kind == "forms":
         from compress.forms import examples
 
@@ -227,6 +225,8 @@ def check_folder(key: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{key}: {folder} can't be written to ({error.strerror}).") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{key}: {folder} can't be written to.")
 
 
 def copies_saved(config: Config, data, records: Sequence[dict]) -> str:

@@ -74,6 +74,36 @@ def test_the_names_in_a_memory_are_escaped(tmp_path, capsys):
     assert not set(said) & {"\x1b", "\x9b", "\x07"}
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (main.main, ["predict", ".", "--images", "x", "--output"]),
+        (main.main, ["evaluate", ".", "--output"]),
+        (main.main, ["export", ".", "--to", "onnx", "--output"]),
+        (report.main, [".", "--html"]),
+        (report.main, [".", "--plot"]),
+        (gallery.main, ["--dataset=D"]),
+        (quality.main, ["--dataset=D", "--json"]),
+    ],
+)
+def test_where_an_output_can_t_be_written_is_said_first(command, arguments, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in the way").touch()
+    for place, words in (("in the way/x.png", f"{tmp_path}/in the way is a file."), ("", "it is a folder.")):
+        assert command([*arguments, f"{tmp_path}/{place}"]) == 2
+        assert words in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)  # as of a disk that is mounted read-only
+    assert command([*arguments, f"{tmp_path}/new/x.png"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/new/x.png can't be written: {tmp_path} is read-only.\n"
+
+
+def test_a_folder_that_is_no_run_is_answered_before_torch_is_imported():
+    code = "import sys, main; code = main.main(['predict', 'outputs/nosuch', '--images', 'x']); "
+    code += "print(code, 'torch' in sys.modules)"
+    done = shell(f'{sys.executable} -c "{code}"')
+    assert done.stdout == "2 False\n"
+    assert "outputs/nosuch is not a run's output folder" in done.stderr
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_closed_streams_are_written_to_nowhere(closed, tmp_path):
     for command, code in (("--list methods", 0), ("--show-config --config exps/config.json", 0), ("nonsense", 2)):

@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from models.trainer import Trainer
 from tests.conftest import long_but
 from tests.shapes import SHAPES, make_shapes
 from utils.data.classes import DataManager
-from utils.errors import UserError
+from utils.errors import Stopped, UserError
 
 
 @pytest.fixture(scope="module")
@@ -380,6 +381,21 @@ def test_a_phase_0_cache_here(train, tmp_path, monkeypatch, capsys):
     assert train(phase0_cache=".", cache="disk", syn_per_class=0, augmentation_prob=0) == 2
     assert "before the first phase" in capsys.readouterr().err
     assert [file.suffix for file in (tmp_path / "pixel_cache").iterdir()] == [".pixels"]  # beside it
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_a_stopped_run_says(train, tmp_path, monkeypatch, capsys, kept):
+    def stop(*_):
+        if kept:
+            folder = tmp_path / "out" / "seed1993" / "checkpoints"
+            folder.mkdir(parents=True)
+            (folder / "unfinished.pt").touch()
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(main, "run_class_order", stop)
+    assert train(syn_per_class=0, augmentation_prob=0) == 143
+    how = "goes on from the last checkpoint" if kept else "begins anew"
+    assert capsys.readouterr().err.splitlines()[-1] == f"stopped; the same command {how}"
 
 
 def test_no_config(capsys, tmp_path):

@@ -199,6 +199,17 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def output_file(text: str) -> Path:
+    """An argument that is a file to write, for argparse.  Raises UserError, before any work, where that can't be."""
+    file = path(text)
+    folder = next(above for above in file.absolute().parents if above.exists())
+    if file.is_dir():
+        raise UserError(f"{file} can't be written: it is a folder.")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{file} can't be written: {folder} {'is read-only' if folder.is_dir() else 'is a file'}.")
+    return file
+
+
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Control characters but the tab and the end of a line, and those that turn the direction of writing."""
 

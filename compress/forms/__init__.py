@@ -7,6 +7,7 @@ Preset) that returns the form; and, where other names than these heads are to be
 """
 
 import abc
+import difflib
 import importlib
 import io
 import pkgutil
@@ -279,7 +280,9 @@ def form_named(name: str, preset: Preset) -> Form:
     spec = parsed(name)
     head = spec.head + "+" * bool(spec.plus)
     if head not in _table():
-        raise UserError(f"no form {head!r}: choose one of {', '.join(examples())}.")
+        near = difflib.get_close_matches(head, _table(), n=1)
+        hint = f" Did you mean {near[0] + name[len(head) :]!r}?" if near else ""
+        raise UserError(f"no form {head!r}: choose one of {', '.join(examples())}.{hint}")
     return _table()[head](spec, preset)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from utils import cli
 from utils.data.images import write_atomically
+from utils.results.output import check_is_run
 
 COMMANDS = ("predict", "evaluate", "export")
 
@@ -26,7 +27,8 @@ COMMANDS = ("predict", "evaluate", "export")
 def run(argv: Sequence[str]) -> int:
     """One of `COMMANDS`, with its arguments.  Returns the exit code.  Raises UserError for what is wrong."""
     options = _parser(argv[0]).parse_args(argv[1:])
-    from models.use.learner import Learner
+    check_is_run(options.run)
+    from models.use.learner import Learner  # imports torch: a wrong folder is answered at once
 
     learner = Learner(options.run, seed=options.seed, phase=options.phase, device=options.device)
     print(cli.visible(learner.description), file=sys.stderr)
@@ -53,7 +55,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     else:
         parser.add_argument("--to", choices=("onnx", "torchscript"), required=True)
         where = "the file to write (default: RUN/seed<N>/phase<NN>.onnx or .pt)"
-    parser.add_argument("--output", type=cli.path, metavar="FILE", help=where)
+    parser.add_argument("--output", type=cli.output_file, metavar="FILE", help=where)
     return parser
 
 

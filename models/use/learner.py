@@ -14,6 +14,7 @@ from utils.config.schema import accelerator
 from utils.data.phases import PhasedClasses, phase_starts
 from utils.devices import launch
 from utils.errors import UserError
+from utils.results.output import check_is_run
 
 
 class Learner:
@@ -62,8 +63,7 @@ class Learner:
 
 def _choose(folder: Path, seed: int | None, phase: int | None) -> tuple[int, int]:
     """The class order and phase of a checkpoint that is there."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a run's output folder: it has no config.json.")
+    check_is_run(folder)
     seeds = [int(match[1]) for entry in folder.iterdir() if (match := re.fullmatch(r"seed(\d+)", entry.name))]
     saved = {number: checkpoint.saved_phases(_checkpoints(folder, number)) for number in sorted(seeds)}
     saved = {number: phases for number, phases in saved.items() if phases}
