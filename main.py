@@ -26,7 +26,7 @@ from utils.config.read import load_config
 from utils.config.schema import Config, accelerator, as_dict
 from utils.config.show import help_text
 from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
-from utils.data.published import class_lists, labels
+from utils.data.published import FETCHED, class_lists, curate_command, labels
 from utils.errors import UserError
 from utils.results import report
 from utils.results.output import Output, seed_folder
@@ -39,7 +39,7 @@ CLASS_KEYS = ("shuffle", "init_cls", "increment", "class_order", "class_sort", "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command.  Returns its exit code (`utils.cli`)."""
-    return cli.run(lambda: command(argv), stopped="the same command goes on from the last checkpoint")
+    return cli.run(lambda: command(argv), stopped="the same command goes on from the last checkpoint, if there is one")
 
 
 def command(argv: Sequence[str] | None) -> int | None:
@@ -48,7 +48,7 @@ def command(argv: Sequence[str] | None) -> int | None:
         return use.run(argv)
     parser = argparse.ArgumentParser(
         prog="main.py",
-        description=__doc__.partition("\n")[0],
+        description="Train a class-incremental learner whose memory holds prompts beside images.",
         epilog="Using a trained network: main.py predict | evaluate | export RUN (--help says more).",
         allow_abbrev=False,
     )
@@ -69,7 +69,7 @@ def command(argv: Sequence[str] | None) -> int | None:
         print(help_text(methods, backbones))
     elif arguments.list:
         values = dict(override.partition("=")[::2] for override in arguments.overrides)
-        print("\n".join(what_there_is(arguments.list, values.get("data_dir"))))
+        print(cli.visible("\n".join(what_there_is(arguments.list, values.get("data_dir")))))
     elif arguments.config is None:
         raise UserError("no config: python main.py --config exps/config.json [key=value ...]")
     else:
@@ -85,11 +85,9 @@ def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
     """The names of the methods, backbones, exemplar forms, or datasets: those in a data folder, and published lists."""
     if kind == "datasets":
         there = datasets(data_dir(folder))
-        to_make = [name for name in class_lists() if name not in there]
-        return there + [
-            f"{name}: {len(labels(name))} classes, not there; python -m utils.curate {name} --source DIR makes it"
-            for name in to_make
-        ]
+        others = {**dict.fromkeys(FETCHED, ""), **{name: f" {len(labels(name))} classes," for name in class_lists()}}
+        to_make = {name: classes for name, classes in others.items() if name not in there}
+        return there + [f"{name}:{known} not there; {curate_command(name)} makes it" for name, known in to_make.items()]
     if kind == "forms":
         from compress.forms import examples
 
@@ -146,8 +144,13 @@ def run(config: Config) -> dict:
     where = Path(os.path.abspath(cache)).parent / "pixel_cache"  # "." has no name that could be replaced
     expected, images = any_order.decoded_bytes, any_order.folders
     pixels = open_cache(config.cache, config.cache_gib, where, paths.root, prepare, expected, images)
-    for seed, data in orders.items():
-        results = run_class_order(config, data, seed, fabric, output, cache, pixels, form, copies)
+    try:
+        for seed, data in orders.items():
+            results = run_class_order(config, data, seed, fabric, output, cache, pixels, form, copies)
+    except KeyboardInterrupt as stop:
+        kept = any(output.folder.glob("seed*/checkpoints/*.pt"))
+        stop.going_on = "the same command " + ("goes on from the last checkpoint" if kept else "begins anew")
+        raise
     fabric.barrier()  # wait until rank 0 has written: an early exit looks like a crash to the others
     log.info("\n%s\n\nresults: %s", report.table({config.model_name: results}), output.folder / "results.json")
     return results
@@ -210,7 +213,7 @@ def gone_images(config: Config, orders: Mapping[int, Any]) -> dict[str, int]:
         folder = seed_folder(Path(config.output_dir), seed) / "checkpoints"
         done = checkpoint.saved_phases(folder)
         if data.check_phases(done[-1] + 1 if done else 0):
-            state = checkpoint.load(checkpoint.phase_path(folder, done[-1]))
+            state = checkpoint.load(checkpoint.phase_path(folder, done[-1]), checkpoint.AFTER_PHASE)
             data.picture_size = tuple(state["picture_size"])
             numbers = {key: state["config"][key] for key in ("real_per_class", "syn_per_class")}
     return numbers
@@ -222,6 +225,8 @@ def check_folder(key: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{key}: {folder} can't be written to ({error.strerror}).") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{key}: {folder} can't be written to.")
 
 
 def copies_saved(config: Config, data, records: Sequence[dict]) -> str:

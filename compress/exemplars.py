@@ -8,7 +8,9 @@ from dataclasses import replace
 
 from compress.copies import CopiesAhead
 from compress.cost import Cost
+from compress.forms import form_named
 from compress.options import parse_settings
+from compress.presets import PRESETS
 from compress.records import recorded_options
 from utils.config.schema import Config, MethodInfo
 from utils.data.paths import DatasetPaths
@@ -19,6 +21,10 @@ from utils.memory.budget import FILL, check_budget, check_bytes, check_smallest,
 def exemplar_form(config: Config, data):
     """The form in which exemplars that are not real are kept."""
     options, resolution = config.regenerate_options, data.defaults.resolution
+    try:
+        form_named(config.syn_form, PRESETS[resolution])
+    except UserError as error:
+        raise UserError(f"syn_form: {error}") from error
     try:
         form = parse_settings(options, resolution, config.syn_form)[0]
         if form.needs_weights:

@@ -142,7 +142,7 @@ def command(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--resolution", choices=(*PRESETS, "auto"), default="auto")
     parser.add_argument("--images", metavar="N", type=at_least_one, default=20, help="of each class [20]")
     parser.add_argument("--epochs", metavar="N", type=at_least_one, help="of the classifier [8, or 300 updates]")
-    parser.add_argument("--json", metavar="FILE", type=cli.path, help="also write the measures there")
+    parser.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the measures there")
     options = parser.parse_args(arguments)
     plain = DatasetPaths(data_dir(options.data_dir), options.dataset)
     preset = PRESETS[fitting_preset(plain) if options.resolution == "auto" else options.resolution]

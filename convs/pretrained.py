@@ -3,6 +3,7 @@
 import torchvision_compat  # noqa: F401  (before torchvision)
 
 # isort: split
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,9 @@ def read_weights(file: Path, name: str) -> Mapping[str, Any]:
 
             return load_file(file)
         weights = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's message advises to run the code in the file
+        why = "another kind of file, or one that holds code, which is never run"
+        raise ValueError(f"{file} does not hold the weights of {name} ({why})") from None
     except Exception as error:  # a damaged file raises whatever its bytes lead to
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{file} does not hold the weights of {name} ({reason})") from None

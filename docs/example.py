@@ -51,7 +51,7 @@ def copies(model, edges: np.ndarray, text: str, seeds: list[int], steps: int = 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("picture", nargs="?", help="an image file")
     parser.add_argument("text", nargs="?", default="digit seven", help="what it shows [digit seven]")
     parser.add_argument("--out", type=Path, default=Path("outputs/example"), help="a folder [outputs/example]")

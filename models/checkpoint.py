@@ -19,7 +19,8 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,45 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         ) from error
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote, its tensors on the CPU.  Raises UserError for a file that is none of ours or is broken."""
+COMMON = frozenset({"config", "class_names", "phase", "network"})
+AFTER_PHASE = COMMON | {"memory", "class_means", "method", "records"}
+WITHIN_PHASE = COMMON | {"stages", "epoch", "step", "sums", "seconds", "optimizer", "random", "within_phase"}
+PHASE_0 = frozenset({"network", "training"})
+"""What each kind of checkpoint has at least."""
+
+
+def load(path: Path, parts: Collection[str] = ("network",)) -> dict[str, Any]:
+    """What `save` wrote, its tensors on the CPU.
+
+    parts: what it must have.  Raises UserError for a file that is none of ours or is damaged.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # torch's message advises to run the code in the file
+        raise _none_of_ours(path, "another kind of file, or one that holds code, which is never run") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path} is no checkpoint of this program or is damaged ({reason}). Delete it.") from None
-    if not isinstance(state, dict) or "network" not in state:
-        raise UserError(f"{path} is no checkpoint of this program. Delete it.")
+        raise _none_of_ours(path, f"damaged: {reason or type(error).__name__}") from None
+    if not isinstance(state, dict) or (missing := sorted(set(parts) - state.keys())):
+        raise _none_of_ours(path, f"it has no {missing[0]}" if isinstance(state, dict) else "of another kind")
     return state
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """While a checkpoint's content is taken over.  Raises UserError where its parts do not fit this program's."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:120]
+        raise _none_of_ours(path, f"{type(error).__name__}: {reason}") from error
+
+
+def _none_of_ours(path: Path, why: str) -> UserError:
+    advice = "Move it elsewhere; a run goes on from the checkpoint before it, or begins anew."
+    return UserError(f"{path} is no checkpoint of this program ({why}). {advice}")
 
 
 def phase_path(folder: Path, phase: int) -> Path:

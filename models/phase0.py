@@ -24,11 +24,13 @@ def load(run: Run, method: Method, path: Path) -> dict[str, Any] | None:
     """
     if not run.fabric.broadcast(path.is_file()):  # another job may write the file at this moment
         return None
-    state = checkpoint.load(path)
-    for module, weights in zip(method.network.first_phase_modules(), state["network"], strict=True):
-        module.load_state_dict(weights)
+    state = checkpoint.load(path, checkpoint.PHASE_0)
+    with checkpoint.fitting(path):
+        for module, weights in zip(method.network.first_phase_modules(), state["network"], strict=True):
+            module.load_state_dict(weights)
+        training = {**state["training"], "reused": state.get("run") != _name(run)}
     log.info("phase 0 is not trained again: its network is taken from %s", path)
-    return {**state["training"], "reused": state.get("run") != _name(run)}
+    return training
 
 
 def save(run: Run, method: Method, training: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,7 @@ on from it loads the phase before, starts the phase anew and skips to the place.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -123,9 +123,9 @@ class Checkpoints:
         fabric = self.run.fabric
         phases, is_unfinished = fabric.broadcast((checkpoint.saved_phases(self.folder), self.unfinished.is_file()))
         path = checkpoint.phase_path(self.folder, phases[-1]) if phases else None
-        state = self._read(path) if path else None
+        state = self._read(path, checkpoint.AFTER_PHASE) if path else None
         done, nb_phases = len(state["records"]) if state else 0, self.run.data.nb_phases
-        within = self._read(self.unfinished) if is_unfinished else None
+        within = self._read(self.unfinished, checkpoint.WITHIN_PHASE) if is_unfinished else None
         fabric.barrier()  # nobody writes before all have read
         outdated = within is not None and within["phase"] != done
         if fabric.is_global_zero:
@@ -173,9 +173,10 @@ class Checkpoints:
             "precision": run.fabric.strategy.precision.state_dict(),  # the scale of 16-mixed's gradients
         }
 
-    def _read(self, path: Path) -> dict[str, Any]:
-        run, state = self.run, checkpoint.load(path)
-        differing = differences(run.config, state["config"])
+    def _read(self, path: Path, parts: Collection[str]) -> dict[str, Any]:
+        run, state = self.run, checkpoint.load(path, parts)
+        with checkpoint.fitting(path):
+            differing = differences(run.config, state["config"])
         if state["class_names"] != run.data.class_names:
             differing.append("the classes or their order")
         if differing:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from convs.blocks import fold_adapters
 from convs.resnet import nb_parameters
-from models import phase0
+from models import checkpoint, phase0
 from models.copy_choice import choose_copies
 from models.epochs import Epochs
 from models.method import Method
@@ -128,8 +128,9 @@ class Trainer:
 
     def _load_phase(self, state: Mapping[str, Any]) -> None:
         run, method = self.run, self.method
-        method.restore(state)
-        run.memory.load_state_dict(state["memory"])
+        with checkpoint.fitting(checkpoint.phase_path(run.folder, state["phase"])):
+            method.restore(state)
+            run.memory.load_state_dict(state["memory"])
         self.records = state["records"]
         if len(self.records) < self.data.nb_phases and method.uses_memory:
             if self.config.memory_only:

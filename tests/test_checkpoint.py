@@ -31,6 +31,39 @@ def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path):
     assert os.listdir(tmp_path) == ["phase00.pt"]
 
 
+class Code:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"tasks": 3, "model_state_dict": {}}, "it has no class_means"),  # PyCIL's
+        ([1, 2], "of another kind"),
+        (Code(), "or one that holds code, which is never run"),
+        ({**dict.fromkeys(checkpoint.AFTER_PHASE), "records": Code()}, "or one that holds code, which is never run"),
+        (b"", "damaged"),
+        (b"some text", "no checkpoint of this program"),
+        (None, "No such file"),
+    ],
+)
+def test_what_is_no_checkpoint(tmp_path, capsys, content, words):
+    path = tmp_path / "phase00.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(path, checkpoint.AFTER_PHASE)
+    said = str(caught.value)
+    assert said.startswith(f"{path} is no checkpoint of this program (")
+    assert words in said
+    for advice in ("weights_only", "arbitrary code", "elete"):
+        assert advice not in said
+    assert capsys.readouterr().out == ""
+
+
 def test_a_fingerprint_lists_each_folder_once_and_reads_three_files_of_it(tmp_path, monkeypatch):
     """A million files must not take minutes."""
     files = [save_picture(tmp_path / label / f"{i}.png") for label in "ab" for i in range(7)]

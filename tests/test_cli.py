@@ -1,8 +1,13 @@
 """Exit codes and last words of commands."""
 
+import json
+import logging
 import os
+import signal
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ from compress import run as compress
 from ControlNet import train as controlnet
 from exps import compare, pareto
 from utils import cli
+from utils import log as logs
 from utils.curate import command as curate
 from utils.errors import UserError
 from utils.memory import __main__ as memory
@@ -44,6 +50,102 @@ def raising(error):
 def test_exit_codes(command, code, said, capfd):
     assert cli.run(command) == code
     assert capfd.readouterr().err == said
+
+
+def test_control_characters_of_other_people_s_files_are_escaped(capfd):
+    assert cli.run(raising(UserError("a\x1b[31mb\r\x9b2Jc\u202ed\te\nf é"))) == 2
+    assert capfd.readouterr().err == "error: a\\x1b[31mb\\r\\x9b2Jc\\u202ed\te\nf é\n"
+    logs.start(None)
+    logging.getLogger("main").info("found %s", "\x1b[2J.png")
+    logs.start(None, quiet=True)
+    assert capfd.readouterr().out == "found \\x1b[2J.png\n"
+
+
+def test_the_names_in_a_memory_are_escaped(tmp_path, capsys):
+    about = {"image": "0.png", "form": "\x1b[31mreal", "kept": None, "size": [1, 1], "bits_per_pixel": 24}
+    index = {"dataset": "\x1b]0;D", "forms": {about["form"]: {"\x9b": "\x07"}}, "texts": {}}
+    index["classes"] = [{"target": 0, "label": "a", "exemplars": [about]}]
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as file:
+        file.writestr("memory.json", json.dumps(index))
+    assert memory.main(["show", str(tmp_path / "m.zip")]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("\\x1b]0;D, 1 classes")
+    assert "\\x1b[31mreal: 1 exemplars" in said
+    assert not set(said) & {"\x1b", "\x9b", "\x07"}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (main.main, ["predict", ".", "--images", "x", "--output"]),
+        (main.main, ["evaluate", ".", "--output"]),
+        (main.main, ["export", ".", "--to", "onnx", "--output"]),
+        (report.main, [".", "--html"]),
+        (report.main, [".", "--plot"]),
+        (gallery.main, ["--dataset=D"]),
+        (quality.main, ["--dataset=D", "--json"]),
+    ],
+)
+def test_where_an_output_can_t_be_written_is_said_first(command, arguments, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in the way").touch()
+    for place, words in (("in the way/x.png", f"{tmp_path}/in the way is a file."), ("", "it is a folder.")):
+        assert command([*arguments, f"{tmp_path}/{place}"]) == 2
+        assert words in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)  # as of a disk that is mounted read-only
+    assert command([*arguments, f"{tmp_path}/new/x.png"]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/new/x.png can't be written: {tmp_path} is read-only.\n"
+
+
+def test_a_folder_that_is_no_run_is_answered_before_torch_is_imported():
+    code = "import sys, main; code = main.main(['predict', 'outputs/nosuch', '--images', 'x']); "
+    code += "print(code, 'torch' in sys.modules)"
+    done = shell(f'{sys.executable} -c "{code}"')
+    assert done.stdout == "2 False\n"
+    assert "outputs/nosuch is not a run's output folder" in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_written_to_nowhere(closed, tmp_path):
+    for command, code in (("--list methods", 0), ("--show-config --config exps/config.json", 0), ("nonsense", 2)):
+        done = shell(f"{sys.executable} main.py {command} {closed}")
+        assert done.returncode == code
+        assert "Traceback" not in done.stderr
+
+
+def test_help_without_docstrings():
+    for command in ("main.py --help", "main.py predict --help", "main.py --list methods"):
+        done = shell(f"{sys.executable} -OO {command}")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout
+
+
+IMPATIENT = """
+import atexit, os, signal, sys, time
+from utils import cli
+cli.PATIENCE = float(sys.argv[1])
+def slow():
+    print("ending", file=sys.stderr, flush=True)
+    time.sleep(30)
+    print("ended", file=sys.stderr, flush=True)
+atexit.register(slow)
+def command():
+    print("begun", flush=True)
+    time.sleep(30)
+sys.exit(cli.run(command))
+"""
+
+
+def test_a_second_ctrl_c_while_the_process_ends_leaves_no_traceback():
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", IMPATIENT, "0.1"], cwd=ROOT, **pipes)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    lines = [process.stderr.readline() for _ in range(3)]
+    assert [line.strip() for line in lines] == ["", "stopped; the same command goes on where it stopped", "ending"]
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "")
+    assert process.returncode == 130
 
 
 def test_a_bug_is_not_hidden():

@@ -76,6 +76,11 @@ def test_weights_that_do_not_fit_or_are_not_there(tmp_path):
     torch.save(other.state_dict(), tmp_path / "other.pth")
     with pytest.raises(ValueError, match="does not hold the weights of torchvision/resnet18"):
         library_backbone("torchvision/resnet18", pretrained=str(tmp_path / "other.pth"))
+    torch.save({"model": print}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="or one that holds code, which is never run") as caught:
+        library_backbone("torchvision/resnet18", pretrained=str(tmp_path / "code.pth"))
+    assert "weights_only" not in str(caught.value)
+    assert "arbitrary" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         library_backbone("torchvision/resnet18", pretrained=str(tmp_path / "none.pth"))
     with pytest.raises(ValueError, match="did you mean resnet18"):

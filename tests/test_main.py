@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from models.trainer import Trainer
 from tests.conftest import long_but
 from tests.shapes import SHAPES, make_shapes
 from utils.data.classes import DataManager
-from utils.errors import UserError
+from utils.errors import Stopped, UserError
 
 
 @pytest.fixture(scope="module")
@@ -382,6 +383,21 @@ def test_a_phase_0_cache_here(train, tmp_path, monkeypatch, capsys):
     assert [file.suffix for file in (tmp_path / "pixel_cache").iterdir()] == [".pixels"]  # beside it
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_a_stopped_run_says(train, tmp_path, monkeypatch, capsys, kept):
+    def stop(*_):
+        if kept:
+            folder = tmp_path / "out" / "seed1993" / "checkpoints"
+            folder.mkdir(parents=True)
+            (folder / "unfinished.pt").touch()
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(main, "run_class_order", stop)
+    assert train(syn_per_class=0, augmentation_prob=0) == 143
+    how = "goes on from the last checkpoint" if kept else "begins anew"
+    assert capsys.readouterr().err.splitlines()[-1] == f"stopped; the same command {how}"
+
+
 def test_no_config(capsys, tmp_path):
     assert main.main([]) == 2
     assert "--config exps/config.json" in capsys.readouterr().err
@@ -428,8 +444,16 @@ def test_checkpoints_of_another_experiment(train, tmp_path, capsys):
 def test_a_damaged_checkpoint(train, tmp_path, capsys):
     assert train("epochs=1", "init_epoch=1", "init_cls=6") == 0
     path = tmp_path / "out" / "seed1993" / "checkpoints" / "phase00.pt"
+    whole = torch.load(path, weights_only=True)
     path.write_bytes(path.read_bytes()[:1000])
     assert train("epochs=1", "init_epoch=1", "init_cls=6") == 2
     said = capsys.readouterr().err
     assert str(path) in said
     assert "Traceback" not in said
+    for part in ("network", "memory", "config"):
+        torch.save({**whole, part: {}}, path)
+        assert train("epochs=1", "init_epoch=1", "init_cls=6") == 2
+        said = capsys.readouterr().err
+        assert f"{path} is no checkpoint of this program" in said or part == "config"
+        assert str(path) in said
+        assert said.count("\n") == 1

@@ -1,5 +1,6 @@
 """Paths on disk and image files (utils/data/paths.py, utils/data/images.py)."""
 
+import errno
 import io
 import json
 import os
@@ -287,6 +288,26 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, failure):
         write_atomically(target, write)
     assert target.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["x.bin"]
+
+
+@pytest.mark.parametrize("step", ["open", "chmod", "replace", "write"])
+def test_a_read_only_disk_names_the_file_itself(tmp_path, monkeypatch, step):
+    def refuse(*names, **_):
+        raise OSError(errno.EROFS, "Read-only file system", *map(str, names[:1]))
+
+    target = tmp_path / "x.bin"
+    if step != "write":
+        monkeypatch.setattr(Path if step == "open" else os, step, refuse)
+    with pytest.raises(OSError, match="Read-only") as caught:
+        write_atomically(target, (lambda _: refuse()) if step == "write" else lambda file: file.write(b"content"))
+    assert (caught.value.filename, caught.value.filename2) == (str(target), None)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_of_the_source_names_the_source(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(tmp_path / "x.bin", lambda file: file.write((tmp_path / "source").read_bytes()))
+    assert caught.value.filename == str(tmp_path / "source")
 
 
 def test_the_target_appears_only_when_it_is_whole(tmp_path):

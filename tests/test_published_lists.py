@@ -9,7 +9,8 @@ import pytest
 import main
 from tests.folders import save_noise
 from utils.curate import command
-from utils.data.published import FOLDER, class_lists, find_list, labels
+from utils.curate.sources import SOURCES
+from utils.data.published import FETCHED, FOLDER, class_lists, find_list, labels
 
 PUBLISHED = {  # count, first, last
     "ImageNet1000": (1000, "n01440764", "n15075141"),
@@ -88,6 +89,9 @@ def test_a_folder_with_the_classes_of_a_list(curate, imagenet, tmp_path, capsys)
     assert listed[:2] == ["ImageNet100", "Mine"]
     assert "ImageNet-R: 200 classes, not there; python -m utils.curate ImageNet-R --source DIR makes it" in listed
     assert not [line for line in listed if line.startswith("ImageNet100:")]
+    for dataset, what in FETCHED.items():
+        assert f"{dataset}: not there; python -m utils.curate {what} makes it" in listed
+    assert set(FETCHED.values()) == {"digits", *SOURCES} - {"folder"}
 
 
 def test_a_class_of_the_list_that_the_source_lacks(curate, imagenet, tmp_path):
@@ -108,7 +112,8 @@ def test_mistakes_in_names(curate, tmp_path, capsys):
     config = tmp_path / "c.json"
     config.write_text(json.dumps({"dataset": "imagenet-r", "init_cls": 2, "increment": 2, "model_name": "der"}))
     assert main.main(["--config", str(config), "convnet_type=resnet18", f"data_dir={tmp_path}"]) == 2
-    assert "python -m utils.curate ImageNet-R --source DIR makes it" in capsys.readouterr().err
+    made_by = f"python -m utils.curate ImageNet-R --source DIR --data-dir {tmp_path} makes it"
+    assert made_by in capsys.readouterr().err
 
 
 def test_a_list_is_a_class_order(tmp_path, capsys):

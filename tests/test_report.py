@@ -127,6 +127,15 @@ def test_class_orders_of_different_lengths(command, tmp_path):
     assert "different numbers of phases" in said
 
 
+def test_what_the_spread_is(command, tmp_path):
+    one, three = write(tmp_path / "one"), write(tmp_path / "three", seeds=(1, 2, 3))
+    words = "mean ± standard deviation over class orders"
+    assert words not in command(one)[1]
+    code, table, _ = command(one, three)
+    assert (code, table.rstrip().splitlines()[-1]) == (0, words)
+    assert f"{82:.1f} ± {1:.1f}" in table  # of 81, 82, 83
+
+
 def test_every_classifier_has_a_line(command, tmp_path):
     _, table, _ = command(write(tmp_path / "run", nme=True, student=True))
     for name in ("run (CNN)", "run (NME)", "run (student)"):

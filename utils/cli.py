@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 some inputs failed (the command has listed them), 2 the co
 import argparse
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -52,7 +53,7 @@ class Signals:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler if self.received is None else self._leave)
 
     @contextmanager
     def delayed(self) -> Iterator[None]:
@@ -71,6 +72,11 @@ class Signals:
         if not self._delayed or time.monotonic() - self._since > PATIENCE:
             raise Stopped(number)
 
+    def _leave(self, number: int, frame: FrameType | None) -> None:
+        """A further signal while the process ends: whoever is impatient gets no traceback of what it still does."""
+        if time.monotonic() - self._since > PATIENCE:
+            os._exit(128 + number)
+
 
 signals = Signals()
 """Those of this process."""
@@ -80,8 +86,10 @@ def run(command: Callable[[], int | None], *, stopped: str = "the same command g
     """Call a command and return its exit code; None counts as 0.
 
     UserError and OSError (a full disk, a file that may not be read) become one line on stderr, of one process where
-    several run the command together; other exceptions are bugs and pass through.  stopped: what to say after a signal.
+    several run the command together; other exceptions are bugs and pass through.  stopped: what to say after a signal,
+    unless the exception has an attribute `going_on`.
     """
+    discard_closed_streams()
     tolerate_odd_names()
     share_the_cores()
     try:
@@ -93,7 +101,9 @@ def run(command: Callable[[], int | None], *, stopped: str = "the same command g
         return _refuse(error)
     except KeyboardInterrupt as stop:
         kept = f"{stop.note}; " if getattr(stop, "note", "") else ""
-        return _end(128 + getattr(stop, "number", signal.SIGINT), f"\nstopped; {kept}{stopped}")
+        return _end(
+            128 + getattr(stop, "number", signal.SIGINT), f"\nstopped; {kept}{getattr(stop, 'going_on', stopped)}"
+        )
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 0
@@ -145,7 +155,7 @@ def _end(code: int, message: str) -> int:
     else:
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # all read the same config: one line for a machine
     if is_first:
-        print(message, file=sys.stderr)
+        print(visible(message), file=sys.stderr)
     return code
 
 
@@ -159,7 +169,7 @@ def _ended_by_another(error: Exception) -> int | None:
         return None
     code, message = end
     if message:
-        print(f"error: {message}", file=sys.stderr)
+        print(visible(f"error: {message}"), file=sys.stderr)
     return code
 
 
@@ -202,6 +212,34 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def output_file(text: str) -> Path:
+    """An argument that is a file to write, for argparse.  Raises UserError, before any work, where that can't be."""
+    file = path(text)
+    folder = next(above for above in file.absolute().parents if above.exists())
+    if file.is_dir():
+        raise UserError(f"{file} can't be written: it is a folder.")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{file} can't be written: {folder} {'is read-only' if folder.is_dir() else 'is a file'}.")
+    return file
+
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but the tab and the end of a line, and those that turn the direction of writing."""
+
+
+def visible(text: str) -> str:
+    """A text for the terminal with control characters as escapes: names and texts of other people's files could clear
+    the screen, colour it or pretend to be other lines."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def discard_closed_streams() -> None:
+    """Let a program whose output is closed, as by >&-, write to nowhere; Python leaves it without the stream."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (until the process ends)
 
 
 def tolerate_odd_names() -> None:

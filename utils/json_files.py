@@ -28,9 +28,7 @@ def parse(content: bytes, name: str) -> Any:
         where = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise UserError(f"{name} is not valid JSON: {where}.") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name} is not valid JSON: not in UTF-8, byte {error.start} is {error.object[error.start]:#04x}."
-        ) from None
+        raise UserError(f"{name} is not in UTF-8: byte {error.start} is {error.object[error.start]:#04x}.") from None
     except RecursionError:
         raise UserError(f"{name} can't be read as JSON: its values are nested too deeply.") from None
     except ValueError as error:  # a key given twice, a number of too many digits

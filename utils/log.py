@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from utils.cli import visible
+
 PACKAGES = ("main", "models", "utils", "convs", "compress", "ControlNet")
 
 
@@ -14,7 +16,7 @@ class _Screen(logging.Handler):
     """Prints above a running progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        tqdm.write(visible(self.format(record)), file=sys.stdout)
 
 
 class _File(logging.FileHandler):

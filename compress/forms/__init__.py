@@ -7,6 +7,7 @@ Preset) that returns the form; and, where other names than these heads are to be
 """
 
 import abc
+import difflib
 import importlib
 import io
 import pkgutil
@@ -276,7 +277,9 @@ def form_named(name: str, preset: Preset) -> Form:
     spec = parsed(name)
     head = spec.head + "+" * bool(spec.plus)
     if head not in _table():
-        raise UserError(f"no form {head!r}: choose one of {', '.join(examples())}.")
+        near = difflib.get_close_matches(head, _table(), n=1)
+        hint = f" Did you mean {near[0] + name[len(head) :]!r}?" if near else ""
+        raise UserError(f"no form {head!r}: choose one of {', '.join(examples())}.{hint}")
     if spec.part is not None and not any(example.startswith(head) and "/" in example for example in examples()):
         raise UserError(f"the form {head!r} takes no part: {name!r} ends in /{spec.part}.")
     return _table()[head](spec, preset)

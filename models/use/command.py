@@ -11,6 +11,7 @@ last unless --phase does (a run keeps the last `keep_checkpoints`).
 import argparse
 import csv
 import io
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from utils import cli
 from utils.data.images import write_atomically
+from utils.results.output import check_is_run
 
 COMMANDS = {
     "predict": "The classes of pictures, as a table (CSV): file, class, probability, and the next four classes.",
@@ -29,11 +31,12 @@ COMMANDS = {
 def run(argv: Sequence[str]) -> int:
     """One of `COMMANDS`, with its arguments.  Returns the exit code.  Raises UserError for what is wrong."""
     options = _parser(argv[0]).parse_args(argv[1:])
-    from models.use.learner import Learner
+    check_is_run(options.run)
+    from models.use.learner import Learner  # imports torch: a wrong folder is answered at once
 
     chosen = {"seed": options.seed, "phase": options.phase, "device": options.device}
     learner = Learner(options.run, classifier=options.classifier, **chosen)
-    print(learner.description, file=sys.stderr)
+    print(cli.visible(learner.description), file=sys.stderr)
     return {"predict": _predict, "evaluate": _evaluate, "export": _export}[argv[0]](learner, options)
 
 
@@ -55,7 +58,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         "evaluate": "write all figures there too, as JSON",
         "export": "the ONNX file (default: RUN/seed<N>/phase<NN>.onnx); the JSON is FILE.json",
     }
-    parser.add_argument("--output", type=cli.path, metavar="FILE", help=where[command])
+    parser.add_argument("--output", type=cli.output_file, metavar="FILE", help=where[command])
     parser.add_argument("--seed", type=int, metavar="N", help="class order (default: the first)")
     parser.add_argument("--phase", type=int, metavar="N", help="phase, counted from 0 (default: the last one kept)")
     parser.add_argument("--device", default="auto", help='as the config\'s "device" (default: %(default)s)')
@@ -68,12 +71,12 @@ def _predict(learner, options: argparse.Namespace) -> int:
 
     table, broken = io.StringIO(), []
     writer = csv.writer(table if options.output else sys.stdout, lineterminator="\n")
-    writer.writerow(header(learner))
-    writer.writerows(rows(learner, pictures_of(options.images), broken))
+    for row in itertools.chain([header(learner)], rows(learner, pictures_of(options.images), broken)):
+        writer.writerow(row if options.output else map(cli.visible, row))
     if options.output:
         _write(options.output, table.getvalue())
     for message in broken:
-        print(message, file=sys.stderr)
+        print(cli.visible(message), file=sys.stderr)
     return 1 if broken else 0
 
 
@@ -81,7 +84,7 @@ def _evaluate(learner, options: argparse.Namespace) -> int:
     from models.use.evaluate import evaluate, in_words
 
     figures = evaluate(learner, options.data)
-    print("\n".join(in_words(figures, options.classifier)))
+    print(cli.visible("\n".join(in_words(figures, options.classifier))))
     if options.output:
         _write(options.output, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     return 0
@@ -91,7 +94,7 @@ def _export(learner, options: argparse.Namespace) -> int:
     from models.use.export import export
 
     default = learner.folder / f"seed{learner.seed}" / f"phase{learner.phase:02d}.onnx"
-    print("\n".join(map(str, export(learner, options.output or default))))
+    print(cli.visible("\n".join(map(str, export(learner, options.output or default)))))
     return 0
 
 

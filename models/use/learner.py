@@ -1,6 +1,7 @@
 """A trained network, with the classes and transforms of its run, from a run's output folder."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from utils.config.schema import accelerator
 from utils.data.phases import PhasedClasses, phase_starts
 from utils.devices import launch
 from utils.errors import UserError
+from utils.results.output import check_is_run
 
 
 class Learner:
@@ -43,7 +45,7 @@ class Learner:
         self.folder = folder
         self.seed, self.phase = _choose(folder, seed, phase)
         path = checkpoint.phase_path(_checkpoints(folder, self.seed), self.phase)
-        state = checkpoint.load(path)
+        state = checkpoint.load(path, checkpoint.AFTER_PHASE)
         if "picture_size" not in state:
             raise UserError(f"{path} was written by an earlier version, which did not keep the pictures' size.")
         names = {"methods": catalogue.methods(), "backbones": catalogue.backbones()}
@@ -62,7 +64,8 @@ class Learner:
         self.run = Run(config, self.data, None, fabric, path.parent, path.parent, initial_weights=False)
         method = catalogue.load(config.model_name)(self.run)
         method.phase = self.phase
-        method.restore(state)
+        with checkpoint.fitting(path):
+            method.restore(state)
         self.network = method.evaluated.eval()
         self.class_means: torch.Tensor | None = state.get("class_means")
         self.by_means = classifier == "nme"
@@ -89,13 +92,13 @@ class Learner:
 
 def _choose(folder: Path, seed: int | None, phase: int | None) -> tuple[int, int]:
     """The class order and phase of a checkpoint that is there."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a run's output folder: it has no config.json.")
+    check_is_run(folder)
     seeds = [int(match[1]) for entry in folder.iterdir() if (match := re.fullmatch(r"seed(\d+)", entry.name))]
     saved = {number: checkpoint.saved_phases(_checkpoints(folder, number)) for number in sorted(seeds)}
     saved = {number: phases for number, phases in saved.items() if phases}
     if not saved:
-        raise UserError(f"{folder} has no finished phase: train it with python main.py --config {folder}/config.json")
+        command = f"python main.py --config {shlex.quote(str(folder / 'config.json'))}"
+        raise UserError(f"{folder} has no finished phase: train it with {command}")
     if seed is None:
         seed = next(iter(saved))
     if seed not in saved:

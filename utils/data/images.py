@@ -6,9 +6,9 @@ first frame of several.
 
 import hashlib
 import os
+import secrets
 import socket
 import stat
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -171,24 +171,20 @@ def content_digest(files: Sequence[Path], most: int = 3) -> str:
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file in the target's folder, then rename it.
 
-    A killed process leaves the old file or the new one, never part of one.  Missing folders are created.  An OSError of
-    a full disk names the target.
+    A killed process leaves the old file or the new one, never part of one.  Missing folders are created.  An OSError,
+    such as of a full or a read-only disk, names the target and not the temporary file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{temporary_prefix()}{secrets.token_hex(4)}.tmp")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=temporary_prefix(), suffix=".tmp")
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             write(file)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(path)
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
         raise
 
 

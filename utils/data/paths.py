@@ -12,10 +12,12 @@ another data folder's: exemplars that come from a memory's archive are in one of
 differ only in their ending (`a.jpg`, `a.png`), the files derived from them have the whole name as their stem.
 """
 
+import difflib
 import hashlib
 import logging
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from pathlib import Path
 
 from utils import json_files
 from utils.data.images import is_image
-from utils.data.published import find_list
+from utils.data.published import FETCHED, class_lists, curate_command
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -99,16 +101,25 @@ class DatasetPaths:
         """Sorted class labels: the names of the mode's sub-folders.  Raises UserError if there are none."""
         folder = self.folder(mode)
         if not folder.is_dir():
-            known = find_list(self.dataset)
-            way = f"python -m utils.curate {known.stem} --source DIR makes it; or p" if known else "P"
             raise UserError(
-                f"no {mode} images of dataset {self.dataset!r}: {folder} is not a folder. "
-                f"{way}ut images in {folder}/<class-label>/, or set another folder with --data-dir or data_dir."
+                f"no {mode} images of dataset {self.dataset!r}: {folder} is not a folder. {self._how_to_get_it()}"
+                f"ut images in {folder}/<class-label>/, or set another folder with --data-dir or data_dir."
             )
         labels = sorted(entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
         if not labels:
             raise UserError(f"{folder} has no class folders; images belong in {folder}/<class-label>/.")
         return labels
+
+    def _how_to_get_it(self) -> str:
+        """The beginning of an advice, up to "p" of "put images ...", where the dataset is not there."""
+        if self.root.is_dir():
+            return "P"
+        if command := curate_command(self.dataset):
+            where = f" --data-dir {shlex.quote(str(self.data_dir))}" if self.data_dir != data_dir() else ""
+            return f"{command}{where} makes it; or p"
+        names = {name.lower(): name for name in (*class_lists(), *FETCHED, *datasets(self.data_dir))}
+        near = difflib.get_close_matches(self.dataset.lower(), names, n=1)
+        return f"Did you mean {names[near[0]]!r}? Else p" if near else "P"
 
     def images(self, label: str, mode: str = "train") -> list[Path]:
         """Sorted image files of a class, by their endings.  Raises UserError for a folder that can't be listed."""

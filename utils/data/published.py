@@ -11,6 +11,19 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "published"
 
 
+FETCHED = {"CIFAR10": "CIFAR10", "CIFAR100": "CIFAR100", "Food101": "Food101", "Caltech256": "Caltech256"}
+FETCHED |= {"MNIST": "digits"}
+"""Datasets that `python -m utils.curate WHAT` makes from what it downloads or brings, and WHAT."""
+
+
+def curate_command(name: str) -> str | None:
+    """The command that makes a dataset of this name, in any case of letters; None where there is none."""
+    if what := {dataset.lower(): what for dataset, what in FETCHED.items()}.get(name.lower()):
+        return f"python -m utils.curate {what}"
+    listed = find_list(name)
+    return listed and f"python -m utils.curate {listed.stem} --source DIR"
+
+
 def class_lists() -> list[str]:
     """The names of the lists."""
     return sorted(file.stem for file in FOLDER.glob("*.txt"))

@@ -22,19 +22,17 @@ def command(arguments: Sequence[str] | None) -> None:
     options = parser.parse_args(arguments)
     if options.command == "extract":
         folder = options.to or options.file.with_suffix("")
-        print(f"{archive.extract(options.file, folder)} files in {folder}")
+        print(cli.visible(f"{archive.extract(options.file, folder)} files in {folder}"))
         return
     found = archive.summary(options.file)
-    print(f"{found['dataset']}, {found['classes']} classes, {found['bytes']:,} bytes")
+    print(cli.visible(f"{found['dataset']}, {found['classes']} classes, {found['bytes']:,} bytes"))
     files = found["text_bytes"]
     for row in found["forms"]:
         missing = row["exemplars"] - row["files"]
         more = f", {missing} without a kept file" if missing else ""
         settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in row["settings"].items())
-        print(
-            f"{row['form']}: {row['exemplars']} exemplars, {row['bytes']:,} bytes{more}"
-            + f" ({settings})" * bool(settings)
-        )
+        words = f"{row['form']}: {row['exemplars']} exemplars, {row['bytes']:,} bytes{more}"
+        print(cli.visible(words + f" ({settings})" * bool(settings)))
         files += row["bytes"]
     print(
         f"texts: {found['text_bytes']:,} bytes; names, sizes and the archive itself: {found['bytes'] - files:,} bytes"

@@ -70,7 +70,7 @@ def command(arguments: Sequence[str] | None) -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--variant", metavar="NAME", default="", help="copies that --keep-apart NAME made")
     parser.add_argument("--copies", type=cli.at_least(0), default=5, help="most copies a row (default: 5)")
-    parser.add_argument("file", type=cli.path, help="the picture to write, a .png")
+    parser.add_argument("file", type=cli.output_file, help="the picture to write, a .png")
     options = parser.parse_args(arguments)
     folder, file = data_dir(options.data_dir), options.file
     plot_exemplars(DatasetPaths(folder, find_dataset(folder, options.dataset), options.variant), options.copies, file)

@@ -118,6 +118,12 @@ def _known(read: Callable[[Path], Any], file: Path) -> Any:
         raise UserError(f"{error} Choose another output_dir, or delete that file.") from None
 
 
+def check_is_run(folder: Path) -> None:
+    """Raises UserError for what is no run's output folder."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a run's output folder: it has no config.json.")
+
+
 def seed_folder(folder: Path, seed: int) -> Path:
     """Where a class order's history and checkpoints are, in its experiment's folder."""
     return folder / f"seed{seed}"

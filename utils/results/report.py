@@ -299,12 +299,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="python -m utils.results.report", description="Compare runs of main.py.")
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help="an output folder of main.py")
-    parser.add_argument("--plot", type=cli.path, metavar="FILE.png", help="also draw the accuracy curves")
-    parser.add_argument("--html", type=cli.path, metavar="FILE.html", help="also write one page with all that is known")
+    parser.add_argument("--plot", type=cli.output_file, metavar="FILE.png", help="also draw the accuracy curves")
+    parser.add_argument(
+        "--html", type=cli.output_file, metavar="FILE.html", help="also write one page with all that is known"
+    )
     arguments = parser.parse_args(argv)
     folders = named_folders(arguments.runs)
     runs = {name: load_results(folder) for name, folder in folders.items()}
-    print(table(runs))
+    print(cli.visible(table(runs)))
     if arguments.plot:
         plot(runs, arguments.plot)
     if arguments.html:

@@ -34,8 +34,8 @@ def table(runs: Mapping[str, Mapping], width: int | None = None) -> str:
 
     For each: top-1 accuracy after each phase and their average in %, forgetting (PyCIL's and backward transfer where
     they say something else), memory in units and bytes, seconds (with phase 0's training also where a network was
-    reused); mean ± standard deviation where there are several seeds.  Where all this is wider than `width` (default:
-    the terminal), it becomes two tables, and phases in the middle are left out.
+    reused); mean ± standard deviation, and a line that says so, where there are several seeds.  Where all this is wider
+    than `width` (default: the terminal), it becomes two tables, and phases in the middle are left out.
     """
     lines = curves(runs)
     width = width or shutil.get_terminal_size().columns
@@ -48,12 +48,14 @@ def table(runs: Mapping[str, Mapping], width: int | None = None) -> str:
     average, *others = _figures(lines)
     accuracy["average"], rest = average[1], dict(others)
     whole = {**accuracy, **rest}
+    several = any(len(entry["seeds"]) > 1 for entry, _ in lines.values())
+    legend = "\n\nmean ± standard deviation over class orders" if several else ""
     if _width(whole) <= width:
-        return _text(whole)
+        return _text(whole) + legend
     while _width(accuracy) > width and nb_phases > 2:
         nb_phases -= 1
         accuracy.pop(f"phase {nb_phases - 1}")
-    return _text(accuracy) + "\n\n" + _text({"": list(lines), **rest})
+    return _text(accuracy) + "\n\n" + _text({"": list(lines), **rest}) + legend
 
 
 def _figures(lines: Mapping[str, tuple[Mapping, str]]) -> list[tuple[str, list[str]]]:
@@ -148,7 +150,8 @@ def plot(runs: Mapping[str, Mapping], path: Path) -> None:
         titles.append(" / ".join(names[:3]) + (" / ..." if len(names) > 3 else ""))
     axes.set_title(drawn(", ".join(titles)), fontsize=10)
     axes.set_xlabel("classes seen")
-    axes.set_ylabel("top-1 accuracy (%)")
+    several = any(len(entry["seeds"]) > 1 for entry, _ in lines.values())
+    axes.set_ylabel("top-1 accuracy (%)" + ", mean ± standard deviation over class orders" * several)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if crowded:
