@@ -32,8 +32,9 @@ from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
 MARK = "ESCORT"
-MADE_BY = ("model", "precision")
-"""Settings that a record may lack, or that nobody has looked up; None, which equals any value."""
+MADE_BY = ("model", "precision", "edge_coder")
+"""Settings that a record may lack, or that nobody has looked up; None, which equals any value.  Edge maps of versions
+without a coder are pictures, which any version reads."""
 DEFAULTS = {
     **{each.name: each.default for kind in (Preset, Sampling) for each in fields(kind) if each.default is not MISSING},
     **dict.fromkeys(MADE_BY),

@@ -86,13 +86,15 @@ class _Tally:
 class Regenerator:
     """Makes the kept files and copies of a dataset's train images.
 
-    generator: of the form's copies (`make_generator`); None where no copy is missing.
+    generator: of the form's copies (`make_generator`); None where no copy is missing; recode: write kept files that
+    earlier versions made as the form writes them now (`Form.recoded`).
     """
 
-    def __init__(self, paths: DatasetPaths, form: Form, generator: Generator | None):
+    def __init__(self, paths: DatasetPaths, form: Form, generator: Generator | None, recode: bool = False):
         self.paths = paths
         self.form = form
         self.generator = generator
+        self.recode = recode
         self.texts = paths.class_texts()
         self._pixels = Budget(MOST_PIXELS)
 
@@ -111,7 +113,7 @@ class Regenerator:
         Raises UserError where nothing can be written (full disk, no permission) or the batch does not fit the device.
         """
         leftovers = self._leftovers(plan)
-        plan.records.kept.note(task.image.parent.name for task in plan.tasks if not task.is_done)
+        plan.records.kept.note(task.image.parent.name for task in plan.tasks if not task.is_done or self._is_old(task))
         plan.records.copies.note(task.image.parent.name for task in plan.tasks if task.copy_numbers)
         marks = {label: plan.records.copies.mark(label) for label in self.texts}
         readers, writers = ThreadPoolExecutor(THREADS, "reader"), ThreadPoolExecutor(THREADS, "writer")
@@ -160,12 +162,14 @@ class Regenerator:
 
     def _read_whole(self, task: Task) -> _Read:
         width, height, bits_per_pixel = image_bits(task.image)
-        path, requests = task.kept or self.paths.kept(task.image), []
-        if not task.is_done:
+        path, requests, is_recoded = task.kept or self.paths.kept(task.image), [], False
+        if not task.is_done or self._is_old(task):
             with self._pixels.hold(width * height):
                 kept = self.kept(task)
                 if task.kept is None:
                     self._save_kept(task, kept)
+                elif self._is_old(task) and (is_recoded := self._recode(task, kept)):
+                    path = self.paths.kept(task.image)
                 if task.copy_numbers:
                     requests = self.requests(task, kept)
         return _Read(
@@ -173,12 +177,29 @@ class Regenerator:
             requests,
             Result(
                 kept_made=int(task.kept is None),
+                kept_recoded=int(is_recoded),
                 image_bytes=task.image.stat().st_size,
                 kept_bytes=path.stat().st_size + len(self.text(task.image).encode()),
                 image_bits=width * height * bits_per_pixel,
                 raw_bits=self.form.raw_bits(height, width, path) or 0,
             ),
         )
+
+    def _is_old(self, task: Task) -> bool:
+        """Whether a task's kept file has an ending that is no longer written, and is to be recoded."""
+        return self.recode and task.kept is not None and task.kept.suffix != self.form.files.kept_endings[0]
+
+    def _recode(self, task: Task, kept: bytes) -> bool:
+        """Write a kept file of an earlier version as the form writes it now.  Returns whether that was possible."""
+        try:
+            recoded = self.form.recoded(kept, pixels(task.image))
+        except OSError:  # which --verify tells
+            return False
+        if recoded is None:
+            return False
+        _write(self.paths.kept(task.image), lambda file: file.write(recoded))
+        task.kept.unlink()
+        return True
 
     def _save_kept(self, task: Task, kept: bytes) -> None:
         """Write a kept file in place of an older one.

@@ -53,7 +53,7 @@ def run(job: Job, action: Action) -> int:
     if action.dry_run:
         return dry_run(job, todo, fabric)
     generator = make_generator_for(job, todo, fabric)
-    regenerator = Regenerator(job.data.paths, job.form, generator)
+    regenerator = Regenerator(job.data.paths, job.form, generator, recode=True)
     start = time.perf_counter()
     with progress_bar(todo.copies_missing, "copy", fabric) as bar:
         result = run_shared(fabric, regenerator, todo, bar.update)

@@ -127,6 +127,13 @@ class Form(abc.ABC):
         """
         return None if kept == self.encode(image) else (OTHERWISE, "the image gives another one")
 
+    def recoded(self, kept: bytes, image: np.ndarray) -> bytes | None:
+        """A kept file with an ending that is read but no longer written, as `encode` writes its content now.
+
+        The same copies come from both.  None where it is to stay as it is.  Raises OSError for broken bytes.
+        """
+        return None
+
     def fits_by_size(self, kept: Path, size: tuple[int, int], kinds: Sequence[Mapping[str, Any]]) -> bool | None:
         """Whether a kept file's size tells that it was made with these settings; None where sizes can't tell.
 
@@ -268,7 +275,7 @@ def plural(noun: str) -> str:
 def parsed(name: str) -> Spec:
     """Raises UserError for what is no form's name."""
     first, _, rest = name.partition("+")
-    match = re.fullmatch(r"([a-z0-9]+)(?::(\w+))?(?:@([1-9]\d{0,3}))?", first)
+    match = re.fullmatch(r"([a-z0-9]+)(?::([\w.]+))?(?:@([1-9]\d{0,3}))?", first)
     if not match or "+" in rest or name.endswith("+"):
         raise UserError(f"{name!r} is no form's name; such as {', '.join(examples())}.")
     return Spec(match[1], match[2], match[3] and int(match[3]), parsed(rest) if rest else None)
