@@ -8,7 +8,7 @@ threads while the model samples.
 import errno
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +86,11 @@ class _Tally:
 class Regenerator:
     """Makes the kept files and copies of a dataset's train images.
 
-    generator: of the form's copies (`make_generator`); None where no copy is missing; recode: write kept files that
-    earlier versions made as the form writes them now (`Form.recoded`).
+    generator: of the form's copies (`make_generator`); None where no copy is missing; recode: class labels whose kept
+    files of earlier versions are written as the form writes them now (`Form.recoded`).
     """
 
-    def __init__(self, paths: DatasetPaths, form: Form, generator: Generator | None, recode: bool = False):
+    def __init__(self, paths: DatasetPaths, form: Form, generator: Generator | None, recode: Container[str] = ()):
         self.paths = paths
         self.form = form
         self.generator = generator
@@ -187,7 +187,8 @@ class Regenerator:
 
     def _is_old(self, task: Task) -> bool:
         """Whether a task's kept file has an ending that is no longer written, and is to be recoded."""
-        return self.recode and task.kept is not None and task.kept.suffix != self.form.files.kept_endings[0]
+        is_old = task.kept is not None and task.kept.suffix != self.form.files.kept_endings[0]
+        return is_old and task.image.parent.name in self.recode
 
     def _recode(self, task: Task, kept: bytes) -> bool:
         """Write a kept file of an earlier version as the form writes it now.  Returns whether that was possible."""

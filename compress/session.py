@@ -20,7 +20,7 @@ from compress.generators.build import (
 from compress.job import Data, Job, Machine
 from compress.options import Action
 from compress.plan import Plan, Survey, survey, to_plan
-from compress.records import MadeOtherwise, Records
+from compress.records import MadeOtherwise, Records, State
 from compress.regenerate import Regenerator
 from compress.share import PATIENCE, by_all, by_first, own_part, run_shared, together
 from compress.summary import report, report_estimate, report_findings, report_plan
@@ -53,7 +53,7 @@ def run(job: Job, action: Action) -> int:
     if action.dry_run:
         return dry_run(job, todo, fabric)
     generator = make_generator_for(job, todo, fabric)
-    regenerator = Regenerator(job.data.paths, job.form, generator, recode=True)
+    regenerator = Regenerator(job.data.paths, job.form, generator, recode=to_recode(todo, action.repair))
     start = time.perf_counter()
     with progress_bar(todo.copies_missing, "copy", fabric) as bar:
         result = run_shared(fabric, regenerator, todo, bar.update)
@@ -61,6 +61,15 @@ def run(job: Job, action: Action) -> int:
         return DONE
     report(result, job.form.noun, empty, time.perf_counter() - start)
     return SOME_FAILED if result.failures or empty else DONE
+
+
+def to_recode(todo: Plan, repair: bool) -> set[str]:
+    """The class labels whose kept files of earlier versions are to be coded anew.
+
+    Files without a record, such as those of the published scripts, are left as they are unless a repair is asked for.
+    """
+    kept = todo.records.kept
+    return {label for label in kept.texts if repair or kept.state(label) is not State.NEW}
 
 
 def dry_run(job: Job, todo: Plan, fabric: Fabric) -> int:

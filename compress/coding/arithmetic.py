@@ -1,12 +1,14 @@
 """Binary arithmetic coding with given probabilities, in integers: the same bytes on every machine.
 
 The code of a sequence of bits is a number in an interval of [0, 1) whose length is the product of the bits'
-probabilities (Witten, Neal and Cleary 1987, "Arithmetic Coding for Data Compression").  It is written as the shortest
-string of bytes in that interval, so a few bits cost one byte, and nothing is spent on an end mark: the reader knows how
-many bits there are.
+probabilities (Witten, Neal and Cleary 1987, "Arithmetic Coding for Data Compression").  It is written in as few bytes
+as an interval of this length needs, or in one fewer where that is possible, so nothing is spent on an end mark: the
+reader knows how many bits there are.  Of the numbers with as many bytes, usually several, a checksum of the bits
+chooses one.  The length and this choice show most damage, at no cost.
 """
 
-from collections.abc import Iterable
+import zlib
+from collections.abc import Sequence
 
 PRECISION = 16
 """Probabilities are integers, in units of 2^-PRECISION, above 0 and below 2^PRECISION."""
@@ -16,7 +18,7 @@ LEAST = 1 << 22
 such integers faster than with larger ones."""
 
 
-def encoded(bits: Iterable[int], probabilities: Iterable[int]) -> bytes:
+def encoded(bits: Sequence[int], probabilities: Sequence[int]) -> bytes:
     """The code of a sequence of bits (0 or 1), given each one's probability of being 1."""
     length, terms = START, [0]  # the interval begins at the sum of terms[k] / (START * 2^8k)
     for bit, probability in zip(bits, probabilities, strict=True):
@@ -29,14 +31,14 @@ def encoded(bits: Iterable[int], probabilities: Iterable[int]) -> bytes:
         while length < LEAST:
             length <<= 8
             terms.append(0)
-    return _shortest(_sum(terms), length, len(terms) + 2)
+    return _number(_sum(terms), length, len(terms) + 2, zlib.crc32(bytes(bits)))
 
 
 class Decoder:
     """Reads bits one by one from the bytes of `encoded`; any bytes give some bits, which `check_end` may refute.
 
-    length, offset: of the interval, and of the code within it; read them, decode as `bit` does, and write them back
-    where calls of `bit` take too long.  Raises OSError for no bytes at all.
+    length, offset: of the interval, and of the code within it; checksum: of the bits read.  Where calls of `bit` take
+    too long, read these, decode as it does, and write them back.  Raises OSError for no bytes at all.
     """
 
     def __init__(self, code: bytes):
@@ -46,6 +48,7 @@ class Decoder:
         self.length = START
         self.offset = int.from_bytes(code[:3].ljust(3, b"\0"), "big")
         self.position = 3
+        self.checksum = 0
 
     def bit(self, probability: int) -> int:
         """The next bit, given its probability of being 1."""
@@ -55,6 +58,7 @@ class Decoder:
         if bit:
             self.offset -= of_zero
         self.length = of_one if bit else of_zero
+        self.checksum = zlib.crc32(bytes([bit]), self.checksum)
         while self.length < LEAST:
             self.length <<= 8
             self.offset = self.offset << 8 | self.next_byte()
@@ -68,8 +72,8 @@ class Decoder:
     def check_end(self) -> None:
         """Raises OSError unless the code is exactly what `encoded` gives for the bits that have been read."""
         read = int.from_bytes(self.code[: self.position].ljust(self.position, b"\0"), "big")
-        if self.code != _shortest(read - self.offset, self.length, self.position):
-            raise OSError("the code is damaged: it does not end where its last bit does")
+        if self.code != _number(read - self.offset, self.length, self.position, self.checksum):
+            raise OSError("the code is damaged, or of a map or picture of another size")
 
 
 def _sum(terms: list[int]) -> int:
@@ -82,14 +86,12 @@ def _sum(terms: list[int]) -> int:
     return carry << 8 * len(terms) | int.from_bytes(digits, "big")
 
 
-def _shortest(start: int, length: int, size: int) -> bytes:
-    """The shortest string of bytes whose number lies in the interval [start, start + length) / 2^8size.
-
-    Zeros at the end are left out, but one byte at least is written: an empty file has been cut off.
-    """
-    for count in range(max(0, size - 4), size + 1):
-        rest = 8 * (size - count)
-        number = -(-start >> rest)
-        if number << rest < start + length:
-            return number.to_bytes(count, "big").rstrip(b"\0") or b"\0"
-    raise AssertionError("an interval of length 1 or more holds an integer")
+def _number(start: int, length: int, size: int, checksum: int) -> bytes:
+    """A number in the interval [start, start + length) / 2^8size, in few bytes, but one at least."""
+    most = max(1, size - (length.bit_length() - 1) // 8)  # a multiple of 2^-8most lies in any interval of this length
+    for count in range(max(1, most - 1), most + 1):
+        unit = 8 * (size - count)
+        first, last = -(-start >> unit), (start + length - 1) >> unit
+        if first <= last:
+            return (first + checksum % (last - first + 1)).to_bytes(count, "big")
+    raise AssertionError("an interval longer than the unit holds a multiple of it")

@@ -11,6 +11,8 @@ machine adds, so the same bytes come back as the same pixels everywhere.
 """
 
 import hashlib
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -140,6 +142,7 @@ def _decoded_row(decoder: Decoder, probabilities: memoryview, width: int) -> np.
             length <<= 8
             offset = offset << 8 | decoder.next_byte()
     decoder.length, decoder.offset = length, offset
+    decoder.checksum = zlib.crc32(row, decoder.checksum)
     return np.frombuffer(row, np.uint8)
 
 
@@ -192,7 +195,7 @@ class Field:
         return np.minimum(shares, 255, out=shares)
 
     def left(self, rows: slice) -> np.ndarray:
-        """The pattern of the LEFT pixels before each pixel of some rows: N numbers, the nearest pixel the lowest bit."""
+        """The pattern of the LEFT pixels before each pixel of some rows: N numbers, the nearest in the lowest bit."""
         pixels = self._padded[ROWS + rows.start : ROWS + rows.stop].astype(np.uint8)
         before = [pixels[:, COLUMNS - 1 - i :][:, : self.width] << i for i in range(LEFT)]
         return np.bitwise_or.reduce(before).ravel()
@@ -258,6 +261,16 @@ def _best_kind(field: Field) -> int:
         of_one = np.array(_of_pixels(field, rows, *kinds), np.float32)
         bits -= np.log2(np.where(edges, of_one, whole - of_one) / whole).sum(1)
     return kinds[int(np.argmin(bits))]
+
+
+def largest_sums(weights: Mapping[str, np.ndarray]) -> list[int]:
+    """Bounds of the three layers' sums, whatever the inputs are."""
+    of = {name: np.abs(array.astype(np.int64)) for name, array in weights.items()}
+    inputs = np.repeat([1, 255], [PIXELS, SHARES])
+    first = inputs @ of["first"] + of["rows"].sum(0) + of["columns"].sum(0) + of["bias"]
+    second = MOST * of["second"].sum(0) + of["second_bias"]
+    last = MOST * of["last"].sum(1) + of["last_bias"]
+    return [int(sums.max()) for sums in (first, second, last)]
 
 
 @cache

@@ -74,16 +74,8 @@ class Predictor(torch.nn.Module):
             "last_bias": self.last.bias * last,
         }
         found = {name: weight.detach().round().numpy().astype(np.int32) for name, weight in weights.items()}
-        inputs = np.r_[np.ones(coder.PIXELS), np.full(coder.SHARES, 255)]
-        most = (
-            inputs @ abs(found["first"])
-            + sum(abs(found[name]).sum(0) for name in ("rows", "columns"))
-            + abs(found["bias"]),
-            coder.MOST * abs(found["second"]).sum(0) + abs(found["second_bias"]),
-            coder.MOST * abs(found["last"]).sum(1) + abs(found["last_bias"]),
-        )
-        if max(sums.max() for sums in most) >= 1 << 24:
-            raise ValueError(f"sums of {[int(sums.max()) for sums in most]} are not exact in float32")
+        if max(most := coder.largest_sums(found)) >= 1 << 24:
+            raise ValueError(f"sums of {most} are not exact in float32")
         return found
 
 

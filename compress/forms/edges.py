@@ -111,7 +111,8 @@ class Edges(Form):
         found = read(kept, size)
         if found.shape != size:
             return WRONG_SIZE, f"{found.shape[1]} x {found.shape[0]} instead of {size[1]} x {size[0]} pixels"
-        if not kept.startswith(b"BM") and not np.array_equal(found, edges):
+        of_published_scripts = is_picture(kept) and kept.startswith(b"BM")
+        if not of_published_scripts and not np.array_equal(found, edges):
             return OTHERWISE, "its edges are not those of the image"
         return None
 
