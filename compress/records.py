@@ -34,8 +34,9 @@ from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
 MARK = "ESCORT"
-MADE_BY = ("model", "precision")
-"""Settings that a record may lack, or that nobody has looked up; None, which equals any value."""
+MADE_BY = ("model", "precision", "edge_coder")
+"""Settings that a record may lack, or that nobody has looked up; None, which equals any value.  Edge maps of versions
+without a coder are pictures, which any version reads."""
 MODELS = ("model", "autoencoder")
 """Settings that are the fingerprint of a model."""
 DEFAULTS = {

@@ -10,7 +10,7 @@ import errno
 import functools
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,13 +92,15 @@ class _Tally:
 class Regenerator:
     """Makes the kept files and copies of a dataset's train images.
 
-    generator: of the form's copies (`make_generator`); None where nothing that is missing takes it.
+    generator: of the form's copies (`make_generator`); None where nothing that is missing takes it; recode: class
+    labels whose kept files of earlier versions are written as the form writes them now (`Form.recoded`).
     """
 
-    def __init__(self, paths: DatasetPaths, form: Form, generator: Generator | None):
+    def __init__(self, paths: DatasetPaths, form: Form, generator: Generator | None, recode: Container[str] = ()):
         self.paths = paths
         self.form = form
         self.generator = generator
+        self.recode = recode
         self.texts = paths.class_texts()
         self._pixels = Budget(MOST_PIXELS)
 
@@ -117,7 +119,7 @@ class Regenerator:
         Raises UserError where nothing can be written (full disk, no permission) or the batch does not fit the device.
         """
         leftovers = self._leftovers(plan)
-        plan.records.kept.note(task.image.parent.name for task in plan.tasks if not task.is_done)
+        plan.records.kept.note(task.image.parent.name for task in plan.tasks if not task.is_done or self._is_old(task))
         plan.records.copies.note(task.image.parent.name for task in plan.tasks if task.copy_numbers)
         marks = {label: plan.records.copies.mark(label) for label in self.texts}
         readers, writers = ThreadPoolExecutor(THREADS, "reader"), ThreadPoolExecutor(THREADS, "writer")
@@ -160,7 +162,7 @@ class Regenerator:
             return _failed(task, error)
 
     def _read_whole(self, task: Task) -> _Read:
-        if task.is_done:
+        if task.is_done and not self._is_old(task):
             return self._finished(task, [])
         width, height, _ = image_bits(task.image)
         with self._pixels.hold(width * height):
@@ -169,20 +171,24 @@ class Regenerator:
             return self._kept_and_requests(task, self.kept(task))
 
     def _kept_and_requests(self, task: Task, kept: bytes) -> _Read:
-        """Save what is kept of a task's image, if it is new, and list the copies to make from it."""
+        """Save what is kept of a task's image, if it is new or to be recoded, and list the copies to make from it."""
+        is_recoded = False
         if task.kept is None:
             self._save_kept(task, kept)
-        return self._finished(task, self.requests(task, kept) if task.copy_numbers else [])
+        elif self._is_old(task):
+            is_recoded = self._recode(task, kept)
+        return self._finished(task, self.requests(task, kept) if task.copy_numbers else [], is_recoded)
 
-    def _finished(self, task: Task, requests: list[Request]) -> _Read:
+    def _finished(self, task: Task, requests: list[Request], is_recoded: bool = False) -> _Read:
         """With the task's part of the result, once its kept file is on disk."""
         width, height, bits_per_pixel = image_bits(task.image)
-        path = task.kept or self.paths.kept(task.image)
+        path = task.kept if task.kept and not is_recoded else self.paths.kept(task.image)
         return _Read(
             task,
             requests,
             Result(
                 kept_made=int(task.kept is None),
+                kept_recoded=int(is_recoded),
                 image_bytes=task.image.stat().st_size,
                 kept_bytes=path.stat().st_size + len(self.text(task.image).encode()),
                 image_bits=width * height * bits_per_pixel,
@@ -219,6 +225,23 @@ class Regenerator:
                 yield self._kept_and_requests(each.task, code)
             except OSError as error:
                 yield _failed(each.task, error)
+
+    def _is_old(self, task: Task) -> bool:
+        """Whether a task's kept file has an ending that is no longer written, and is to be recoded."""
+        is_old = task.kept is not None and task.kept.suffix != self.form.files.kept_endings[0]
+        return is_old and task.image.parent.name in self.recode
+
+    def _recode(self, task: Task, kept: bytes) -> bool:
+        """Write a kept file of an earlier version as the form writes it now.  Returns whether that was possible."""
+        try:
+            recoded = self.form.recoded(kept, pixels(task.image))
+        except OSError:  # which --verify tells
+            return False
+        if recoded is None:
+            return False
+        _write(self.paths.kept(task.image), lambda file: file.write(recoded))
+        task.kept.unlink()
+        return True
 
     def _save_kept(self, task: Task, kept: bytes) -> None:
         """Write a kept file in place of an older one.

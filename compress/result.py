@@ -19,6 +19,7 @@ class Failure:
 class Result:
     """Numbers of kept files and copies that were made, were there already (skipped), and could not be made.
 
+    kept_recoded: kept files of earlier versions that were written as this one writes them, of those skipped;
     image_bytes: of the image files; kept_bytes: of the kept files and their class texts in UTF-8; image_bits, raw_bits:
     of both before any coding (raw_bits 0 where the form has no such count).  All four are sums over the images asked
     for that could be read.  The results of processes that share a plan add up to the whole's.
@@ -27,6 +28,7 @@ class Result:
     kept_made: int = 0
     kept_skipped: int = 0
     kept_failed: int = 0
+    kept_recoded: int = 0
     copies_made: int = 0
     copies_skipped: int = 0
     copies_failed: int = 0

@@ -24,7 +24,7 @@ from compress.generators.build import (
 from compress.job import Data, Job, Machine
 from compress.options import Action
 from compress.plan import Plan, Survey, survey, to_plan
-from compress.records import MadeOtherwise, Records, model_options, recorded_models
+from compress.records import MadeOtherwise, Records, State, model_options, recorded_models
 from compress.regenerate import Regenerator
 from compress.share import PATIENCE, by_all, by_first, own_part, run_shared, together
 from compress.summary import report, report_estimate, report_findings, report_plan
@@ -58,10 +58,12 @@ def run(job: Job, action: Action) -> int:
     if action.dry_run:
         return dry_run(job, todo, fabric)
     by_first(fabric, lambda: check_writable(todo))
+    recode = to_recode(todo, action.repair)
     with generator_for(job, todo, fabric) as generate:
         start = time.perf_counter()
+        regenerator = Regenerator(job.data.paths, job.form, generate, recode)
         with progress_bar(todo.copies_missing, "copy", fabric) as bar:
-            result = run_shared(fabric, Regenerator(job.data.paths, job.form, generate), todo, bar.update)
+            result = run_shared(fabric, regenerator, todo, bar.update)
     if not fabric.is_global_zero:
         return DONE
     report(result, job.form.noun, empty, time.perf_counter() - start)
@@ -79,6 +81,15 @@ def check_writable(todo: Plan) -> None:
                 tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(f"can't write to {folder}: {error.strerror}.") from error
+
+
+def to_recode(todo: Plan, repair: bool) -> set[str]:
+    """The class labels whose kept files of earlier versions are to be coded anew.
+
+    Files without a record, such as those of the published scripts, are left as they are unless a repair is asked for.
+    """
+    kept = todo.records.kept
+    return {label for label in kept.texts if repair or kept.state(label) is not State.NEW}
 
 
 def dry_run(job: Job, todo: Plan, fabric: Fabric) -> int:

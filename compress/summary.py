@@ -111,8 +111,10 @@ def report_estimate(regenerator: Regenerator, todo: Plan, processes: int = 1) ->
 def report(result: Result, noun: str, empty: list[Path], seconds: float) -> None:
     """Print what a run did.  noun: of the form."""
     speed = f" ({result.copies_made / seconds:.3g} copies/s)" if result.copies_made else ""
+    recoded = f" ({result.kept_recoded:,} of them recoded)" if result.kept_recoded else ""
     print(
-        f"{plural(noun)}: {result.kept_made:,} made, {result.kept_skipped:,} skipped, {result.kept_failed:,} failed\n"
+        f"{plural(noun)}: {result.kept_made:,} made, {result.kept_skipped:,} skipped{recoded}, "
+        f"{result.kept_failed:,} failed\n"
         f"copies: {result.copies_made:,} made, {result.copies_skipped:,} skipped, {result.copies_failed:,} failed"
         f" in {duration(seconds)}{speed}"
     )

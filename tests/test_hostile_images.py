@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from compress import presets, run
+from compress.coding.edge_maps import encode
 from compress.cost import Cost
 from compress.forms.edges import read as edges_of
-from compress.forms.edges import written
 from compress.presets import HIGH
 from compress.records import Records
 from compress.verify import verify
@@ -109,7 +109,7 @@ def test_a_turned_picture_costs_its_edge_map_at_the_shown_size(pictures, tmp_pat
     image = Path(shutil.copy(turned, paths.folder("train") / "a" / "x.jpg"))
     assert Cost(edges(HIGH), paths).units(image) == pytest.approx(1 / 24, rel=1e-12)
     paths.kept(image).parent.mkdir(parents=True)
-    paths.kept(image).write_bytes(written(edge_map))
+    paths.kept(image).write_bytes(encode(edge_map))
     assert Cost(edges(HIGH), paths).units(image) == pytest.approx(1 / 24, rel=1e-12)
 
 
@@ -280,8 +280,7 @@ def test_one_run_makes_what_can_be_made_and_lists_the_rest(tmp_path, monkeypatch
     assert "too long" in reasons[folder / ("x" * 251 + ".jpg")]
     assert (result.kept_made, result.copies_made) == (len(shown), len(shown))
     for image, picture in shown.items():
-        edge_map = edges_of(paths.kept(image).read_bytes())
-        assert edge_map.shape == picture.shape[:2], image.name
+        edge_map = edges_of(paths.kept(image).read_bytes(), picture.shape[:2])
         assert np.array_equal(edge_map, cv2.Canny(np.asarray(read_image(image)), 100, 200)), image.name
         with Image.open(paths.copy(image, 0)) as copy:
             assert (copy.height, copy.width) == picture.shape[:2], image.name
@@ -289,7 +288,8 @@ def test_one_run_makes_what_can_be_made_and_lists_the_rest(tmp_path, monkeypatch
     left = [file for kind in ("kept", "copies") for file in os.listdir(paths.folder(kind) / "a class")]
     assert not [name for name in left if name.endswith(".tmp")]
     lossless = [image for image in shown if image.name.startswith("turned") and image.suffix == ".png"]
-    maps = {edges_of(paths.kept(image).read_bytes()).tobytes() for image in lossless}
+    size = hostile_images.PICTURE.shape[:2]
+    maps = {edges_of(paths.kept(image).read_bytes(), size).tobytes() for image in lossless}
     assert maps == {cv2.Canny(hostile_images.PICTURE, 100, 200).tobytes()}  # however they are stored
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -14,6 +15,7 @@ from PIL import Image
 
 import main
 from compress import on_demand
+from compress.coding.edge_maps import encode
 from compress.cost import Cost
 from compress.options import parse_settings
 from models.epochs import Epochs
@@ -248,7 +250,7 @@ def test_copies_on_demand(train, tmp_path, own_data_dir, monkeypatch, capsys):
             made = 0
             for image in images:
                 paths.kept(image).parent.mkdir(parents=True, exist_ok=True)
-                Image.new("1", (32, 32)).save(paths.kept(image))
+                paths.kept(image).write_bytes(encode(np.zeros((32, 32))))
                 for k in range(2 if with_copies else 0):
                     paths.copy(image, k).parent.mkdir(parents=True, exist_ok=True)
                     made += not paths.copy(image, k).exists()

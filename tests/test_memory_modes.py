@@ -22,7 +22,7 @@ def paths(tmp_path_factory):
     for c, label in enumerate(LABELS):
         for i in range(N):
             image = save_noise(paths.folder("train") / label / f"{i:02d}.png", 100 * c + i, (12, 12))
-            save_picture(paths.edge_map(image), 0, (12, 12), "1")
+            save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (12, 12), "1")
     return paths
 
 
@@ -138,7 +138,7 @@ def test_prompts_that_cost_more_than_was_foreseen_are_dropped_without_a_word(tmp
     memory.add_class(0, images, features_of(0))
     assert memory.nb_exemplars(0) == 2 + 8  # 3 / (2 + 6/24) times 2 and 6, whole ones
     for image in images:
-        save_picture(paths.edge_map(image), 0, (24, 24), "1")  # 4/24 units each
+        save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (24, 24), "1")  # 4/24 units each
     memory.enforce_budget(0)
     assert memory.nb_exemplars(0) == 2 + 6
     assert not caplog.records

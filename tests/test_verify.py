@@ -103,7 +103,8 @@ def test_an_edge_map_of_another_image_is_found_and_its_copies_made_again(paths, 
 def test_an_edge_map_of_the_wrong_size(paths, compress):
     compress(resolution="low")
     image = paths.images("sushi")[0]
-    save_picture(paths.find_kept(image), size=(48, 40), mode="L")
+    paths.find_kept(image).unlink()
+    save_picture(paths.kept(image).with_suffix(".webp"), size=(48, 40), mode="L")
     code, out, _ = compress("--verify", resolution="low")
     assert code == 1
     assert "1 edge map of the wrong size" in out

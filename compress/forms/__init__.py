@@ -174,6 +174,13 @@ class Form(abc.ABC):
         """
         return None if kept == self.encode(image) else (OTHERWISE, "the image gives another one")
 
+    def recoded(self, kept: bytes, image: np.ndarray) -> bytes | None:
+        """A kept file with an ending that is read but no longer written, as `encode` writes its content now.
+
+        The same copies come from both.  None where it is to stay as it is.  Raises OSError for broken bytes.
+        """
+        return None
+
     def fits_by_size(self, kept: Path, size: tuple[int, int], kinds: Sequence[Mapping[str, Any]]) -> bool | None:
         """Whether a kept file's size tells that it was made with these settings; None where sizes can't tell.
 
@@ -265,7 +272,7 @@ def plural(noun: str) -> str:
 def parsed(name: str) -> Spec:
     """Raises UserError for what is no form's name."""
     first, _, rest = name.partition("+")
-    match = re.fullmatch(r"([a-z0-9]+)(?::(\w+))?(?:@([1-9]\d{0,3}))?(?:/(\d{1,4}))?", first)
+    match = re.fullmatch(r"([a-z0-9]+)(?::([\w.]+))?(?:@([1-9]\d{0,3}))?(?:/(\d{1,4}))?", first)
     if not match or "+" in rest or name.endswith("+"):
         raise UserError(f"{name!r} is no form's name; such as {', '.join(examples())}.")
     side, part = (number and int(number) for number in match.group(3, 4))

@@ -1,6 +1,10 @@
-"""Edge maps: a 1-bit Canny edge map and the class's text, from which ControlNet generates copies (the paper's form)."""
+"""Edge maps: a 1-bit Canny edge map and the class's text, from which ControlNet generates copies (the paper's form).
 
-import io
+The map is kept as `compress.coding.edge_maps` codes it, without its size, which follows from the image's and the
+settings.  Maps of earlier versions (.webp, .png) and of the published scripts (.bmp) are pictures with a header.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +12,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 
+from compress.coding.edge_maps import decode, encode, fingerprint
 from compress.forms import OTHERWISE, WRONG_SIZE, Condition, Form, Spec, decoded, files_named, reduced
 from compress.presets import Preset
 from ControlNet.annotator.canny import CannyDetector
@@ -18,12 +22,15 @@ from utils.data.images import image_bits
 from utils.data.paths import FormFiles
 from utils.errors import UserError
 
-WEBP_SIDE = 16_383
-"""The longest side, in pixels, that a WebP holds."""
-
 FILES = FormFiles()
+ENDINGS = (".edges", ".webp")
+"""Of edge maps that are not as large as the preset says."""
 
 THRESHOLDS = ("low_threshold", "high_threshold")
+
+SKETCH = {"low_threshold": 60, "high_threshold": 120, "smallest_fragment": 30}
+"""Settings of sketches: Canny's thresholds, and the pixels of the smallest fragment of a map whose shorter side is 224;
+of other maps, in proportion to the side, as a line's length is."""
 
 _find_edges = CannyDetector()
 
@@ -32,23 +39,30 @@ _find_edges = CannyDetector()
 class Edges(Form):
     """The edge map has the image's own size, the generated size where the preset says so, or a smaller one.
 
-    side: shorter side of the smaller edge map in pixels, None for the preset's size.
+    side: shorter side of the smaller edge map in pixels, None for the preset's size; sigma: of the blur of a sketch
+    (`sketched`), in pixels of the edge map, None for the preset's Canny of the image as it is.
     """
 
     name: str = "edges"
     noun: str = "edge map"
     files: FormFiles = FILES
     side: int | None = None
+    sigma: float | None = None
 
     def settings(self) -> dict[str, Any]:
+        settings = {"edge_coder": fingerprint()}
+        if self.sigma is None:
+            settings |= {name: getattr(self.preset, name) for name in THRESHOLDS}
+        else:
+            settings |= {"sigma": self.sigma, **SKETCH}
         if self.side is not None:
-            return {"side": self.side, **{name: getattr(self.preset, name) for name in THRESHOLDS}}
-        names = ["edges_of_generated_size", *THRESHOLDS]
+            return {"side": self.side, **settings}
+        names = ["edges_of_generated_size"]
         names += ["shorter_side", "small_shorter_side", "max_pixels"] * self.preset.edges_of_generated_size
-        return {name: getattr(self.preset, name) for name in names}
+        return settings | {name: getattr(self.preset, name) for name in names}
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
-        return written(self.edges(image))
+        return encode(self.edges(image))
 
     def edges(self, image: np.ndarray) -> np.ndarray:
         """The edge map: HxW uint8, 255 on an edge and 0 elsewhere."""
@@ -57,6 +71,8 @@ class Edges(Form):
         if (height, width) != image.shape[:2]:
             enlarge = height * width >= image.shape[0] * image.shape[1]
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LANCZOS4 if enlarge else cv2.INTER_AREA)
+        if self.sigma is not None:
+            return sketched(image, self.sigma)
         return _find_edges(image, self.preset.low_threshold, self.preset.high_threshold)
 
     def edge_size(self, height: int, width: int) -> tuple[int, int]:
@@ -66,61 +82,105 @@ class Edges(Form):
         return self.preset.generated_size(height, width) if self.preset.edges_of_generated_size else (height, width)
 
     def copy_settings(self) -> dict[str, Any]:
-        return super().copy_settings() | ({} if self.side is None else {"form": self.name, "side": self.side})
+        settings = super().copy_settings()
+        if self.sigma is not None:
+            settings |= {"form": self.name, "sigma": self.sigma, **SKETCH}
+        return settings | ({} if self.side is None else {"form": self.name, "side": self.side})
+
+    def payload(self, kept: bytes, size: tuple[int, int], greyscale: bool) -> bytes:
+        """The code, also of a map that an earlier version or a published script wrote as a picture."""
+        if not is_picture(kept):
+            return kept
+        edges = read(kept, size)
+        return encode(edges) if edges.shape == self.edge_size(*size) else kept
 
     def condition(self, kept: bytes, size: tuple[int, int], greyscale: bool = False) -> Condition:
-        """The edge map at the generated size, by nearest neighbour."""
-        edges, (height, width) = read(kept), self.preset.generated_size(*size)
+        return self.shown(read(kept, self.edge_size(*size)), size)
+
+    def shown(self, edges: np.ndarray, size: tuple[int, int]) -> Condition:
+        """An edge map (HxW uint8) at the generated size of an image of this size, by nearest neighbour."""
+        height, width = self.preset.generated_size(*size)
         if edges.shape != (height, width):
             edges = cv2.resize(edges, (width, height), interpolation=cv2.INTER_NEAREST)
         return Condition((height, width), hint=edges)
 
     def raw_bits(self, height: int, width: int, kept: Path | None = None) -> int:
         """One a pixel of the edge map, also where an older file spends eight on it."""
-        map_height, map_width = self.edge_size(height, width) if kept is None else image_bits(kept)[1::-1]
+        has_size = kept is not None and kept.suffix != self.files.kept_endings[0]
+        map_height, map_width = image_bits(kept)[1::-1] if has_size else self.edge_size(height, width)
         return map_height * map_width
 
     def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:
         """Bit for bit; a published script's .bmp, whose image decoder is unknown, by its size alone."""
-        found, size = read(kept), self.edge_size(*image.shape[:2])
+        size, edges = self.edge_size(*image.shape[:2]), self.edges(image)
+        if kept == encode(edges):
+            return None  # in less time than it takes to decode it
+        found = read(kept, size)
         if found.shape != size:
             return WRONG_SIZE, f"{found.shape[1]} x {found.shape[0]} instead of {size[1]} x {size[0]} pixels"
-        if not kept.startswith(b"BM") and not np.array_equal(found, self.edges(image)):
+        of_published_scripts = is_picture(kept) and kept.startswith(b"BM")
+        if not of_published_scripts and not np.array_equal(found, edges):
             return OTHERWISE, "its edges are not those of the image"
         return None
 
+    def recoded(self, kept: bytes, image: np.ndarray) -> bytes | None:
+        """Of the published scripts' maps those alone that are this version's too, to be checked bit for bit then."""
+        edges = self.edges(image)
+        return encode(edges) if np.array_equal(read(kept, edges.shape), edges) else None
+
     def fits_by_size(self, kept: Path, size: tuple[int, int], kinds: Sequence[Mapping[str, Any]]) -> bool | None:
-        if any(kind[name] != kinds[0][name] for kind in kinds for name in THRESHOLDS):
+        names = (*THRESHOLDS, "sigma", "smallest_fragment")
+        if any(kind.get(name) != kinds[0].get(name) for kind in kinds for name in names):
             return None
+        if kept.suffix == self.files.kept_endings[0]:
+            return None  # it has no size
         return image_bits(kept)[1::-1] == self.edge_size(*size)
 
 
-def written(edges: np.ndarray) -> bytes:
-    """A lossless file of an edge map.
+def sketched(image: np.ndarray, sigma: float) -> np.ndarray:
+    """The edge map (HxW uint8, 0 or 255) of a blurred image (HxWx3 uint8), without small fragments.
 
-    A lossless WebP packs its two colours into one bit a pixel: the smallest that Pillow writes (measured by
-    tests/bench/bench_edge_maps.py).  Where a side is too long for WebP, a 1-bit PNG: readers go by the content.
+    Fragments are sets of edge pixels that touch, diagonally too.
     """
-    file, image = io.BytesIO(), Image.fromarray(edges > 0)
-    if max(image.size) <= WEBP_SIDE:
-        image.save(file, "WEBP", lossless=True, method=4, quality=100)
-    else:
-        image.save(file, "PNG", optimize=True)
-    return file.getvalue()
+    blurred = cv2.GaussianBlur(image, (0, 0), sigma)
+    edges = _find_edges(blurred, SKETCH["low_threshold"], SKETCH["high_threshold"])
+    _, fragments, stats, _ = cv2.connectedComponentsWithStats(edges, connectivity=8)
+    least = round(SKETCH["smallest_fragment"] * min(edges.shape) / 224)
+    kept = stats[:, cv2.CC_STAT_AREA] >= least
+    kept[0] = False  # the background
+    return np.where(kept[fragments], np.uint8(255), np.uint8(0))
 
 
-def read(kept: bytes) -> np.ndarray:
-    """The edge map (HxW uint8, 0 or 255) of `written`'s bytes, or of an 8-bit .bmp of the published scripts."""
+def read(kept: bytes, size: tuple[int, int]) -> np.ndarray:
+    """A kept edge map: HxW uint8, 0 or 255.
+
+    size: (height, width) of a coded one; a picture of earlier versions or of the published scripts has its own.
+    Raises OSError for broken bytes.
+    """
+    if not is_picture(kept):
+        return decode(kept, *size)
     return np.where(decoded(kept)[:, :, 0] > 127, np.uint8(255), np.uint8(0))
 
 
+def is_picture(kept: bytes) -> bool:
+    """Whether the bytes begin as a WebP, PNG or BMP does, which no code does but by a chance of less than 2^-47."""
+    webp, bmp = kept[:4] == b"RIFF" and kept[8:12] == b"WEBP", kept[:2] == b"BM" and kept[6:10] == bytes(4)
+    return webp or bmp or kept.startswith(b"\x89PNG\r\n\x1a\n")
+
+
 def edges(spec: Spec, preset: Preset) -> Edges:
-    if spec.argument:
-        raise UserError("the form 'edges' takes a side alone: edges, edges@64.")
-    if spec.side is None:
+    sigma = None
+    if spec.argument is not None:
+        if not re.fullmatch(r"\d{1,2}(\.\d{1,2})?", spec.argument) or not float(spec.argument):
+            raise UserError(
+                "the form 'edges' takes the sigma of a blur in pixels (at most 99.99), a side, or both: "
+                "edges:1.5, edges@64, edges:1.5@64."
+            )
+        sigma = float(spec.argument)
+    if spec.side is None and sigma is None:
         return Edges(preset)
-    return Edges(preset, spec.name, files=files_named(spec.name, (".webp",), ".jpg"), side=spec.side)
+    return Edges(preset, spec.name, files=files_named(spec.name, ENDINGS, ".jpg"), side=spec.side, sigma=sigma)
 
 
-EXAMPLES = ["edges", "edges@SIDE"]
+EXAMPLES = ["edges", "edges@SIDE", "edges:SIGMA", "edges:SIGMA@SIDE"]
 FORMS = {"edges": edges}

@@ -1,18 +1,23 @@
-"""An edge map and a small picture in one file ("edges+webp:10@32"): the one has the lines, the other the colours.
+"""An edge map and a small picture in one file: the one has the lines, the other the colours.
 
-Copies are generated image to image: they start from the picture, resized to the generated size and noised, under the
-edge map's control.  `Sampling.start_strength` is the share of the steps that change it (Meng et al. 2022, "SDEdit:
-Guided Image Synthesis and Editing with Stochastic Differential Equations").
+"edges+webp:10@32" keeps a codec's picture; "edges+colour@16" keeps a tiny picture's low frequencies in 10 to 40 bytes,
+in one code with the edge map (`compress.coding.colour`).  Either edge map may be smaller or a sketch:
+"edges:1.5@64+colour@16".  Copies are generated image to image: they start from the picture, resized to the generated
+size and noised, under the edge map's control.  `Sampling.start_strength` is the share of the steps that change it (Meng
+et al. 2022, "SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations").
 """
 
 import struct
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 
-from compress.forms import Condition, Form, Spec, files_named, form_named, resize_back
-from compress.forms.edges import Edges, edges
+from compress.coding import colour, edge_maps
+from compress.coding.arithmetic import Decoder, encoded
+from compress.forms import OTHERWISE, Condition, Form, Spec, files_named, form_named, reduced, resize_back
+from compress.forms.edges import SKETCH, Edges, edges, is_picture
 from compress.forms.picture import Picture
 from compress.presets import Preset
 from utils.data.codecs import CODECS
@@ -24,24 +29,35 @@ _EARLIER = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
-class EdgesAndPicture(Form):
-    """edges, picture: the two forms whose files are kept together."""
+class _EdgesAndStart(Form):
+    """edges: the form of the edge map."""
 
     name: str
     edges: Edges
-    picture: Picture
-    noun = "file of edge map and picture"
     has_start = True
 
     @property
     def files(self):
         return files_named(self.name, (".bin",), ".jpg")
 
+    def copy_settings(self) -> dict[str, Any]:
+        return {**super().copy_settings(), **(SKETCH if self.edges.sigma else {}), "form": self.name}
+
+    def under(self, condition: Condition, start: np.ndarray) -> Condition:
+        """An edge map's condition, with a picture of any size to start from."""
+        return Condition(condition.size, condition.hint, resize_back(start, *condition.size))
+
+
+@dataclass(frozen=True)
+class EdgesAndPicture(_EdgesAndStart):
+    """picture: the form of the picture.  A kept file is the length of the edge map's code (seven bits a byte, the
+    lowest first, the eighth tells that more follow), that code, and what the picture's form keeps."""
+
+    picture: Picture
+    noun = "file of edge map and picture"
+
     def settings(self) -> dict[str, Any]:
         return {**self.edges.settings(), "picture": self.picture.name, "picture_settings": self.picture.settings()}
-
-    def copy_settings(self) -> dict[str, Any]:
-        return {**super().copy_settings(), "form": self.name}
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
         return joined(self.edges.encode(image), self.picture.encode(image))
@@ -52,9 +68,8 @@ class EdgesAndPicture(Form):
 
     def condition(self, kept: bytes, size: tuple[int, int], greyscale: bool = False) -> Condition:
         edge_map, picture = parts(kept)
-        condition = self.edges.condition(edge_map, size, greyscale)
         start = self.picture.picture(picture, size, greyscale)
-        return Condition(condition.size, condition.hint, resize_back(start, *condition.size))
+        return self.under(self.edges.condition(edge_map, size, greyscale), start)
 
     def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:
         edge_map, picture = parts(kept)
@@ -66,9 +81,43 @@ def joined(edge_map: bytes, picture: bytes) -> bytes:
     return varint(len(edge_map)) + edge_map + picture
 
 
+@dataclass(frozen=True)
+class EdgesAndColour(_EdgesAndStart):
+    """side: shorter side of the tiny picture in pixels.  A kept file is one code, of the picture and the edge map."""
+
+    side: int
+    noun = "code of edge map and colours"
+
+    def settings(self) -> dict[str, Any]:
+        return {**self.edges.settings(), "colour_side": self.side}
+
+    def encode(self, image: np.ndarray, text: str = "") -> bytes:
+        height, width = reduced(*image.shape[:2], self.side)
+        small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        coded = [colour.bits_of(small), edge_maps.bits_of(self.edges.edges(image))]
+        return encoded(*(first + second for first, second in zip(*coded, strict=True)))
+
+    def decoded(self, kept: bytes, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """(the tiny picture, HxWx3 uint8; the edge map, HxW uint8) of an image of size (height, width)."""
+        decoder = Decoder(kept)
+        parts = colour.read(decoder, *reduced(*size, self.side)), edge_maps.read(decoder, *self.edges.edge_size(*size))
+        decoder.check_end()
+        return parts
+
+    def condition(self, kept: bytes, size: tuple[int, int], greyscale: bool = False) -> Condition:
+        picture, edge_map = self.decoded(kept, size)
+        return self.under(self.edges.shown(edge_map, size), picture)
+
+    def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:
+        if kept == self.encode(image):
+            return None
+        self.decoded(kept, image.shape[:2])
+        return OTHERWISE, "the image gives other edges or colours"
+
+
 def parts(kept: bytes) -> tuple[bytes, bytes]:
     """What is kept of the edge map and of the picture.  Raises OSError for bytes that are not those two."""
-    if kept[4:8] in (b"RIFF", b"\x89PNG"):
+    if is_picture(kept[_EARLIER.size :]):
         length, start = _EARLIER.unpack_from(kept)[0], _EARLIER.size
     else:
         try:
@@ -81,12 +130,16 @@ def parts(kept: bytes) -> tuple[bytes, bytes]:
     return kept[start:end], kept[end:]
 
 
-def edges_and_picture(spec: Spec, preset: Preset) -> EdgesAndPicture:
-    if spec.plus.head not in CODECS:
-        raise UserError(f"after 'edges+' comes a picture, such as edges+webp:10@32, not {spec.plus.name!r}.")
-    alone = edges(Spec(spec.head, spec.argument, spec.side), preset)
-    return EdgesAndPicture(preset, spec.name, alone, form_named(spec.plus.name, preset))
+def edges_and(spec: Spec, preset: Preset) -> Form:
+    alone, plus = edges(Spec(spec.head, spec.argument, spec.side), preset), spec.plus
+    if plus.head == "colour" and plus.argument is None and plus.side:
+        return EdgesAndColour(preset, spec.name, alone, plus.side)
+    if plus.head not in CODECS:
+        raise UserError(
+            f"after 'edges+' comes a picture, such as edges+colour@16 or edges+webp:10@32, not {plus.name!r}."
+        )
+    return EdgesAndPicture(preset, spec.name, alone, form_named(plus.name, preset))
 
 
-EXAMPLES = ["edges+webp:Q@SIDE"]
-FORMS = {"edges+": edges_and_picture}
+EXAMPLES = ["edges+colour@SIDE", "edges+webp:Q@SIDE"]
+FORMS = {"edges+": edges_and}

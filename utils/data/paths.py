@@ -2,7 +2,7 @@
 
     <data-dir>/<dataset>/train/<class-label>/<stem>.<ext>
     <data-dir>/<dataset>/test/<class-label>/<stem>.<ext>
-    <data-dir>/<dataset>/edge_maps/<class-label>/<stem>.webp
+    <data-dir>/<dataset>/edge_maps/<class-label>/<stem>.edges
     <data-dir>/<dataset>/exemplars/<class-label>/<stem>_seed00.jpg
 
 Other exemplar forms have folders of their own instead of the last two (`FormFiles`).  A variant's folders are
@@ -60,7 +60,7 @@ class FormFiles:
 
     kept: str = "edge_maps"
     copies: str = "exemplars"
-    kept_endings: tuple[str, ...] = (".webp", ".png", ".bmp")
+    kept_endings: tuple[str, ...] = (".edges", ".webp", ".png", ".bmp")
     copy_ending: str = ".jpg"
 
 
@@ -146,7 +146,7 @@ class DatasetPaths:
     def find_kept(self, image: Path, among: Container[str] | None = None) -> Path | None:
         """A train image's kept file, with any of the form's endings; None if there is none.
 
-        An edge map is a .webp, a .png of earlier versions, or a .bmp of the published scripts.
+        An edge map is an .edges, a .webp or .png of earlier versions, or a .bmp of the published scripts.
         among: the names in its folder, if the caller has listed it.
         """
         folder, stem = self._beside(image, "kept"), self._stem(image)
