@@ -4,7 +4,6 @@ A source lists pictures with their places in the project's layout.  The table SO
 """
 
 import hashlib
-import json
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils import json_files
 from utils.data.images import is_image
 from utils.data.published import without_comments
 from utils.errors import UserError
@@ -115,9 +115,9 @@ def food101(root: Path, split: Split, labels: Iterable[str] | None = None) -> li
     for mode in ("train", "test"):
         file = folder / "meta" / f"{mode}.json"
         try:
-            listed = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} can't be read ({error}). Delete {folder} and unpack it again.") from None
+            listed = json_files.read(file)
+        except UserError as error:
+            raise UserError(f"{error} Delete {folder} and unpack it again.") from None
         for label, names in listed.items():
             files = [folder / "images" / f"{name}.jpg" for name in names]
             pictures += [Picture(mode, label, path.name, path) for path in files]
@@ -224,7 +224,7 @@ def read_class_list(file: Path) -> dict[str, str | None]:
             parts = [re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1) for line in lines]
             entries = {label: text[0] if text else None for label, *text in parts}
         else:
-            listed = json.loads(content)
+            listed = json_files.parse(content.encode(), str(file))
             pairs = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
             entries = dict(value if isinstance(value, list) else (key, value) for key, value in pairs)
         if not entries or not all(isinstance(t, str | None) and isinstance(label, str) for label, t in entries.items()):
