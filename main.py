@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from models import catalogue
 from models.use import command as use
 from utils import cli
@@ -97,7 +99,8 @@ def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
 
 def run(config: Config) -> dict:
     """The experiment.  Returns what it writes to results.json (`utils.results.report` describes it)."""
-    # torch and what needs it are imported here: a config with a mistake is answered at once.
+    config, paths = dataset_of(config)
+    # torch and what needs it are imported here: a config with a mistake, or a missing dataset, is answered at once.
     from compress.exemplars import check_exemplars, exemplar_form
     from models.method import fresh_backbone, network_input
     from utils.data.cache import open_cache
@@ -111,9 +114,6 @@ def run(config: Config) -> dict:
         raise UserError(
             f"batch_size {config.batch_size} is less than one image for each of {fabric.world_size} processes."
         )
-    folder = data_dir(config.data_dir)
-    config = replace(config, dataset=find_dataset(folder, config.dataset))
-    paths = DatasetPaths(folder, config.dataset, config.variant)
     classes = {key: getattr(config, key) for key in CLASS_KEYS}
     how = {"network_input": network_input(config), "old_may_be_gone": config.memory_only}
     first = DataManager(paths, seed=config.seed[0], **how, **classes)
@@ -156,6 +156,16 @@ def run(config: Config) -> dict:
     return results
 
 
+def dataset_of(config: Config) -> tuple[Config, DatasetPaths]:
+    """The config with the name of the dataset's folder, and the dataset.  Raises UserError where it is not there."""
+    folder = data_dir(config.data_dir)
+    config = replace(config, dataset=find_dataset(folder, config.dataset))
+    paths = DatasetPaths(folder, config.dataset, config.variant)
+    for mode in ("test",) if config.memory_only else ("train", "test"):
+        paths.classes(mode)
+    return config, paths
+
+
 def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, pixels, form, copies) -> dict:
     """One seed's phases.  Returns the results of all seeds so far."""
     from compress.exemplars import costs, quotas
@@ -187,6 +197,7 @@ def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path
         if len(records) not in written:
             entry = report.run_entry(seed, data.class_names, records, data.nb_phases)
             confusions = [record["cnn"]["confusion"] for record in records]
+            warn_of_one_class(records[-1], data.class_names)
             written[len(records)] = output.write(entry, confusions) if first else report.results({}, [entry])
         return written[len(records)]
 
@@ -198,6 +209,23 @@ def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path
         if config.regenerate == "on_demand" and records and records[-1]["copies_on_demand"] is not None:
             log.info(copies_saved(config, data, records))
         return write(records)
+
+
+def warn_of_one_class(record: Mapping[str, Any], class_names: Sequence[str]) -> None:
+    """Say so where a phase's classifier takes all test images for one class: it has learnt nothing, or diverged."""
+    for classifier in ("cnn", "nme"):
+        if record[classifier] is None:
+            continue
+        predicted = np.asarray(record[classifier]["confusion"]).sum(axis=0)
+        if len(predicted) > 1 and predicted.max() == predicted.sum():
+            log.warning(
+                "phase %d: the %s takes all %d test images for %r. Its training may have diverged (see epochs.csv): a "
+                "lower learning rate, or more epochs, may help.",
+                record["phase"],
+                {"cnn": "head (CNN)", "nme": "nearest mean (NME)"}[classifier],
+                predicted.sum(),
+                class_names[predicted.argmax()],
+            )
 
 
 def gone_images(config: Config, orders: Mapping[int, Any]) -> dict[str, int]:

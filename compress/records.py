@@ -168,7 +168,7 @@ class Record:
                 content = json.loads(file.read_text(encoding="utf-8"))
                 texts = content["class_texts"] if "class_texts" in content else dict.fromkeys(content["classes"])
                 entries.append({**content, "settings": dict(content["settings"]), "texts": dict(texts)})
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{file}, which says how the files there were made, can't be read ({type(error).__name__}). "
                     "Take it away, and they are kept as they are."

@@ -136,7 +136,7 @@ def _mode(name: str) -> str:
 def _check_known(name: str, known: list[str], library: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = f"; did you mean {' or '.join(near)}" if near else ""  # the caller ends the sentence
         raise ValueError(f"{library} {sys.modules[library].__version__} has no network {name!r}{hint}")
 
 

@@ -83,7 +83,7 @@ def complaint(tmp_path, data_dir, monkeypatch, capsys):
         # ranges
         ({"batch_size": 0}, ["batch_size must be at least 1"]),
         ({"accumulate_batches": 17}, ["accumulate_batches", "16 images", "17 parts"]),
-        ({"increment": 0}, ["increment must be at least 1"]),
+        ({"increment": 0}, ["increment is 0, with 4 classes left after phase 0: choose at least 1"]),
         ({"epochs": -3}, ["epochs must be at least 1"]),
         ({"batch_size": 10**16}, ["batch_size must be at most 1,000,000,000,000,000, not 10000000000000000"]),
         ({"model_seed": 10**16}, ["model_seed must be at most 1,000,000,000,000,000"]),

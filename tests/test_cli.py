@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -96,12 +97,19 @@ def test_where_an_output_can_t_be_written_is_said_first(command, arguments, tmp_
     assert capsys.readouterr().err == f"error: {tmp_path}/new/x.png can't be written: {tmp_path} is read-only.\n"
 
 
-def test_a_folder_that_is_no_run_is_answered_before_torch_is_imported():
-    code = "import sys, main; code = main.main(['predict', 'outputs/nosuch', '--images', 'x']); "
-    code += "print(code, 'torch' in sys.modules)"
-    done = shell(f'{sys.executable} -c "{code}"')
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["predict", "outputs/nosuch", "--images", "x"], "outputs/nosuch is not a run's output folder"),
+        (["--config", "exps/demo.json", "dataset=Nowhere"], "no train images of dataset 'Nowhere'"),
+        (["--config", "exps/demo.json", "dataset=Nowhere", "memory_only=true"], "no test images of dataset 'Nowhere'"),
+    ],
+)
+def test_what_is_not_there_is_said_before_torch_is_imported(arguments, words):
+    code = f"import sys, main; code = main.main({arguments}); print(code, 'torch' in sys.modules)"
+    done = shell(shlex.join([sys.executable, "-c", code]))
     assert done.stdout == "2 False\n"
-    assert "outputs/nosuch is not a run's output folder" in done.stderr
+    assert words in done.stderr
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])

@@ -99,6 +99,9 @@ def test_overrides_have_types_and_reach_other_keys(tmp_path):
         ({"seed": [1, 1]}, r"seed must list one or more different values"),
         ({"seed": "one"}, r"seed must be a list of whole numbers, not \"one\""),
         ({"model_name": "dr"}, r"model_name must be one of .*, not \"dr\"; did you mean \'der\'"),
+        ({"convnet_type": "pretrained_vit_b16_224_in21k"}, r"did you mean 'timm/vit_base_patch16_224.augreg_in21k'"),
+        ({"convnet_type": "vit_small_patch16_224"}, r"did you mean 'timm/vit_small_patch16_224'"),
+        ({"backbone_type": "resnet81"}, r"convnet_type is given twice, once as backbone_type"),
         ({"convnet_type": "resnet81"}, r"convnet_type must be one of .*did you mean 'resnet8"),
         ({"dataset": "../D"}, r"dataset must be the name of a folder"),
         ({"augmentation_prob": 1.5}, r"augmentation_prob must be at most 1"),
@@ -293,6 +296,7 @@ def test_increments_and_class_orders(tmp_path):
     assert load(tmp_path, {"increment": [3, 1]}).increment == [3, 1]
     assert load(tmp_path, None, "increment=3,1").increment == load(tmp_path, None, "increment=[3, 1]").increment
     assert load(tmp_path, None, "increment=3").increment == 3
+    assert load(tmp_path, None, "increment=0").increment == 0
     assert load(tmp_path, None, "increment=3,1").output_dir == "outputs/D-der-resnet8-2+3+1"
     assert load(tmp_path, None, "class_order=[b, a]").class_order == ["b", "a"]
     assert load(tmp_path, {"class_order": [1, 0]}).class_order == [1, 0]
@@ -302,6 +306,7 @@ def test_increments_and_class_orders(tmp_path):
         assert load(tmp_path, None, f"class_order={tmp_path / name}").class_order == ["b", "apple pie"]
     (tmp_path / "deep.json").write_text("[" * 100_000)
     for values, words in (
+        ({"increment": -1}, "increment must be at least 0"),
         ({"increment": [3, 0]}, "increment must be at least 1"),
         ({"class_order": "none.txt"}, "class_order names a file that can't be read"),
         ({"class_order": str(tmp_path / "deep.json")}, "class_order names a list that can't be read .*too deeply"),

@@ -395,7 +395,7 @@ def test_a_folder_within_each_class_folder(curate, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("twice.json", '{"a": "one", "b": "two", "a": "three"}', "a has two texts, 'one' and 'three'; keep one"),
+        ("twice.json", '{"a": "one", "b": "two", "a": "three"}', "a is given 2 times; keep one"),
         ("index.json", '{"0": ["a", "one"], "1": ["a", "two"]}', "a has two texts, 'one' and 'two'; keep one"),
         ("lines.txt", "a\tone\nb\na\ttwo\n", "a has two texts, 'one' and 'two'; keep one"),
     ],

@@ -123,6 +123,11 @@ def test_init_cls_must_fit_the_classes(toy, init_cls):
         manager(toy, init_cls=init_cls)
 
 
+def test_no_later_phase(toy):
+    data = manager(toy, init_cls=7, increment=0)
+    assert (data.nb_phases, len(data.phase_targets(0))) == (1, 7)
+
+
 @pytest.mark.parametrize("increment", [0, -2])
 def test_increment_must_be_positive_while_classes_are_left(toy, increment):
     with pytest.raises(UserError, match=f"increment is {increment}"):

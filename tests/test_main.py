@@ -385,6 +385,17 @@ def test_a_phase_0_cache_here(train, tmp_path, monkeypatch, capsys):
     assert [file.suffix for file in (tmp_path / "pixel_cache").iterdir()] == [".pixels"]  # beside it
 
 
+def test_one_class_for_all_is_said(caplog):
+    one, two = {"confusion": [[0, 5], [0, 5]]}, {"confusion": [[0, 5], [1, 4]]}
+    main.warn_of_one_class({"phase": 3, "cnn": one, "nme": two}, ["cat", "dog"])
+    (record,) = caplog.records
+    assert "phase 3: the head (CNN) takes all 10 test images for 'dog'" in record.getMessage()
+    caplog.clear()
+    main.warn_of_one_class({"phase": 0, "cnn": {"confusion": [[5]]}, "nme": None}, ["cat"])
+    main.warn_of_one_class({"phase": 3, "cnn": two, "nme": two}, ["cat", "dog"])
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_what_a_stopped_run_says(train, tmp_path, monkeypatch, capsys, kept):
     def stop(*_):

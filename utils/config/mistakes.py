@@ -37,8 +37,9 @@ def is_among(value: str, choices: Sequence[str]) -> bool:
     return value in choices or any(value.startswith(pattern) and value != pattern for pattern in patterns)
 
 
-def not_among(choices: Sequence[str], shown: str) -> str:
-    near = difflib.get_close_matches(shown.strip('"'), choices, n=1, cutoff=0.5)
+def not_among(choices: Sequence[str], shown: str, meant: str | None = None) -> str:
+    """meant: what the value stands for elsewhere, where that is known."""
+    near = [meant] if meant else difflib.get_close_matches(shown.strip('"'), choices, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"must be one of {', '.join(choices)}, not {shown}{hint}"
 

@@ -36,6 +36,14 @@ PYCIL_DATASETS = {
 """PyCIL's names of datasets, spelt as there, that stand for a dataset and an augmentation."""
 
 
+PILOTS_BACKBONES = {
+    "pretrained_vit_b16_224": "timm/vit_base_patch16_224",
+    "pretrained_vit_b16_224_in21k": "timm/vit_base_patch16_224.augreg_in21k",
+    "vit_base_patch16_224_in21k": "timm/vit_base_patch16_224.augreg_in21k",
+}
+"""PILOT's and timm's earlier names of pretrained backbones, and timm's today; with `pretrained: true`."""
+
+
 class Given(NamedTuple):
     """A value as given.  origin: the file, or the override as typed; typed: false for the text of an override."""
 
@@ -220,7 +228,7 @@ class _Reading:
             value = TypeAdapter(key.annotation).validate_python(value, strict=entry.typed)
             if choices is None or is_among(value, choices):
                 return value
-            message = not_among(choices, as_json(value))
+            message = not_among(choices, as_json(value), PILOTS_BACKBONES.get(value) or _of_timm(value, choices))
         except ValidationError as error:
             message = what_is_wrong(key.annotation, error, as_json(value) if entry.typed else value)
         self.refuse(f"{key.name} {message}", key.name)
@@ -334,6 +342,12 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f'{file} must hold one JSON object, like {{"dataset": "Food101", ...}}.')
     return values
+
+
+def _of_timm(value: Any, choices: Sequence[str]) -> str | None:
+    """The name with which timm's network is asked for, where the value is PILOT's name or lacks the library's."""
+    plain = str(value).removeprefix("pretrained_")
+    return f"timm/{plain}" if "timm/NAME" in choices and plain.startswith(("vit_", "deit_", "swin_")) else None
 
 
 def _may_be_null(annotation: Any) -> bool:

@@ -89,7 +89,7 @@ class Config:
     increment: Increments = setting(
         REQUIRED,
         "classes of each later phase; a list: of phase 1, 2, ..., its last number repeats; the last phase takes what "
-        "is left",
+        "is left; 0: there is none, as init_cls is all classes",
         source=PYCIL,
     )
     class_order: ClassOrder | None = setting(
@@ -106,7 +106,7 @@ class Config:
         "text", "how class labels are sorted: as text, as PyCIL does, or by the numbers in them (2 before 10)"
     )
     model_name: str = setting(REQUIRED, "the method", source=PYCIL)
-    convnet_type: str = setting(REQUIRED, "the backbone", source=PYCIL)
+    convnet_type: str = setting(REQUIRED, "the backbone", source=PYCIL, also=["backbone_type"])
     pretrained: YesOrFile = setting(
         False,
         "start from pretrained weights: those that the library has downloaded earlier (torch's cache; timm's: Hugging "

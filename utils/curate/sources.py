@@ -4,7 +4,6 @@ A source lists pictures with their places in the project's layout.  The table SO
 """
 
 import hashlib
-import json
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils import json_files
 from utils.data.images import is_image
 from utils.data.published import without_comments
 from utils.errors import UserError
@@ -117,9 +117,9 @@ def food101(root: Path, split: Split, labels: Iterable[str] | None = None) -> li
     for mode in ("train", "test"):
         file = folder / "meta" / f"{mode}.json"
         try:
-            listed = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} can't be read ({error}). Delete {folder} and unpack it again.") from None
+            listed = json_files.read(file)
+        except UserError as error:
+            raise UserError(f"{error} Delete {folder} and unpack it again.") from None
         for label, names in listed.items():
             files = [folder / "images" / f"{name}.jpg" for name in names]
             pictures += [Picture(mode, label, path.name, path) for path in files]
@@ -256,10 +256,9 @@ def read_class_list(file: Path) -> dict[str, str | None]:
             parts = [re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1) for line in lines]
             pairs = [(label, text[0] if text else None) for label, *text in parts]
         else:
-            # a dict would keep the last of a key's values
-            listed = json.loads(content, object_pairs_hook=lambda pairs: pairs)
-            pairs = [item if isinstance(item, tuple) else (item, None) for item in listed]
-            pairs = [tuple(value) if isinstance(value, list) else (key, value) for key, value in pairs]
+            listed = json_files.parse(content.encode(), str(file))
+            pairs = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
+            pairs = [value if isinstance(value, list) else (key, value) for key, value in pairs]
         entries: dict[str, str | None] = {}
         for label, text in pairs:
             if entries.setdefault(label, text) != text:
