@@ -21,7 +21,7 @@ SMALL = ["device=cpu", "init_cls=2", "increment=2", "memory_per_class=2", "real_
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name in ("CIFAR100", "Food101"):
-        make_shapes(folder, name=name, train=3, test=1, copies=0)
+        make_shapes(folder, name=name, train=6, test=1, copies=0)
     return folder
 
 

@@ -27,7 +27,6 @@ pytestmark = pytest.mark.xdist_group("use")  # its runs are trained once, not on
 QUICK = ("icarl", "foster", "rmm-icarl")
 EXPORTED = long_but(
     [(method, "head") for method in METHODS] + [("icarl", "nme"), ("der", "nme"), ("ssre", "nme")],
-    ("foster", "head"),
     ("icarl", "nme"),
 )
 
