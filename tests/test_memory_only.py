@@ -171,7 +171,7 @@ def test_what_can_not_be_is_said_before_any_work(tmp_path, checkpoint, capsys):
 def test_an_unpacked_memory_has_the_images_sizes_and_no_pixels_of_them(tmp_path, checkpoint, form):
     paths = dataset(tmp_path / "data")
     assert train(paths, tmp_path / "out" / "run", checkpoint, form) == 0
-    file = tmp_path / "out" / "run" / "seed1" / "memory" / "phase02.zip"
+    file = tmp_path / "out" / "run" / "seed1" / "memory" / "phase02.memory"
     ours = DatasetPaths(paths.data_dir, "Toy", files=form_named(form, HIGH).files)
     target = archive.unpack(file, ours, tmp_path / "unpacked")
     names = {"real": [], form: []}

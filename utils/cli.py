@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from utils.errors import Stopped, UserError
+from utils.errors import Stopped, UserError, escaped
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _end(code: int, message: str) -> int:
     else:
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # all read the same config: one line for a machine
     if is_first:
-        print(message, file=sys.stderr)
+        print(escaped(message), file=sys.stderr)  # file names and foreign files may have anything in them
     return code
 
 
@@ -159,7 +159,7 @@ def _ended_by_another(error: Exception) -> int | None:
         return None
     code, message = end
     if message:
-        print(f"error: {message}", file=sys.stderr)
+        print(escaped(f"error: {message}"), file=sys.stderr)
     return code
 
 

@@ -1,6 +1,11 @@
 """The exceptions that are meant for the person at the keyboard."""
 
 
+def escaped(text: object) -> str:
+    """A text with its control characters escaped: those of a file of others may steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
+
+
 class UserError(Exception):
     """Something that the user can mend: a wrong path, a bad config, missing copies.
 
