@@ -1,6 +1,5 @@
 """What exemplars of a form cost, in units and in bytes."""
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,23 @@ class Cost:
             raise UserError(f"cannot read image {error}. Replace the file or take it away.") from error
         return None if raw_bits is None else raw_bits / (width * height * bits_per_pixel)
 
-    def kept_bytes(self, image: Path) -> int | None:
-        """Bytes that are kept of a train image; None while they have not been made."""
+    def kept(self, image: Path) -> bytes | None:
+        """What is kept of a train image, as it goes into the memory's file; None while it has not been made."""
         path = image if self.form is None else self.paths.find_kept(image)
-        return path.stat().st_size if path else None
+        if path is None or self.form is None:
+            return path and path.read_bytes()
+        try:
+            width, height, bits_per_pixel = image_bits(image)
+            return self.form.payload(path.read_bytes(), (height, width), bits_per_pixel != 24)
+        except OSError as error:
+            raise UserError(f"{path}: {error}. Delete it; --repair of compress/run.py makes it again.") from error
+
+    def kept_bytes(self, image: Path) -> int | None:
+        """Its number of bytes."""
+        if self.form is None:
+            return image.stat().st_size
+        kept = self.kept(image)
+        return None if kept is None else len(kept)
 
     def expected_bytes(self, image: Path) -> int:
         """The same, of what has not been made yet too: it is encoded in memory, unless its length is fixed."""
@@ -52,9 +64,3 @@ class Cost:
             return len(self.form.stand_in(image))
         except OSError as error:
             raise UserError(f"cannot read image {error}. Replace the file or take it away.") from error
-
-    def text_bytes(self, labels: Collection[str]) -> int:
-        """Bytes that are kept once for each of some classes: their texts in UTF-8."""
-        if self.form is None or not labels:
-            return 0
-        return sum(len(text.encode()) for text in self.paths.class_texts(labels).values())

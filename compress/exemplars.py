@@ -16,6 +16,7 @@ from utils.config.schema import Config, MethodInfo
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.memory.budget import FILL, check_budget, check_bytes, check_smallest, check_total, warn_of_small_classes
+from utils.memory.share import ClassShare, Row
 
 
 def exemplar_form(config: Config, data):
@@ -138,10 +139,10 @@ def within_budget(config: Config, form, images, paths: DatasetPaths, least: int)
             for name, number in of_quota.items()
             if number
         }
-        texts = max(of_form[form.name].text_bytes({label}) for label in sizes)
-        check_bytes(quotas(config, form), config.memory_bytes_per_class, median, texts, least)
+        index = max(_index_bytes(label, text, of_quota) for label, text in paths.class_texts(sizes).items())
+        check_bytes(quotas(config, form), config.memory_bytes_per_class, median, index, least)
         if asked == 0:
-            check_smallest(images, config.memory_bytes_per_class)
+            check_smallest(images, config.memory_bytes_per_class, index)
         return config
     units = {"real": 1.0, form.name: 1 / 24}
     if asked:
@@ -171,3 +172,11 @@ def within_budget(config: Config, form, images, paths: DatasetPaths, least: int)
     else:
         check_total(config.memory_size, len(images), quotas(config, form), units, least)
     return config
+
+
+def _index_bytes(label: str, text: str, of_quota: Mapping[str, int]) -> int:
+    """Bytes that a class of one exemplar of each form takes beside the payloads (typical ones of 128 bytes or more)."""
+    share = ClassShare.empty(0, label, text, [name for name, number in of_quota.items() if number])
+    for each in share.forms:
+        share = share.plus(each.form, Row(128, (32, 32), 24))
+    return share.bytes - sum(each.payloads for each in share.forms)

@@ -3,8 +3,9 @@
     python -m compress.measure --dataset MNIST --forms real,webp:10,edges [--settings "--model tiny ..."] [--time]
 
 Writes nothing on disk.  Printed: classes, images_per_class (of the smallest class), images (that were looked at),
-image_bytes; forms: for each its bytes (mean of an exemplar), most_bytes, units (null without such a count), text_bytes
-(of the longest class text), needs_model, deterministic, copy_bytes and, with --time, seconds_per_copy; or its error.
+image_bytes; forms: for each its bytes (mean of an exemplar, with its length and size where these vary), most_bytes,
+units (null without such a count), text_bytes (of the longest class label and text), needs_model, deterministic,
+copy_bytes and, with --time, seconds_per_copy; or its error.
 """
 
 import argparse
@@ -18,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from compress.cost import Cost
 from compress.forms import Form
 from compress.job import Machine
 from compress.options import at_least_one, fitting_preset, parse_settings
@@ -26,6 +26,7 @@ from utils import cli
 from utils.data.images import image_bits, read_image
 from utils.data.paths import DatasetPaths, data_dir, find_dataset
 from utils.errors import UserError
+from utils.memory.share import FormShare, Row, named
 
 REAL = "real"
 
@@ -46,20 +47,21 @@ def measured(paths: DatasetPaths, images: Sequence[Path], form: Form | None) -> 
     if form is None:
         sizes = [image.stat().st_size for image in images]
         return {**found, "bytes": fmean(sizes), "most_bytes": max(sizes), "units": 1.0}
-    sizes, units, copies = [], [], []
-    texts = paths.class_texts()
+    sizes, units, copies, texts = [], [], [], paths.class_texts()
+    share = FormShare(form.name)
     for image in images:
-        sizes.append(len(form.stand_in(image, texts[image.parent.name])))
         width, height, bits = image_bits(image)
+        sizes.append(len(form.stand_in(image, texts[image.parent.name])))
+        share = share.plus(Row(sizes[-1], (width, height), bits))
         raw_bits = form.raw_bits(height, width)
         units.append(None if raw_bits is None else raw_bits / (width * height * bits))
         file = io.BytesIO()
         form.save_copy(np.asarray(read_image(image)), file, bits != 24)
         copies.append(file.tell())
     found |= {"needs_model": form.needs_model, "deterministic": form.deterministic, "copy_bytes": fmean(copies)}
-    found["text_bytes"] = max(Cost(form, paths).text_bytes({label}) for label in texts)
+    found["text_bytes"] = max(len(named(0, label, text)) for label, text in texts.items())
     units_mean = None if None in units else fmean(units)
-    return {**found, "bytes": fmean(sizes), "most_bytes": max(sizes), "units": units_mean}
+    return {**found, "bytes": share.bytes_of_one, "most_bytes": max(sizes), "units": units_mean}
 
 
 def seconds_of_copy(paths: DatasetPaths, images: Sequence[Path], form: Form, machine: Machine, device: str) -> float:

@@ -257,21 +257,23 @@ class Trainer:
         return made
 
     def _archive(self) -> None:
-        """Write the exemplars as one file, memory/phaseNN.zip."""
+        """Write the exemplars as one file, memory/phaseNN.memory."""
         if self.run.fabric.is_global_zero:
             path = self._archive_path(self.method.phase)
             path.parent.mkdir(parents=True, exist_ok=True)
             self.archive_bytes = archive.write(self.run.memory, path)
 
     def _archive_path(self, phase: int) -> Path:
-        return self.run.folder.parent / "memory" / f"phase{phase:02d}.zip"
+        return self.run.folder.parent / "memory" / f"phase{phase:02d}.memory"
 
     def _take_from_archive(self, phase: int) -> None:
         """From now on the exemplars are those of a phase's archive, unpacked beside it."""
         run, path = self.run, self._archive_path(phase)
         data_dir = path.with_name("unpacked")
+        if not path.is_file() and path.with_suffix(".zip").is_file():  # of an earlier version
+            path = path.with_suffix(".zip")
         if run.fabric.is_global_zero:
-            archive.unpack(path, self.data.paths, data_dir)
+            archive.unpack(path, run.memory, data_dir)
         run.fabric.barrier()
         run.memory.move(replace(self.data.paths, data_dir=data_dir).folder("train"))
 

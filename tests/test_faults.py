@@ -119,7 +119,7 @@ def test_a_full_disk_is_one_line_of_every_tool(config, tmp_path, capsys):
         (report.main, [str(out), f"--html={file}"]),
         (gallery.main, [*data, "--dataset=Toy", "--copies=0", str(file)]),
         (quality.main, [*data, *form, "--images=2", "--epochs=1", f"--json={file}"]),
-        (memory.main, ["extract", str(out / "seed1993" / "memory" / "phase01.zip"), f"--to={file}"]),
+        (memory.main, ["extract", str(out / "seed1993" / "memory" / "phase01.memory"), f"--to={file}"]),
         (compress.main, [*data, "--dataset=Toy", "--form=webp:20", "--resolution=low"]),
         (curate.main, ["folder", "--dataset=New", *data, f"--source={tmp_path / 'data' / 'Toy' / 'train'}"]),
     ):

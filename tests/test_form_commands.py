@@ -232,7 +232,7 @@ def test_training_under_a_budget_in_bytes(paths, compress, checkpoint, tmp_path,
     assert memory["nb_real"] == 2
     assert memory["nb_synthetic"] > 0
     assert memory["bytes_total"] <= 2 * memory["bytes_budget"]
-    (archive,) = (tmp_path / "out").rglob("memory/phase01.zip")
+    (archive,) = (tmp_path / "out").rglob("memory/phase01.memory")
     assert memory["bytes_total"] < memory["archive_bytes"] == archive.stat().st_size
     assert (memory["units_total"] is None) == ("webp" in form or "jpeg" in form)
     ours, texts = of_form(paths, form), len("apple pie") + len("sushi")

@@ -60,7 +60,7 @@ def test_the_first_r_of_herding_stay_real_and_the_next_s_are_prompts(paths):
         *(Item(image, 1, "edges") for image in second[R:]),
     ]
     assert memory.targets == [0, 1]
-    assert [memory.nb_exemplars(target) for target in (0, 1)] == [5, 5]
+    assert [len(memory.of(target)) for target in (0, 1)] == [5, 5]
     assert [item.regenerated for item in memory.items()] == ([False] * R + [True] * S) * 2
 
 
@@ -72,7 +72,7 @@ def test_memories_of_one_form_only_and_of_whole_classes(paths, real, synthetic):
 
 
 class Fixed:
-    """A form of fixed cost and size, which keeps 5 bytes for each class."""
+    """A form of fixed cost and size."""
 
     def __init__(self, units, size):
         self.cost, self.size = units, size
@@ -86,15 +86,12 @@ class Fixed:
     def expected_bytes(self, image):
         return self.size
 
-    def text_bytes(self, labels):
-        return 5 * len(labels)
-
 
 class Various(Fixed):
     """A form whose exemplars take the bytes that a table has for them."""
 
-    def __init__(self, sizes, texts):
-        self.sizes, self.texts = sizes, texts
+    def __init__(self, sizes):
+        self.sizes = sizes
 
     def units(self, image):
         return None
@@ -104,8 +101,23 @@ class Various(Fixed):
 
     expected_bytes = kept_bytes
 
-    def text_bytes(self, labels):
-        return self.texts * len(labels)
+
+def class_bytes(label: bytes, text: bytes, of_forms: dict[str, list[int]]) -> int:
+    """Bytes of class 0 in the memory's file, counted from the layout that utils/memory/share.py describes; its images
+    have 32 x 32 pixels, and of_forms has each form's lengths."""
+
+    def number(n):
+        return max(1, -(-n.bit_length() // 7))
+
+    def index(form, lengths):
+        if not lengths:
+            return 1
+        each = [number(length + 1) for length in lengths]
+        return number(len(lengths)) + 1 + (sum(each) if len({*lengths}) > 1 else each[0]) + 3 * (form != "real")
+
+    synthetic = any(lengths for form, lengths in of_forms.items() if form != "real")
+    names = 1 + (1 + len(label)) + 1 + len(text) * synthetic
+    return names + sum(index(form, lengths) + sum(lengths) for form, lengths in of_forms.items())
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -115,12 +127,20 @@ def test_a_budget_in_bytes_is_kept_and_used(paths, seed):
     images = paths.images("ü")
     names = ["real", "a", "b"][: 1 + rng.integers(1, 3)]
     sizes = {name: {image: int(rng.integers(1, 400)) for image in images} for name in names}
-    forms = {name: Various(sizes[name], 0 if name == "real" else int(rng.integers(0, 20))) for name in names}
+    forms = {name: Various(sizes[name]) for name in names}
+    text = "t" * int(rng.integers(0, 20)) or "ü"
+    (paths.root / "class_names.json").write_text(json.dumps({"ü": text}))
     quotas = [(name, FILL if name == names[-1] else int(rng.integers(0, 4))) for name in names]
     budget = int(rng.integers(20, 2000))
     memory = ExemplarMemory(paths, quotas, forms, None, K, bytes_budget=budget)
     order = expected_images(paths, "ü", 1, 8)
-    if all(sizes[name][order[0]] + forms[name].text_bytes(["ü"]) > budget for name, number in quotas if number):
+    in_use = [name for name, number in quotas if number]
+
+    def bytes_of(kept):
+        lengths = {name: [sizes[name][image] for role, image in kept if role == name] for name in in_use}
+        return class_bytes("ü".encode(), b"" if text == "ü" else text.encode(), lengths)
+
+    if all(bytes_of([(name, order[0])]) > budget for name in in_use):
         with pytest.raises(UserError, match="not one exemplar fits"):
             memory.add_class(0, images, features_of(1))
         return
@@ -128,15 +148,10 @@ def test_a_budget_in_bytes_is_kept_and_used(paths, seed):
     items = memory.items()
     assert [item.image for item in items] == order[: len(items)]
     assert sorted(range(len(items)), key=lambda i: names.index(items[i].role)) == list(range(len(items)))
-    used = {item.role for item in items}
-
-    def bytes_of(items, used):
-        return sum(sizes[i.role][i.image] for i in items) + sum(forms[name].text_bytes(["ü"]) for name in used)
-
-    assert memory.bytes(0) == memory.report()["bytes_total"] == bytes_of(items, used) <= budget
+    kept = [(item.role, item.image) for item in items]
+    assert memory.bytes(0) == memory.report()["bytes_total"] == bytes_of(kept) <= budget
     if len(items) < 8:
-        one_more = Item(order[len(items)], 0, names[-1])
-        assert bytes_of([*items, one_more], used | {names[-1]}) > budget
+        assert bytes_of([*kept, (names[-1], order[len(items)])]) > budget
 
 
 def test_any_number_of_forms_cut_one_list_and_each_has_its_row(paths):
@@ -148,12 +163,14 @@ def test_any_number_of_forms_cut_one_list_and_each_has_its_row(paths):
     assert [(item.image, item.role) for item in memory.items()] == list(zip(chosen, roles, strict=True))
     assert memory.units(0) == 1.5
     real, webp, text = memory.report()["forms"]
-    assert real == {"form": "real", "exemplars": 1, "units": 1.0, "bytes": chosen[0].stat().st_size, "missing": 0}
-    assert webp == {"form": "webp", "exemplars": 2, "units": 0.5, "bytes": 2 * 70 + 5, "missing": 0}
-    assert text == {"form": "text", "exemplars": 4, "units": 0.0, "bytes": 5, "missing": 0}
+    of_real = chosen[0].stat().st_size + 4  # number, flags, length in two bytes
+    assert real == {"form": "real", "exemplars": 1, "units": 1.0, "bytes": of_real, "missing": 0}
+    assert webp == {"form": "webp", "exemplars": 2, "units": 0.5, "bytes": 2 * 70 + 6, "missing": 0}
+    assert text == {"form": "text", "exemplars": 4, "units": 0.0, "bytes": 6, "missing": 0}
     report = memory.report()
+    assert report["bytes_total"] == of_real + 146 + 6 + report["bytes_names"] == memory.bytes(0)
     assert (report["nb_real"], report["nb_synthetic"]) == (1, 6)
-    assert report["bytes_prompts"] == 150
+    assert report["bytes_prompts"] == 152
     other = ExemplarMemory(paths, [("real", 1), ("webp", 2), ("text", 4)], forms, 1.5, K)
     other.load_state_dict(memory.state_dict())
     assert other.items() == memory.items()
@@ -198,19 +215,26 @@ def test_units_and_bytes_are_those_of_the_files(paths):
     assert report["units_total"] == pytest.approx(2 * (R + S / 24))
     assert report["units_budget"] == 20
     assert (report["nb_real"], report["nb_synthetic"]) == (2 * R, 2 * S)
-    labels = len("a b") + len("ü".encode())  # once a class
-    assert report["bytes_real"] == sum(len(image.read_bytes()) for image in real)
-    assert report["bytes_prompts"] == labels + sum(len(paths.find_edge_map(image).read_bytes()) for image in prompts)
-    assert report["bytes_total"] == report["bytes_real"] + report["bytes_prompts"]
+    lengths = [
+        {role: [len(bytes_of(item)) for item in memory.items() if (item.target, item.role) == (target, role)]
+         for role, bytes_of in (("real", lambda item: item.image.read_bytes()),
+                                ("edges", lambda item: paths.edge_map(item.image).read_bytes()))}
+        for target in (0, 1)
+    ]  # fmt: skip
+    assert report["bytes_real"] - sum(len(image.read_bytes()) for image in real) == 2 * (1 + 1 + 2)
+    labels = (1 + 1 + len("a b") + 1) + (1 + 1 + len("ü".encode()) + 1)  # once a class
+    assert report["bytes_names"] == labels
+    assert report["bytes_total"] == report["bytes_real"] + report["bytes_prompts"] + labels
+    assert report["bytes_total"] == class_bytes(b"a b", b"", lengths[0]) + class_bytes("ü".encode(), b"", lengths[1])
     assert report["bytes_if_all_real"] == sum(len(image.read_bytes()) for image in real + prompts)
     assert report["edge_maps_missing"] == 0
     json.dumps(report)
 
 
 def test_the_report_counts_the_text_that_class_names_json_gives(paths):
-    before = filled(paths).report()["bytes_prompts"]
+    before = filled(paths).report()["bytes_total"]
     (paths.root / "class_names.json").write_text(json.dumps({"ü": "a long name"}))
-    assert filled(paths).report()["bytes_prompts"] == before + len("a long name") - 2
+    assert filled(paths).report()["bytes_total"] == before + len("a long name")
 
 
 def test_an_empty_memory_has_a_report_too(paths):
@@ -237,7 +261,7 @@ def test_exemplars_over_the_true_budget_are_dropped_from_the_end_with_a_warning(
         memory = filled(paths, budget=R + 9 / 24)
     chosen = expected_images(paths, "ü", 1)
     assert [item.image for item in memory.items() if item.target == 1] == chosen[: R + 2]
-    assert memory.nb_exemplars(0) == R + S, "the other class is within the budget"
+    assert len(memory.of(0)) == R + S, "the other class is within the budget"
     assert memory.units(1) == pytest.approx(R + 8 / 24)
     (warning,) = caplog.records
     assert "'ü'" in warning.message
@@ -246,14 +270,14 @@ def test_exemplars_over_the_true_budget_are_dropped_from_the_end_with_a_warning(
 
 def test_a_memory_exactly_on_budget_keeps_all(paths, caplog):
     memory = filled(paths, budget=R + S / 24)
-    assert memory.nb_exemplars(0) == memory.nb_exemplars(1) == R + S
+    assert len(memory.of(0)) == len(memory.of(1)) == R + S
     assert not caplog.records
 
 
 def test_without_a_budget_nothing_is_dropped(paths):
     for image in paths.images("ü"):
         save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (480, 480), "1")
-    assert filled(paths, budget=None).nb_exemplars(1) == R + S
+    assert len(filled(paths, budget=None).of(1)) == R + S
 
 
 def test_edge_maps_made_after_the_choice_count_from_then_on(paths, caplog):
@@ -261,13 +285,13 @@ def test_edge_maps_made_after_the_choice_count_from_then_on(paths, caplog):
         paths.find_edge_map(image).unlink()
     memory = filled(paths, budget=R + S / 24)
     assert memory.report()["edge_maps_missing"] == S
-    assert memory.nb_exemplars(1) == R + S
+    assert len(memory.of(1)) == R + S
     for image in paths.images("ü"):
         save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (48, 48), "1")
     for target in memory.targets:
         memory.enforce_budget(target)
-    assert memory.nb_exemplars(0) == R + S
-    assert memory.nb_exemplars(1) == R + 0  # 3/24 units are left, one prompt takes 4/24
+    assert len(memory.of(0)) == R + S
+    assert len(memory.of(1)) == R + 0  # 3/24 units are left, one prompt takes 4/24
     assert len(caplog.records) == 1
     assert memory.report()["edge_maps_missing"] == 0
 
@@ -278,7 +302,7 @@ def test_the_state_goes_through_json_and_torch_and_moves_with_the_data(paths, tm
     assert state["forms"] == ["real", "edges"]
     chosen = [f"a b/{image.name}" for image in expected_images(paths, "a b", 0)]
     sizes = [image.stat().st_size for image in expected_images(paths, "a b", 0)]
-    kept = {"images": chosen, "file_bytes": sizes, "counts": [R, S], "copies": [[]] * (R + S)}
+    kept = {"images": chosen, "file_bytes": sizes, "counts": [R, S], "copies": [[]] * (R + S), "text": "a b"}
     assert state["classes"]["0"] == kept
     torch.save(state, tmp_path / "state.pt")
     for copy in (json.loads(json.dumps(state)), torch.load(tmp_path / "state.pt", weights_only=True)):

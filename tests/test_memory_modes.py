@@ -127,7 +127,7 @@ def test_the_report_tells_the_share_at_each_phase(paths):
 
 def test_a_small_class_gives_what_it_has(paths):
     memory = filled(paths, shared(paths, 1000), (4,))
-    assert [memory.nb_exemplars(target) for target in range(4)] == [N] * 4
+    assert [len(memory.of(target)) for target in range(4)] == [N] * 4
 
 
 def test_prompts_that_cost_more_than_was_foreseen_are_dropped_without_a_word(tmp_path, caplog):
@@ -136,11 +136,11 @@ def test_prompts_that_cost_more_than_was_foreseen_are_dropped_without_a_word(tmp
     memory = shared(paths, 3)
     memory.make_room(1)
     memory.add_class(0, images, features_of(0))
-    assert memory.nb_exemplars(0) == 2 + 8  # 3 / (2 + 6/24) times 2 and 6, whole ones
+    assert len(memory.of(0)) == 2 + 8  # 3 / (2 + 6/24) times 2 and 6, whole ones
     for image in images:
         save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (24, 24), "1")  # 4/24 units each
     memory.enforce_budget(0)
-    assert memory.nb_exemplars(0) == 2 + 6
+    assert len(memory.of(0)) == 2 + 6
     assert not caplog.records
 
 

@@ -2,25 +2,32 @@
 
 import json
 import shutil
+import zipfile
 
-import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import main
 from compress import run as compress
+from compress.cost import Cost
 from compress.forms import form_named
 from compress.presets import HIGH
+from models import catalogue
 from models.trainer import Trainer
 from tests.conftest import long_but
 from tests.folders import save_noise
+from utils.data import codecs
 from utils.data.images import image_bits, read_image
 from utils.data.paths import DatasetPaths
 from utils.memory import archive
+from utils.memory.budget import FILL
+from utils.memory.exemplars import ExemplarMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
 
 LABELS = ("apple pie", "crème", "pho", "sushi")
+TEXTS = {"apple pie": "a pie of apples", "pho": "a soup"}
 FORMS = ["real", "webp:10@20", "edges+webp:10@16", "text", "codebook:4@2", "codebook:4@3/2"]
 
 
@@ -35,6 +42,7 @@ def dataset(folder) -> DatasetPaths:
     for name in ("1.jpg", "2.jpg"):
         with Image.open(paths.folder("train") / "sushi" / name) as image:
             image.convert("L").save(paths.folder("train") / "sushi" / name)
+    (paths.root / "class_names.json").write_text(json.dumps(TEXTS))
     return paths
 
 
@@ -73,7 +81,10 @@ def numbers(out):
 
 
 def forget(paths, labels):
-    """Delete all that the dataset's folder has of some classes but test images."""
+    """Delete all that the dataset's folder has of some classes but test images: their texts too."""
+    texts = paths.root / "class_names.json"
+    left = {label: text for label, text in json.loads(texts.read_text()).items() if label not in labels}
+    texts.write_text(json.dumps(left))
     for folder in paths.root.iterdir():
         for label in labels:
             if folder.name != "test" and (folder / label).is_dir():
@@ -147,6 +158,41 @@ def test_copies_that_were_made_ahead_are_made_again(tmp_path, checkpoint, forget
     assert runs[0] == runs[1]
 
 
+TINY = {
+    "coil": {"old_class_means": "exemplars"},
+    "podnet": {"nb_proxy": 2, "ft_epochs": 1},
+    "foster": {"compression_epochs": 1},
+    "beefiso": {"fusion_epochs": 1},
+    "tagfex": {"proj_hidden_dim": 8, "proj_output_dim": 4},
+    "bic": {"memory_bytes_per_class": 9000, "real_per_class": 2},
+}
+SHARED = {
+    **{"budget_in": "units", "memory_bytes_per_class": None, "fixed_memory": False, "memory_size": 7},
+    **{"real_per_class": 2, "syn_per_class": 0, "m_rate_list": [0.4], "c_rate_list": [0, 0.2]},
+}
+"""RMM's memory: all classes share it, and it grows by what a later phase gives up."""
+METHODS = [name for name, about in catalogue.methods().items() if about.uses_memory]
+
+
+@pytest.mark.parametrize("method", long_but(METHODS, "rmm-icarl", "coil"))
+def test_every_method_goes_on_from_the_memory_alone(tmp_path, checkpoint, forgetful, method):
+    """After each phase its classes are deleted, with their texts, and the run is stopped and started again."""
+    values = {"model_name": method, "epochs": 1, **TINY.get(method, {})}
+    if method.startswith("rmm"):
+        values |= SHARED | TINY.get(method.removeprefix("rmm-"), {})
+    runs = ordinary_and_forgetful(tmp_path, checkpoint, forgetful, "webp:10@20", dies=True, **values)
+    assert runs[0] == runs[1]
+    memory = runs[0][0][0]["phases"][-1]["memory"]
+    assert memory["nb_synthetic"] > 0 or method.startswith("rmm")
+
+
+def test_coil_without_old_images_needs_the_means_of_exemplars(tmp_path, checkpoint, capsys):
+    paths, out = dataset(tmp_path / "data"), tmp_path / "out" / "run"
+    assert train(paths, out, checkpoint, "real", model_name="coil", memory_only=True) == 2
+    assert "old_class_means: memory_only leaves no old images" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_what_can_not_be_is_said_before_any_work(tmp_path, checkpoint, capsys):
     paths, out = dataset(tmp_path / "data"), tmp_path / "out" / "run"
     compress.main([*options(checkpoint).split(), "--data-dir", str(paths.data_dir), "--dataset", "Toy", "--seeds", "2",
@@ -170,23 +216,58 @@ def test_what_can_not_be_is_said_before_any_work(tmp_path, checkpoint, capsys):
 @pytest.mark.parametrize("form", long_but(("edges", "webp:10"), "webp:10"))
 def test_an_unpacked_memory_has_the_images_sizes_and_no_pixels_of_them(tmp_path, checkpoint, form):
     paths = dataset(tmp_path / "data")
-    assert train(paths, tmp_path / "out" / "run", checkpoint, form) == 0
-    file = tmp_path / "out" / "run" / "seed1" / "memory" / "phase02.zip"
-    ours = DatasetPaths(paths.data_dir, "Toy", files=form_named(form, HIGH).files)
-    target = archive.unpack(file, ours, tmp_path / "unpacked")
-    names = {"real": [], form: []}
-    for of_class in archive.read(file)["classes"]:
-        for about in of_class["exemplars"]:
-            names[about["form"]].append((of_class["label"], about["image"]))
+    out = tmp_path / "out" / "run" / "seed1"
+    assert train(paths, out.parent, checkpoint, form) == 0
+    kind = form_named(form, HIGH)
+    ours = DatasetPaths(paths.data_dir, "Toy", files=kind.files)
+    costs = {"real": Cost(None, ours), form: Cost(kind, ours)}
+    memory = ExemplarMemory(ours, [("real", 1), (form, FILL)], costs, None, 2, bytes_budget=6000)
+    memory.load_state_dict(torch.load(out / "checkpoints" / "phase02.pt", weights_only=True)["memory"])
+    target = archive.unpack(out / "memory" / "phase02.memory", memory, tmp_path / "unpacked")
     there = {(image.parent.name, image.name) for image in target.folder("train").glob("*/*")}
-    assert {*names["real"], *names[form]} == there
-    for label, name in names["real"]:
-        original = paths.folder("train") / label / name
-        assert (target.folder("train") / label / name).read_bytes() == original.read_bytes()
-    for label, name in names[form]:
-        image, original = (each.folder("train") / label / name for each in (target, paths))
-        assert image_bits(image) == image_bits(original)
+    assert {(item.image.parent.name, item.image.name) for item in memory.items()} == there
+    for item in memory.items():
+        image = target.folder("train") / item.image.parent.name / item.image.name
+        if item.role == "real":
+            assert image.read_bytes() == item.image.read_bytes()
+            continue
+        assert image_bits(image) == image_bits(item.image)
         with pytest.raises(OSError, match="truncated"):
             read_image(image)
-        assert target.find_kept(image).read_bytes() == ours.find_kept(original).read_bytes()
-        assert np.asarray(read_image(original)).any()
+        assert target.find_kept(image).read_bytes() == ours.find_kept(item.image).read_bytes()
+    assert json.loads((target.root / "class_names.json").read_text()).items() >= TEXTS.items()
+
+
+@pytest.mark.long
+def test_a_run_of_an_earlier_version_goes_on_from_its_zip(tmp_path, checkpoint, forgetful):
+    """A run stopped after two phases, whose memory is then written as the version before did."""
+    paths, out, form = dataset(tmp_path / "data"), tmp_path / "out" / "run", "webp:10@20"
+    uninterrupted = tmp_path / "out" / "uninterrupted"
+    assert train(dataset(tmp_path / "other"), uninterrupted, checkpoint, form) == 0
+    forgetful(paths, dies=True)
+    assert train(paths, out, checkpoint, form, memory_only=True) == 130
+    state_file = out / "seed1" / "checkpoints" / "phase00.pt"
+    file = out / "seed1" / "memory" / "phase00.memory"
+    state, found = torch.load(state_file, weights_only=True), archive.read(file)
+    index = {"dataset": "Toy", "forms": found.forms, "texts": {}, "classes": []}
+    with zipfile.ZipFile(file.with_suffix(".zip"), "w") as zipped:
+        for record in found.classes:
+            index["texts"][record.label] = record.text
+            of_class = {"target": record.target, "label": record.label, "exemplars": []}
+            index["classes"].append(of_class)
+            for name, exemplar in zip(state["memory"]["classes"][str(record.target)]["images"], record.exemplars,
+                                      strict=True):  # fmt: skip
+                name, ending = name.partition("/")[2], "" if exemplar.form == "real" else ".webp"
+                about = {"image": name, "form": exemplar.form, "kept": ending, "bits_per_pixel": exemplar.row.bits}
+                of_class["exemplars"].append({**about, "size": exemplar.row.size})
+                content = exemplar.kept
+                if ending:
+                    width, height = exemplar.row.size
+                    size = codecs.reduced(height, width, 20)
+                    content = codecs.file_of(content, "webp", 10, size, exemplar.row.bits != 24)
+                zipped.writestr(f"{exemplar.form}/{record.label}/{name}{ending}", content)
+        zipped.writestr("memory.json", json.dumps(index))
+    file.unlink()
+    shutil.rmtree(file.parent / "unpacked")
+    assert [train(paths, out, checkpoint, form, memory_only=True) for _ in range(3)] == [130, 130, 0]
+    assert numbers(out) == numbers(uninterrupted)

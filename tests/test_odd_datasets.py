@@ -87,7 +87,7 @@ def test_names_that_are_not_utf_8_go_through_every_tool(run, tmp_path, capsys):
     assert gallery.main([*where, "--copies", "1", f"{file}.png"]) == 0
     out = tmp_path / os.fsdecode(b"out \xe9")
     assert run(out.name, real_per_class=1, syn_per_class=1, augmentations_per_image=1)[0] == 0
-    archive = out / "seed1993" / "memory" / "phase01.zip"
+    archive = out / "seed1993" / "memory" / "phase01.memory"
     assert memory.main(["show", str(archive)]) == memory.main(["extract", str(archive), f"--to={file}"]) == 0
     assert report.main([str(out), f"--plot={file}.png", f"--html={file}.html"]) == 0
     image = paths.images(label, "test")[0]

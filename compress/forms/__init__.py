@@ -25,6 +25,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from compress.presets import Preset
+from utils.data.codecs import reduced as reduced  # forms find it here
 from utils.data.images import image_bits, read_image
 from utils.data.paths import FormFiles
 from utils.errors import UserError
@@ -250,12 +251,6 @@ def resize_back(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     enlarge = min(picture.shape[:2]) <= min(height, width)
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LANCZOS4 if enlarge else cv2.INTER_AREA)
-
-
-def reduced(height: int, width: int, side: int | None) -> tuple[int, int]:
-    """(height, width) with the shorter side at most `side`; the longer one is rounded."""
-    scale = min(1.0, side / min(height, width)) if side else 1.0
-    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def files_named(name: str, kept_endings: tuple[str, ...], copy_ending: str) -> FormFiles:

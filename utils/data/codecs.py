@@ -77,6 +77,12 @@ def file_of(kept: bytes, name: str, quality: int, size: Size, greyscale: bool) -
     return kept if is_file(kept, name) else CODECS[name].file(kept, quality, size, greyscale)
 
 
+def reduced(height: int, width: int, side: int | None) -> tuple[int, int]:
+    """(height, width) with the shorter side at most `side`; the longer one is rounded."""
+    scale = min(1.0, side / min(height, width)) if side else 1.0
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
 def is_file(kept: bytes, name: str) -> bool:
     """Whether these bytes are a whole file, and not a payload."""
     place, magic = CODECS[name].magic

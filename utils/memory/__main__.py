@@ -1,6 +1,6 @@
 """Look into an exemplar memory: python -m utils.memory show FILE | extract FILE [--to FOLDER]
 
-FILE is one of a run's `memory/phaseNN.zip`.
+FILE is one of a run's `memory/phaseNN.memory`, or a `.zip` of earlier versions.
 """
 
 import argparse
@@ -17,7 +17,7 @@ def command(arguments: Sequence[str] | None) -> None:
     show = commands.add_parser("show", help="what the memory holds, in exemplars and bytes")
     extract = commands.add_parser("extract", help="write its files into a folder")
     for each in (show, extract):
-        each.add_argument("file", type=cli.path, help="a run's memory/phaseNN.zip")
+        each.add_argument("file", type=cli.path, help="a run's memory/phaseNN.memory")
     extract.add_argument("--to", metavar="FOLDER", type=cli.path, help="[FILE without its ending]")
     options = parser.parse_args(arguments)
     if options.command == "extract":
@@ -26,17 +26,14 @@ def command(arguments: Sequence[str] | None) -> None:
         return
     found = archive.summary(options.file)
     print(cli.visible(f"{found['dataset']}, {found['classes']} classes, {found['bytes']:,} bytes"))
-    files = found["text_bytes"]
+    payloads = sum(row["bytes"] for row in found["forms"])
     for row in found["forms"]:
         missing = row["exemplars"] - row["files"]
         more = f", {missing} without a kept file" if missing else ""
         settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in row["settings"].items())
         words = f"{row['form']}: {row['exemplars']} exemplars, {row['bytes']:,} bytes{more}"
         print(cli.visible(words + f" ({settings})" * bool(settings)))
-        files += row["bytes"]
-    print(
-        f"texts: {found['text_bytes']:,} bytes; names, sizes and the archive itself: {found['bytes'] - files:,} bytes"
-    )
+    print(f"labels, texts, lengths, sizes and settings: {found['bytes'] - payloads:,} bytes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

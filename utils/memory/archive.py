@@ -1,161 +1,189 @@
-"""The exemplar memory as one file: a ZIP, stored without compression, whose size is what the memory takes.
+"""The exemplar memory as one file (`utils.memory.packed`): written, looked into, and trained from.
 
-    memory.json                     which exemplars there are, in which form; the forms' settings; the classes' texts
-    real/<class>/<image>            real exemplars, byte for byte
-    <form>/<class>/<image><ending>  what is kept of the others
-
-The same memory gives the same bytes.
+The same memory gives the same bytes.  Archives of earlier versions (`utils.memory.zipped`) are read.
 """
 
-import functools
 import json
-import shutil
 import struct
 import unicodedata
-import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from utils.data.images import image_bits, write_atomically, write_durably
+from utils.data import codecs
+from utils.data.images import write_atomically, write_durably
 from utils.data.items import REAL
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
+from utils.memory import packed, zipped
 from utils.memory.exemplars import ExemplarMemory
-
-INDEX = "memory.json"
+from utils.memory.packed import ClassRecord, DamagedError, Exemplar, Memory
+from utils.memory.share import row_of
 
 _PNG_COLOURS = {24: (8, 2), 32: (16, 0)}
 """Bits per pixel -> PNG's bit depth and colour type; any other number is the depth of a greyscale picture."""
 
+_ENDINGS = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp", b"GIF8": ".gif"}
+"""First bytes -> the ending of an extracted picture whose name the file does not have."""
+
 
 def write(memory: ExemplarMemory, path: Path) -> int:
-    """Write the archive, in one piece.  Returns its size in bytes.
-
-    A kept file that is not there (copies made ahead need none) has no entry.
-    """
-    classes, files, forms = [], [], {}
-    for item in memory.items():
-        label, form = item.image.parent.name, item.role
-        if not classes or classes[-1]["target"] != item.target:
-            classes.append({"target": item.target, "label": label, "exemplars": []})
-        kept = item.image if form == REAL else memory.paths.find_kept(item.image)
-        ending = kept and ("" if form == REAL else kept.suffix)
-        width, height, bits = image_bits(item.image)
-        about = {"image": item.image.name, "form": form, "kept": ending, "size": [width, height]}
-        classes[-1]["exemplars"].append({**about, "bits_per_pixel": bits})
-        forms[form] = memory.forms[form].settings()
-        files += [(_entry(label, about), kept)] if kept else []
-    labels = [c["label"] for c in classes if any(about["form"] != REAL for about in c["exemplars"])]
-    texts = memory.paths.class_texts(labels)
-    index = {"dataset": memory.paths.dataset, "forms": forms, "texts": texts, "classes": classes}
-
-    def fill(file) -> None:
-        with zipfile.ZipFile(file, "w") as archive:  # ZipInfo's date is always 1980
-            archive.writestr(zipfile.ZipInfo(INDEX), json.dumps(index, ensure_ascii=True, separators=(",", ":")))
-            for name, kept in files:
-                archive.writestr(zipfile.ZipInfo(name), kept.read_bytes())
-
-    write_durably(path, fill)  # with memory_only, the exemplars are nowhere else
-    return path.stat().st_size
+    """Write the file, in one piece.  Returns its size in bytes."""
+    content = packed.packed(content_of(memory))
+    write_durably(path, lambda file: file.write(content))  # with memory_only, the exemplars are nowhere else
+    return len(content)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The content of `memory.json`.  Raises UserError for a file that is no archive of a memory."""
+def content_of(memory: ExemplarMemory) -> Memory:
+    """What is kept of a memory's exemplars, as far as it is there: copies made ahead need no kept files."""
+    classes = []
+    for target in memory.targets:
+        share, exemplars = memory.empty_shares[target], []
+        for form, image in memory.of(target):
+            kept = memory.forms[form].kept(image)
+            exemplars.append(Exemplar(form, row_of(form, image, None if kept is None else len(kept)), kept))
+        if exemplars:
+            needs_text = any(exemplar.form != REAL for exemplar in exemplars)
+            classes.append(ClassRecord(target, share.label, share.text if needs_text else share.label, exemplars))
+    forms = {form: memory.forms[form].settings() for form in memory.forms_in_use}
+    return Memory(memory.paths.dataset, forms, classes)
+
+
+def read(path: Path) -> Memory:
+    """The content of a memory's file.  Raises UserError for any other, and for a damaged one."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return json.loads(archive.read(INDEX))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"no file {path}.") from None
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise UserError(f"{path} is no exemplar memory of this program ({error}).") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}).") from None
+    try:
+        if content.startswith(packed.MAGIC):
+            return packed.unpacked(content)
+        if content.startswith(zipped.MAGIC):
+            return zipped.unzipped(content)
+    except DamagedError as error:
+        raise UserError(
+            f"{path} is damaged, or no exemplar memory of this program: {error}. If it is a run's, delete it and the "
+            "checkpoint of its phase, and the run goes on from an earlier one."
+        ) from None
+    raise UserError(f"{path} is no exemplar memory of this program.")
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """{"dataset", "classes", "forms": [{"form", "exemplars", "files", "bytes", "settings"}], "text_bytes", "bytes"}."""
-    index = read(path)
-    with zipfile.ZipFile(path) as archive:
-        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-    exemplars, files, taken = Counter(), Counter(), Counter()
-    for of_class in index["classes"]:
-        for about in of_class["exemplars"]:
-            exemplars[about["form"]] += 1
-            files[about["form"]] += about["kept"] is not None
-            taken[about["form"]] += sizes.get(_entry(of_class["label"], about), 0)
-    return {
-        "dataset": index["dataset"],
-        "classes": len(index["classes"]),
-        "forms": [
-            {
-                "form": form,
-                "exemplars": exemplars[form],
-                "files": files[form],
-                "bytes": taken[form],
-                "settings": settings,
-            }
-            for form, settings in index["forms"].items()
-        ],
-        "text_bytes": sum(len(text.encode()) for text in index["texts"].values()),
-        "bytes": path.stat().st_size,
-    }
+    """{"dataset", "classes", "forms": [{"form", "exemplars", "files", "bytes", "settings"}], "bytes"}.
+
+    bytes of a form: of its payloads; of the whole: of the file.
+    """
+    memory = read(path)
+    kept = {form: [e for c in memory.classes for e in c.exemplars if e.form == form] for form in memory.forms}
+    rows = [
+        {
+            "form": form,
+            "exemplars": len(kept[form]),
+            "files": sum(exemplar.kept is not None for exemplar in kept[form]),
+            "bytes": sum(len(exemplar.kept or b"") for exemplar in kept[form]),
+            "settings": settings,
+        }
+        for form, settings in memory.forms.items()
+    ]
+    return {"dataset": memory.dataset, "classes": len(memory.classes), "forms": rows, "bytes": path.stat().st_size}
 
 
 def extract(path: Path, folder: Path) -> int:
-    """Write the archive's files into a folder, as <form>/<class>/<file> with memory.json.  Returns their number.
+    """Write what a file holds into a folder, as <form>/<class>/<name>, with memory.json.  Returns the number of files.
 
-    Raises UserError for names that lead out of the folder.
+    Pictures become files that any viewer opens.  Raises UserError, and writes nothing, for a damaged file.
     """
-    read(path)
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        for name in names:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise UserError(f"{path}: {name!r} would lie outside {folder}.")
-        for name in names:
-            with archive.open(name) as source:
-                write_atomically(folder / name, functools.partial(shutil.copyfileobj, source))
-    return len(names)
+    memory = read(path)
+    files, index = {}, {"dataset": memory.dataset, "forms": memory.forms, "texts": {}, "classes": []}
+    for record in memory.classes:
+        index["texts"][record.label] = record.text
+        index["classes"].append({"target": record.target, "label": record.label, "exemplars": []})
+        for number, exemplar in enumerate(record.exemplars):
+            name, content = f"{number:03d}" if exemplar.name is None else exemplar.name, None
+            if exemplar.kept is not None:
+                content, ending = _viewable(exemplar, memory.forms[exemplar.form])
+                name += ending
+                files[folder / exemplar.form.replace(":", "-") / record.label / name] = content
+            about = {"file": None if content is None else name, "form": exemplar.form}
+            size = {} if exemplar.form == REAL else {"size": exemplar.row.size, "bits_per_pixel": exemplar.row.bits}
+            index["classes"][-1]["exemplars"].append(about | size)
+    files[folder / zipped.INDEX] = json.dumps(index, indent=1).encode()
+    for file, content in files.items():
+        _write(file, content)
+    return len(files)
 
 
-def unpack(path: Path, paths: DatasetPaths, data_dir: Path) -> DatasetPaths:
-    """Write the archive as a dataset, whose train images are the exemplars.  Returns that dataset's paths.
+def _viewable(exemplar: Exemplar, settings: Mapping[str, Any]) -> tuple[bytes, str]:
+    """(the content of a file, the ending of its name): a picture's payload becomes the codec's file."""
+    kept, codec = exemplar.kept, settings.get("codec")
+    if exemplar.form == REAL:
+        known = next((ending for start, ending in _ENDINGS.items() if kept.startswith(start)), "")
+        return kept, known if exemplar.name is None else ""
+    if not isinstance(codec, str) or codec not in codecs.CODECS or exemplar.ending:
+        return kept, exemplar.ending or ".bin"
+    codecs.check_codec(codec)
+    if codecs.version(codec) != settings.get("encoder"):
+        raise UserError(f"pictures of {settings.get('encoder')} can't be read by {codecs.version(codec)}.")
+    width, height = exemplar.row.size
+    try:
+        size = codecs.reduced(height, width, settings.get("side"))
+        content = codecs.file_of(kept, codec, int(settings["codec_quality"]), size, exemplar.row.bits != 24)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return kept, ".bin"
+    return content, codecs.CODECS[codec].ending
 
-    paths: of the dataset that the memory is of; data_dir: of the new one.  In place of an image of which something else
-    is kept lies a header that gives its size and nothing more (`header`).  Of what is there already, files of the same
-    content are left alone, train images that the archive does not have are emptied (the names of files derived from
-    the others may depend on them), and copies stay.
-    Raises UserError for a file that is no archive of this dataset's memory.
+
+def unpack(path: Path, memory: ExemplarMemory, data_dir: Path) -> DatasetPaths:
+    """Write a file as a dataset, whose train images are the exemplars.  Returns that dataset's paths.
+
+    memory: whose exemplars these are, which tells the names of their images; data_dir: of the new dataset.  In place
+    of an image of which something else is kept lies a header that gives its size and nothing more (`header`).  Of what
+    is there already, files of the same content are left alone, train images that are no exemplars are emptied (the
+    names of files derived from the others may depend on them), and copies stay.
+    Raises UserError for a file that is not of this memory.
     """
-    index, target = read(path), replace(paths, data_dir=data_dir)
-    if index["dataset"] != paths.dataset:
-        raise UserError(f"{path} is a memory of dataset {index['dataset']!r}, not of {paths.dataset!r}.")
-    train = target.folder("train")
-    with zipfile.ZipFile(path) as archive:
-        pictures, kept = {}, {}
-        for of_class in index["classes"]:
-            for about in of_class["exemplars"]:
-                image, name = train / of_class["label"] / about["image"], _entry(of_class["label"], about)
-                if image.parent.parent != train or (about["kept"] is None and about["form"] == REAL):
-                    raise UserError(f"{path}: {name!r} is no exemplar's name.")
-                if about["form"] == REAL:
-                    pictures[image] = archive.read(name)
-                else:
-                    pictures[image] = header(*about["size"], about["bits_per_pixel"])
-                    if about["kept"] is not None:
-                        kept[image] = about["kept"], archive.read(name)
-    for file in train.glob("*/*"):
+    target, found = replace(memory.paths, data_dir=data_dir), read(path)
+    if found.dataset != memory.paths.dataset:
+        raise UserError(f"{path} is a memory of dataset {found.dataset!r}, not of {memory.paths.dataset!r}.")
+    pictures, kept = {}, {}
+    for image, exemplar in _with_images(path, found, memory):
+        image = target.folder("train") / image.parent.name / image.name
+        real = exemplar.form == REAL
+        pictures[image] = exemplar.kept if real else header(*exemplar.row.size, exemplar.row.bits)
+        if not real and exemplar.kept is not None:
+            kept[image] = exemplar
+    for file in target.folder("train").glob("*/*"):
         if file not in pictures:
             _write(file, b"")
     for image, content in pictures.items():
         _write(image, content)
-    for image, (ending, content) in kept.items():
-        _write(target.kept(image).with_suffix(ending), content)
-    texts = {unicodedata.normalize("NFC", label): text for label, text in index["texts"].items()}
+    for image, exemplar in kept.items():
+        place = target.kept(image)
+        _write(place.with_suffix(exemplar.ending) if exemplar.ending else place, exemplar.kept)
+    texts = {unicodedata.normalize("NFC", record.label): record.text for record in found.classes}
     _write(target.root / "class_names.json", json.dumps(texts).encode())
     return target
+
+
+def _with_images(path: Path, found: Memory, memory: ExemplarMemory) -> Iterator[tuple[Path, Exemplar]]:
+    """The exemplars of a file with their train images.  Raises UserError where they are not those of the memory."""
+    stored = [(record, exemplar) for record in found.classes for exemplar in record.exemplars]
+    items, other = memory.items(), f"{path} is not the memory of this run's checkpoint"
+    named = all(exemplar.name is not None for _, exemplar in stored)  # by a file of earlier versions
+    if not named and [(i.target, i.image.parent.name, i.role) for i in items] != [
+        (record.target, record.label, exemplar.form) for record, exemplar in stored
+    ]:
+        raise UserError(f"{other}: its exemplars are others. Delete both, and the run goes on from an earlier phase.")
+    for form, settings in found.forms.items():
+        ours = memory.forms[form].settings() if form in memory.forms else None
+        if not named and settings != json.loads(json.dumps(ours)):
+            raise UserError(f"{other}: its exemplars of form {form!r} were made with other settings.")
+    for number, (record, exemplar) in enumerate(stored):
+        yield Path(record.label, exemplar.name) if named else items[number].image, exemplar
 
 
 def header(width: int, height: int, bits_per_pixel: int) -> bytes:
@@ -168,9 +196,3 @@ def header(width: int, height: int, bits_per_pixel: int) -> bytes:
 def _write(path: Path, content: bytes) -> None:
     if not path.is_file() or path.read_bytes() != content:
         write_atomically(path, lambda file: file.write(content))
-
-
-def _entry(label: str, about: Mapping[str, Any]) -> str:
-    """The name of an exemplar's entry in the archive."""
-    name = f"{about['form']}/{label}/{about['image']}{about['kept'] or ''}"
-    return name.encode("utf-8", "backslashreplace").decode()

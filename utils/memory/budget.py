@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from utils.data.items import REAL
 from utils.errors import UserError
 from utils.memory.forms import ExemplarForm
+from utils.memory.share import ClassShare, row_of
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +51,14 @@ def check_budget(quotas: Quotas, budget: float | None, costs: Mapping[str, float
         )
 
 
-def check_bytes(quotas: Quotas, budget: int, sizes: Mapping[str, int], texts: int, least: int = 1) -> None:
+def check_bytes(quotas: Quotas, budget: int, sizes: Mapping[str, int], index: int, least: int = 1) -> None:
     """Raises UserError, with the arithmetic, if a typical class's exemplars take more bytes than its budget.
 
-    quotas: a number may be FILL; sizes: typical bytes of an exemplar, by form; texts: bytes of the longest class text;
-    least: exemplars that the method needs.
+    quotas: a number may be FILL; sizes: typical bytes of an exemplar, by form; index: bytes of a class beside its
+    exemplars; least: exemplars that the method needs.
     """
     asked = [(form, number) for form, number in quotas if number]
-    synthetic = any(form != REAL for form, _ in asked)
-    needed, rest = texts * synthetic, least
+    needed, rest = index, least
     for form, number in asked:
         # of a form that fills the rest, only what the method needs
         count = min(number, max(rest, 0)) if number == FILL else number
@@ -69,43 +68,44 @@ def check_bytes(quotas: Quotas, budget: int, sizes: Mapping[str, int], texts: in
         words = [
             f"{'at least ' * (n == FILL)}{least if n == FILL else n} {form} x {sizes[form]:,}" for form, n in asked
         ]
-        words += [f"{texts:,} for the class's text"] * bool(synthetic and texts)
+        words.append(f"{index:,} for the class's text and index")
         raise UserError(
             f"over the memory budget of a class: {' + '.join(words)} = {needed:,} bytes > {budget:,}, by the median of "
             "its exemplars. Lower real_per_class or syn_per_class, or raise memory_bytes_per_class."
         )
 
 
-def check_smallest(images: Sequence[Sequence[Path]], budget: int) -> None:
+def check_smallest(images: Sequence[Sequence[Path]], budget: int, index: int = 0) -> None:
     """Raises UserError if there is a class of which not one image file has room in a budget in bytes.
 
-    images: of each class.
+    images: of each class; index: bytes of a class beside its exemplars.
     """
-    too_large = [of_class for of_class in images if all(image.stat().st_size > budget for image in of_class)]
-    if too_large:
-        enough = max(min(image.stat().st_size for image in of_class) for of_class in too_large)
+    smallest = [min(image.stat().st_size for image in of_class) + index for of_class in images]
+    if (enough := max(smallest, default=0)) > budget:
+        too_large = [of_class for of_class, size in zip(images, smallest, strict=True) if size > budget]
         raise UserError(
             f"{too_large[0][0].parent}: not one image fits in memory_bytes_per_class = {budget:,}. "
             f"Raise it to at least {enough}, or take a form that needs fewer bytes (syn_form)."
         )
 
 
-def fitting(images: Sequence[Path], quotas: Quotas, forms: Mapping[str, ExemplarForm], budget: int) -> list[int]:
+def fitting(
+    images: Sequence[Path], quotas: Quotas, forms: Mapping[str, ExemplarForm], share: ClassShare, budget: int
+) -> list[int]:
     """How many of a class's images, in order of choice, each quota holds within a budget in bytes.
 
-    The first image that does not fit ends its quota: the rest of the budget goes to the next form.
+    share: of the class without exemplars.  The first image that does not fit ends its quota: the rest of the budget
+    goes to the next form.
     Raises UserError if not one exemplar fits.
     """
-    counts, left, first = [], budget, 0
-    label = {image.parent.name for image in images}
+    counts, first = [], 0
     for form, number in quotas:
-        cost, count = forms[form], 0
-        room = left - cost.text_bytes(label)
+        count = 0
         for image in images[first : first + number]:
-            room -= cost.expected_bytes(image)
-            if room < 0:
+            larger = share.plus(form, row_of(form, image, forms[form].expected_bytes(image)))
+            if larger.bytes > budget:
                 break
-            left, count = room, count + 1
+            share, count = larger, count + 1
         counts.append(count)
         first += count
     if images and not first:

@@ -13,7 +13,9 @@ from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.memory.budget import ROUNDING, Quotas, fitting, share
 from utils.memory.forms import ExemplarForm
+from utils.memory.report import report
 from utils.memory.selection import SELECTIONS, select
+from utils.memory.share import ClassShare, row_of
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +38,8 @@ class ExemplarMemory:
     bits, which are not counted.
 
     With a budget in bytes, a quota's number is the most that a class keeps in that form: in order of choice, exemplars
-    are kept until the next one no longer fits.  Its true bytes count, and those of the class's text where a form
-    needs it.
+    are kept until the next one no longer fits.  What counts is the class's part of the memory's file
+    (`utils.memory.share`), with its text where a form needs it.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class ExemplarMemory:
         self.paths = paths
         self.quotas = list(quotas)
         self.forms = forms
+        self.forms_in_use = list(dict.fromkeys(form for form, number in quotas if number))
         self.copies = copies
         self.total = total
         self.bytes_budget = bytes_budget
@@ -72,7 +75,8 @@ class ExemplarMemory:
         self._images: dict[int, list[Path]] = {}  # in order of choice
         self._counts: dict[int, list[int]] = {}  # how many of them each quota holds
         self._units: dict[tuple[str, Path], float | None] = {}  # of exemplars that have been made
-        self._file_bytes: dict[tuple[str, str], int] = {}  # of images by class and name, which may be gone by now
+        self.empty_shares: dict[int, ClassShare] = {}  # of each class without its exemplars
+        self.file_bytes: dict[tuple[str, str], int] = {}  # of images by class and name, which may be gone by now
         self.chosen_copies: dict[Path, tuple[int, ...]] = {}
 
     def add_class(
@@ -94,14 +98,16 @@ class ExemplarMemory:
             raise ValueError(f"{len(images)} images, {len(features)} features")
         if units is not None:
             self._own[target] = units
-        counts = self._share(images, units)
+        counts = self._numbers(images, units)
         chosen = [images[i] for i in self.select(target, features, min(sum(counts), len(images)))]
-        self._file_bytes |= {_name(image): image.stat().st_size for image in chosen}
-        self._keep(
-            target,
-            chosen,
-            counts if self.bytes_budget is None else fitting(chosen, self.quotas, self.forms, self.bytes_budget),
+        self.file_bytes |= {name_of(image): image.stat().st_size for image in chosen}
+        label = images[0].parent.name if images else ""
+        self.empty_shares[target] = ClassShare.empty(
+            target, label, self.paths.class_texts([label])[label], self.forms_in_use
         )
+        if self.bytes_budget is not None:
+            counts = fitting(chosen, self.quotas, self.forms, self.empty_shares[target], self.bytes_budget)
+        self._keep(target, chosen, counts)
 
     def select(self, target: int, features: np.ndarray | torch.Tensor, m: int) -> list[int]:
         """m indices of a class's rows of features in order of choice; the first m - 1 are the choice of m - 1."""
@@ -115,7 +121,7 @@ class ExemplarMemory:
         self._own.clear()
         for target in self.targets:
             if images := self._images[target]:
-                before, after = np.cumsum(self._counts[target]), np.cumsum(self._share(images))
+                before, after = np.cumsum(self._counts[target]), np.cumsum(self._numbers(images))
                 self._keep(target, images, np.diff(np.minimum(before, after), prepend=0).tolist())
 
     def move(self, train: Path) -> None:
@@ -124,7 +130,7 @@ class ExemplarMemory:
             target: [train / image.parent.name / image.name for image in images]
             for target, images in self._images.items()
         }
-        self.chosen_copies = {train.joinpath(*_name(image)): numbers for image, numbers in self.chosen_copies.items()}
+        self.chosen_copies = {train.joinpath(*name_of(image)): numbers for image, numbers in self.chosen_copies.items()}
         self._units = {}
 
     @property
@@ -141,10 +147,11 @@ class ExemplarMemory:
         of its own.
         """
         images, counts, before = self._images[target], self._counts[target], len(self._images[target])
-        budget = self._own.get(target, self.budget)
+        budget, in_bytes = self._own.get(target, self.budget), self.bytes_budget is not None
+        shares = self.shares(target, expected=True) if in_bytes else []
         while (
-            self.bytes(target) > self.bytes_budget
-            if self.bytes_budget is not None
+            shares[len(images)].bytes > self.bytes_budget
+            if in_bytes
             else budget is not None and self.units(target) > budget + ROUNDING
         ):
             last = max((i for i, count in enumerate(counts) if count), default=0)
@@ -168,12 +175,13 @@ class ExemplarMemory:
 
     def items(self) -> list[Item]:
         """The exemplars as items of a training set, by target, in order of choice; an item's role is its form."""
-        kept = [(image, target, form) for target in self.targets for form, image in self._of(target)]
+        kept = [(image, target, form) for target in self.targets for form, image in self.of(target)]
         return [Item(image, target, form, self.chosen_copies.get(image, ())) for image, target, form in kept]
 
-    def nb_exemplars(self, target: int) -> int:
-        """Number of a class's exemplars in all forms."""
-        return len(self._images[target])
+    def of(self, target: int) -> list[tuple[str, Path]]:
+        """(form, image) of a class's exemplars in order of choice."""
+        forms = [form for (form, _), count in zip(self.quotas, self._counts[target], strict=True) for _ in range(count)]
+        return list(zip(forms, self._images[target], strict=True))
 
     def evaluation_images(self, target: int) -> list[tuple[Path, float]]:
         """The pictures that represent a class's exemplars, with their weights in the class mean of NME.
@@ -181,7 +189,7 @@ class ExemplarMemory:
         A real exemplar weighs 1, each of another exemplar's K copies 1/K.
         """
         pictures = []
-        for form, image in self._of(target):
+        for form, image in self.of(target):
             if form == REAL:
                 pictures.append((image, 1.0))
             else:
@@ -195,75 +203,60 @@ class ExemplarMemory:
         Raises UserError for a form that has no count in units.
         """
         units = 0.0
-        for form, image in self._of(target):
-            cost = self._cost(form, image)
+        for form, image in self.of(target):
+            cost = self.cost(form, image)
             if cost is None:
                 raise UserError(f"the form {form!r} has no count in units: set budget_in to bytes.")
             units += cost
         return units
 
+    def cost(self, form: str, image: Path) -> float | None:
+        """Units of an exemplar, None where its form has no such count; asked of the form once the exemplar has been
+        made, and each time before."""
+        if (form, image) not in self._units:
+            units = self.forms[form].units(image)
+            if form != REAL and self.forms[form].kept_bytes(image) is None:
+                return units
+            self._units[form, image] = units
+        return self._units[form, image]
+
+    def shares(self, target: int, *, expected: bool = False) -> list[ClassShare]:
+        """What a class takes in the memory's file with none of its exemplars, with the first one, with two, ...
+
+        expected: with what has not been made yet, encoded in memory.
+        """
+        shares = [self.empty_shares[target]]
+        for form, image in self.of(target):
+            length = (self.forms[form].expected_bytes if expected else self.forms[form].kept_bytes)(image)
+            shares.append(shares[-1].plus(form, row_of(form, image, length)))
+        return shares
+
     def bytes(self, target: int) -> int:
-        """Bytes that a class's exemplars take, its text included; what has not been made yet is encoded in memory."""
-        kept = self._of(target)
-        of_files = sum(self.forms[form].expected_bytes(image) for form, image in kept)
-        label = {image.parent.name for _, image in kept}
-        return of_files + sum(self.forms[form].text_bytes(label) for form in {form for form, _ in kept})
+        """Those that a class takes in the memory's file; what has not been made yet is encoded in memory."""
+        return self.shares(target, expected=True)[-1].bytes
 
     def report(self) -> dict[str, Any]:
-        """What the memory takes, in units and in bytes on disk.
-
-        units_per_class_mean, units_per_class_max, units_total (all None where a form has no such count), units_budget
-        (per class at present, None for no limit), units_budget_total (of all classes in memory), bytes_per_class_max,
-        bytes_budget (of a class, None for a budget in units); forms: for each form its name, number of exemplars,
-        units, bytes and how many are missing on disk, which therefore add no bytes; bytes_total; bytes_if_all_real:
-        were all kept as image files.  As sums over the forms: nb_real, bytes_real, and of all others nb_synthetic,
-        bytes_prompts, edge_maps_missing.
-        """
-        kept = [(form, image) for target in self.targets for form, image in self._of(target)]
-        counted = all(self._cost(form, image) is not None for form, image in kept)
-        units = [self.units(target) for target in self.targets] if counted else None
-        rows = [_row(self, form) for form in dict.fromkeys(form for form, _ in self.quotas)]
-        real, other = ([row for row in rows if (row["form"] == REAL) == is_real] for is_real in (True, False))
-
-        def total(of_forms: list[dict[str, Any]], key: str) -> int:
-            return sum(row[key] for row in of_forms)
-
-        return {
-            "units_per_class_mean": (sum(units) / len(units) if units else 0.0) if counted else None,
-            "units_per_class_max": max(units, default=0.0) if counted else None,
-            "units_total": float(sum(units)) if counted else None,
-            "units_budget": self.budget,
-            "units_budget_total": self.budget * len(self._images) if self.total is None and self.budget else self.total,
-            "bytes_per_class_max": max((self.bytes(target) for target in self.targets), default=0),
-            "bytes_budget": self.bytes_budget,
-            "forms": rows,
-            "nb_real": total(real, "exemplars"),
-            "nb_synthetic": total(other, "exemplars"),
-            "bytes_real": total(real, "bytes"),
-            "bytes_prompts": total(other, "bytes"),
-            "bytes_total": total(rows, "bytes"),
-            "bytes_if_all_real": sum(
-                self._file_bytes[_name(image)] for images in self._images.values() for image in images
-            ),
-            "edge_maps_missing": total(other, "missing"),
-        }
+        """What the memory takes (`utils.memory.report.report`)."""
+        return report(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON and for `torch.load(weights_only=True)`.
 
         forms: their names in the order of the quotas; classes: for each target, as a string, its images in order of
         choice ("<class>/<file>", undecodable bytes escaped as Python does in paths), their bytes as files, how many
-        each form holds, its units where they are not its share, and each image's chosen copies ([]: all are read).
+        each form holds, its units where they are not its share, each image's chosen copies ([]: all are read), and its
+        text.
         """
         return {
             "forms": [form for form, _ in self.quotas],
             "classes": {
                 str(target): {
-                    "images": ["/".join(_name(image)) for image in self._images[target]],
-                    "file_bytes": [self._file_bytes[_name(image)] for image in self._images[target]],
+                    "images": ["/".join(name_of(image)) for image in self._images[target]],
+                    "file_bytes": [self.file_bytes[name_of(image)] for image in self._images[target]],
                     "counts": list(self._counts[target]),
                     **({"units": self._own[target]} if target in self._own else {}),
                     "copies": [list(self.chosen_copies.get(image, ())) for image in self._images[target]],
+                    "text": self.empty_shares[target].text,
                 }
                 for target in self.targets
             },
@@ -284,11 +277,11 @@ class ExemplarMemory:
             for target, of_class in state["classes"].items()
         }
         self._counts = {int(target): list(of_class["counts"]) for target, of_class in state["classes"].items()}
-        self._units, self._file_bytes = {}, {}
+        self._units, self.file_bytes = {}, {}
         for of_class in state["classes"].values():
             names = of_class["images"]  # checkpoints of earlier versions have no bytes
             sizes = of_class.get("file_bytes") or [(train / name).stat().st_size for name in names]
-            self._file_bytes |= {tuple(name.split("/")): size for name, size in zip(names, sizes, strict=True)}
+            self.file_bytes |= {tuple(name.split("/")): size for name, size in zip(names, sizes, strict=True)}
         self._own = {int(t): of_class["units"] for t, of_class in state["classes"].items() if "units" in of_class}
         self.chosen_copies = {
             self._images[int(target)][i]: tuple(numbers)
@@ -296,18 +289,18 @@ class ExemplarMemory:
             for i, numbers in enumerate(of_class.get("copies", []))
             if numbers
         }
+        for target, of_class in state["classes"].items():
+            labels = {name.partition("/")[0] for name in of_class["images"]}  # earlier versions kept no text
+            label = next(iter(labels), "")
+            text = of_class.get("text") or self.paths.class_texts([label])[label]
+            self.empty_shares[int(target)] = ClassShare.empty(int(target), label, text, self.forms_in_use)
         self._nb_classes = max(len(self._images), 1)
 
-    def _of(self, target: int) -> list[tuple[str, Path]]:
-        """(form, image) of a class's exemplars in order of choice."""
-        forms = [form for (form, _), count in zip(self.quotas, self._counts[target], strict=True) for _ in range(count)]
-        return list(zip(forms, self._images[target], strict=True))
-
-    def _share(self, images: Sequence[Path], units: float | None = None) -> list[int]:
+    def _numbers(self, images: Sequence[Path], units: float | None = None) -> list[int]:
         """How many exemplars of each form a class has at present; the first image tells what each form costs."""
         if self.total is None or not images:
             return [number for _, number in self.quotas]
-        costs = {form: self._cost(form, images[0]) for form, number in self.quotas if number}
+        costs = {form: self.cost(form, images[0]) for form, number in self.quotas if number}
         return share(self.budget if units is None else units, self.quotas, costs)
 
     def _keep(self, target: int, images: Sequence[Path], counts: Sequence[int]) -> None:
@@ -317,32 +310,7 @@ class ExemplarMemory:
         self._counts[target] = np.diff(ends, prepend=0).tolist()
         self.enforce_budget(target)
 
-    def _cost(self, form: str, image: Path) -> float | None:
-        """Units of an exemplar, None where its form has no such count; asked of the form once the exemplar has been
-        made, and each time before."""
-        if (form, image) not in self._units:
-            units = self.forms[form].units(image)
-            if form != REAL and self.forms[form].kept_bytes(image) is None:
-                return units
-            self._units[form, image] = units
-        return self._units[form, image]
 
-
-def _name(image: Path) -> tuple[str, str]:
+def name_of(image: Path) -> tuple[str, str]:
     """(class, file)."""
     return image.parent.name, image.name
-
-
-def _row(memory: ExemplarMemory, form: str) -> dict[str, Any]:
-    """A form's row of the report."""
-    images = [image for target in memory.targets for its_form, image in memory._of(target) if its_form == form]
-    sizes = [memory.forms[form].kept_bytes(image) for image in images]
-    texts = memory.forms[form].text_bytes({image.parent.name for image in images})
-    units = [memory._cost(form, image) for image in images]
-    return {
-        "form": form,
-        "exemplars": len(images),
-        "units": None if None in units else float(sum(units)),
-        "bytes": sum(size for size in sizes if size is not None) + texts,
-        "missing": sizes.count(None),
-    }

@@ -3,7 +3,6 @@
 The forms themselves are in compress/forms/; main.py hands them to the memory, by name.
 """
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +19,11 @@ class ExemplarForm(Protocol):
         None for a form that has no such count.  Raises UserError naming a file that can't be read.
         """
 
+    def kept(self, image: Path) -> bytes | None:
+        """What is kept of a train image, as it goes into the memory's file; None while it has not been made."""
+
     def kept_bytes(self, image: Path) -> int | None:
-        """Bytes on disk that are kept of a train image; None while they have not been made."""
+        """Its number of bytes."""
 
     def expected_bytes(self, image: Path) -> int:
         """The same, of what has not been made yet too.  Raises UserError naming a file that can't be read."""
-
-    def text_bytes(self, labels: Collection[str]) -> int:
-        """Bytes that are kept once for each of some classes, such as their labels' texts in UTF-8."""
