@@ -73,7 +73,7 @@ def test_every_file_is_there_byte_for_byte(memory, tmp_path, capsys):
 
 FORMS = [
     *("edges", "edges@12", "edges+webp:10@16", "jpeg:30", "jpeg:5@9", "webp:10", "webp:80@20", "avif:20", "avif:60@15"),
-    *("latent:3", "latent:6@16", "text", "codebook:8x2@9"),
+    *("latent:3", "latent:6@16", "text", "codebook:8x2@9", "thumb:40@8"),
 ]
 
 
