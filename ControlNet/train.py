@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -56,9 +57,11 @@ TASKS = dict(zip(STAGES, (AutoencoderTask, TextTask, DiffusionTask, DiffusionTas
 
 
 class Views(Dataset):
-    """Pairs of an augmented picture and its edge map; the random choices depend on (step, position in the batch).
+    """Pairs of an augmented picture and its hint; the random choices depend on (step, position in the batch).
 
-    An item is (picture, 3 x S x S float in [-1, 1]; edge map, 1 x S x S float, 0 or 1; class number).
+    An item is (picture, 3 x S x S float in [-1, 1]; hint, 1 or 3 x S x S float in [0, 1]; class number).  The config's
+    `hint` is "edges", for edge maps (the default), or "thumb@SIDE", for the picture reduced to a shorter side of SIDE
+    pixels and enlarged again.
     """
 
     def __init__(self, config: DictConfig, stage: str):
@@ -79,20 +82,33 @@ class Views(Dataset):
         self.size = config.image_size
         self.augmentation, self.looseness = config.augmentation, config.looseness
         self.seed = [config.seed, STAGES.index(stage)]
+        kind = re.fullmatch(r"edges|thumb@([1-9]\d*)", config.get("hint") or "edges")
+        if kind is None:
+            raise ModelError(f"hint is edges or thumb@SIDE, such as thumb@8, not {config.hint!r}")
+        self.thumb_side = kind[1] and int(kind[1])
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         rng = np.random.default_rng([*self.seed, *key])
         file, label = self.items[rng.integers(len(self.items))]
         source = _moved(read_picture(file), rng, self.augmentation)
-        # Both presets' ways of finding edges: at the picture's own size, or at the generated size.
-        if rng.random() < 0.5:
-            edges = self._resized(cv2.Canny(source, 100, 200), cv2.INTER_NEAREST)
-        else:
-            edges = cv2.Canny(self._resized(source, cv2.INTER_LANCZOS4), 100, 200)
+        hint = self._thumb(source) if self.thumb_side else self._edges(source, rng)
         gamma = math.exp(rng.uniform(-1, 1) * self.looseness.gamma)
         target = self._resized(_moved(source, rng, self.looseness), cv2.INTER_LANCZOS4).astype(np.float32) / 255
         picture = torch.from_numpy(target**gamma * 2 - 1).permute(2, 0, 1)
-        return picture, torch.from_numpy(edges[None] / np.float32(255)), label
+        return picture, torch.from_numpy(hint / np.float32(255)), label
+
+    def _edges(self, source: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The edge map, 1 x S x S, in one of both presets' ways: found at the picture's own size, or at S x S."""
+        if rng.random() < 0.5:
+            return self._resized(cv2.Canny(source, 100, 200), cv2.INTER_NEAREST)[None]
+        return cv2.Canny(self._resized(source, cv2.INTER_LANCZOS4), 100, 200)[None]
+
+    def _thumb(self, source: np.ndarray) -> np.ndarray:
+        """The picture of a thumbnail, 3 x S x S, as the form "thumb" enlarges it."""
+        scale = min(1.0, self.thumb_side / min(source.shape[:2]))
+        height, width = (max(1, round(side * scale)) for side in source.shape[:2])
+        small = cv2.resize(source, (width, height), interpolation=cv2.INTER_AREA)
+        return np.ascontiguousarray(self._resized(small, cv2.INTER_CUBIC).transpose(2, 0, 1))
 
     def _resized(self, image: np.ndarray, interpolation: int) -> np.ndarray:
         return cv2.resize(image, (self.size, self.size), interpolation=interpolation)
@@ -154,7 +170,9 @@ def step_seed(seed: int, stage: str, step: int) -> int:
     return int(np.random.SeedSequence([seed, STAGES.index(stage), step]).generate_state(1, np.uint64)[0]) >> 1
 
 
-FIXED_KEYS = ("seed", "precision", "teacher", "image_size", "texts", "negative_texts", "augmentation", "looseness")
+FIXED_KEYS = (
+    *("seed", "precision", "teacher", "hint", "image_size", "texts", "negative_texts", "augmentation", "looseness"),
+)
 """Keys of the config, beside those of the stage, that a checkpoint's training must have in common with this one."""
 
 MOST_READ = 64
@@ -182,7 +200,7 @@ def check_settings(config: DictConfig, stage: str, data: Views, has_checkpoint: 
     asked |= content_digests(config, data)
     if has_checkpoint and file.exists():
         known = json.loads(file.read_text())
-        known = {name: known.get(name) for name in asked if name in known or name == "teacher"}
+        known = {name: known.get(name) for name in asked if name in known or name in ("teacher", "hint")}
         differ = [name for name, value in known.items() if value != asked.get(name)]
         if differ:
             raise ModelError(

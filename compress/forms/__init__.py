@@ -40,8 +40,9 @@ WRONG_SIZE, OTHERWISE = "of the wrong size", "made otherwise"
 class Condition:
     """What copies are made from, in memory.
 
-    size: (height, width) of the generated pictures; hint: an edge map of that size (HxW uint8, 0 or 255), None for no
-    control; start: a picture (HxWx3 uint8) that copies start from, or, for forms without a model, that they are;
+    size: (height, width) of the generated pictures; hint: what the control network sees, of that size: an edge map (HxW
+    uint8, 0 or 255) or a picture (HxWx3 uint8), None for no control; start: a picture (HxWx3 uint8) that copies start
+    from, or, for forms without a model, that they are;
     code: of the noise of the first sampling steps (`ControlNet.cldm.codebook`), None where all noise is drawn freely.
     """
 

@@ -93,7 +93,7 @@ class Codebook(Form):
         codes = {"coded": self.coded, "bits": self.bits, "atoms": self.atoms, "candidates": CANDIDATES}
         return [self.packed(code) for code in generator.encode(pictures, texts, **codes)]
 
-    def condition(self, kept: bytes, size: tuple[int, int]) -> Condition:
+    def condition(self, kept: bytes, size: tuple[int, int], greyscale: bool = False) -> Condition:
         return Condition(self.preset.generated_size(*size), code=self.unpacked(kept))
 
     def packed(self, code: np.ndarray) -> bytes:

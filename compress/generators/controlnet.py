@@ -219,7 +219,8 @@ class PictureGenerator:
         if requests[0].condition.hint is None:
             return None
         hints = torch.from_numpy(np.stack([request.condition.hint for request in requests])).to(self.device)
-        return [(hints.to(self.model.dtype) / 255)[:, None].expand(-1, 3, -1, -1)]
+        hints = hints[:, None] if hints.ndim == 3 else hints.permute(0, 3, 1, 2)
+        return [(hints.to(self.model.dtype) / 255).expand(-1, 3, -1, -1)]
 
     def _starts(self, requests: Sequence[Request]) -> torch.Tensor | None:
         """Mean latents of the pictures that the copies start from, B x 4 x H/8 x W/8; None where there are none."""
