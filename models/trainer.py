@@ -68,7 +68,7 @@ class Trainer:
     def do_phase(self, phase: int, within: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """One phase's record.  within: the checkpoint within the phase, None to start at its beginning."""
         start = time.perf_counter()
-        made = self.make_new_copies(phase)
+        made = make_new_copies(self.run, phase)
         self.start_phase(phase)
         training = self.train(within)
         self.run.seed_torch(phase + 1)  # whether the training was done here, or before the run was killed
@@ -121,8 +121,8 @@ class Trainer:
         if len(self.records) < self.data.nb_phases and began_with.get("copies") and self.run.copies:
             images = self.shown()
             if within is not None:
-                self.make_new_copies(len(self.records))
-                images += self.new_images_with_copies(len(self.records))
+                make_new_copies(self.run, len(self.records))
+                images += new_images_with_copies(self.run, len(self.records))
             self.run.copies.check(began_with["copies"], images)
         return within
 
@@ -180,7 +180,7 @@ class Trainer:
         trainings = [record["training"] for record in self.records]
         stages = [done for training in trainings for done in training.get("stages", [training])]
         self.epochs.epochs_before = sum(done["epochs"] for done in stages)
-        self.epochs.copies_state = self._copies_state(self.new_images_with_copies(phase))
+        self.epochs.copies_state = self._copies_state(new_images_with_copies(self.run, phase))
         for number, stage in enumerate(method.stages()):
             method.before_stage(stage)
             if number >= len(place.stages):
@@ -216,20 +216,6 @@ class Trainer:
         """The exemplars of which copies are looked at."""
         replaced = self.config.augmentation_prob > 0
         return [item.image for item in self.run.memory.items() if replaced or item.regenerated]
-
-    def new_images_with_copies(self, phase: int) -> list[Path]:
-        """A phase's new images, where training reads copies of them that are made on demand."""
-        c = self.config
-        if self.run.copies is None or c.regenerate != "on_demand":
-            return []
-        if c.augmentation_prob == 0 or c.augmentation_scope != "all":
-            return []
-        return [item.image for item in self.data.new_items(phase)]
-
-    def make_new_copies(self, phase: int) -> int:
-        """Make what is missing of the copies of a phase's new images.  Returns the number of copies made."""
-        images = self.new_images_with_copies(phase)
-        return (self.run.copies.make(images, with_copies=True) or 0) if images else 0
 
     def make_kept(self, there: Collection[Path] = ()) -> None:
         """Make what is missing of the exemplars' kept files, and drop exemplars for which there is no room then.
@@ -316,3 +302,19 @@ class Trainer:
         parts.append(f"memory {units}{memory['bytes_total']:,} bytes")
         parts.append(f"{record['seconds']['total']:.1f} s")
         log.info("%s: %s", method.describe(f"{method.nb_seen} classes"), "; ".join(parts))
+
+
+def new_images_with_copies(run: Run, phase: int) -> list[Path]:
+    """A phase's new images, where training reads copies of them that are made on demand."""
+    c = run.config
+    if run.copies is None or c.regenerate != "on_demand":
+        return []
+    if c.augmentation_prob == 0 or c.augmentation_scope != "all":
+        return []
+    return [item.image for item in run.data.new_items(phase)]
+
+
+def make_new_copies(run: Run, phase: int) -> int:
+    """Make what is missing of the copies of a phase's new images.  Returns the number of copies made."""
+    images = new_images_with_copies(run, phase)
+    return (run.copies.make(images, with_copies=True) or 0) if images else 0
