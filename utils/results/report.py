@@ -183,7 +183,7 @@ def write_phases(path: Path, runs: Sequence[Mapping]) -> None:
 
 
 class _Memory(BaseModel):
-    units_total: float
+    units_total: float | None
     bytes_total: float
 
 
