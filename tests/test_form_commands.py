@@ -172,7 +172,7 @@ def test_what_a_form_costs(paths, compress, checkpoint, form):
     expected = cost.expected_bytes(image)
     assert compress("--form", form)[0] == 0
     assert cost.kept_bytes(image) == cost.expected_bytes(image) == expected
-    assert cost.text_bytes(["sushi", "apple pie"]) == 14
+    assert len(cost.kept(image)) == expected
     if form == "edges@20":
         assert cost.units(image) == pytest.approx(20 * 24 / (40 * 48 * 24))
 
@@ -233,15 +233,14 @@ def test_training_under_a_budget_in_bytes(paths, compress, checkpoint, tmp_path,
     assert memory["nb_synthetic"] > 0
     assert memory["bytes_total"] <= 2 * memory["bytes_budget"]
     (archive,) = (tmp_path / "out").rglob("memory/phase01.memory")
-    assert memory["bytes_total"] < memory["archive_bytes"] == archive.stat().st_size
+    assert memory["bytes_total"] < memory["archive_bytes"] == archive.stat().st_size < memory["bytes_total"] + 300
     assert (memory["units_total"] is None) == any(name in form for name in ("webp", "jpeg", "thumb"))
-    ours, texts = of_form(paths, form), len("apple pie") + len("sushi")
+    assert memory["bytes_names"] == 2 * 3 + len("apple pie") + len("sushi")
+    ours = of_form(paths, form)
     if regenerate == "on_demand":  # what is on disk is what is kept
         kept = ours.root / ours.files.kept
-        assert (
-            memory["bytes_prompts"]
-            == sum(file.stat().st_size for file in kept.rglob("*") if file.suffix in ours.files.kept_endings) + texts
-        )
+        payloads = sum(file.stat().st_size for file in kept.rglob("*") if file.suffix in ours.files.kept_endings)
+        assert 0 <= memory["bytes_prompts"] - payloads <= 2 * 6 + 2 * memory["nb_synthetic"]  # lengths and sizes
 
 
 def test_a_budget_in_bytes_is_refused_with_its_arithmetic(paths, compress, tmp_path, capsys):

@@ -129,8 +129,8 @@ def _size(file: Path) -> str:
 def _thumbnail(file: Path, note: str) -> Picture:
     try:
         picture = read_image(file)
-    except OSError:  # a form may keep what is no picture
-        return Picture(None, f"{note}, no picture".strip(", "))
+    except OSError:  # a form may keep a code, which its copy shows decoded
+        return Picture(None, f"{note}, coded".strip(", "))
     picture.thumbnail((SIDE, SIDE))
     return Picture(_uri(picture), note)
 
