@@ -1,14 +1,16 @@
-"""The benchmark of copies counts the steps that are made, and ranks equal pictures alone."""
+"""The benchmarks of copies count the steps that are made and the memory in use, and rank equal pictures alone."""
 
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 from compress.generators.controlnet import PictureGenerator
 from compress.presets import HIGH
 from ControlNet.cldm.model import load_model
 from tests.bench import bench_controlnet as bench
+from tests.bench.bench_memory import Tracker
 
 DDIM = HIGH.changed(size=64, sampler="ddim", steps=20)
 
@@ -71,3 +73,17 @@ def test_pictures_that_differ_are_not_ranked(capsys):
     assert ["not ranked" in line for line in said] == [False, True]
     drawing = HIGH.changed(size=64, sampler="lcm", steps=4)
     assert bench.comparable(contenders, drawing, [None], 4, bench.SAME_PSNR["fp32"]) == {"a", "b", "c"}
+
+
+def test_memory_is_counted_as_long_as_it_is_alive():
+    layer = torch.nn.Linear(1000, 500, bias=False, device="meta")
+    with torch.inference_mode(), Tracker(layer) as tracker:
+        x = torch.empty(10, 1000, device="meta")
+        first = layer(x)
+        del first
+        second = layer(x)
+        view = second[:5]
+        assert tracker.now == 2_000_000 + 40_000 + 20_000
+        both = torch.cat([second, view])
+        del both
+    assert (tracker.weights, tracker.peak) == (2_000_000, 2_000_000 + 40_000 + 20_000 + 30_000)
