@@ -13,7 +13,7 @@ from compress.options import parse_settings
 from compress.plan import Plan, plan
 from compress.records import MadeOtherwise, Records
 from compress.regenerate import Regenerator
-from compress.share import by_first, run_shared
+from compress.share import by_first, own_part, run_shared
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.fabric import Fabric
@@ -69,9 +69,9 @@ class OnDemand(Copies):
         opened = nullcontext()
         if todo.needs_generator:
             opened = build.generator(job.form, job.machine, fabric.device, self.precision)
-        with opened as generate, progress(todo.copies_missing, "copies", quiet=not fabric.is_global_zero) as bar:
+        own = sum(len(task.copy_numbers) for task in own_part(fabric, todo.tasks))
+        with opened as generate, progress(own, "copies", quiet=not fabric.is_global_zero) as bar:
             result = run_shared(fabric, Regenerator(paths, job.form, generate), todo, bar.update)
-        result = fabric.broadcast(result)
         if result.failures:
             more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
             raise UserError(f"an exemplar could not be stored or regenerated: {result.failures[0]}{more}")

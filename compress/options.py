@@ -211,9 +211,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     machine.add_argument(
         "--precision",
         default="auto",
-        choices=("auto", *PRECISIONS, "int8"),
-        help="int8: weights in 8 bits, --engine openvino, needs `pip install nncf` [bf16 where the device has it, else "
-        "fp16/fp32]",
+        choices=("auto", *PRECISIONS),
+        help="what the networks compute in [bf16 where the device has it, else fp16/fp32]",
     )
     machine.add_argument("--batch-size", metavar="N", type=at_least_one, help="copies made at a time [by device]")
     machine.add_argument("--low-memory", action="store_true", help="keep on the GPU only the network that is at work")

@@ -10,16 +10,10 @@ from contextlib import contextmanager
 def map_ahead(pool: Executor, function: Callable, items: Iterable, window: int) -> Iterator:
     """function(item) for each item, in order; the pool works at most `window` items ahead of who takes the values.
 
-    An item of None is passed on as it is, after all before it: the items then pause.
     What a call raises is raised here, at its place.
     """
     waiting = deque()
     for item in items:
-        if item is None:
-            while waiting:
-                yield waiting.popleft().result()
-            yield None
-            continue
         waiting.append(pool.submit(function, item))
         if len(waiting) > window:
             yield waiting.popleft().result()

@@ -10,9 +10,9 @@ import errno
 import functools
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,44 +51,6 @@ class _Read:
     to_encode: np.ndarray | None = None
 
 
-class _Tally:
-    """What a run has made so far, and which images are not finished."""
-
-    def __init__(self, result: Result, progress: Progress, finished: Callable[[Path], object]):
-        self.result = result
-        self.progress = progress
-        self.finished = finished
-        self.left: dict[Path, int] = {}  # copies of an image that are not on disk
-        self.being_written: deque[list[tuple[Request, Future[Result]]]] = deque()
-
-    def requests(self, read: Iterable[_Read | None]) -> Iterator[Request | None]:
-        """The copies to make, image by image; None where tasks pause."""
-        for each in read:
-            if each is None:
-                yield None
-                continue
-            self.result.add(each.result)
-            if each.result.copies_failed:
-                self.progress(each.result.copies_failed)
-            if each.requests:
-                self.left[each.task.image] = len(each.requests)
-                yield from each.requests
-            else:
-                self.finished(each.task.image)
-
-    def collect(self, most: int) -> None:
-        """Wait until at most this many batches are still being written."""
-        while len(self.being_written) > most:
-            batch = self.being_written.popleft()
-            for request, written in batch:
-                self.result.add(written.result())
-                self.left[request.image] -= 1
-                if not self.left[request.image]:
-                    del self.left[request.image]
-                    self.finished(request.image)
-            self.progress(len(batch))
-
-
 class Regenerator:
     """Makes the kept files and copies of a dataset's train images.
 
@@ -104,44 +66,48 @@ class Regenerator:
         self.texts = paths.class_texts()
         self._pixels = Budget(MOST_PIXELS)
 
-    def run(
-        self,
-        plan: Plan,
-        progress: Progress = lambda copies: None,
-        *,
-        tasks: Iterable[Task | None] | None = None,
-        finished: Callable[[Path], object] = lambda image: None,
-    ) -> Result:
+    def run(self, plan: Plan, progress: Progress = lambda copies: None, tasks: Sequence[Task] | None = None) -> Result:
         """Make what the plan says is missing.  An image that can't be read goes into the result's failures.
 
         progress: called with the number of copies that were just made, or given up; tasks: those of the plan to work
-        on, with None where they pause, None for all; finished: called with each image when all is made of it.
+        on, None for all.
         Raises UserError where nothing can be written (full disk, no permission) or the batch does not fit the device.
         """
         leftovers = self._leftovers(plan)
         plan.records.kept.note(task.image.parent.name for task in plan.tasks if not task.is_done or self._is_old(task))
         plan.records.copies.note(task.image.parent.name for task in plan.tasks if task.copy_numbers)
         marks = {label: plan.records.copies.mark(label) for label in self.texts}
+        own = plan if tasks is None else replace(plan, tasks=tuple(tasks))
+        result = Result(kept_skipped=own.kept_present, copies_skipped=own.copies_present)
         readers, writers = ThreadPoolExecutor(THREADS, "reader"), ThreadPoolExecutor(THREADS, "writer")
-        tally = _Tally(Result(kept_skipped=plan.kept_present, copies_skipped=plan.copies_present), progress, finished)
-        ahead = map_ahead(readers, self._read, plan.tasks if tasks is None else tasks, THREADS + self._batch_size)
+        being_written: deque[list[Future[Result]]] = deque()
+
+        def collect(most: int) -> None:
+            """Wait until at most this many batches are still being written."""
+            while len(being_written) > most:
+                batch = being_written.popleft()
+                for written in batch:
+                    result.add(written.result())
+                progress(len(batch))
+
+        ahead = map_ahead(readers, self._read, own.tasks, THREADS + self._batch_size)
         try:
-            for batch in batches(tally.requests(self._encoded(ahead)), self._batch_size):
-                pictures = self.generator(batch) if batch else []
-                tally.collect(most=1 if batch else 0)
-                tally.being_written.append(
+            for batch in batches(_requests(self._encoded(ahead), result, progress), self._batch_size):
+                pictures = self.generator(batch)
+                collect(most=1)
+                being_written.append(
                     [
-                        (request, writers.submit(self._write_copy, request, picture, marks[request.image.parent.name]))
+                        writers.submit(self._write_copy, request, picture, marks[request.image.parent.name])
                         for request, picture in zip(batch, pictures, strict=True)
                     ]
                 )
-            tally.collect(most=0)
+            collect(most=0)
         finally:
             readers.shutdown(cancel_futures=True)
             writers.shutdown(cancel_futures=True)
-            for file in leftovers:  # no write takes as long as a run: nobody will move them into place
+            for file in leftovers:
                 file.unlink(missing_ok=True)
-        return tally.result
+        return result
 
     @property
     def _batch_size(self) -> int:
@@ -196,18 +162,11 @@ class Regenerator:
             ),
         )
 
-    def _encoded(self, read: Iterable[_Read | None]) -> Iterator[_Read | None]:
-        """Encode what the generator is to encode, in batches of pictures of one shape; pass on the rest.
-
-        Where tasks pause (None), and at the end, incomplete batches are encoded too.
-        """
+    def _encoded(self, read: Iterable[_Read]) -> Iterator[_Read]:
+        """Encode what the generator is to encode, in batches of pictures of one shape; pass on the rest."""
         waiting: dict[tuple[int, ...], list[_Read]] = defaultdict(list)
         for each in read:
-            if each is None:
-                for batch in waiting.values():
-                    yield from self._encode(batch)
-                waiting.clear()
-            if each is None or each.to_encode is None:
+            if each.to_encode is None:
                 yield each
                 continue
             batch = waiting[each.to_encode.shape]
@@ -294,6 +253,15 @@ def _failed(task: Task, error: OSError) -> _Read:
         failures=[Failure(task.image, reason(error, task.image))],
     )
     return _Read(task, [], failed)
+
+
+def _requests(read: Iterable[_Read], result: Result, progress: Progress) -> Iterator[Request]:
+    """The copies to make, image by image, while what was made of the images is counted."""
+    for each in read:
+        result.add(each.result)
+        if each.result.copies_failed:
+            progress(each.result.copies_failed)
+        yield from each.requests
 
 
 def _write(path: Path, write: Callable) -> None:

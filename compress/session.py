@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from compress.generators import Generator
 from compress.generators.build import (
-    OF_OPENVINO,
+    OPENVINO_BF16,
     choose_precision,
     download,
     fingerprint,
@@ -62,7 +62,8 @@ def run(job: Job, action: Action) -> int:
     with generator_for(job, todo, fabric) as generate:
         start = time.perf_counter()
         regenerator = Regenerator(job.data.paths, job.form, generate, recode)
-        with progress_bar(todo.copies_missing, "copy", fabric) as bar:
+        own = sum(len(task.copy_numbers) for task in own_part(fabric, todo.tasks))
+        with progress_bar(own, "copy", fabric) as bar:
             result = run_shared(fabric, regenerator, todo, bar.update)
     if not fabric.is_global_zero:
         return DONE
@@ -198,8 +199,8 @@ def made_by(job: Job, device: torch.device, without_weights: bool) -> tuple[str 
 
 def named(machine: Machine) -> str | None:
     """The precision that the user has named, as copies record it; None for "auto"."""
-    if machine.engine == "openvino" and machine.precision in OF_OPENVINO:
-        return OF_OPENVINO[machine.precision]
+    if machine.engine == "openvino" and machine.precision == "bf16":
+        return OPENVINO_BF16
     return None if machine.precision == "auto" else machine.precision
 
 
@@ -219,7 +220,8 @@ def verified(fabric: Fabric, records: Records, images: list[Path], copy_numbers:
 
 
 def progress_bar(total: int, unit: str, fabric: Fabric | None = None) -> tqdm:
-    """With the time left; in a log file, a line every half minute; of several processes, in the first one alone."""
+    """With the time left; in a log file, a line every half minute.  Of several processes the first one shows its part,
+    which is about as large as any other's."""
     seldom = 0.1 if sys.stderr.isatty() else 30
     many = fabric is not None and fabric.world_size > 1
     return tqdm(

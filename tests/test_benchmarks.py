@@ -1,9 +1,10 @@
-"""The benchmark of copies counts the steps that are made, and ranks equal pictures alone."""
+"""The benchmarks of copies count the steps that are made and the memory in use, and rank equal pictures alone."""
 
 import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from compress.generators.controlnet import PictureGenerator
@@ -11,6 +12,7 @@ from compress.presets import HIGH
 from ControlNet.cldm.model import load_model
 from tests.bench import bench_controlnet as bench
 from tests.bench import bench_herding, bench_pycil
+from tests.bench.bench_memory import Tracker
 
 DDIM = HIGH.changed(size=64, sampler="ddim", steps=20)
 
@@ -112,3 +114,17 @@ def test_both_sides_get_the_same_pixels(tmp_path, monkeypatch):
         label = int(arrays["train_targets"][row])
         file = tmp_path / "data" / "MINI15" / "train" / f"class_{label:02d}" / f"{row - 3 * label:03d}.png"
         np.testing.assert_array_equal(np.asarray(Image.open(file)), arrays["train"][row])
+
+
+def test_memory_is_counted_as_long_as_it_is_alive():
+    layer = torch.nn.Linear(1000, 500, bias=False, device="meta")
+    with torch.inference_mode(), Tracker(layer) as tracker:
+        x = torch.empty(10, 1000, device="meta")
+        first = layer(x)
+        del first
+        second = layer(x)
+        view = second[:5]
+        assert tracker.now == 2_000_000 + 40_000 + 20_000
+        both = torch.cat([second, view])
+        del both
+    assert (tracker.weights, tracker.peak) == (2_000_000, 2_000_000 + 40_000 + 20_000 + 30_000)

@@ -12,6 +12,7 @@ from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.model import MODELS_FOLDER, ModelError, create_model, load_model, load_state_dict
 from ControlNet.ldm.schedule import ddim_timesteps
 from ControlNet.ldm.text import tokenize
+from tests import forks
 from tests.small_controlnet import reference_state_dict, small_config, small_model
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -410,3 +411,24 @@ def test_a_gpu_predicts_what_the_cpu_does(dtype, tolerance, model, figures, tmp_
     cond = {name: [x.to("cuda", dtype) for x in tensors] for name, tensors in cond.items()}
     eps = on_gpu.apply_model(figures["x"].to("cuda", dtype), figures["t"].cuda(), cond)
     assert_close(eps.float().cpu(), figures["eps"], tolerance)
+
+
+LIGHTNING_LATE = """
+from ControlNet.cldm.model import create_model
+from ControlNet.cldm.cldm import ControlLDM
+from tests.little_model import little_config
+before = create_model(little_config())
+import pytorch_lightning as pl
+after, again = create_model(little_config()), create_model(little_config())
+assert not isinstance(before, pl.LightningModule)
+assert isinstance(after, pl.LightningModule) and type(after) is type(again)
+assert all(isinstance(each, ControlLDM) and type(each).__name__ == "ControlLDM" for each in (before, after))
+assert before.state_dict().keys() == after.state_dict().keys()
+assert str(after.device) == "cpu" and after.training_step.__func__ is before.training_step.__func__
+"""
+
+
+def test_a_model_is_a_lightning_module_whenever_lightning_was_imported_before_it_was_made():
+    """Not only where it was imported before ControlNet."""
+    ended = forks.run(["-c", LIGHTNING_LATE])
+    assert ended.returncode == 0, ended.stderr

@@ -4,14 +4,12 @@ A network is converted once for its weights, whatever the batch and the size of 
 $ESCORT_CACHE_DIR/openvino (default: ~/.cache/escort/openvino) under a digest of the weights.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -43,11 +41,6 @@ def is_installed() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
 
-def compresses_weights() -> bool:
-    """Whether weights can be kept in 8 bits."""
-    return importlib.util.find_spec("nncf") is not None
-
-
 @functools.cache
 def _core():
     """OpenVINO's runtime, one for the whole process, which is never let go.
@@ -75,10 +68,8 @@ def cache_folder() -> Path:
 def use_openvino(model: ControlLDM, precision: str = "fp32") -> None:
     """Let OpenVINO compute the model's apply_model and decode_first_stage.
 
-    model: in float32, on the CPU; precision: "fp32" (torch's results up to rounding), "bf16" where `computes_bf16`, or
-    "int8" where `compresses_weights`: weights of 8 bits with a scale a channel, arithmetic in float32.
+    model: in float32, on the CPU; precision: "fp32" (torch's results up to rounding), or "bf16" where `computes_bf16`.
     """
-    _core()  # before NNCF makes one of its own and lets it go
     steps: dict[tuple[bool, bool], _Network] = {}  # (controlled, reusing deep features) -> network
 
     def apply_model(x_noisy: Tensor, t: Tensor, cond: dict) -> Tensor:
@@ -199,8 +190,6 @@ class _Network:
             warnings.simplefilter("ignore")  # the tracer's: the graph does not depend on sizes
             example = {name: tensor.clone() for name, tensor in inputs.items()}
             graph = openvino.convert_model(self.module, example_input=example)
-        if self.precision == "int8":
-            graph = _in_8_bits(graph)
         try:
             _keep(graph, kept, file.name)
         except (OSError, RuntimeError) as error:
@@ -213,22 +202,12 @@ class _Network:
         heads = [module.heads for module in self.module.modules() if isinstance(module, CrossAttention)]
         only_mid = getattr(self.module, "only_mid_control", None)
         parts = [FORMAT, version, sorted(inputs), str(self.module), heads, only_mid]
-        parts += ["int8"] * (self.precision == "int8")  # in bf16 the graph is that of float32
         digest = hashlib.sha256(repr(tuple(parts)).encode())
         for name, tensor in self.module.state_dict().items():
             values = tensor.detach().flatten()
             picked = values[:: max(1, len(values) // SAMPLED_VALUES)].float().contiguous()
             digest.update(f"{name} {tuple(tensor.shape)} ".encode() + picked.numpy().tobytes())
         return digest.hexdigest()[:16]
-
-
-def _in_8_bits(graph):
-    """The graph with its layers' weights rounded to 8 bits, symmetrically about 0, with a scale for each channel."""
-    import nncf
-
-    nncf.set_log_level(logging.WARNING)  # else it prints tables
-    with contextlib.redirect_stdout(sys.stderr):  # its progress bar
-        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
 
 
 def _keep(graph, folder: Path, file: str) -> None:

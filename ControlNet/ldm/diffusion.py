@@ -1,5 +1,6 @@
 """Latent diffusion (Rombach et al. 2022): the schedule, the two frozen stages, and the training loss."""
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,21 +15,21 @@ from ControlNet.ldm.schedule import scaled_linear_betas, schedule_buffers
 from ControlNet.ldm.util import extract_into_tensor, instantiate_from_config
 
 
-def _module_class() -> type[nn.Module]:
-    """LightningModule where training scripts expect it, else nn.Module, which spares the seconds that its import takes.
-
-    That is: where the package was imported under its published names (`cldm...`), or Lightning was imported before.
-    """
+def _trainable(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class, and a LightningModule too where Lightning is loaded: published training scripts give the model to a
+    Trainer.  Importing Lightning takes seconds, which others need not spend."""
     for name in ("pytorch_lightning", "lightning.pytorch"):
-        if name in sys.modules:
-            return sys.modules[name].LightningModule
-    if "controlnet_aliases" in sys.modules:
-        try:
-            from pytorch_lightning import LightningModule
-        except ImportError:
-            return nn.Module
-        return LightningModule
-    return nn.Module
+        base = getattr(sys.modules.get(name), "LightningModule", None)
+        if base is not None:
+            return _joined(cls, base)
+    return cls
+
+
+@functools.cache
+def _joined(cls: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    if issubclass(cls, base):
+        return cls
+    return type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 class DiffusionWrapper(nn.Module):
@@ -39,7 +40,7 @@ class DiffusionWrapper(nn.Module):
         self.diffusion_model = diffusion_model
 
 
-class LatentDiffusion(_module_class()):
+class LatentDiffusion(nn.Module):
     """A UNet that predicts the noise in latents, with the autoencoder and the text encoder that it was trained on.
 
     The *_config arguments are {target, params}; the others are the official config's.  The autoencoder is frozen, and
@@ -49,6 +50,10 @@ class LatentDiffusion(_module_class()):
 
     learning_rate = 1e-5
     parameterization = "eps"
+
+    def __new__(cls, *args, **kwargs) -> "LatentDiffusion":
+        """A LightningModule as well, if Lightning has been imported by now."""
+        return super().__new__(_trainable(cls))
 
     def __init__(
         self,

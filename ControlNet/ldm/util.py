@@ -31,7 +31,8 @@ def instantiate_from_config(config: Mapping) -> nn.Module:
     cls = getattr(importlib.import_module(TARGETS[target]), target.rpartition(".")[2])
     if cls is nn.Identity:
         return cls()
-    known = {name for base in cls.__mro__ if base is not nn.Module for name in inspect.signature(base).parameters}
+    bases = (base for base in cls.__mro__ if base not in (nn.Module, object))
+    known = {name for base in bases for name in inspect.signature(base.__init__).parameters}
     unknown = sorted(set(params) - known)
     if unknown:
         raise ValueError(f"{target} has no parameter {', '.join(unknown)}")

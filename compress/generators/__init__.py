@@ -61,18 +61,10 @@ def group(request: Request) -> Hashable:
     return condition.size, bool(request.text), condition.hint is None, condition.start is None, condition.code is None
 
 
-def batches(requests: Iterable[Request | None], batch_size: int) -> Iterator[list[Request]]:
-    """Requests of one group in batches of batch_size; what is left over comes at the end.
-
-    Where requests pause (None), what is left over comes at once, and an empty batch after it.
-    """
+def batches(requests: Iterable[Request], batch_size: int) -> Iterator[list[Request]]:
+    """Requests of one group in batches of batch_size; what is left over comes at the end."""
     waiting: dict[Hashable, list[Request]] = defaultdict(list)
     for request in requests:
-        if request is None:
-            yield from (batch for batch in waiting.values() if batch)
-            waiting.clear()
-            yield []
-            continue
         batch = waiting[group(request)]
         batch.append(request)
         if len(batch) == batch_size:

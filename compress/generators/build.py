@@ -25,9 +25,8 @@ log = logging.getLogger(__name__)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-OF_OPENVINO = {"bf16": "bf16-openvino", "int8": "int8-openvino"}
-"""What copies remember as their precision where OpenVINO makes them otherwise than torch can: in bf16 it rounds in
-other places, and weights in 8 bits torch does not have."""
+OPENVINO_BF16 = "bf16-openvino"
+"""What copies remember as their precision where OpenVINO makes them in bf16: it rounds in other places than torch."""
 
 
 def choose_engine(engine: str, device: torch.device, low_memory: bool = False) -> str:
@@ -47,18 +46,11 @@ def choose_precision(precision: str, device: torch.device, engine: str = "auto")
 
     Raises UserError for one that the engine does not have here.
     """
-    on_openvino = choose_engine(engine, device) == "openvino"
-    if precision == "int8":
-        if not on_openvino:
-            raise UserError("--precision int8 is OpenVINO's: add --engine openvino.")
-        if not openvino_engine.compresses_weights():
-            raise UserError("--precision int8 needs a package that is not installed: pip install nncf")
-        return OF_OPENVINO["int8"]
-    if on_openvino:
+    if choose_engine(engine, device) == "openvino":
         has_bf16 = openvino_engine.computes_bf16()
         if precision == "fp16" or (precision == "bf16" and not has_bf16):
             raise UserError(f"--engine openvino does not compute in {precision} on this CPU: take --precision fp32.")
-        return "fp32" if precision == "fp32" or not has_bf16 else OF_OPENVINO["bf16"]
+        return "fp32" if precision == "fp32" or not has_bf16 else OPENVINO_BF16
     if precision != "auto":
         return precision
     if device.type == "cpu":

@@ -14,7 +14,7 @@
   in memory.
   DDIM alone.
 - ours: `compress.generators.controlnet.PictureGenerator`, as compress/run.py uses it.  Also with torch.compile
-  (--compile) or OpenVINO (--openvino; --int8: weights in 8 bits), on a GPU without channels-last weights
+  (--compile) or OpenVINO (--openvino), on a GPU without channels-last weights
   (--contiguous), and with TAESD's small decoder, of random weights (--small-decoder; by OpenVINO where that is asked).
 - diffusers: StableDiffusionControlNetPipeline with the same sampler, and text encodings made beforehand.
 
@@ -193,7 +193,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile as well")
     parser.add_argument("--openvino", action="store_true", help="ours with OpenVINO as well, on a CPU")
-    parser.add_argument("--int8", action="store_true", help="ours with OpenVINO and weights in 8 bits as well")
     parser.add_argument("--small-decoder", action="store_true", help="ours with TAESD's decoder as well")
     parser.add_argument("--contiguous", action="store_true", help="ours without channels-last weights as well")
     parser.add_argument("--skip", default="", help="contenders to leave out, such as published,diffusers")
@@ -211,17 +210,16 @@ def make_contenders(config: Path, state: Mapping[str, Tensor], options: argparse
     if "diffusers" not in skipped:
         contenders["diffusers"] = diffusers_pipeline(config, build(config, state, options.device, dtype))
     wanted = {"ours": True, "ours, contiguous": options.contiguous, "ours, compiled": options.compile}
-    wanted |= {"ours, openvino": options.openvino, "ours, int8": options.int8}
+    wanted |= {"ours, openvino": options.openvino}
     wanted |= {"ours, small dec.": options.small_decoder}
-    engines = {"ours, compiled": "compile", "ours, openvino": "openvino", "ours, int8": "openvino"}
+    engines = {"ours, compiled": "compile", "ours, openvino": "openvino"}
     engines |= {"ours, small dec.": "openvino"} if options.openvino else {}
     for name in [name for name, asked in wanted.items() if asked and name not in skipped]:
         engine = engines.get(name, "torch")
         model = build(config, state, options.device, torch.float32 if engine == "openvino" else dtype)
-        precision = "int8" if name == "ours, int8" else options.precision
         if name == "ours, small dec.":
             use_small_decoder(model.first_stage_model, model.scale_factor, SmallDecoder().to(model.device, model.dtype))
-        generator = PictureGenerator(HIGH, model, engine=engine, precision=precision)
+        generator = PictureGenerator(HIGH, model, engine=engine, precision=options.precision)
         if name == "ours, contiguous":
             model.to(memory_format=torch.contiguous_format)
         contenders[name] = ours(generator)
