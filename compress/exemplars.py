@@ -139,10 +139,12 @@ def within_budget(config: Config, form, images, paths: DatasetPaths, least: int)
             for name, number in of_quota.items()
             if number
         }
-        index = max(_index_bytes(label, text, of_quota) for label, text in paths.class_texts(sizes).items())
+        in_use, texts = [name for name, number in of_quota.items() if number], paths.class_texts(sizes)
+        shares = [ClassShare.empty(i, label, texts[label], in_use) for i, label in enumerate(sizes)]
+        index = max(map(_index_bytes, shares))
         check_bytes(quotas(config, form), config.memory_bytes_per_class, median, index, least)
         if asked == 0:
-            check_smallest(images, config.memory_bytes_per_class, index)
+            check_smallest(images, config.memory_bytes_per_class, shares)
         return config
     units = {"real": 1.0, form.name: 1 / 24}
     if asked:
@@ -174,9 +176,8 @@ def within_budget(config: Config, form, images, paths: DatasetPaths, least: int)
     return config
 
 
-def _index_bytes(label: str, text: str, of_quota: Mapping[str, int]) -> int:
+def _index_bytes(share: ClassShare) -> int:
     """Bytes that a class of one exemplar of each form takes beside the payloads (typical ones of 128 bytes or more)."""
-    share = ClassShare.empty(0, label, text, [name for name, number in of_quota.items() if number])
     for each in share.forms:
         share = share.plus(each.form, Row(128, (32, 32), 24))
     return share.bytes - sum(each.payloads for each in share.forms)

@@ -116,6 +116,15 @@ def test_edge_maps_with_pictures_of_earlier_versions_are_read():
     assert form.payload(kept, (40, 30), False) == form.encode(image)
 
 
+@pytest.mark.parametrize("name", ["jpeg", "webp", "avif"])
+def test_what_is_left_of_a_file_has_no_payload(name):
+    file = pillows_file(picture(40, 30), name, 30)
+    for length in range(8, len(file), 7):
+        part = file[:length]
+        payload = codecs.stripped(part, name, 30, (40, 30), False)
+        assert codecs.file_of(payload, name, 30, (40, 30), False) == part
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_damaged_payloads_are_an_oserror_or_another_picture(name):
     codecs.check_codec(name)

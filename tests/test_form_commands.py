@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -15,6 +16,7 @@ from compress.presets import HIGH
 from tests.conftest import long_but
 from tests.folders import save_noise
 from tests.little_run import command, little_dataset, tree
+from utils.data import codecs
 from utils.data.images import read_image
 from utils.data.paths import DatasetPaths
 
@@ -154,6 +156,30 @@ def test_nothing_of_a_code_is_text_alone(paths, compress):
         assert {ours.kept(image).stat().st_size for image in ours.images("sushi")} == {0}
     assert pictures[0] == pictures[1]
     assert len(set(pictures[0])) == 4
+
+
+def test_pictures_that_earlier_versions_kept_as_files_are_not_made_again(paths, compress):
+    form = form_named("webp:10@20", HIGH)
+    assert compress("--form", form.name)[0] == 0
+    ours = of_form(paths, form.name)
+    images = [image for label in ("apple pie", "sushi") for image in ours.images(label)]
+    cost = Cost(form, ours)
+    before = [cost.kept(image) for image in images]
+    for image, payload in zip(images, before, strict=True):
+        size = codecs.reduced(*np.asarray(read_image(image)).shape[:2], 20)
+        ours.kept(image).with_suffix(".webp").write_bytes(codecs.file_of(payload, "webp", 10, size, False))
+        ours.kept(image).unlink()
+    whole = tree(paths.root)
+    code, out, _ = compress("--form", form.name)
+    assert (code, "0 made, 4 skipped" in out) == (0, True)
+    assert compress("--form", form.name, "--verify")[0] == 0
+    assert [cost.kept(image) for image in images] == before
+    assert [cost.kept_bytes(image) for image in images] == [len(payload) for payload in before]
+    ours.find_kept(images[0]).write_bytes(b"RIFF")
+    assert compress("--form", form.name, "--verify")[0] == 1
+    assert compress("--form", form.name, "--repair")[0] == 0
+    assert [cost.kept(image) for image in images] == before
+    assert tree(paths.root).keys() - whole.keys() == {ours.kept(images[0]).relative_to(paths.root).as_posix()}
 
 
 def test_forms_lie_side_by_side(paths, compress):

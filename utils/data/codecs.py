@@ -158,7 +158,7 @@ _VP8_START = b"\x9d\x01\x2a"
 
 
 def _webp_payload(file: bytes, quality: int, size: Size, greyscale: bool) -> bytes | None:
-    if file[12:16] != b"VP8 " or file[20] & 31 != 16:  # a key frame of version 0 that is shown
+    if len(file) < 30 or file[12:16] != b"VP8 " or file[20] & 31 != 16:  # a key frame of version 0 that is shown
         return None
     length = int.from_bytes(file[16:20], "little")
     return varint(int.from_bytes(file[20:23], "little") >> 5) + file[30 : 20 + length]

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
+from utils.data.items import REAL
 from utils.errors import UserError
 from utils.memory.forms import ExemplarForm
-from utils.memory.share import ClassShare, row_of
+from utils.memory.share import ClassShare, Row, row_of
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +76,13 @@ def check_bytes(quotas: Quotas, budget: int, sizes: Mapping[str, int], index: in
         )
 
 
-def check_smallest(images: Sequence[Sequence[Path]], budget: int, index: int = 0) -> None:
+def check_smallest(images: Sequence[Sequence[Path]], budget: int, shares: Sequence[ClassShare]) -> None:
     """Raises UserError if there is a class of which not one image file has room in a budget in bytes.
 
-    images: of each class; index: bytes of a class beside its exemplars.
+    images: of each class; shares: of each class without exemplars.
     """
-    smallest = [min(image.stat().st_size for image in of_class) + index for of_class in images]
+    sizes = [min(image.stat().st_size for image in of_class) for of_class in images]
+    smallest = [share.plus(REAL, Row(size, (0, 0), 0)).bytes for share, size in zip(shares, sizes, strict=True)]
     if (enough := max(smallest, default=0)) > budget:
         too_large = [of_class for of_class, size in zip(images, smallest, strict=True) if size > budget]
         raise UserError(
