@@ -17,14 +17,14 @@ from utils.memory.budget import FILL, check_budget, check_bytes, check_smallest,
 
 
 def exemplar_form(config: Config, data):
-    """The form in which exemplars that are not real are kept."""
+    """The form in which exemplars that are not real are kept: as it is on disk, where copies were made ahead."""
     options, resolution = config.regenerate_options, data.defaults.resolution
     try:
         form = parse_settings(options, resolution, config.syn_form)[0]
+        if config.regenerate == "ahead" and not options:
+            options = shlex.join(recorded_options(replace(data.paths, files=form.files).folder("copies")))
+            form = parse_settings(options, resolution, config.syn_form)[0] if options else form
         if form.needs_weights:
-            if config.regenerate == "ahead" and not options:
-                options = made_with(config, form, replace(data.paths, files=form.files))
-                form = parse_settings(options, resolution, config.syn_form)[0]
             form.settings()  # whether the weights are there
     except UserError as error:
         raise UserError(f"regenerate_options: {error}") from error

@@ -19,7 +19,7 @@ from utils.data.paths import DatasetPaths
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
 
 PICTURES = ["webp:10@20", "jpeg:30", "latent:4@32"]
-FORMS = [*PICTURES, "text", "edges@20", "edges+webp:10@16"]
+FORMS = [*PICTURES, "text", "edges@20", "edges:1.5", "edges+webp:10@16", "edges+colour@8"]
 QUICK = ("webp:10@20", "text", "edges@20")  # a codec, copies without control, and with it
 EACH = long_but(FORMS, *QUICK)
 
