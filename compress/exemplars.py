@@ -20,7 +20,7 @@ from utils.memory.share import ClassShare, Row
 
 
 def exemplar_form(config: Config, data):
-    """The form in which exemplars that are not real are kept."""
+    """The form in which exemplars that are not real are kept: as it is on disk, where copies were made ahead."""
     options, resolution = config.regenerate_options, data.defaults.resolution
     try:
         form_named(config.syn_form, PRESETS[resolution])
@@ -28,10 +28,10 @@ def exemplar_form(config: Config, data):
         raise UserError(f"syn_form: {error}") from error
     try:
         form = parse_settings(options, resolution, config.syn_form)[0]
+        if config.regenerate == "ahead" and not options:
+            options = shlex.join(recorded_options(replace(data.paths, files=form.files).folder("copies")))
+            form = parse_settings(options, resolution, config.syn_form)[0] if options else form
         if form.needs_weights:
-            if config.regenerate == "ahead" and not options:
-                options = recorded_options(replace(data.paths, files=form.files).folder("copies"))
-                form = parse_settings(shlex.join(options), resolution, config.syn_form)[0]
             form.settings()  # whether the weights are there
     except UserError as error:
         raise UserError(f"regenerate_options: {error}") from error

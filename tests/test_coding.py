@@ -78,7 +78,7 @@ def test_most_damage_shows():
         return True
 
     assert is_taken(code)
-    assert not any(is_taken(code[:-cut]) for cut in range(2, 60))
+    assert not any(is_taken(code[:-cut]) for cut in range(2, 40))
     assert not any(is_taken(code + bytes(more)) for more in range(1, 5))
     flipped = [code[:i] + bytes([code[i] ^ 1 << i % 8]) + code[i + 1 :] for i in range(len(code))]
     assert sum(map(is_taken, flipped)) < 0.2 * len(flipped)
@@ -170,11 +170,14 @@ def test_the_inputs_of_a_pixel_are_what_the_page_says():
 
 def test_codes_are_those_that_were_written_before():
     """Files on disk are read with the networks that wrote them: after a new training, this digest changes knowingly."""
-    codes = [edge_maps.encode(scene(*size)) for size in ((28, 28), (32, 32), (64, 90), (130, 120))]
+    codes = []
+    for height, width in ((28, 28), (32, 32), (64, 90), (130, 120)):
+        y, x = np.indices((height, width))
+        codes.append(edge_maps.encode(np.sqrt((y * y + 2 * x * x) // 3).astype(int) % 9 == 0))
     assert hashlib.sha256(b"".join(codes)).hexdigest()[:16] == DIGEST
 
 
-DIGEST = ""
+DIGEST = "b743e5704c354c6b"
 
 
 # --- tiny pictures --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not ch
 
 PICTURES = ["webp:10@20", "jpeg:30", "latent:4@32"]
 CODES = ["codebook:4@3", "codebook:3x2@3/1"]
-FORMS = [*PICTURES, "text", "edges@20", "edges+webp:10@16", "thumb:40@8", *CODES]
+FORMS = [*PICTURES, "text", "edges@20", "edges:1.5", "edges+webp:10@16", "edges+colour@8", "thumb:40@8", *CODES]
 ONE_COPY = [*PICTURES, "codebook:4@3"]
 QUICK = ("webp:10@20", "text", "edges@20", "codebook:4@3")  # a codec, copies without control, with it, of a code
 EACH = long_but(FORMS, *QUICK)

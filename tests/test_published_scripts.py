@@ -132,6 +132,11 @@ def test_a_tree_of_the_published_scripts_is_taken_as_it_is(tmp_path, checkpoint,
         paths, edges(HIGH), [image for label in LABELS for image in paths.images(label)], 2
     )  # the trainer takes them
     assert tree(paths.root) == before
+    code, out, _ = compress("--repair")
+    assert "edge maps: 0 made, 4 skipped (4 of them recoded), 0 failed" in out
+    assert "copies: 0 made, 8 skipped" in out
+    assert compress("--verify")[0] == 0
+    assert not list(paths.folder("kept").rglob("*.bmp"))
 
 
 def test_the_published_trainer_finds_our_copies(tmp_path, checkpoint, capsys):

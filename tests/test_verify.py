@@ -1,5 +1,6 @@
 """Looking for what is wrong with edge maps and copies, and making that again: --verify and --repair."""
 
+import json
 import re
 import shutil
 import socket
@@ -7,6 +8,7 @@ import socket
 import pytest
 from PIL import Image
 
+from compress.coding.edge_maps import decode
 from tests.conftest import long_but
 from tests.folders import save_picture
 from tests.little_run import Killed, command, copies, kill_at, little_dataset, tree, without_weights
@@ -131,6 +133,60 @@ def test_a_bmp_of_the_published_scripts_is_held_to_its_size_alone(paths, compres
     assert "edge maps: 1 made, 3 skipped" in compress("--repair")[1]
     assert not bmp.exists()  # or it would come back if the new one went away
     assert compress("--verify")[0] == 0
+
+
+def save_as(kept, size, ending):
+    """Write a kept edge map as earlier versions did, without a record of a coder."""
+    Image.fromarray(decode(kept.read_bytes(), *size) > 0).save(kept.with_suffix(ending), lossless=True)
+    kept.unlink()
+    record = kept.parents[1] / "settings.json"
+    record.write_text(json.dumps({**(content := json.loads(record.read_text())), "settings": {
+        name: value for name, value in content["settings"].items() if name != "edge_coder"}}))  # fmt: skip
+
+
+@pytest.mark.parametrize("option", [(), ("--repair",)])
+def test_edge_maps_of_earlier_versions_are_coded_anew_and_their_copies_stay(paths, compress, option):
+    compress()
+    whole = tree(paths.root)
+    images = [image for label in ("sushi", "apple pie") for image in paths.images(label)]
+    for image, ending in zip(images, (".webp", ".png", ".webp", ".png"), strict=True):
+        with Image.open(image) as picture:
+            save_as(paths.kept(image), picture.size[::-1], ending)
+    assert compress("--verify")[0] == 0
+    code, out, _ = compress(*option)
+    assert code == 0
+    assert "edge maps: 0 made, 4 skipped (4 of them recoded), 0 failed" in out
+    assert "copies: 0 made, 8 skipped, 0 failed" in out
+    after = tree(paths.root)
+    files = {name for name in whole if "settings" not in str(name)}
+    assert {name for name in after if "settings" not in str(name)} == files
+    assert all(after[name] == whole[name] for name in files)
+    code, out, _ = compress(*option)
+    assert "4 skipped, 0 failed" in out
+    assert compress("--verify")[0] == 0
+
+
+def test_an_earlier_version_s_edge_map_of_another_image_is_not_coded_anew(paths, compress):
+    compress()
+    first = paths.images("sushi")[0]
+    save_as(paths.kept(first), (40, 48), ".webp")
+    edge_map = paths.kept(first).with_suffix(".webp")
+    with Image.open(edge_map) as picture:
+        turned = picture.rotate(180)
+    turned.save(edge_map, lossless=True)
+    before = edge_map.read_bytes()
+    assert compress()[0] == 0
+    assert edge_map.read_bytes() == before
+    assert compress("--verify")[0] == 1
+
+
+def test_edge_maps_of_another_coder_are_not_mixed_with_this_one_s(paths, compress):
+    compress()
+    record = paths.folder("kept") / "settings.json"
+    record.write_text(re.sub(r'"edge_coder": "\w+"', '"edge_coder": "000000000000"', record.read_text()))
+    code, _, err = compress()
+    assert code == 2
+    assert "edge coder '000000000000' -> " in err
 
 
 def test_orphans_are_reported_and_never_deleted(paths, compress):
