@@ -88,7 +88,7 @@ class Bench:
         for code, (part, cond) in zip(codes, parts, strict=True):
             sampler = codebook.CodebookSampler(self.model, code)
             back.append(sampler.sample(form.steps + 1, len(part), part.shape[1:], cond, verbose=False)[0])
-        self.pictures(back[0])  # a copy's time has the decoder in it
+        self.pictures(torch.cat(back))  # a copy's time has the decoder in it
         seconds = middle - start, time.process_time() - middle
         codebook.FIRST, codebook.LAST = DEFAULT
         return form.fixed_bytes, torch.cat(back), *(each / len(self.images) for each in seconds)
