@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from compress.coding.edge_maps import encode
 from compress.cost import Cost
+from compress.forms.edges import read
 from tests.folders import save_noise, save_picture
 from tests.test_budget import edges_cost
 from tests.test_herding import herding_by_hand
@@ -218,7 +220,7 @@ def test_units_and_bytes_are_those_of_the_files(paths):
     lengths = [
         {role: [len(bytes_of(item)) for item in memory.items() if (item.target, item.role) == (target, role)]
          for role, bytes_of in (("real", lambda item: item.image.read_bytes()),
-                                ("edges", lambda item: paths.edge_map(item.image).read_bytes()))}
+                                ("edges", lambda item: encode(read(paths.find_edge_map(item.image).read_bytes(), (0, 0)))))}
         for target in (0, 1)
     ]  # fmt: skip
     assert report["bytes_real"] - sum(len(image.read_bytes()) for image in real) == 2 * (1 + 1 + 2)

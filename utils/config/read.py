@@ -10,38 +10,11 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from utils import json_files
+from utils.config.foreign import PILOTS_BACKBONES, PYCIL_DATASETS, PYCIL_ONLY
 from utils.config.mistakes import as_json, is_among, not_among, what_is_wrong
 from utils.config.schema import REQUIRED, Config, Key, MethodInfo, all_keys, keys_of
 from utils.config.types import alternatives
 from utils.errors import UserError
-
-PYCIL_ONLY: dict[str, tuple[tuple | None, str]] = {
-    "skip": ((False,), "phase 0 is trained, or reused from phase0_cache"),
-    "debug": (None, "it only changes what PyCIL prints"),
-    "min_lr": ((0,), "the cosine ends at 0"),
-    "warmup": ((0,), "the learning rate starts at its full height"),
-    "t_max": (None, "the cosine ends with the last epoch"),
-}
-"""Keys of PyCIL's files that are no keys here: the values that mean what happens anyway (None: all), and why.
-
-A method's `Settings` may have a class variable `pycil_only` like this."""
-
-
-PYCIL_DATASETS = {
-    "cifar10_aa": ("cifar10", "autoaugment"),
-    "cifar100_aa": ("cifar100", "autoaugment"),
-    "imagenet100": ("imagenet100", "pycil"),
-    "imagenet1000": ("imagenet1000", "pycil"),
-}
-"""PyCIL's names of datasets, spelt as there, that stand for a dataset and an augmentation."""
-
-
-PILOTS_BACKBONES = {
-    "pretrained_vit_b16_224": "timm/vit_base_patch16_224",
-    "pretrained_vit_b16_224_in21k": "timm/vit_base_patch16_224.augreg_in21k",
-    "vit_base_patch16_224_in21k": "timm/vit_base_patch16_224.augreg_in21k",
-}
-"""PILOT's and timm's earlier names of pretrained backbones, and timm's today; with `pretrained: true`."""
 
 
 class Given(NamedTuple):

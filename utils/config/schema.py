@@ -125,9 +125,7 @@ class Config:
         result=False,
         source=PYCIL,
     )
-    seed: Seeds = setting(
-        [1993], "class orders: one run each; mean and spread are reported", result=False, source=PYCIL
-    )
+    seed: Seeds = setting([1993], "class orders, a run each; mean and spread are reported", result=False, source=PYCIL)
 
     # ESCORT
     real_per_class: Natural | None = setting(
@@ -171,9 +169,7 @@ class Config:
         "which K of an exemplar's candidates are read: agree: those that the classifier of its phase agrees with most; "
         "boundary: those nearest its boundary; all: there are no others",
     )
-    copy_candidates: Count | None = setting(
-        None, "copies_kept agree, boundary: copies made of each exemplar, more than K; null: 2 K"
-    )
+    copy_candidates: Count | None = setting(None, "copies_kept: copies of each exemplar to choose K from; null: 2 K")
     regenerate_options: Text = setting(
         "", 'on_demand: settings, model and machine, as options of compress/run.py: "--model tiny --steps 10"'
     )
