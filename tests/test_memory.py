@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,9 +219,9 @@ def test_units_and_bytes_are_those_of_the_files(paths):
     assert report["units_budget"] == 20
     assert (report["nb_real"], report["nb_synthetic"]) == (2 * R, 2 * S)
     lengths = [
-        {role: [len(bytes_of(item)) for item in memory.items() if (item.target, item.role) == (target, role)]
-         for role, bytes_of in (("real", lambda item: item.image.read_bytes()),
-                                ("edges", lambda item: encode(read(paths.find_edge_map(item.image).read_bytes(), (0, 0)))))}
+        {role: [len(bytes_of(item.image)) for item in memory.items() if (item.target, item.role) == (target, role)]
+         for role, bytes_of in (("real", Path.read_bytes),
+                                ("edges", lambda image: encode(read(paths.find_edge_map(image).read_bytes(), (0, 0)))))}
         for target in (0, 1)
     ]  # fmt: skip
     assert report["bytes_real"] - sum(len(image.read_bytes()) for image in real) == 2 * (1 + 1 + 2)
