@@ -423,6 +423,8 @@ def test_text_keeps_nothing_and_its_copies_differ_by_image():
     seeds = {form.seed(Path(f"{name}.jpg"), k) for name in "abcdef" for k in range(5)}
     assert len(seeds) == 30
     assert form.seed(Path("x/a.jpg"), 3) == form.seed(Path("y/a.jpg"), 3)
+    drawn = {form.seed(Path(f"{i}.jpg"), k) % 2**32 for i in range(5000) for k in range(2)}  # all that torch reads
+    assert len(drawn) > 9990
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_a_run_from_the_memory_alone_is_the_ordinary_one(tmp_path, checkpoint, f
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("form", ["webp:10@20", "edges"])
+@pytest.mark.parametrize("form", ["webp:10@20", "edges", "codebook:4@3/2"])
 def test_a_killed_run_goes_on_from_the_memory_alone(tmp_path, checkpoint, forgetful, form):
     """A shared budget in units moves exemplars from one form to the next; real ones are replaced by copies too."""
     values = {"augmentation_prob": 0.5}
