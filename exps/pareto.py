@@ -1,7 +1,7 @@
 """The equal-bytes sweep: exemplar forms x budgets in bytes x methods x class orders, as one table and one page.
 
     python -m exps.pareto exps/pareto_digits.json [--dry-run] [--jobs N] [--output DIR]
-                          [--seeds 1993] [--budgets 1200] [--forms real,edges] [--submit N]
+                          [--seeds 1993] [--budgets 1200] [--forms real,edges] [--methods der] [--submit N]
     python -m exps.pareto --dry-run --dataset Mine --budgets 50000 [--forms real,webp:10,edges,text] [--settings ...]
 
 The JSON file has
@@ -155,7 +155,8 @@ def pareto(options: argparse.Namespace) -> int:
     """What the command line asks for.  Returns the exit code."""
     if options.file is None:
         return _budget_only(options)
-    sweep = read(options.file, options.output, seeds=options.seeds, budgets=options.budgets, forms=options.forms)
+    part = {name: getattr(options, name) for name in ("seeds", "budgets", "forms", "methods")}
+    sweep = read(options.file, options.output, **part)
     check(sweep)
     measures = measured(sweep.config, [REAL, *sweep.kept], sweep.settings, *["--time"] * options.dry_run)
     problems = [f"{form}: {of['error']}" for form, of in measures["forms"].items() if "error" in of]
@@ -230,6 +231,7 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--seeds", type=_numbers, default=[], metavar="A,B", help="class orders in place of the file's")
     parser.add_argument("--budgets", type=_numbers, default=[], metavar="A,B", help="bytes, in place of the file's")
     parser.add_argument("--forms", type=_names, default=[], metavar="A,B", help="only these of the file's forms")
+    parser.add_argument("--methods", type=_names, default=[], metavar="A,B", help="in place of the file's")
     parser.add_argument("--output", type=cli.path, metavar="DIR", help="default: outputs/<name of the file>")
     parser.add_argument(
         "--submit", type=at_least_one, metavar="N", help="start this command N times on SLURM (needs submitit)"

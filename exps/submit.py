@@ -28,7 +28,7 @@ def submit(options: argparse.Namespace, output: Path, points: Points) -> int:
     parameters = dict(_parameter(text) for text in options.slurm)
     words = [sys.executable, "-m", "exps.pareto", str(options.file), "--output", str(output)]
     words += ["--jobs", str(options.jobs)]
-    for name in ("seeds", "budgets", "forms"):
+    for name in ("seeds", "budgets", "forms", "methods"):
         if values := getattr(options, name):
             words += [f"--{name}", ",".join(map(str, values))]
     executor = submitit.AutoExecutor(folder=output / "slurm")

@@ -96,15 +96,17 @@ def read(
     seeds: Sequence[int] = (),
     budgets: Sequence[int] = (),
     forms: Sequence[str] = (),
+    methods: Sequence[str] = (),
 ) -> Sweep:
     """The sweep of a file.
 
-    seeds, budgets: in place of the file's; forms: the names of those of its rows that are taken; empty: all.
+    seeds, budgets, methods: in place of the file's; forms: the names of those of its rows that are taken; empty: all.
     Raises UserError, naming the key, for a file that is no sweep's.
     """
     content = read_json(file)
     content |= {"seeds": list(seeds)} if seeds else {}
     content |= {"budgets": list(budgets)} if budgets else {}
+    content |= {"methods": list(methods)} if methods else {}
     if unknown := sorted(content.keys() - KNOWN):
         raise UserError(f"{file}: unknown key {unknown[0]!r}; a sweep has {', '.join(sorted(KNOWN))}.")
     config = _config(file, content.get("config"))
