@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from compress.coding.edge_maps import encode
 from utils.curate.command import read_digits
 from utils.data.paths import DatasetPaths
 
@@ -26,7 +25,7 @@ def make_digits(
             if i >= train:
                 continue
             paths.edge_map(file).parent.mkdir(parents=True, exist_ok=True)
-            paths.edge_map(file).write_bytes(encode(pixels > 128))
+            Image.fromarray(pixels > 128).save(paths.edge_map(file).with_suffix(".webp"))
             for k in range(copies):
                 paths.copy(file, k).parent.mkdir(parents=True, exist_ok=True)
                 moved = np.roll(pixels, rng.integers(-2, 3, 2), (0, 1))

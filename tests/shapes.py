@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from compress.coding.edge_maps import encode
 from utils.data.images import image_bits
 from utils.data.paths import DatasetPaths
 
@@ -44,8 +43,7 @@ def make_shapes(
         for image in paths.images(label):
             for path in [paths.edge_map(image), *(paths.copy(image, k) for k in range(copies))]:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            width, height, _ = image_bits(image)
-            paths.edge_map(image).write_bytes(encode(np.zeros((height, width))))
+            Image.new("1", image_bits(image)[:2]).save(paths.edge_map(image).with_suffix(".webp"))
             for k in range(copies):
                 picture(label, rng).save(paths.copy(image, k))
     return paths
