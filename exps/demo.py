@@ -23,7 +23,6 @@ from utils.config.read import read_json
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
 from utils.results import report
-from utils.results.gallery import plot_exemplars
 
 CONFIG = Path("exps/demo.json")
 SWEEP = Path("exps/pareto_demo.json")
@@ -58,7 +57,7 @@ def demo(seeds: list[int]) -> None:
     where, copies = f"--dataset {config['dataset']}", config["augmentations_per_image"]
     run("-m utils.curate digits")
     run(f"compress/run.py {where} --limit 2 --seeds {copies} {sweep['settings']}")
-    plot_exemplars(DatasetPaths(data_dir(), config["dataset"]), copies, OUTPUT / "exemplars.png")
+    run(f"-m compress.gallery {where} --copies {copies} {OUTPUT / 'exemplars.png'}")
     budget = f"--bytes-per-class {sweep['budgets'][0]} --copies {copies}"
     run(f"-m exps.plan {where} {budget} --forms {forms} --settings '{sweep['settings']}'")
     jobs = min(3, nb_cores())  # the forms that are compared with real exemplars, side by side

@@ -9,8 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from compress import gallery
 from tests.shapes import make_shapes
-from utils.results import gallery, report, show
+from utils.results import report, show
 
 
 def metrics(top1, names):
