@@ -17,9 +17,7 @@ from exps.runs import nb_cores
 from exps.sweep import read
 from utils import cli
 from utils.config.read import read_json
-from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
-from utils.results.gallery import plot_exemplars
 
 SWEEP = Path("exps/pareto_demo.json")
 OUTPUT = Path("outputs/demo")
@@ -42,7 +40,7 @@ def demo(seeds: list[int]) -> None:
     where, copies = f"--dataset {config['dataset']}", config["augmentations_per_image"]
     run("-m utils.curate digits")
     run(f"compress/run.py {where} --limit 2 --seeds {copies} {settings}")
-    plot_exemplars(DatasetPaths(data_dir(), config["dataset"]), copies, OUTPUT / "exemplars.png")
+    run(f"-m compress.gallery {where} --copies {copies} {OUTPUT / 'exemplars.png'}")
     forms = ",".join(dict.fromkeys([*sweep.kept, "webp:5@14", "edges@14"]))
     budget = ",".join(map(str, sweep.budgets))
     run(f"-m exps.pareto --dry-run {where} --budgets {budget} --forms {forms} --settings='{settings}'")

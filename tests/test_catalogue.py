@@ -124,7 +124,7 @@ HEAVY = ("torch", "transformers", "scipy", "torchmetrics", "matplotlib")
         ("main", ["--config", "exps/der.json", "epochz=3"]),
         ("main", ["--config", "exps/der.json", "--show-config"]),
         ("utils.results.report", ["--help"]),
-        ("utils.results.gallery", ["--help"]),
+        ("compress.gallery", ["--help"]),
         ("exps.compare", ["--help"]),
         ("utils.curate.command", ["--help"]),
         ("compress.run", ["--help"]),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import main
-from compress import quality
+from compress import gallery, quality
 from compress import run as compress
 from tests import processes
 from tests.folders import make_dataset, save_picture
@@ -21,7 +21,7 @@ from tests.little_run import command, little_dataset
 from utils.curate import command as curate
 from utils.data.paths import DatasetPaths
 from utils.memory import __main__ as memory
-from utils.results import gallery, report
+from utils.results import report
 
 CONFIG = {
     **{"dataset": "Toy", "init_cls": 2, "increment": 1, "model_name": "replay", "convnet_type": "resnet8"},
@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_line_of_every_tool(config, tmp_path, capsys):
     assert compress.main([*data, *form, "--resolution", "low"]) == 0
     exemplars = DatasetPaths(tmp_path / "data", "Toy")
     for label in "abc":
-        save_picture(exemplars.edge_map(exemplars.images(label)[0]))
+        save_picture(exemplars.edge_map(exemplars.images(label)[0]).with_suffix(".webp"))
     images = f"--images={tmp_path / 'data' / 'Toy' / 'test' / 'a'}"
     for tool, arguments in (
         (main.main, ["predict", str(out), images, f"--output={file}", "--device=cpu"]),

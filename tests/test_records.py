@@ -17,6 +17,7 @@ from PIL import Image
 
 import main
 from compress import plan as plans
+from compress.coding.edge_maps import fingerprint
 from compress.generators import build as machine
 from compress.on_demand import OnDemand
 from compress.presets import HIGH, LOW
@@ -86,7 +87,10 @@ def test_a_copy_and_its_folder_say_what_made_it(paths, compress):
     assert (settings["shorter_side"], settings["prompt_template"]) == (64, HIGH.prompt_template)
     assert re.fullmatch(r"[0-9a-f]{16}\.[0-9a-f]{8}", settings["model"])
     record = json.loads((paths.folder("kept") / "settings.json").read_text())
-    assert record["settings"] == {"edges_of_generated_size": False, "low_threshold": 100, "high_threshold": 200}
+    assert record["settings"] == {
+        "edge_coder": fingerprint(),
+        **{"edges_of_generated_size": False, "low_threshold": 100, "high_threshold": 200},
+    }
     assert record["classes"] == list(LABELS)
 
 

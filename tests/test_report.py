@@ -9,9 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from compress import gallery
 from tests.shapes import make_shapes
 from utils.config.schema import Config
-from utils.results import gallery, report, show
+from utils.results import report, show
 from utils.results.output import Output
 
 

@@ -31,7 +31,7 @@ HIDDEN = 32
 LARGE_SIDES = (64, 112, 160, 224)
 SKETCHES = ((64, 1.0), (112, 1.5), (224, 1.5), (224, 2.0))
 """Sides and sigmas of the blurred maps."""
-STEPS = {"drawings": 3000, "small": 3000, "large": 4000, "smooth": 2000}
+STEPS = {"drawings": 3000, "small": 3000, "large": 6000, "smooth": 2000}
 PIXELS_A_STEP = {"drawings": 10_000, "small": 15_000, "large": 20_000, "smooth": 15_000}
 CROP = 48
 """Longest side, in pixels, of what is taken of a map at a time."""

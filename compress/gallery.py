@@ -1,17 +1,22 @@
 """Draws what prompts keep and what comes back from them: image | edge map | copies, a row a class.
 
-python -m utils.results.gallery --data-dir data --dataset Food101 --copies 5 exemplars.png
+python -m compress.gallery --data-dir data --dataset Food101 --copies 5 exemplars.png
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+from compress.forms.edges import Edges, read
+from compress.presets import HIGH
+from compress.records import recorded_settings
 from utils import cli
-from utils.data.images import read_image, write_atomically
+from utils.data.images import image_bits, read_image, write_atomically
 from utils.data.paths import DatasetPaths, data_dir, find_dataset
 from utils.errors import UserError
 from utils.results.show import drawn
@@ -42,12 +47,12 @@ def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: i
         axes.set_title(title, fontsize=9)
     for row, (text, image), of_image in zip(grid, rows, there, strict=True):
         row[0].set_ylabel(drawn(text), fontsize=9)
-        files = [image, paths.find_edge_map(image), *of_image]
-        for axes, path in zip(row, files, strict=False):
-            axes.imshow(_picture(path))
+        pictures = [_picture(image), _edge_map(paths, image), *map(_picture, of_image)]
+        for axes, picture in zip(row, pictures, strict=False):
+            axes.imshow(picture)
             axes.set_xticks([])
             axes.set_yticks([])
-        for axes in row[len(files) :]:
+        for axes in row[len(pictures) :]:
             axes.set_axis_off()
     write_atomically(file, lambda f: figure.savefig(f, format="png", dpi=100))
 
@@ -59,13 +64,26 @@ def _picture(path: Path) -> Image.Image:
         raise UserError(f"cannot read image {error}") from error
 
 
+def _edge_map(paths: DatasetPaths, image: Path) -> np.ndarray:
+    """HxWx3 uint8.  A coded map's size follows from the image's and the recorded settings."""
+    label, kept = image.parent.name, paths.find_edge_map(image)
+    recorded = recorded_settings(paths.folder("kept"), [label])[label] or {}
+    names = {each.name for each in fields(HIGH)}
+    form = Edges(replace(HIGH, **{name: value for name, value in recorded.items() if name in names}))
+    try:
+        width, height, _ = image_bits(image)
+        return np.dstack([read(kept.read_bytes(), form.edge_size(height, width))] * 3)
+    except OSError as error:
+        raise UserError(f"cannot read edge map {kept}: {error}") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command.  Returns its exit code (`utils.cli`)."""
     return cli.run(lambda: command(arguments))
 
 
 def command(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m utils.results.gallery", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m compress.gallery", description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", help="folder of all datasets (default: $ESCORT_DATA_DIR, else ./data)")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--variant", metavar="NAME", default="", help="copies that --keep-apart NAME made")
