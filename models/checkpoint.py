@@ -52,7 +52,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 COMMON = frozenset({"config", "class_names", "phase", "network"})
 AFTER_PHASE = COMMON | {"memory", "class_means", "method", "records"}
-WITHIN_PHASE = COMMON | {"stages", "epoch", "step", "sums", "seconds", "optimizer", "random", "within_phase"}
+WITHIN_PHASE = COMMON | {"stages", "epoch", "step", "sums", "seconds", "optimizer", "within_phase"}
 PHASE_0 = frozenset({"network", "training"})
 """What each kind of checkpoint has at least."""
 

@@ -217,7 +217,7 @@ def test_processes_wait_for_each_other_for_days(monkeypatch):
     """One makes copies while the others wait: torch's own limit is 30 minutes."""
     asked = {}
     monkeypatch.setattr(devices, "DDPStrategy", lambda **options: asked.update(options))
-    monkeypatch.setattr(devices, "Fabric", lambda **_: SimpleNamespace(launch=lambda: None))
+    monkeypatch.setattr(devices, "Fabric", lambda **_: SimpleNamespace(launch=lambda: None, device=torch.device("cpu")))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
     for patience in (None, PATIENCE):

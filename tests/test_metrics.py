@@ -95,6 +95,7 @@ def entry(seed, first, second, nme=None):
             "memory": {"units_total": 10.0, "bytes_total": 1000},
             "training": {"epochs": 1, "loss": 1.0, "accuracy": 50.0, "seconds": 3.0, "reused": phase == 0},
             "seconds": {"total": 5.0},
+            "parameters": 1,
         }
         for phase, (top1, per_phase) in enumerate([(first, [first]), (second, [second - 10, second + 10])])
     ]

@@ -110,7 +110,7 @@ def test_rmm_counts_an_equal_share_of_each_old_class_in_foster_s_weights(trainer
     """As PyCIL's samples_old_class, where easy classes have more exemplars than hard ones."""
     run = trainer("rmm-foster", memory_size=8, m_rate_list=[0.0], c_rate_list=[0.5], beta1=0.9)
     run.do_phase(0)
-    assert sorted(run.run.memory.nb_exemplars(target) for target in (0, 1)) == [2, 6]
+    assert sorted(len(run.run.memory.of(target)) for target in (0, 1)) == [2, 6]
     run.start_phase(1)
     [*run.method.stages()]
     expected = effective_number_weights(torch.tensor([4, 4, 10, 10]), 0.9)

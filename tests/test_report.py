@@ -215,7 +215,7 @@ def test_figures_and_page_are_drawn_once(tmp_path, monkeypatch):
                 "confusion": [],
             },
             **{"nme": None, "classes_seen": seen, "memory": {"units_total": 1, "bytes_total": 1}},
-            **{"seconds": {"total": 1.0}, "training": {"reused": False}},
+            **{"seconds": {"total": 1.0}, "training": {"reused": False}, "parameters": 1},
         }
         for seen in (1, 2)
     ]

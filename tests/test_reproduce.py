@@ -125,8 +125,10 @@ def write_results(path, config, seeds=(1993,), *, finished=True):
     runs = []
     for number, seed in enumerate(seeds):
         curves = {"cnn": [70.0 + number, 30.0 + number], "nme": [80.0 + number, 60.0 + number]}
-        phases = [{"classes_seen": 3}, {"classes_seen": 6}]
-        run = {"seed": seed, "finished": finished, "phases": phases, "memory": {"units_total": 1, "bytes_total": 2}}
+        memory = {"units_total": 1, "bytes_total": 2}
+        about = {"cnn": {}, "nme": {}, "memory": memory, "training": {}, "seconds": {}, "parameters": 1}
+        phases = [{"classes_seen": 3, **about}, {"classes_seen": 6, **about}]
+        run = {"seed": seed, "finished": finished, "class_names": list("abcdef"), "phases": phases, "memory": memory}
         for classifier, top1 in curves.items():
             run[classifier] = {"average_incremental_accuracy": sum(top1) / 2, "forgetting": 1.0, "top1": top1}
             run[classifier] |= {"forgetting_in_tens": 1.0, "backward_transfer": -1.0}

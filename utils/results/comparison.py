@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from utils.results.entries import REAL, Entry, Paired, paired, reference_of
 
-CLASSIFIERS = {"cnn": "head", "nme": "nearest means", "student": "student"}
+CLASSIFIERS = {"cnn": "head", "nme": "nearest means", "student": "student", "svm": "SVM"}
 """Classifiers by their keys in results.json, in the words of the table."""
 LEGEND = (
     "head: average incremental accuracy of the network's own classifier (CNN in PyCIL), the mean over phases of top-1 "
