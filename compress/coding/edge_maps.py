@@ -41,7 +41,7 @@ INPUT_UNIT, UNIT, HIDDEN_UNIT, MOST = 1 << 13, 1 << 7, 1 << 6, 1023
 1 / HIDDEN_UNIT, MOST of them at most."""
 LOGIT_UNIT, MOST_LOGIT = 32, 352
 """Logits are rounded to multiples of 1 / LOGIT_UNIT, MOST_LOGIT of them at most."""
-BAND = 1 << 12
+BAND = 1 << 13
 """Pixels whose probabilities are computed at a time: what a processor's cache holds."""
 SAMPLE = 1 << 12
 """Pixels of a map that decide whose network codes it."""
@@ -71,8 +71,11 @@ class Network:
 
     def hidden(self, inputs: np.ndarray, places: np.ndarray) -> np.ndarray:
         """The second hidden layer, N x H2, of N pixels with these inputs and sums of the weights of their places."""
-        activations = _activated(inputs @ self.first + places, INPUT_UNIT // HIDDEN_UNIT)
-        return _activated(activations @ self.second + self.second_bias, UNIT)
+        sums = inputs @ self.first
+        sums += places
+        sums = _activated(sums, INPUT_UNIT // HIDDEN_UNIT) @ self.second
+        sums += self.second_bias
+        return _activated(sums, UNIT)
 
     def places(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """(height x H, width x H): what the places of rows and of columns add to the first layer."""
