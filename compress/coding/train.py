@@ -4,7 +4,7 @@ Writes compress/coding/edge_maps.npz: four small networks (see compress/coding/e
 250 of each that MNIST-ControlNet has), of the pictures below --small (32 pixels: CIFAR-10), of those below --large at
 several sizes, and of the same after a blur or an enlargement.  Take pictures whose bytes are not going to be measured.
 The file that ships was made from CIFAR-10's train pictures from number 1,000 of each class on and Imagenette's test
-pictures; 20 minutes on one core.
+pictures; about half an hour on one core.
 """
 
 import argparse
