@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_what_made_the_copies_is_in_the_results_and_in_the_refusal(train, tmp_pa
     assert made_by["classes"] == 2
     assert (settings["steps"], settings["guidance"], settings["sampler"]) == (1, 9.0, "ddim")
     assert (settings["precision"], settings["quality"], settings["shorter_side"]) == ("fp32", 75, 64)
-    assert len(settings["model"]) == 16
+    assert re.fullmatch(r"[0-9a-f]{16}\.[0-9a-f]{8}", settings["model"])
     back_to_phase(0, tmp_path / "out")
     assert compress("--replace", "--precision", "bf16", steps="2")[0] == 0
     assert train(**values) == 2
