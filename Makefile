@@ -37,7 +37,7 @@ lint: env
 
 # PYCIL=DIR, a checkout of github.com/LAMDA-CL/PyCIL, adds the comparison with it.
 bench: env
-	@for benchmark in $(filter-out %bench_pycil.py,$(wildcard tests/bench/bench_*.py)); do \
+	@for benchmark in $(filter-out %bench_pycil.py %bench_patch_autoencoder.py,$(wildcard tests/bench/bench_*.py)); do \
 		$(BIN)/python $$benchmark || exit 1; done
 	$(if $(PYCIL),$(BIN)/python tests/bench/bench_pycil.py $(PYCIL))
 
