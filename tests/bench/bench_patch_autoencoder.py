@@ -1,4 +1,4 @@
-"""How well principal components of 8 x 8 patches keep pictures: the bound that a PatchAutoencoder sets to a small model.
+"""How well principal components of 8 x 8 patches keep pictures: the bound that a PatchAutoencoder sets to a model.
 
     python tests/bench/bench_patch_autoencoder.py data/CIFAR10-ControlNet/train data/CIFAR10-120/train
 
