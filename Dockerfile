@@ -3,8 +3,9 @@
 FROM python:3.11-slim
 RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
 WORKDIR /escort
-# torch's builds without CUDA, which are a tenth as large
-ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu PIP_NO_CACHE_DIR=1
+# torch's default build brings CUDA's libraries along; PIP_EXTRA_INDEX_URL may name an index of builds without them
+ARG PIP_EXTRA_INDEX_URL
+ENV PIP_NO_CACHE_DIR=1
 COPY Makefile requirements.txt requirements-dev.txt ./
 RUN make env
 COPY . .
