@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ControlNet.cldm.cldm import ControlLDM
-from ControlNet.cldm.model import ModelError, create_model, load_model
+from ControlNet.cldm.model import ModelError, create_model, load_model, refuse_resolvers
 from ControlNet.cldm.weights import find_weights
 from ControlNet.disk import move_into_place, user_path
 from ControlNet.ldm.patch_autoencoder import PatchAutoencoder
@@ -195,6 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     try:
         config = OmegaConf.merge(OmegaConf.load(user_path(arguments[0])), OmegaConf.from_dotlist(arguments[1:]))
+        refuse_resolvers(config, "the training config")
         train(config)
     except (ModelError, OSError, OmegaConfBaseException, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)

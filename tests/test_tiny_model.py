@@ -210,6 +210,7 @@ def test_latents_are_scaled_to_unit_variance_and_pictures_stay(folder, autoencod
     ("arguments", "message"),
     [
         (["data=nowhere"], "no folder nowhere to train on"),
+        (["output=${oc.env:HOME}"], "the training config has ${oc.env:HOME}"),
         (["model=nowhere.yaml"], "nowhere.yaml"),
     ],
 )

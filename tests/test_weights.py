@@ -653,3 +653,10 @@ def test_a_config_of_stable_diffusion_2_is_named():
 def test_a_folder_in_place_of_a_file_is_said(tmp_path):
     with pytest.raises(ModelError, match="is a folder: name the file in it"):
         load_state_dict(tmp_path)
+
+
+def test_a_model_config_does_not_read_the_environment(tmp_path):
+    config = tmp_path / "model.yaml"
+    config.write_text("model: {target: cldm.cldm.ControlLDM, params: {monitor: '${oc.env:HOME}'}}")
+    with pytest.raises(ModelError, match=r"\$\{oc.env:HOME\}; only references to its own keys"):
+        create_model(config)

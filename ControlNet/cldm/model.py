@@ -1,6 +1,7 @@
 """Building models from configs and filling them from checkpoints."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -66,6 +67,13 @@ def create_empty_model(config_path: str | os.PathLike | DictConfig | Mapping) ->
         return create_model(config_path)
 
 
+def refuse_resolvers(config: DictConfig, name: str) -> None:
+    """Raise ModelError for a config with references such as ${oc.env:NAME}: a foreign file must not read the
+    environment.  ${key} is fine."""
+    if found := re.search(r"\$\{[\w.]+:[^}]*\}", OmegaConf.to_yaml(config)):
+        raise ModelError(f"{name} has {found[0]}; only references to its own keys are read")
+
+
 def _name(config_path) -> str:
     return str(config_path) if isinstance(config_path, str | os.PathLike) else "model config"
 
@@ -76,7 +84,9 @@ def _read_config(config_path) -> dict:
             config_path = OmegaConf.load(Path(config_path).expanduser())
         except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
             raise ModelError(f"can't read the model config {config_path}: {error}") from error
-    config = OmegaConf.to_container(OmegaConf.create(config_path), resolve=True)
+    config = OmegaConf.create(config_path)
+    refuse_resolvers(config, "the model config")
+    config = OmegaConf.to_container(config, resolve=True)
     if not isinstance(config, dict) or "model" not in config:
         raise ModelError("a model config has one key, `model`, with `target` and `params`")
     return config
