@@ -271,7 +271,7 @@ def grid_stub_options(tmp_path):
     import argparse
 
     values = {"file": Path("sweep.json"), "submit": 3, "slurm": ["timeout_min=60", "slurm_partition=gpu"], "jobs": 2}
-    return argparse.Namespace(**values, seeds=[], budgets=[5, 6], forms=[])
+    return argparse.Namespace(**values, seeds=[], budgets=[5, 6], forms=[], methods=[])
 
 
 def test_results_are_read_again_when_they_change(tmp_path):
