@@ -22,7 +22,7 @@ from utils.data.paths import DatasetPaths
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
 
-PICTURES = ["webp:10@20", "jpeg:30", "latent:4@32"]
+PICTURES = ["webp:10@20", "jpeg:30", "colour@8", "latent:4@32"]
 CODES = ["codebook:4@3", "codebook:3x2@3/1"]
 FORMS = [*PICTURES, "text", "edges@20", "edges:1.5", "edges+webp:10@16", "edges+colour@8", "thumb:40@8", *CODES]
 ONE_COPY = [*PICTURES, "codebook:4@3"]

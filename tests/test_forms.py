@@ -405,6 +405,24 @@ def test_an_edge_map_and_colours_in_one_code(greyscale):
     assert form_named("edges:1.5@64+colour@8", HIGH).name == "edges:1.5@64+colour@8"
 
 
+@pytest.mark.parametrize("shape", [(120, 90, 3), (120, 90), (1, 1, 3), (1, 300, 3), (300, 20, 3)])
+def test_a_tiny_picture_is_as_long_as_its_share_of_an_edge_map_s_code(shape):
+    """And the picture that comes back is the same to the bit."""
+    image = cv2.resize(photograph(), shape[1::-1], interpolation=cv2.INTER_AREA)
+    image = image if len(shape) == 3 else np.ascontiguousarray(image[:, :, 1])
+    form, both, alone = (form_named(name, HIGH) for name in ("colour@8", "edges+colour@8", "edges"))
+    kept = form.encode(image)
+    start = form.condition(kept, shape[:2]).start
+    assert min(start.shape[:2]) == min(8, *shape[:2])
+    assert np.array_equal(start, both.decoded(both.encode(image), shape[:2])[0])
+    assert 0 < len(kept) <= len(both.encode(image)) <= len(kept) + len(alone.encode(image)) + 1
+    assert form.check(kept, image) is None
+    assert form.check(kept, 255 - image) == ("made otherwise", "the image gives other colours")
+    for broken in (b"", kept * 2):
+        with pytest.raises(OSError, match=r"\w"):
+            form.condition(broken, shape[:2])
+
+
 def test_only_copies_that_start_from_a_picture_depend_on_its_strength():
     both = {name: [form_named(name, p).copy_settings() for p in (HIGH, HIGH.changed(start_strength=0.3))]
             for name in ("edges", "text", "edges+webp:80@40")}  # fmt: skip
@@ -438,6 +456,8 @@ def test_text_keeps_nothing_and_its_copies_differ_by_image():
         ("edges:0", "sigma of a blur"),
         ("edges:1.", "sigma of a blur"),
         ("edges+colour", "comes a picture"),
+        ("colour", "needs a side in pixels"),
+        ("colour:3@8", "needs a side in pixels"),
         ("latent", "needs bits a value, 1 to 8"),
         ("latent:9", "needs bits a value, 1 to 8"),
         ("edges+text", "comes a picture"),
