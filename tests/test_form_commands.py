@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 import main
-from compress.cost import Cost
 from compress.forms import form_named
 from compress.generators import build
 from compress.job import Machine
 from compress.presets import HIGH
+from compress.training.cost import Cost
 from tests.conftest import long_but
 from tests.folders import save_noise
 from tests.little_run import command, little_dataset, tree

@@ -15,10 +15,10 @@ from PIL import Image
 
 from compress import presets, run
 from compress.coding.edge_maps import encode
-from compress.cost import Cost
 from compress.forms.edges import read as edges_of
 from compress.presets import HIGH
 from compress.records import Records
+from compress.training.cost import Cost
 from compress.verify import verify
 from tests import hostile_images
 from tests.folders import make_dataset

@@ -19,9 +19,9 @@ import main
 from compress import plan as plans
 from compress.coding.edge_maps import fingerprint
 from compress.generators import build as machine
-from compress.on_demand import OnDemand
 from compress.presets import HIGH, LOW
 from compress.records import MadeOtherwise, Records, State, read_mark
+from compress.training.on_demand import OnDemand
 from tests.conftest import long_but
 from tests.folders import save_noise
 from tests.little_model import little_config, little_model, save_checkpoint

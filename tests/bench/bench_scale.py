@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from PIL import Image
 
-from compress.cost import Cost
 from compress.forms import form_named
 from compress.plan import plan
 from compress.presets import HIGH
 from compress.records import Records
+from compress.training.cost import Cost
 from compress.verify import verify
 from models.checkpoint import fingerprint
 from utils.data.classes import DataManager

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.copies import Copies, by_settings, fingerprint, generator_of
 from compress.generators import build
 from compress.job import Data, Job
 from compress.options import parse_settings
@@ -14,6 +13,7 @@ from compress.plan import Plan, plan
 from compress.records import MadeOtherwise, Records
 from compress.regenerate import Regenerator
 from compress.share import by_first, own_part, run_shared
+from compress.training.copies import Copies, by_settings, fingerprint, generator_of
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.fabric import Fabric
