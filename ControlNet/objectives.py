@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ControlNet.cldm.cldm import ControlLDM
-from ControlNet.cldm.few_steps import DISTILLED_STEPS, boundary
 from ControlNet.ldm.text import END, MAX_LENGTH, tokenize
 from ControlNet.ldm.util import extract_into_tensor
+from ControlNet.sampling import DISTILLED_STEPS, boundary
 
 
 class Texts(Protocol):

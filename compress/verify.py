@@ -168,10 +168,9 @@ class _Check:
                 faults[k] = Fault(path, "copy", UNREADABLE, reason(error, path))
                 continue
             mark = read_mark(path)
-            unknown = state is State.NEW and not wanted
             if found != size:
                 faults[k] = Fault(path, "copy", WRONG_SIZE, _sizes(found, size))
-            elif unknown or (mark is None and state is not State.MIXED):
+            elif mark is None and state is not State.MIXED:
                 unmarked += 1
             elif mark not in wanted:
                 faults[k] = Fault(path, "copy", OTHERWISE, ", ".join(self.records.copies.differences(label)))

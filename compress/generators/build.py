@@ -12,6 +12,7 @@ from compress.generators import Direct, Generator, generators
 from compress.generators.controlnet import PictureGenerator
 from compress.job import Machine
 from compress.presets import Preset
+from compress.records import Recipe
 from ControlNet.cldm import openvino_engine
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.download import download_sd15
@@ -86,6 +87,22 @@ def fingerprint(machine: Machine) -> str:
         raise UserError(str(error)) from error
 
 
+def recipe_of(form: Form, machine: Machine, device: torch.device, without_weights: bool = False) -> Recipe:
+    """What makes copies here.
+
+    Raises UserError where there are no weights, unless they may be missing: then the model is None.
+    """
+    if not form.needs_model:
+        return Recipe(form)
+    precision = choose_precision(machine.precision, device, machine.engine)
+    try:
+        return Recipe(form, fingerprint(machine), precision)
+    except UserError:
+        if not without_weights:
+            raise
+        return Recipe(form, None, precision)
+
+
 def _loras(machine: Machine) -> list[Lora]:
     return [Lora(*lora) for lora in machine.loras]
 
@@ -103,7 +120,7 @@ def load(machine: Machine, device: torch.device, precision: str) -> ControlLDM:
 
 
 @contextmanager
-def generator(form: Form, machine: Machine, device: torch.device, precision: str) -> Iterator[Generator]:
+def generator(form: Form, machine: Machine, device: torch.device, precision: str | None) -> Iterator[Generator]:
     """`make_generator`'s.  On leaving, its model is freed, and so is the one that the form loaded to encode."""
     made = make_generator(form, machine, device, precision)
     try:
@@ -117,12 +134,16 @@ def generator(form: Form, machine: Machine, device: torch.device, precision: str
             torch.cuda.empty_cache()
 
 
-def make_generator(form: Form, machine: Machine, device: torch.device, precision: str) -> Generator:
-    """The generator of a form's copies, with its model loaded where it needs one."""
+def make_generator(form: Form, machine: Machine, device: torch.device, precision: str | None) -> Generator:
+    """The generator of a form's copies, with its model loaded where it needs one.
+
+    precision: what `choose_precision` returns; None for a form without a model.
+    """
     if not form.needs_model:
         return Direct()
     if machine.model in generators():
         return generators()[machine.model](form.preset, machine, device)
+    assert precision is not None
     return PictureGenerator(
         form.preset,
         load(machine, device, precision),

@@ -12,8 +12,7 @@ from compress.generators import NoPicture
 from compress.presets import Preset, Sampling
 from ControlNet.cldm import codebook
 from ControlNet.cldm.inference import is_out_of_memory, make_ready, pin, release, visiting
-from ControlNet.cldm.sampler import Sampler
-from ControlNet.cldm.samplers import SAMPLERS
+from ControlNet.sampling import Noise, draw, fresh_noise, make_schedule, sample_latents
 from utils.errors import UserError
 
 FULL_SIZE = 300_000_000
@@ -143,25 +142,23 @@ class PictureGenerator:
         texts = [self.preset.prompt_text(request.text) for request in filled]
         contexts = self._encode([self.preset.negative_prompt, *texts])
         model.control_scales = sampling.control_scales(len(model.control_scales))
+        schedule = make_schedule(sampling.sampler, model, steps or sampling.steps)
+        x, noise = self._noise(filled, (model.channels, height // 8, width // 8))
+        unconditional = [contexts[self.preset.negative_prompt].expand(len(filled), -1, -1)]
         with self._at_work("model", "control_model"):
-            sampler, steps = self._sampler(filled, sampling.sampler), steps or sampling.steps
-            latents, _ = sampler.sample(
-                steps,
-                len(filled),
-                (model.channels, height // 8, width // 8),
+            latents = sample_latents(
+                model,
+                sampling.sampler,
+                schedule,
+                x,
                 {"c_concat": hints, "c_crossattn": [torch.cat([contexts[text] for text in texts])]},
+                {"c_concat": hints if sampling.unconditional_control else None, "c_crossattn": unconditional},
+                noise=noise,
+                scales=sampling.guidance_scales(len(schedule.timesteps)),
                 eta=sampling.eta,
-                unconditional_guidance_scale=sampling.guidance,
-                ucg_schedule=sampling.guidance_scales(len(sampler.make_schedule(steps, ddim_eta=sampling.eta))),
                 reuse_every=sampling.reuse_every,
                 start=start,
                 strength=sampling.start_strength,
-                unconditional_conditioning={
-                    "c_concat": hints if sampling.unconditional_control else None,
-                    "c_crossattn": [contexts[self.preset.negative_prompt].expand(len(filled), -1, -1)],
-                },
-                generator=[torch.Generator().manual_seed(request.seed) for request in filled],
-                verbose=False,
             )
         decoded = self._decoded(latents)[: len(batch)].float()
         good = decoded.isfinite().flatten(1).all(1).cpu().tolist()
@@ -184,10 +181,15 @@ class PictureGenerator:
     def _filled(self, batch: Sequence) -> list:
         return [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
 
-    def _sampler(self, requests: Sequence[Request], name: str) -> Sampler:
-        if requests[0].condition.code is None:
-            return SAMPLERS[name](self.model)
-        return codebook.CodebookSampler(self.model, torch.from_numpy(np.stack([r.condition.code for r in requests])))
+    def _noise(self, requests: Sequence[Request], shape: tuple[int, ...]) -> tuple[torch.Tensor, Noise]:
+        """(the initial noise, B x shape; the noise of the steps): of each request's own, or of the walk of its code."""
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        fresh = fresh_noise(generators)
+        codes = [request.condition.code for request in requests if request.condition.code is not None]
+        if not codes:
+            return draw((len(requests), *shape), generators, self.device), fresh
+        initial = codebook.initial_noise(shape).expand(len(requests), *shape)
+        return initial, codebook.noise_of_code(torch.from_numpy(np.stack(codes)), fresh)
 
     def _codes(self, batch: Sequence[tuple[np.ndarray, str]], **codes) -> list[np.ndarray]:
         """Codes of at most batch_size pictures of classes with these texts."""

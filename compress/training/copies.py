@@ -13,7 +13,7 @@ from typing import Any
 
 from compress.forms import Form
 from compress.job import Machine
-from compress.records import DEFAULTS, recorded_options, recorded_settings
+from compress.records import recorded_options, recorded_settings
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
@@ -160,7 +160,7 @@ def _differences(before: Sequence[Mapping], now: Sequence[Mapping]) -> list[str]
     if not before or not now or None in (old := before[0]["settings"], new := now[0]["settings"]):
         return []
     names = dict.fromkeys([*old, *new])
-    pairs = {name: (old.get(name, DEFAULTS.get(name)), new.get(name, DEFAULTS.get(name))) for name in names}
+    pairs = {name: (old.get(name), new.get(name)) for name in names}
     return [f"{name.replace('_', ' ')} {one!r} -> {other!r}" for name, (one, other) in pairs.items() if one != other]
 
 

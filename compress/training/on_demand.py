@@ -39,8 +39,7 @@ class OnDemand(Copies):
             self.generator = generator_of(form, words)
             self.job = Job(Data(paths, tuple(range(copies))), form, machine, words)
             # A wrong path, and below copies of other settings, show now and not after the first phase.
-            self.model = build.fingerprint(machine) if form.needs_model else None
-            self.precision = fabric.broadcast(build.choose_precision(machine.precision, fabric.device, machine.engine))
+            self.recipe = fabric.broadcast(build.recipe_of(form, machine, fabric.device))
         except UserError as error:
             raise UserError(f"regenerate_options: {error}") from error
         if fabric.is_global_zero:
@@ -68,7 +67,7 @@ class OnDemand(Copies):
         todo = fabric.broadcast(by_first(fabric, lambda: self._plan(paths, images, with_copies)))
         opened = nullcontext()
         if todo.needs_generator:
-            opened = build.generator(job.form, job.machine, fabric.device, self.precision)
+            opened = build.generator(job.form, job.machine, fabric.device, self.recipe.precision)
         own = sum(len(task.copy_numbers) for task in own_part(fabric, todo.tasks))
         with opened as generate, progress(own, "copies", quiet=not fabric.is_global_zero) as bar:
             result = run_shared(fabric, Regenerator(paths, job.form, generate), todo, bar.update)
@@ -90,7 +89,7 @@ class OnDemand(Copies):
 
     def _plan(self, paths: DatasetPaths, images: Sequence[Path], with_copies: bool) -> Plan:
         try:
-            records = Records(paths, self.job.form, self.model, self.precision, self.job.options)
+            records = Records(paths, self.recipe, self.job.options)
             return plan(records, images, self.job.data.copy_numbers if with_copies else ())
         except MadeOtherwise as error:
             raise UserError(
