@@ -21,7 +21,8 @@ import numpy as np
 
 from compress.forms import Form
 from compress.job import Machine
-from compress.options import at_least_one, fitting_preset, parse_settings
+from compress.options import fitting_preset, parse_settings
+from compress.settings import at_least_one
 from utils import cli
 from utils.data.images import image_bits, read_image
 from utils.data.paths import DatasetPaths, data_dir, find_dataset

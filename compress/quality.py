@@ -26,9 +26,10 @@ import torch
 from compress.forms import Form, form_named, pixels
 from compress.forms.edges import Edges
 from compress.measures import BATCH_SIZE, batch, near, predicted, trained, variety
-from compress.options import at_least_one, fitting_preset
+from compress.options import fitting_preset
 from compress.presets import PRESETS
 from compress.records import recorded_settings
+from compress.settings import at_least_one
 from utils import cli
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress import presets
+from compress import settings
 from compress.forms import Condition, Request
 from compress.generators import NoPicture, controlnet
 from compress.generators.build import choose_precision
@@ -301,7 +301,7 @@ def test_every_text_is_encoded_once(monkeypatch):
     assert encoded == [PRESET.negative_prompt, *(PRESET.prompt_text(label) for label in labels)]
 
 
-@pytest.mark.parametrize("name", long_but(presets.SAMPLERS, "unipc"))
+@pytest.mark.parametrize("name", long_but(tuple(settings.SAMPLERS), "unipc"))
 def test_the_sampler_is_the_presets(name):
     """And a copy is the same alone, in any batch, and after a part of them was made."""
     model = little_model()
@@ -341,7 +341,9 @@ def test_copies_that_start_from_a_picture():
 
 
 def test_samplers_have_one_list_of_names():
-    assert tuple(SAMPLERS) == presets.SAMPLERS
+    assert tuple(SAMPLERS) == tuple(settings.SAMPLERS)
+    for name, sampler in SAMPLERS.items():
+        assert sampler.has_eta == (settings.SAMPLERS[name].eta is not None)
 
 
 @pytest.mark.parametrize(
@@ -349,8 +351,8 @@ def test_samplers_have_one_list_of_names():
     [
         ({"sampler": "euler"}, "--sampler is one of ddim, .*, not 'euler'"),
         ({"sampler": "lcm", "steps": 51}, "--sampler lcm takes at most 50 steps"),
-        ({"sampler": "lcm", "eta": 0.5}, "--eta lies between 0 and 1 and goes with --sampler ddim.*, not lcm"),
-        ({"guidance_window": (0.5, 0.5)}, "--guidance-window a:b has 0 <= a < b <= 1; 0.5:0.5 does not"),
+        ({"sampler": "lcm", "eta": 0.5}, "--eta goes with --sampler ddim.*, not lcm"),
+        ({"guidance_window": (0.5, 0.5)}, "--guidance-window a:b has 0 <= a < b <= 1; '0.5:0.5' does not"),
         ({"sampler": "tcd", "eta": 1.5}, "--eta lies between 0 and 1"),
     ],
 )
