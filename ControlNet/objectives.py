@@ -69,6 +69,9 @@ class TextTask(nn.Module):
     the whole text names.  Pictures are not used, and the probe is discarded afterwards.
     """
 
+    positions: Tensor
+    named: Tensor
+
     def __init__(self, model: ControlLDM, settings: DictConfig, data: Texts):
         super().__init__()
         self.encoder = model.cond_stage_model.requires_grad_(True)

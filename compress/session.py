@@ -48,7 +48,7 @@ def run(job: Job, action: Action) -> int:
     images, empty = together(fabric, lambda: select(job.data))
     if action.download and not action.verify:
         by_first(fabric, lambda: download(job.machine.model))
-    expected = fabric.broadcast(by_first(fabric, lambda: expected_recipe(job, fabric.device, images, action)))
+    expected = by_first(fabric, lambda: expected_recipe(job, fabric.device, images, action))
     if action.verify:
         records = Records(job.data.paths, expected, job.options)
         is_well = verify_and_report(fabric, records, images, job.data.copy_numbers).is_well
@@ -140,8 +140,7 @@ def find_work(fabric: Fabric, job: Job, expected: Recipe, images: list[Path], ac
         if action.repair:
             findings = verify_and_report(fabric, todo.records, images, job.data.copy_numbers)
         if job.existing == "refuse" and findings.repairs(todo).needs_generator:
-            own = by_first(fabric, lambda: recipe_of(job.form, job.machine, fabric.device, action.dry_run))
-            recipe = fabric.broadcast(own)
+            recipe = by_first(fabric, lambda: recipe_of(job.form, job.machine, fabric.device, action.dry_run))
             recipe = replace(recipe, model=recipe.model or expected.model)  # of a dry run without weights
             if recipe != expected:
                 todo = shared_plan(fabric, job, recipe, images)
@@ -215,9 +214,9 @@ def progress_bar(total: int, unit: str, fabric: Fabric | None = None) -> tqdm:
     """With the time left; in a log file, a line every half minute.  Of several processes the first one shows its part,
     which is about as large as any other's."""
     seldom = 0.1 if sys.stderr.isatty() else 30
-    many = fabric is not None and fabric.world_size > 1
+    is_other = fabric is not None and fabric.world_size > 1 and not fabric.is_global_zero
     return tqdm(
-        disable=not total or (many and not fabric.is_global_zero),
+        disable=not total or is_other,
         total=total,
         unit=unit,
         dynamic_ncols=True,
@@ -254,7 +253,7 @@ def chosen_labels(classes: Sequence[str], known: list[str]) -> list[str]:
     for label in labels:
         if label not in known:
             near = difflib.get_close_matches(label, known, n=1)
-            some = ", ".join(known[:5]) + ", ..." * (len(known) > 5)
+            some = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
             hint = f"did you mean {near[0]!r}?" if near else f"the dataset has {some}"
             raise UserError(f"no class {label!r}: {hint}")
     return sorted(set(labels))

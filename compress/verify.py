@@ -128,14 +128,15 @@ class _Check:
             width, height, _ = image_bits(image)
             with self.pixels.hold(width * height):
                 kept, kept_fault = self._kept(image, pixels(image))
-                faults, unmarked = self._copies(image, (width, height))
+                bad_copies, unmarked = self._copies(image, (width, height))
         except OSError as error:
             fault = Fault(image, "image", UNREADABLE, reason(error, image))
             return Task(image, None, ()), [fault], 0  # a repair will try it, and list it
-        bad = tuple(faults)
+        bad = tuple(bad_copies)
         if kept_fault and kept_fault.why in (WRONG_SIZE, OTHERWISE):
             bad = tuple(self.copy_numbers)  # they came from this file
-        faults = [*([kept_fault] if kept_fault else []), *faults.values()]
+        faults = [kept_fault] if kept_fault else []
+        faults += bad_copies.values()
         return Task(image, None if kept_fault else kept, bad), faults, unmarked
 
     def _kept(self, image: Path, picture: np.ndarray) -> tuple[Path | None, Fault | None]:
@@ -151,7 +152,8 @@ class _Check:
     def _copies(self, image: Path, size: tuple[int, int]) -> tuple[dict[int, Fault], int]:
         """Number of each bad copy -> what is wrong with it; and how many good ones have no mark."""
         label = image.parent.name
-        state, wanted, faults, unmarked = self.states[label], self.marks[label], {}, 0
+        state, wanted, unmarked = self.states[label], self.marks[label], 0
+        faults: dict[int, Fault] = {}
         for k in self.copy_numbers:
             path = self.records.paths.copy(image, k)
             try:

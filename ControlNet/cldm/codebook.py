@@ -139,7 +139,8 @@ def noise_of(step: int, numbers: Sequence[int], size: int) -> Tensor:
     """The noise of a step of a code, on the CPU."""
     if len(numbers) == 1:
         return codeword(step, numbers[0], size)
-    return normalised(sum(codeword(step, k, size) if k >= 0 else -codeword(step, ~k, size) for k in numbers))
+    words = [codeword(step, k, size) if k >= 0 else -codeword(step, ~k, size) for k in numbers]
+    return normalised(sum(words[1:], words[0]))
 
 
 def initial_noise(shape: Sequence[int]) -> Tensor:

@@ -49,7 +49,7 @@ def read_folder(path: Path) -> dict[str, Tensor]:
     """
     if any((path / network).is_dir() for network in NETWORKS):
         _check_schedule(path)
-        state = {}
+        state: dict[str, Tensor] = {}
         for network in NETWORKS:
             if (path / network).is_dir():
                 state |= to_official(network, _read_network(path / network))
@@ -206,7 +206,7 @@ def _unet_modules(levels: int, n: int, attend: Collection[int]) -> dict[str, str
 def _vae_modules(levels: int, state: Mapping[str, Tensor]) -> dict[str, str]:
     """The autoencoder's modules; its decoder counts the levels from the picture's side, diffusers from the latents'."""
     n = _count(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)")
-    modules = {}
+    modules: dict[str, str] = {}
     for half in ("encoder", "decoder"):
         modules |= {
             f"{half}.conv_norm_out": f"{half}.norm_out",

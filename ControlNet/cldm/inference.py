@@ -40,7 +40,7 @@ def make_ready(model: ControlLDM, *, engine: str = "torch", low_memory: bool = F
     if low_memory:
         return
     if model.device.type != "cpu":
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     elif not compile:
         for name, part in model.named_children():
             if name != "cond_stage_model":  # runs once a text

@@ -25,6 +25,11 @@ def _computes(dtype: torch.dtype) -> bool:
 class _Packed:
     """The packed weight, made when it is first needed, and made again after the weight has changed."""
 
+    weight: Tensor
+
+    def _pack(self, weight: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def _packed(self, x: Tensor) -> Tensor | None:
         """The weight for input x; None where the plain one is used: on a GPU, in training, for other precisions."""
         if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -44,8 +49,13 @@ class _Packed:
 
 class PackedConv2d(_Packed, nn.Conv2d):
     def _pack(self, weight: Tensor, x: Tensor) -> Tensor:
-        return torch._C._nn.mkldnn_reorder_conv2d_weight(
-            weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, list(x.shape)
+        return torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
+            weight.to_mkldnn(),
+            self.padding,
+            self.stride,
+            self.dilation,
+            self.groups,
+            list(x.shape),  # type: ignore[arg-type]
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -57,6 +57,12 @@ class _Described(abc.ABC):
     name: str
     noun: str
     files: FormFiles
+    needs_model: bool = True
+    has_start: bool = False
+    deterministic: bool = False
+    needs_weights: bool = False
+    encoded_by_generator: bool = False
+    fixed_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +78,6 @@ class Form(_Described):
     """
 
     preset: Preset
-    needs_model = True
-    has_start = False
-    deterministic = False
-    needs_weights = False
-    encoded_by_generator = False
-    fixed_bytes = None
 
     def using(self, machine: Any) -> "Form":
         """This form with the model (`compress.job.Machine`) that encodes and decodes; most forms need none."""

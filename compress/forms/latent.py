@@ -87,7 +87,8 @@ class Latent(Form):
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
         """That of the latents of an image of this height and width."""
-        return CHANNELS, *(max(LEAST, -(-side // FACTOR)) for side in self.shown_size(height, width))
+        height, width = (max(LEAST, -(-side // FACTOR)) for side in self.shown_size(height, width))
+        return CHANNELS, height, width
 
     def latents(self, kept: bytes, size: tuple[int, int]) -> np.ndarray:
         """The quantised latents, CHANNELS x h x w, of what is kept of an image of size (height, width).

@@ -50,7 +50,7 @@ def parsed(name: str) -> Spec:
     match = re.fullmatch(r"([a-z0-9]+)(?::([\w.]+))?(?:@([1-9]\d{0,3}))?(?:/(\d{1,4}))?", first)
     if not match or "+" in rest or name.endswith("+"):
         raise UserError(f"{name!r} is no form's name; such as {', '.join(examples())}.")
-    side, part = (number and int(number) for number in match.group(3, 4))
+    side, part = (None if number is None else int(number) for number in match.group(3, 4))
     return Spec(match[1], match[2], side, parsed(rest) if rest else None, part)
 
 

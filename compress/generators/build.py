@@ -4,6 +4,7 @@ import gc
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ def choose_precision(precision: str, device: torch.device, engine: str = "auto")
 def _cpu_computes_bf16() -> bool:
     """Whether the CPU has AMX or AVX512-BF16.  Without them bf16 takes about 20 times as long as fp32."""
     ask = getattr(torch.cpu, "get_capabilities", dict)  # older releases of torch don't say
-    capable = ask()
+    capable: dict[str, Any] = ask()
     return bool(capable.get("amx_bf16") or capable.get("avx512_bf16"))
 
 

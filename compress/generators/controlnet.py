@@ -193,8 +193,9 @@ class PictureGenerator:
 
     def _codes(self, batch: Sequence[tuple[np.ndarray, str]], **codes) -> list[np.ndarray]:
         """Codes of at most batch_size pictures of classes with these texts."""
-        pictures, texts = zip(*self._filled(batch), strict=True)
-        latents, texts = self._latents(pictures), [self.preset.prompt_text(text) for text in texts]
+        filled = self._filled(batch)
+        latents = self._latents([picture for picture, _ in filled])
+        texts = [self.preset.prompt_text(text) for _, text in filled]
         contexts = self._encode(texts)
         cond = {"c_concat": None, "c_crossattn": [torch.cat([contexts[text] for text in texts])]}
         if not latents.isfinite().all():
@@ -218,24 +219,24 @@ class PictureGenerator:
 
     def _hints(self, requests: Sequence[Request]) -> list[torch.Tensor] | None:
         """[B x 3 x H x W, 0 to 1], or None where nothing controls the pictures."""
-        if requests[0].condition.hint is None:
+        pictures = [request.condition.hint for request in requests if request.condition.hint is not None]
+        if not pictures:
             return None
-        hints = torch.from_numpy(np.stack([request.condition.hint for request in requests])).to(self.device)
+        hints = torch.from_numpy(np.stack(pictures)).to(self.device)
         hints = hints[:, None] if hints.ndim == 3 else hints.permute(0, 3, 1, 2)
         return [(hints.to(self.model.dtype) / 255).expand(-1, 3, -1, -1)]
 
     def _starts(self, requests: Sequence[Request]) -> torch.Tensor | None:
         """Mean latents of the pictures that the copies start from, B x 4 x H/8 x W/8; None where there are none."""
-        if requests[0].condition.start is None:
-            return None
-        return self._latents([request.condition.start for request in requests])
+        starts = [request.condition.start for request in requests if request.condition.start is not None]
+        return self._latents(starts) if starts else None
 
     def _latents(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
         """Mean latents of pictures of one size, as the UNet sees them: B x 4 x H/8 x W/8, float32."""
         starts = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
         with self._at_work("first_stage_model"):
-            pictures = starts.to(self.device).float() / 127.5 - 1
-            parts = pictures.split(1 if self.low_memory else len(pictures))
+            scaled = starts.to(self.device).float() / 127.5 - 1
+            parts = scaled.split(1 if self.low_memory else len(scaled))
             means = torch.cat([self.model.encode_first_stage(part).mode() for part in parts])
         return self.model.get_first_stage_encoding(means.float())
 

@@ -194,7 +194,9 @@ def command(paths: DatasetPaths, form: Form, copies: int) -> str:
     form: with the settings to make them with where nothing is recorded.
     """
     words = ["--data-dir", str(paths.data_dir), "--dataset", paths.dataset, "--seeds", str(copies)]
-    words += ["--keep-apart", paths.variant] * bool(paths.variant)
-    words += ["--form", form.name] * (form.name != "edges")
+    if paths.variant:
+        words += ["--keep-apart", paths.variant]
+    if form.name != "edges":
+        words += ["--form", form.name]
     words += recorded_options(paths.folder("copies")) or ["--resolution", form.preset.name]
     return f"python compress/run.py {shlex.join(words)}"
