@@ -88,8 +88,9 @@ def trailing(alphas_cumprod: list[float], steps: int) -> Schedule:
 
 def ancestral(alphas_cumprod: list[float], steps: int) -> Schedule:
     """From part FIRST of the timesteps to part LAST, and then to the clean picture."""
-    ends = len(alphas_cumprod) * np.array([FIRST, LAST])
-    return _at(alphas_cumprod, np.linspace(*ends, steps).round().astype(int).tolist(), 1.0)
+    count = len(alphas_cumprod)
+    timesteps = np.linspace(count * FIRST, count * LAST, steps).round().astype(int)
+    return _at(alphas_cumprod, timesteps.tolist(), 1.0)
 
 
 def evenly(alphas_cumprod: list[float], steps: int) -> Schedule:
@@ -203,7 +204,7 @@ def _corrector_weights(r: float, h: float) -> list[float]:
     growth = math.expm1(-h)
     phi2 = growth / -h - 1
     phi3 = phi2 / -h - 1 / 2
-    return np.linalg.solve([[1, 1], [r, 1]], [phi2 / growth, 2 * phi3 / growth]).tolist()
+    return np.linalg.solve(np.array([[1, 1], [r, 1]]), np.array([phi2 / growth, 2 * phi3 / growth])).tolist()
 
 
 def boundary(t: T) -> tuple[T, T]:

@@ -196,11 +196,13 @@ def _fits(records: Records, label: str, image: Path, kept: Path) -> bool:
     try:
         width, height, _ = image_bits(image)
         by_size = form.fits_by_size(kept, (height, width), records.kept.kinds(label))
-        picture = pixels(image) if by_size is None else None
+        if by_size is not None:
+            return by_size
+        picture = pixels(image)
     except OSError as error:
         return not str(error).startswith(f"{kept}: ")
     try:
-        return by_size if picture is None else form.check(kept.read_bytes(), picture) is None
+        return form.check(kept.read_bytes(), picture) is None
     except OSError:
         return False
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from compress.settings import SAMPLERS, SIDE_STEP, check
+from compress.settings import SAMPLERS, check
+from ControlNet.annotator.util import SIDE_STEP
 from utils.errors import UserError
 
 FAST = {"sampler": "dpm++2m", "steps": 4}

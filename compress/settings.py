@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ControlNet.annotator.util import SIDE_STEP
 from utils.errors import UserError
-
-SIDE_STEP = 64
-"""Generated sides are multiples of this: the autoencoder divides sides by 8, the UNet by another 8."""
 
 
 @dataclass(frozen=True)
@@ -137,4 +135,5 @@ def check(values: Mapping[str, Any]) -> None:
     for setting in SETTINGS:
         value = values.get(setting.name)
         if value is not None and not setting.is_possible(value):
-            raise UserError(f"{setting.option} {setting.bounds}; {setting.words(value)!r} does not fit.")
+            given = repr(value) if isinstance(value, str) else setting.words(value)
+            raise UserError(f"{setting.option} {setting.bounds}, not {given}.")

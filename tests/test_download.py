@@ -93,16 +93,15 @@ def test_a_connection_that_breaks_is_taken_up_again(hub, tmp_path):
     assert handler.requests[-1] == "GET bytes=3500000-"
 
 
-def test_a_later_call_goes_on_where_one_was_stopped(hub, tmp_path, monkeypatch):
+def test_a_download_that_broke_off_leaves_nothing_behind(hub, tmp_path):
     handler, endpoint = hub
     handler.stop_after = [2_000_000] + [0] * 9
-    with pytest.raises(ModelError, match=r"can't fetch .*start it again to go on"):
+    with pytest.raises(ModelError, match=r"can't fetch .*start it again"):
         download_sd15(tmp_path, endpoint)
-    assert not (tmp_path / NAME).exists()
-    handler.stop_after, handler.requests[:] = [], []
+    assert files(tmp_path) == []
+    handler.stop_after = []
     download_sd15(tmp_path, endpoint)
     assert (tmp_path / NAME).read_bytes() == CONTENT
-    assert handler.requests[-1] == "GET bytes=2000000-"
     assert files(tmp_path) == [NAME]
 
 

@@ -14,8 +14,8 @@ REPOSITORY, FILE = "lllyasviel/ControlNet", "models/control_sd15_canny.pth"
 def download_sd15(folder: Path = MODELS_FOLDER, endpoint: str | None = None) -> Path:
     """The official control_sd15_canny.pth (5.7 GB) in `folder`, fetched from the Hugging Face hub unless it is there.
 
-    A download that broke off goes on where it stopped, in a later call too; the file gets its name when its SHA-256 is
-    the hub's.  endpoint: the hub's address, None for HF_ENDPOINT or the usual one.
+    A connection that breaks is taken up again (a later call begins anew); the file gets its name when its SHA-256 is the
+    hub's.  endpoint: the hub's address, None for HF_ENDPOINT or the usual one.
     Raises ModelError: no connection, no space, or other contents than the hub promised.
     """
     # here, because no other run of the program has to do with the hub
@@ -30,18 +30,18 @@ def download_sd15(folder: Path = MODELS_FOLDER, endpoint: str | None = None) -> 
         sha256 = get_hf_file_metadata(url).etag
         fetched = Path(hf_hub_download(REPOSITORY, FILE, local_dir=unfinished, endpoint=endpoint))
         with fetched.open("rb") as file:
-            is_official = hashlib.file_digest(file, "sha256").hexdigest() == sha256
-        if is_official:
-            os.replace(fetched, path)
-        shutil.rmtree(unfinished)
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise ModelError(f"what came from {url} is not the official file: start the download again")
+        os.replace(fetched, path)
+    except ModelError:
+        raise
     except Exception as error:  # whatever the hub's HTTP library of the day raises
         if isinstance(error, OSError) and error.errno is not None:
             raise ModelError(f"can't save {path}: {error.strerror}") from error
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"can't fetch {url} ({why[0]}): start it again to go on. On a machine without network, copy the file to "
-            f"{folder}"
+            f"can't fetch {url} ({why[0]}): start it again, or, on a machine without network, copy the file to {folder}"
         ) from error
-    if not is_official:
-        raise ModelError(f"what came from {url} is not the official file: start the download again")
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return path

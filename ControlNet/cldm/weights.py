@@ -39,8 +39,8 @@ _OTHER_WEIGHTS = {
 }
 """Parts of tensors' names -> what weights have them."""
 FINGERPRINT_VALUES = 24  # of each tensor
-_NETWORK = {"num_heads": -1, "num_head_channels": -1}
-CONFIG_VALUES: dict[str, dict[str, float]] = {
+_NETWORK: dict[str, float] = {"num_heads": -1, "num_head_channels": -1}
+CONFIG_VALUES: Mapping[str, Mapping[str, float]] = {
     "": {
         "timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012, "scale_factor": 0.18215,
         "only_mid_control": False,

@@ -72,7 +72,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """Blocks at one size of the feature maps, each perhaps with attention."""
+    """Blocks at one size of the feature maps, each perhaps with attention; then perhaps a change of the size."""
 
     downsample: Downsample | None
     upsample: Upsample | None
@@ -90,7 +90,9 @@ class Level(nn.Module):
             h = block(h)
             if len(self.attn):
                 h = self.attn[i](h)
-        return h
+        if self.downsample is not None:
+            h = self.downsample(h)
+        return h if self.upsample is None else self.upsample(h)
 
 
 class Encoder(nn.Module):
@@ -118,8 +120,6 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-            if level.downsample is not None:
-                h = level.downsample(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -149,8 +149,6 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-            if level.upsample is not None:
-                h = level.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 

@@ -8,6 +8,7 @@ bfloat16 on a Xeon with AMX, for as much memory again as the weights take.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,14 +50,9 @@ class _Packed:
 
 class PackedConv2d(_Packed, nn.Conv2d):
     def _pack(self, weight: Tensor, x: Tensor) -> Tensor:
-        return torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
-            weight.to_mkldnn(),
-            self.padding,
-            self.stride,
-            self.dilation,
-            self.groups,
-            list(x.shape),  # type: ignore[arg-type]
-        )
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        shape = list(x.shape)
+        return reorder(weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, shape)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self._packed(x)

@@ -123,7 +123,8 @@ def read(decoder: Decoder, height: int, width: int) -> np.ndarray:
     for y in range(height):
         hidden = chosen.hidden(field.inputs(slice(y, y + 1)), rows[y] + columns)
         probabilities = chosen.from_logits(hidden @ chosen.last.T + chosen.last_bias)
-        field.set_rows(y, _decoded_row(decoder, memoryview(probabilities.ravel()), width)[None])
+        row = memoryview(probabilities.ravel())  # type: ignore[arg-type]  # an array is a buffer
+        field.set_rows(y, _decoded_row(decoder, row, width)[None])
     return field.pixels * np.uint8(255)
 
 

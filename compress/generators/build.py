@@ -12,6 +12,7 @@ from compress.forms import Form
 from compress.generators import Direct, Generator, generators
 from compress.generators.controlnet import PictureGenerator
 from compress.job import Machine
+from compress.options import PRECISIONS
 from compress.presets import Preset
 from compress.records import Recipe
 from ControlNet.cldm import openvino_engine
@@ -24,8 +25,7 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
+DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 
 OPENVINO_BF16 = "bf16-openvino"
 """What copies remember as their precision where OpenVINO makes them in bf16: it rounds in other places than torch."""
@@ -112,7 +112,7 @@ def load(machine: Machine, device: torch.device, precision: str) -> ControlLDM:
     """The model.  precision: what `choose_precision` returns.  Raises UserError where it can't be loaded."""
     home = torch.device("cpu") if machine.low_memory else device  # from where the part at work visits the device
     try:
-        dtype = PRECISIONS.get(precision, torch.float32)
+        dtype = DTYPES.get(precision, torch.float32)
         return load_model(machine.model, home, dtype, machine.base, _loras(machine), machine.decoder)
     except ModelError as error:
         raise UserError(str(error)) from error
