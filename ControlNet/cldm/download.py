@@ -14,8 +14,8 @@ REPOSITORY, FILE = "lllyasviel/ControlNet", "models/control_sd15_canny.pth"
 def download_sd15(folder: Path = MODELS_FOLDER, endpoint: str | None = None) -> Path:
     """The official control_sd15_canny.pth (5.7 GB) in `folder`, fetched from the Hugging Face hub unless it is there.
 
-    A connection that breaks is taken up again (a later call begins anew); the file gets its name when its SHA-256 is the
-    hub's.  endpoint: the hub's address, None for HF_ENDPOINT or the usual one.
+    A connection that breaks is taken up again, and a later call begins anew; the file gets its name when its SHA-256
+    is the hub's.  endpoint: the hub's address, None for HF_ENDPOINT or the usual one.
     Raises ModelError: no connection, no space, or other contents than the hub promised.
     """
     # here, because no other run of the program has to do with the hub
