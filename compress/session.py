@@ -18,8 +18,8 @@ from compress.generators.build import (
     OPENVINO_BF16,
     choose_precision,
     download,
-    fingerprint,
     generator,
+    model_fingerprint,
     recipe_of,
     warn_of_settings,
 )
@@ -177,7 +177,7 @@ def expected_recipe(job: Job, device: torch.device, images: Sequence[Path], acti
     if precision is None:
         precision = choose_precision(machine.precision, device, machine.engine)
     try:
-        return Recipe(form, fingerprint(machine), precision)
+        return Recipe(form, model_fingerprint(machine), precision)
     except UserError as error:
         models = {model_options(file.options) for file in newest.values() if file.options}
         named = model_options(job.options)

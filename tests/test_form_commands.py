@@ -89,7 +89,7 @@ def test_what_a_code_depends_on_is_recorded(paths, compress, checkpoint):
     assert compress("--form", form)[0] == 0
     before = tree(ours.folder("kept"))
     (record,) = [json.loads(text) for name, text in before.items() if name.startswith("settings")]
-    assert record["settings"]["model"] == build.fingerprint(Machine(model=str(checkpoint)))
+    assert record["settings"]["model"] == build.model_fingerprint(Machine(model=str(checkpoint)))
     assert (record["settings"]["precision"], record["settings"]["shorter_side"]) == ("fp32", 64)
     assert record["class_texts"] == {"apple pie": "apple pie", "sushi": "sushi"}
     for change, words in (

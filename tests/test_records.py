@@ -15,7 +15,7 @@ from PIL import Image
 
 import main
 from compress import plan as plans
-from compress.coding.edge_maps import fingerprint
+from compress.coding.edge_maps import coder_digest
 from compress.generators import build as machine
 from compress.presets import HIGH, LOW
 from compress.records import MadeOtherwise, Recipe, Records, State, read_mark
@@ -91,7 +91,7 @@ def test_a_copy_and_its_folder_say_what_made_it(paths, compress):
     assert re.fullmatch(r"[0-9a-f]{16}\.[0-9a-f]{8}", settings["model"])
     record = json.loads(record_file(paths, "kept").read_text())
     assert record["settings"] == {
-        "edge_coder": fingerprint(),
+        "edge_coder": coder_digest(),
         **{"edges_of_generated_size": False, "low_threshold": 100, "high_threshold": 200},
     }
     assert record["classes"] == list(LABELS)

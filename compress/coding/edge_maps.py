@@ -286,6 +286,6 @@ def network(kind: int) -> Network:
 
 
 @cache
-def fingerprint() -> str:
+def coder_digest() -> str:
     """A digest of all networks: codes made with others can't be read."""
     return hashlib.sha256(FILE.read_bytes()).hexdigest()[:12]

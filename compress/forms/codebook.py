@@ -71,7 +71,12 @@ class Codebook(Form):
         """`model` is None where there are no weights: then codes can neither be made nor decoded here."""
         sampling = {"bits": self.bits, "atoms": self.atoms, "steps": self.steps, "coded": self.coded}
         size = {name: getattr(self.preset, name) for name in ("shorter_side", "small_shorter_side", "prompt_template")}
-        return {**sampling, "candidates": CANDIDATES, **size, "model": self.machine and _fingerprint(self.machine)}
+        return {
+            **sampling,
+            "candidates": CANDIDATES,
+            **size,
+            "model": self.machine and _model_fingerprint(self.machine),
+        }
 
     def copy_settings(self) -> dict[str, Any]:
         return {"form": self.name, **super().copy_settings()}
@@ -155,11 +160,11 @@ def _largest(rank: int, k: int, most: int) -> int:
 
 
 @cache
-def _fingerprint(machine: Any) -> str | None:
-    from compress.generators.build import fingerprint
+def _model_fingerprint(machine: Any) -> str | None:
+    from compress.generators.build import model_fingerprint
 
     try:
-        return fingerprint(machine)
+        return model_fingerprint(machine)
     except UserError:
         return None
 

@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from compress.coding.edge_maps import decode, encode, fingerprint
+from compress.coding.edge_maps import coder_digest, decode, encode
 from compress.forms import OTHERWISE, WRONG_SIZE, Condition, Form, Spec, decoded, files_named, reduced
 from compress.presets import Preset
 from ControlNet.annotator.canny import CannyDetector
@@ -50,7 +50,7 @@ class Edges(Form):
     sigma: float | None = None
 
     def settings(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {"edge_coder": fingerprint()}
+        settings: dict[str, Any] = {"edge_coder": coder_digest()}
         if self.sigma is None:
             settings |= {name: getattr(self.preset, name) for name in THRESHOLDS}
         else:

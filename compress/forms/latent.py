@@ -60,7 +60,7 @@ class Latent(Form):
         return replace(self, model=machine.model, base=machine.base)
 
     def settings(self) -> dict[str, Any]:
-        return {"bits": self.bits, "side": self.side, "autoencoder": _fingerprint(self.model, self.base)}
+        return {"bits": self.bits, "side": self.side, "autoencoder": _model_fingerprint(self.model, self.base)}
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
         """The lowest and the highest latent of the picture are the first and the last of 2^bits levels."""
@@ -185,7 +185,7 @@ def _autoencoder(model: str, base: str | None) -> Autoencoder:
 
 
 @cache
-def _fingerprint(model: str, base: str | None) -> str:
+def _model_fingerprint(model: str, base: str | None) -> str:
     from ControlNet.cldm.model import ModelError, weights_fingerprint
 
     try:

@@ -78,7 +78,7 @@ def download(spec: str) -> None:
         raise UserError(str(error)) from error
 
 
-def fingerprint(machine: Machine) -> str:
+def model_fingerprint(machine: Machine) -> str:
     """The fingerprint of the model's weights, without loading them.  Raises UserError where they can't be used."""
     if machine.model in generators():
         return generators()[machine.model].fingerprint
@@ -97,7 +97,7 @@ def recipe_of(form: Form, machine: Machine, device: torch.device, without_weight
         return Recipe(form)
     precision = choose_precision(machine.precision, device, machine.engine)
     try:
-        return Recipe(form, fingerprint(machine), precision)
+        return Recipe(form, model_fingerprint(machine), precision)
     except UserError:
         if not without_weights:
             raise

@@ -13,7 +13,7 @@ from compress.plan import Plan, plan
 from compress.records import MadeOtherwise, Records
 from compress.regenerate import Regenerator
 from compress.share import by_first, own_part, run_shared
-from compress.training.copies import Copies, by_settings, fingerprint, generator_of
+from compress.training.copies import Copies, by_settings, digests_of, generator_of
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.fabric import Fabric
@@ -30,7 +30,7 @@ class OnDemand(Copies):
     made with other settings.
     """
 
-    _fingerprint: tuple[list[Path], dict[str, Any]] | None
+    _digests: tuple[list[Path], dict[str, Any]] | None
 
     def __init__(self, paths: DatasetPaths, options: str, *, resolution: str, form: str, copies: int, fabric: Fabric):
         self.fabric = fabric
@@ -79,15 +79,15 @@ class OnDemand(Copies):
         self._forget()
         return result.copies_made
 
-    def fingerprint(self, exemplars: Sequence[Path]) -> dict[str, Any]:
+    def digests(self, exemplars: Sequence[Path]) -> dict[str, Any]:
         """Of these exemplars' copies."""
-        if self._fingerprint is None or self._fingerprint[0] != exemplars:
+        if self._digests is None or self._digests[0] != exemplars:
             data = self.job.data
-            self._fingerprint = list(exemplars), fingerprint(data.paths, exemplars, len(data.copy_numbers))
-        return self._fingerprint[1]
+            self._digests = list(exemplars), digests_of(data.paths, exemplars, len(data.copy_numbers))
+        return self._digests[1]
 
     def _forget(self) -> None:
-        self._fingerprint = None
+        self._digests = None
 
     def _plan(self, paths: DatasetPaths, images: Sequence[Path], with_copies: bool) -> Plan:
         try:
