@@ -111,14 +111,16 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_existing(parser: argparse.ArgumentParser) -> None:
-    there = parser.add_argument_group("files that are there (they are kept if they were made with the same settings)")
-    how = there.add_mutually_exclusive_group()
+    existing = parser.add_argument_group(
+        "files that are there (they are kept if they were made with the same settings)"
+    )
+    how = existing.add_mutually_exclusive_group()
     how.add_argument("--replace", action="store_true", help="make files of other settings again")
     how.add_argument("--overwrite", action="store_true", help="make all files again")
-    look = there.add_mutually_exclusive_group()
+    look = existing.add_mutually_exclusive_group()
     look.add_argument("--verify", action="store_true", help="read every file and list what is wrong; needs no model")
     look.add_argument("--repair", action="store_true", help="the same, then make again what is wrong or missing")
-    there.add_argument(
+    existing.add_argument(
         "--keep-apart",
         metavar="NAME",
         default="",

@@ -106,11 +106,11 @@ def _edges(each: Looked, other: Looked | None, form: Form) -> tuple[np.ndarray, 
     prompt = finder.edges(each.real)
     side = min(prompt.shape)
     reach = max(1, round(side / min(each.real.shape[:2])), round(side / 100))
-    found = np.sum([near(prompt, finder.edges(copy), reach) for copy in each.copies], axis=0)
+    near_edges = np.sum([near(prompt, finder.edges(copy), reach) for copy in each.copies], axis=0)
     if other is None:
-        return found, np.zeros(2)
+        return near_edges, np.zeros(2)
     stranger = cv2.resize(other.copies[0], each.real.shape[1::-1], interpolation=cv2.INTER_AREA)
-    return found, np.array(near(prompt, finder.edges(stranger), reach))
+    return near_edges, np.array(near(prompt, finder.edges(stranger), reach))
 
 
 def _mean(rows: Sequence[Measured]) -> dict[str, Any]:

@@ -66,10 +66,10 @@ class Findings:
 
     def repairs(self, todo: Plan) -> Plan:
         """That plan, and what was found to make again beside it."""
-        found = {task.image: task for task in self.tasks}
+        to_repair = {task.image: task for task in self.tasks}
         tasks = []
         for task in todo.tasks:
-            bad = found.get(task.image, task)
+            bad = to_repair.get(task.image, task)
             numbers = tuple(sorted({*task.copy_numbers, *bad.copy_numbers}))
             tasks.append(Task(task.image, task.kept and bad.kept, numbers))
         return replace(todo, tasks=tuple(tasks))
@@ -162,7 +162,7 @@ class _Check:
                     file.seek(max(0, os.fstat(file.fileno()).st_size - len(end)))
                     if file.read() != end:
                         raise OSError("the file is truncated")
-                found = read_image(path).size
+                copy_size = read_image(path).size
             except FileNotFoundError:
                 faults[k] = Fault(path, "copy", MISSING)
                 continue
@@ -170,8 +170,8 @@ class _Check:
                 faults[k] = Fault(path, "copy", UNREADABLE, reason(error, path))
                 continue
             mark = read_mark(path)
-            if found != size:
-                faults[k] = Fault(path, "copy", WRONG_SIZE, _sizes(found, size))
+            if copy_size != size:
+                faults[k] = Fault(path, "copy", WRONG_SIZE, _sizes(copy_size, size))
             elif mark is None and state is not State.MIXED:
                 unmarked += 1
             elif mark not in wanted:

@@ -57,7 +57,7 @@ def parsed(name: str) -> Spec:
 def form_named(name: str, preset: Preset) -> Form:
     """The form that a user names, with a preset's settings.  Raises UserError for an unknown or impossible one."""
     spec = parsed(name)
-    head = spec.head + "+" * bool(spec.plus)
+    head = f"{spec.head}+" if spec.plus else spec.head
     if head not in _table():
         near = difflib.get_close_matches(head, _table(), n=1)
         hint = f" Did you mean {near[0] + name[len(head) :]!r}?" if near else ""

@@ -98,7 +98,7 @@ class PictureGenerator:
     def _in_parts(self, batch: Sequence, size: tuple[int, int], function: Callable[[Sequence], list]) -> list:
         """The function's results for a batch, of as many items at a time as fit.  size: of the pictures."""
         done: list[np.ndarray | NoPicture] = []
-        asked = self.batch_size
+        batch_size_before = self.batch_size
         while len(done) < len(batch):
             part = batch[len(done) : len(done) + self.batch_size]
             try:
@@ -114,10 +114,10 @@ class PictureGenerator:
             # Not within `except`: there the error's traceback still holds the tensors that did not fit.
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        if self.batch_size < asked:
+        if self.batch_size < batch_size_before:
             log.warning(
                 "%d pictures of %d x %d pixels at a time don't fit on %s: %d at a time from now on (--batch-size)",
-                *(asked, *size, self.device, self.batch_size),
+                *(batch_size_before, *size, self.device, self.batch_size),
             )
         return done
 
@@ -201,8 +201,8 @@ class PictureGenerator:
         if not latents.isfinite().all():
             raise UserError(f"can't encode: {self._no_numbers(self.preset.sampling)}.")
         with self._at_work("model"):
-            found = codebook.encode(self.model, latents, cond, steps=self.preset.sampling.steps, **codes)
-        return list(found[: len(batch)].cpu().numpy())
+            found_codes = codebook.encode(self.model, latents, cond, steps=self.preset.sampling.steps, **codes)
+        return list(found_codes[: len(batch)].cpu().numpy())
 
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
         """The latents' pictures, B x 3 x H x W.  The decoder needs the most memory, and has a batch size of its own."""
