@@ -68,7 +68,8 @@ def window(text: str) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Setting:
-    """read: the option's text -> its value; metavar: in the help; is_possible, bounds: what values may be."""
+    """read: the option's text -> its value; metavar: in the help; is_possible, bounds: what values may be;
+    advice: what to take in place of one that is impossible."""
 
     name: str
     read: Callable[[str], Any]
@@ -76,6 +77,7 @@ class Setting:
     help: str
     is_possible: Callable[[Any], bool] = lambda value: True
     bounds: str = ""
+    advice: Callable[[Any], str] = lambda value: ""
 
     @property
     def option(self) -> str:
@@ -90,6 +92,7 @@ SETTINGS = (
     Setting(
         "size", at_least_one, "N", "shorter side of the generated pictures: 64, 128, 192, ...",
         lambda size: size > 0 and size % SIDE_STEP == 0, f"is a multiple of {SIDE_STEP}",
+        lambda size: f": take {max(1, round(size / SIDE_STEP)) * SIDE_STEP}",
     ),
     Setting(
         "steps", at_least_one, "N", "steps of the sampler",
@@ -136,4 +139,4 @@ def check(values: Mapping[str, Any]) -> None:
         value = values.get(setting.name)
         if value is not None and not setting.is_possible(value):
             given = repr(value) if isinstance(value, str) else setting.words(value)
-            raise UserError(f"{setting.option} {setting.bounds}, not {given}.")
+            raise UserError(f"{setting.option} {setting.bounds}, not {given}{setting.advice(value)}.")

@@ -226,7 +226,7 @@ def test_bad_images_and_empty_classes_are_listed(paths, compress):
         (["--batch-size", "0"], ["--batch-size", "at least 1"]),
         (["--steps", "1001"], ["--steps", "1001"]),
         (["--size", "10"], ["--size", "64"]),
-        (["--size", "700"], ["--size 700", "704"]),
+        (["--size", "700"], ["--size", "700", "704"]),
         (["--guidance", "nan"], ["--guidance", "nan"]),
         (["--prompt-template", "{lable}"], ["{label}", "{lable}"]),
         (["--resolution", "middle"], ["--resolution", "middle"]),

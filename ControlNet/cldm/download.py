@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ControlNet.cldm.files import ModelError, expected_size
+from ControlNet.cldm.files import ModelError, broke_off
 from ControlNet.cldm.weights import BUNDLED, MODELS_FOLDER
 
 REPOSITORY, FILE = "lllyasviel/ControlNet", "models/control_sd15_canny.pth"
@@ -22,7 +22,7 @@ def download_sd15(folder: Path = MODELS_FOLDER, endpoint: str | None = None) -> 
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     path = folder / BUNDLED["sd15"][1]
-    if path.is_file() and (expected_size(path) or 1) <= path.stat().st_size:
+    if path.is_file() and not broke_off(path):
         return path
     url, unfinished = hf_hub_url(REPOSITORY, FILE, endpoint=endpoint), folder / "download"
     try:
