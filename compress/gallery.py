@@ -37,15 +37,15 @@ def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: i
             rows.append((texts[label], image))
     if not rows:
         raise UserError(f"{paths.folder('edge_maps')} has no edge maps yet: run compress/run.py first.")
-    on_disk = [[copy for k in range(copies) if (copy := paths.copy(image, k)).is_file()] for _, image in rows]
-    if copies and not any(on_disk):
+    there = [[copy for k in range(copies) if (copy := paths.copy(image, k)).is_file()] for _, image in rows]
+    if copies and not any(there):
         raise UserError(f"{paths.folder('exemplars')} has no copies yet: run compress/run.py first, or set --copies 0.")
-    columns = ["image", "edge map", *(f"copy {k}" for k in range(max(map(len, on_disk))))]
+    columns = ["image", "edge map", *(f"copy {k}" for k in range(max(map(len, there))))]
     figure = Figure(figsize=(1.1 * len(columns) + 0.6, 1.1 * len(rows) + 0.3), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for axes, title in zip(grid[0], columns, strict=True):
         axes.set_title(title, fontsize=9)
-    for row, (text, image), of_image in zip(grid, rows, on_disk, strict=True):
+    for row, (text, image), of_image in zip(grid, rows, there, strict=True):
         row[0].set_ylabel(drawn(text), fontsize=9)
         pictures = [_picture(image), _edge_map(paths, image), *map(_picture, of_image)]
         for axes, picture in zip(row, pictures, strict=False):
