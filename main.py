@@ -101,7 +101,7 @@ def run(config: Config) -> dict:
     """The experiment.  Returns what it writes to results.json (`utils.results.report` describes it)."""
     config, paths = dataset_of(config)
     # torch and what needs it are imported here: a config with a mistake, or a missing dataset, is answered at once.
-    from compress.exemplars import check_exemplars, exemplar_form
+    from compress.training.exemplars import check_exemplars, exemplar_form
     from models.method import fresh_backbone, network_input
     from utils.data.cache import open_cache
     from utils.data.classes import DataManager
@@ -168,7 +168,7 @@ def dataset_of(config: Config) -> tuple[Config, DatasetPaths]:
 
 def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, pixels, form, copies) -> dict:
     """One seed's phases.  Returns the results of all seeds so far."""
-    from compress.exemplars import costs, quotas
+    from compress.training.exemplars import costs, quotas
     from models.run import Run
     from models.trainer import Trainer
     from utils.memory.exemplars import ExemplarMemory

@@ -68,5 +68,7 @@ def enter(name: str) -> None:
 
 def _load(name: str, file: Path, search: list[str] | None = None) -> None:
     spec = spec_from_file_location(name, file, submodule_search_locations=search)
+    assert spec is not None
+    assert spec.loader is not None
     sys.modules[name] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])

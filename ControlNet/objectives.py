@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ControlNet.cldm.cldm import ControlLDM
-from ControlNet.cldm.few_steps import DISTILLED_STEPS, boundary
 from ControlNet.ldm.text import END, MAX_LENGTH, tokenize
 from ControlNet.ldm.util import extract_into_tensor
+from ControlNet.sampling import DISTILLED_STEPS, boundary
 
 
 class Texts(Protocol):
@@ -68,6 +68,9 @@ class TextTask(nn.Module):
     This replaces CLIP's training with pictures.  Cross-attention mostly sees these positions, which then encode what
     the whole text names.  Pictures are not used, and the probe is discarded afterwards.
     """
+
+    positions: Tensor
+    named: Tensor
 
     def __init__(self, model: ControlLDM, settings: DictConfig, data: Texts):
         super().__init__()

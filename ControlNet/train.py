@@ -23,7 +23,9 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -77,23 +79,23 @@ def check_settings(config: DictConfig, stage: str, data: Views, has_checkpoint: 
     What a record of an earlier version does not hold is not compared.
     """
     file = user_path(config.output) / f"{stage}_settings.json"
-    asked = OmegaConf.to_container(OmegaConf.masked_copy(config, [*FIXED_KEYS, stage]), resolve=True)
-    asked |= content_digests(config, data)
+    chosen: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, [*FIXED_KEYS, stage]), resolve=True)
+    settings = {**chosen, **content_digests(config, data)}
     if has_checkpoint and file.exists():
         known = json.loads(file.read_text())
-        known = {name: known.get(name) for name in asked if name in known or name in ("teacher", "hint")}
-        differ = [name for name, value in known.items() if value != asked.get(name)]
+        known = {name: known.get(name) for name in settings if name in known or name in ("teacher", "hint")}
+        differ = [name for name, value in known.items() if value != settings.get(name)]
         if differ:
             raise ModelError(
                 f"{file.parent} has a checkpoint of the {stage} stage with other settings ({', '.join(differ)}): give "
                 "this training another output=, or delete the checkpoint"
             )
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asked, indent=1))
+    temporary.write_text(json.dumps(settings, indent=1))
     move_into_place(file, temporary)
 
 
-def make_optimizer(parameters: list[Tensor], learning_rate: float, precision: str) -> torch.optim.AdamW:
+def make_optimizer(parameters: Sequence[Tensor], learning_rate: float, precision: str) -> torch.optim.AdamW:
     """AdamW; fused, except under a gradient scaler: then it unscales by itself, and gradients can't be clipped."""
     return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-2, fused=precision != "16-mixed")
 
@@ -110,7 +112,8 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
         optimizer, lambda s: min(1, (s + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * min(1, s / settings.steps)))
     )
     average = AveragedModel(task, multi_avg_fn=get_ema_multi_avg_fn(settings.get("ema_decay", 0.0)))
-    state = {"task": task, "average": average, "optimizer": optimizer, "schedule": schedule, "step": 0, "log": []}
+    state: dict[str, Any] = {"task": task, "average": average, "optimizer": optimizer, "schedule": schedule}
+    state |= {"step": 0, "log": []}
     checkpoint = output / f"{stage}.ckpt"
     check_settings(config, stage, data, checkpoint.exists())
     if checkpoint.exists():
@@ -123,9 +126,9 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
         num_workers=config.num_workers,
         persistent_workers=config.num_workers > 0,
     )
-    loader = fabric.setup_dataloaders(loader, use_distributed_sampler=False)
-    began, sums = time.time(), {}
-    bar = tqdm(loader, stage, total=settings.steps, initial=state["step"])
+    batches: Any = fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+    began, sums = time.time(), dict[str, list[Tensor]]()
+    bar = tqdm(batches, stage, total=settings.steps, initial=state["step"])
     task.train()
     for batch in bar:
         step = state["step"]
@@ -194,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0 if arguments else 2
     try:
-        config = OmegaConf.merge(OmegaConf.load(user_path(arguments[0])), OmegaConf.from_dotlist(arguments[1:]))
+        config: Any = OmegaConf.merge(OmegaConf.load(user_path(arguments[0])), OmegaConf.from_dotlist(arguments[1:]))
         refuse_resolvers(config, "the training config")
         train(config)
     except (ModelError, OSError, OmegaConfBaseException, SafetensorError) as error:

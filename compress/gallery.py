@@ -70,6 +70,7 @@ def _edge_map(paths: DatasetPaths, image: Path) -> np.ndarray:
     recorded = recorded_settings(paths.folder("kept"), [label])[label] or {}
     names = {each.name for each in fields(HIGH)}
     form = Edges(replace(HIGH, **{name: value for name, value in recorded.items() if name in names}))
+    assert kept is not None
     try:
         width, height, _ = image_bits(image)
         return np.dstack([read(kept.read_bytes(), form.edge_size(height, width))] * 3)

@@ -21,7 +21,8 @@ import numpy as np
 
 from compress.forms import Form
 from compress.job import Machine
-from compress.options import at_least_one, fitting_preset, parse_settings
+from compress.options import fitting_preset, parse_settings
+from compress.settings import at_least_one
 from utils import cli
 from utils.data.images import image_bits, read_image
 from utils.data.paths import DatasetPaths, data_dir, find_dataset
@@ -47,7 +48,8 @@ def measured(paths: DatasetPaths, images: Sequence[Path], form: Form | None) -> 
     if form is None:
         sizes = [image.stat().st_size for image in images]
         return {**found, "bytes": fmean(sizes), "most_bytes": max(sizes), "units": 1.0}
-    sizes, units, copies, texts = [], [], [], paths.class_texts()
+    sizes, copies, texts = [], [], paths.class_texts()
+    units: list[float | None] = []
     share = FormShare(form.name)
     for image in images:
         width, height, bits = image_bits(image)
@@ -60,7 +62,8 @@ def measured(paths: DatasetPaths, images: Sequence[Path], form: Form | None) -> 
         copies.append(file.tell())
     found |= {"needs_model": form.needs_model, "deterministic": form.deterministic, "copy_bytes": fmean(copies)}
     found["text_bytes"] = max(len(named(0, label, text)) for label, text in texts.items())
-    units_mean = None if None in units else fmean(units)
+    counted = [each for each in units if each is not None]
+    units_mean = fmean(counted) if len(counted) == len(units) else None
     return {**found, "bytes": share.bytes_of_one, "most_bytes": max(sizes), "units": units_mean}
 
 

@@ -1,14 +1,14 @@
 """The options of compress/run.py, and the Job that they describe."""
 
 import argparse
-import math
 import re
 import shlex
 from dataclasses import dataclass
 
 from compress.forms import Form, examples, form_named
 from compress.job import Data, Job, Machine
-from compress.presets import FAST, PRESETS, SAMPLERS
+from compress.presets import FAST, PRESETS
+from compress.settings import SETTINGS, at_least_one, finite
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
 
@@ -111,14 +111,16 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_existing(parser: argparse.ArgumentParser) -> None:
-    there = parser.add_argument_group("files that are there (they are kept if they were made with the same settings)")
-    how = there.add_mutually_exclusive_group()
+    existing = parser.add_argument_group(
+        "files that are there (they are kept if they were made with the same settings)"
+    )
+    how = existing.add_mutually_exclusive_group()
     how.add_argument("--replace", action="store_true", help="make files of other settings again")
     how.add_argument("--overwrite", action="store_true", help="make all files again")
-    look = there.add_mutually_exclusive_group()
+    look = existing.add_mutually_exclusive_group()
     look.add_argument("--verify", action="store_true", help="read every file and list what is wrong; needs no model")
     look.add_argument("--repair", action="store_true", help="the same, then make again what is wrong or missing")
-    there.add_argument(
+    existing.add_argument(
         "--keep-apart",
         metavar="NAME",
         default="",
@@ -138,45 +140,14 @@ def _add_settings(parser: argparse.ArgumentParser, resolution: str | None, form:
     )
     settings.add_argument("--form", default=form, help=f"what is kept of an image: {', '.join(examples())} [{form}]")
     settings.add_argument(
-        "--size", metavar="N", type=at_least_one, help="shorter side of the generated pictures: 64, 128, 192, ..."
-    )
-    settings.add_argument(
         "--preset",
         choices=("paper", "fast"),
         default="paper",
         help=f"fast: --sampler {FAST['sampler']} --steps {FAST['steps']} where they are not given; docs/benchmarks.md "
         "measures what that costs [paper]",
     )
-    settings.add_argument("--sampler", choices=tuple(SAMPLERS), help="how latents are sampled [ddim]")
-    settings.add_argument("--steps", metavar="N", type=at_least_one, help="steps of the sampler")
-    settings.add_argument(
-        "--guidance",
-        metavar="X",
-        type=finite,
-        help="scale of classifier-free guidance; 1 is none, in half the time [9; lcm, tcd: 1]",
-    )
-    settings.add_argument(
-        "--guidance-window",
-        metavar="A:B",
-        type=window,
-        help="guidance from this part of the steps to that one, 0 is noise and 1 the picture [0:1]",
-    )
-    settings.add_argument(
-        "--reuse-every",
-        metavar="N",
-        type=at_least_one,
-        help="compute the UNet's deep features in every N-th step alone, and reuse them between [1: in every step]",
-    )
-    settings.add_argument(
-        "--start-strength",
-        metavar="X",
-        type=finite,
-        help="of copies that start from a picture: the share of the steps that change it, above 0 up to 1 [0.7]",
-    )
-    settings.add_argument("--eta", metavar="X", type=finite, help="share of fresh noise, of ddim and tcd [0; tcd 0.3]")
-    settings.add_argument("--prompt-template", metavar="TEXT", help="such as 'a photo of {label}'")
-    settings.add_argument("--negative-prompt", metavar="TEXT", help="text of what copies should not be like")
-    settings.add_argument("--quality", metavar="Q", type=at_least_one, help="JPEG quality of copies, 1 to 100 [75]")
+    for setting in SETTINGS:
+        settings.add_argument(setting.option, metavar=setting.metavar, type=setting.read, help=setting.help)
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -229,22 +200,24 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return machine
 
 
-_SETTINGS = (
-    "size", "steps", "guidance", "guidance_window", "reuse_every", "start_strength", "sampler", "eta",
-    "prompt_template", "negative_prompt", "quality",
-)  # fmt: skip
-
-
 def _words(options: argparse.Namespace) -> tuple[str, ...]:
     """The options as they can be typed again, without the form's and without defaults."""
-    given = [("resolution", options.resolution), *((name, getattr(options, name)) for name in _SETTINGS)]
-    given += [("model", options.model)] * (options.model != "sd15") + [("base", options.base)]
-    given += [("engine", options.engine)] * (options.engine == "openvino")
-    given += [("lora", f"{file}:{scale:g}") for file, scale in options.lora]
-    given += [("decoder", options.decoder)]
-    given = [(name, "{:g}:{:g}".format(*value) if isinstance(value, tuple) else value) for name, value in given]
-    named = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given if value is not None]
-    return tuple(word for pair in named for word in pair)
+    words = ["--resolution", options.resolution]
+    for setting in SETTINGS:
+        value = getattr(options, setting.name)
+        if value is not None:
+            words += [setting.option, setting.words(value)]
+    if options.model != Machine.model:
+        words += ["--model", options.model]
+    if options.base is not None:
+        words += ["--base", options.base]
+    if options.engine == "openvino":
+        words += ["--engine", options.engine]
+    for file, scale in options.lora:
+        words += ["--lora", f"{file}:{scale:g}"]
+    if options.decoder is not None:
+        words += ["--decoder", options.decoder]
+    return tuple(words)
 
 
 def fitting_preset(paths: DatasetPaths) -> str:
@@ -259,10 +232,11 @@ def fitting_preset(paths: DatasetPaths) -> str:
 
 
 def _form(options: argparse.Namespace) -> Form:
-    for name, value in FAST.items() if options.preset == "fast" else ():
-        if getattr(options, name) is None:
-            setattr(options, name, value)  # recorded as if it had been given
-    preset = PRESETS[options.resolution].changed(**{name: getattr(options, name) for name in _SETTINGS})
+    if options.preset == "fast":
+        for name, value in FAST.items():
+            if getattr(options, name) is None:
+                setattr(options, name, value)  # recorded as if it had been given
+    preset = PRESETS[options.resolution].changed(**{each.name: getattr(options, each.name) for each in SETTINGS})
     return form_named(options.form, preset)
 
 
@@ -285,14 +259,6 @@ def copy_numbers(text: str) -> list[int]:
     return list(range(numbers[0]))
 
 
-def window(text: str) -> tuple[float, float]:
-    """ "0.1:0.8" -> (0.1, 0.8)."""
-    start, colon, end = text.partition(":")
-    if not colon:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B, such as 0:0.5")
-    return finite(start), finite(end)
-
-
 def lora(text: str) -> tuple[str, float]:
     """ "FILE" or "FILE:SCALE" -> (file, scale)."""
     file, _, scale = text.rpartition(":")
@@ -308,21 +274,3 @@ def shard(text: str) -> tuple[int, int]:
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not one of the parts 1/n ... n/n")
     return int(match[1]), int(match[2])
-
-
-def at_least_one(text: str) -> int:
-    """A whole number of 1 or more."""
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def finite(text: str) -> float:
-    """A number, neither infinite nor NaN."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return number

@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 
 
@@ -12,7 +12,7 @@ def map_ahead(pool: Executor, function: Callable, items: Iterable, window: int) 
 
     What a call raises is raised here, at its place.
     """
-    waiting = deque()
+    waiting: deque[Future] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
         if len(waiting) > window:

@@ -2,27 +2,30 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from compress.forms import pixels, plural
-from compress.records import MadeOtherwise, Records, State, read_mark
+from compress.records import MadeOtherwise, Record, Records, State, read_mark
 from utils.data.images import image_bits
 
 READERS = 16
 """Threads that look at many small files: most of the time is spent waiting for the disk or the network."""
 
 
-class Found(Enum):
-    """What is known of a file that is asked for."""
+class FileState(Enum):
+    """What is known of a file that a run is to make."""
 
     MISSING = "not there"
     GOOD = "made with these settings"
     OTHERWISE = "made with other settings"
-    UNKNOWN = "settings not recorded: kept unless --replace"
+    UNRECORDED = "settings not recorded: kept unless --replace"
+
+
+TO_MAKE = (FileState.MISSING, FileState.OTHERWISE)
 
 
 @dataclass(frozen=True)
@@ -81,116 +84,107 @@ class Plan:
 class Survey:
     """A part of the images asked for, compared with what is on disk.
 
-    tasks: by image; counts: of ("kept" or "copy", Found); conflicts: for "kept" and "copies", the labels of classes
-    with files of other settings; classes: number of classes.
+    tasks: by image; kept, copies: numbers of files in each state; kept_conflicts, copies_conflicts: the labels of
+    classes with files of other settings; classes: number of classes.
     """
 
     tasks: dict[Path, Task] = field(default_factory=dict)
-    counts: Counter[tuple[str, Found]] = field(default_factory=Counter)
-    conflicts: dict[str, list[str]] = field(default_factory=lambda: {"kept": [], "copies": []})
+    kept: Counter[FileState] = field(default_factory=Counter)
+    copies: Counter[FileState] = field(default_factory=Counter)
+    kept_conflicts: list[str] = field(default_factory=list)
+    copies_conflicts: list[str] = field(default_factory=list)
     classes: int = 0
 
     def add(self, other: "Survey") -> None:
         """Join another part."""
         self.tasks |= other.tasks
-        self.counts += other.counts
-        self.conflicts = {what: labels + other.conflicts[what] for what, labels in self.conflicts.items()}
+        self.kept += other.kept
+        self.copies += other.copies
+        self.kept_conflicts += other.kept_conflicts
+        self.copies_conflicts += other.copies_conflicts
         self.classes += other.classes
 
 
-def plan(
-    records: Records,
-    images: Iterable[Path],
-    copy_numbers: Sequence[int],
-    *,
-    replaced: bool = False,
-    overwrite: bool = False,
-) -> Plan:
+def plan(records: Records, images: Iterable[Path], copy_numbers: Sequence[int], existing: str = "refuse") -> Plan:
     """Compare what is asked for with what is on disk.
 
-    replaced: files of other settings, or of none that are recorded, are to be made again; overwrite: all files are.
-    Raises MadeOtherwise where files of these classes were made with other settings, unless either is given.
+    existing: "refuse" files of other settings; "replace": these, and those whose settings are not recorded, are to be
+    made again; "overwrite": all files are.
+    Raises MadeOtherwise where files of these classes were made with other settings, and are refused.
     """
     images = list(images)
-    found = survey(records, images, copy_numbers, replaced=replaced, overwrite=overwrite)
-    return to_plan(records, images, copy_numbers, found)
+    return to_plan(records, images, copy_numbers, survey(records, images, copy_numbers, existing))
 
 
-def to_plan(records: Records, images: Sequence[Path], copy_numbers: Sequence[int], found: Survey) -> Plan:
+def to_plan(records: Records, images: Sequence[Path], copy_numbers: Sequence[int], surveyed: Survey) -> Plan:
     """The plan for images that have been surveyed.  Raises MadeOtherwise as `plan` does."""
-    if any(found.conflicts.values()):
-        raise MadeOtherwise(_in_words(records, found.conflicts, found.classes))
+    if surveyed.kept_conflicts or surveyed.copies_conflicts:
+        raise MadeOtherwise(_conflicts_in_words(records, surveyed))
     return Plan(
         records,
-        tuple(found.tasks[image] for image in images),
+        tuple(surveyed.tasks[image] for image in images),
         len(copy_numbers),
-        copies_otherwise=found.counts["copy", Found.OTHERWISE],
-        kept_otherwise=found.counts["kept", Found.OTHERWISE],
-        copies_without_record=found.counts["copy", Found.UNKNOWN],
-        kept_without_record=found.counts["kept", Found.UNKNOWN],
+        copies_otherwise=surveyed.copies[FileState.OTHERWISE],
+        kept_otherwise=surveyed.kept[FileState.OTHERWISE],
+        copies_without_record=surveyed.copies[FileState.UNRECORDED],
+        kept_without_record=surveyed.kept[FileState.UNRECORDED],
     )
 
 
-def survey(
-    records: Records,
-    images: Iterable[Path],
-    copy_numbers: Sequence[int],
-    *,
-    replaced: bool = False,
-    overwrite: bool = False,
-) -> Survey:
+def survey(records: Records, images: Iterable[Path], copy_numbers: Sequence[int], existing: str = "refuse") -> Survey:
     """Compare these images' files on disk with the settings, class by class; arguments as `plan` has them."""
     by_label: dict[str, list[Path]] = defaultdict(list)
     for image in images:
         by_label[image.parent.name].append(image)
-    whole = Survey(classes=len(by_label))
+    surveyed = Survey(classes=len(by_label))
     with ThreadPoolExecutor(READERS) as pool:
-        for label, of_class in by_label.items():
-            kept, copies = {}, {}
-            if not overwrite:
-                kept = _kept(records, label, of_class, replaced, pool.map)
-                copies = _copies(records, label, of_class, copy_numbers, replaced, pool.map)
-            for what, record, found in (
-                ("kept", records.kept, [kind for _, kind in kept.values()]),
-                ("copies", records.copies, copies.values()),
-            ):
-                if not replaced and record.state(label) is not State.MIXED and Found.OTHERWISE in found:
-                    whole.conflicts[what].append(label)
-            for image in of_class:
-                file, kind = kept.get(image, (None, Found.MISSING))
-                found = {k: copies.get(records.paths.copy_name(image, k), Found.MISSING) for k in copy_numbers}
-                whole.counts.update([("kept", kind), *(("copy", kind) for kind in found.values())])
-                whole.tasks[image] = Task(
-                    image,
-                    file if kind in (Found.GOOD, Found.UNKNOWN) else None,
-                    tuple(k for k in copy_numbers if found[k] in (Found.MISSING, Found.OTHERWISE)),
-                )
-    return whole
+        for label, class_images in by_label.items():
+            kept: dict[Path, tuple[Path, FileState]] = {}
+            copies: dict[str, FileState] = {}
+            if existing != "overwrite":
+                kept = _kept_states(records, label, class_images, existing, pool)
+                copies = _copy_states(records, label, class_images, copy_numbers, existing, pool)
+            if existing == "refuse":
+                if _conflicts(records.kept, label, (state for _, state in kept.values())):
+                    surveyed.kept_conflicts.append(label)
+                if _conflicts(records.copies, label, copies.values()):
+                    surveyed.copies_conflicts.append(label)
+            for image in class_images:
+                file, state = kept.get(image, (None, FileState.MISSING))
+                names = {k: records.paths.copy_name(image, k) for k in copy_numbers}
+                states = {k: copies.get(name, FileState.MISSING) for k, name in names.items()}
+                surveyed.kept[state] += 1
+                surveyed.copies.update(states.values())
+                to_make = tuple(k for k in copy_numbers if states[k] in TO_MAKE)
+                surveyed.tasks[image] = Task(image, None if state in TO_MAKE else file, to_make)
+    return surveyed
 
 
-def _kept(
-    records: Records, label: str, images: Sequence[Path], replaced: bool, each: Callable[..., Iterable]
-) -> dict[Path, tuple[Path | None, Found]]:
-    """Image -> its kept file on disk, and what is known of it.  each: a `map` that may run in threads."""
-    state = records.kept.state(label)
+def _conflicts(record: Record, label: str, states: Iterable[FileState]) -> bool:
+    """Whether files of other settings are there that nobody has decided to make again."""
+    return record.state(label) is not State.MIXED and FileState.OTHERWISE in states
+
+
+def _kept_states(
+    records: Records, label: str, images: Sequence[Path], existing: str, pool: ThreadPoolExecutor
+) -> dict[Path, tuple[Path, FileState]]:
+    """Image -> its kept file, where it is on disk, and what is known of it."""
     names = _names(records.paths.folder("kept") / label)
-    at_once = None  # what holds for all of them, without a look at any
+    files = {image: file for image in images if (file := records.paths.find_kept(image, names)) is not None}
+    state = records.kept.state(label)
     if state is State.NEW:
-        at_once = Found.OTHERWISE if replaced else Found.UNKNOWN
-    elif not replaced and state is not State.MIXED:
-        at_once = Found.GOOD if state is State.SAME else Found.OTHERWISE
+        unrecorded = FileState.OTHERWISE if existing == "replace" else FileState.UNRECORDED
+        return {image: (file, unrecorded) for image, file in files.items()}
+    if existing == "refuse" and state is not State.MIXED:
+        recorded = FileState.GOOD if state is State.SAME else FileState.OTHERWISE
+        return {image: (file, recorded) for image, file in files.items()}
 
-    def judge(image: Path) -> tuple[Path | None, Found]:
-        kept = records.paths.find_kept(image, names)
-        if kept is None:
-            return None, Found.MISSING
-        if at_once is not None:
-            return kept, at_once
-        if replaced and kept.suffix == ".bmp":  # of the published scripts
-            return kept, Found.OTHERWISE
-        return kept, Found.GOOD if _fits(records, label, image, kept) else Found.OTHERWISE
+    def judge(image: Path) -> FileState:
+        of_published_scripts = existing == "replace" and files[image].suffix == ".bmp"
+        fits = not of_published_scripts and _fits(records, label, image, files[image])
+        return FileState.GOOD if fits else FileState.OTHERWISE
 
-    return dict(zip(images, (map if at_once else each)(judge, images), strict=True))
+    return {image: (files[image], state) for image, state in zip(files, pool.map(judge, files), strict=True)}
 
 
 def _fits(records: Records, label: str, image: Path, kept: Path) -> bool:
@@ -202,40 +196,36 @@ def _fits(records: Records, label: str, image: Path, kept: Path) -> bool:
     try:
         width, height, _ = image_bits(image)
         by_size = form.fits_by_size(kept, (height, width), records.kept.kinds(label))
-        picture = pixels(image) if by_size is None else None
+        if by_size is not None:
+            return by_size
+        picture = pixels(image)
     except OSError as error:
         return not str(error).startswith(f"{kept}: ")
     try:
-        return by_size if picture is None else form.check(kept.read_bytes(), picture) is None
+        return form.check(kept.read_bytes(), picture) is None
     except OSError:
         return False
 
 
-def _copies(
-    records: Records,
-    label: str,
-    images: Sequence[Path],
-    copy_numbers: Sequence[int],
-    replaced: bool,
-    each: Callable[..., Iterable],
-) -> dict[str, Found]:
+def _copy_states(
+    records: Records, label: str, images: Sequence[Path], copy_numbers: Sequence[int], existing: str,
+    pool: ThreadPoolExecutor,
+) -> dict[str, FileState]:  # fmt: skip
     """File name -> what is known of it, of a class's copies on disk, at least of those asked for."""
-    folder = records.paths.copies_folder(label)
-    ending = records.form.files.copy_ending
-    on_disk = dict.fromkeys((name for name in _names(folder) if name.endswith(ending)), Found.GOOD)
+    folder, ending = records.paths.copies_folder(label), records.form.files.copy_ending
+    on_disk = {name for name in _names(folder) if name.endswith(ending)}
     state, marks = records.copies.state(label), records.copies.marks(label)
-    if state is State.SAME and not replaced:
-        return on_disk
-    if state is State.OTHER and not replaced:
-        return dict.fromkeys(on_disk, Found.OTHERWISE)
-    if not marks:
-        return dict.fromkeys(on_disk, Found.UNKNOWN)
-    asked = [name for image in images for k in copy_numbers if (name := records.paths.copy_name(image, k)) in on_disk]
-    unmarked = Found.UNKNOWN if state is State.NEW and not replaced else Found.OTHERWISE
-    return {
-        name: Found.GOOD if found in marks else unmarked if found is None else Found.OTHERWISE
-        for name, found in zip(asked, each(read_mark, map(folder.joinpath, asked)), strict=True)
-    }
+    if existing == "refuse" and state in (State.SAME, State.OTHER):  # no need to look at any
+        return dict.fromkeys(on_disk, FileState.GOOD if state is State.SAME else FileState.OTHERWISE)
+    unmarked = FileState.UNRECORDED if existing == "refuse" and state is State.NEW else FileState.OTHERWISE
+    names = [name for image in images for k in copy_numbers if (name := records.paths.copy_name(image, k)) in on_disk]
+    states = {}
+    for name, mark in zip(names, pool.map(read_mark, map(folder.joinpath, names)), strict=True):
+        if mark is None:
+            states[name] = unmarked
+        else:
+            states[name] = FileState.GOOD if mark in marks else FileState.OTHERWISE
+    return states
 
 
 def _names(folder: Path) -> frozenset[str]:
@@ -243,17 +233,17 @@ def _names(folder: Path) -> frozenset[str]:
     return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
 
 
-def _in_words(records: Records, conflicts: Mapping[str, Sequence[str]], classes: int) -> str:
+def _conflicts_in_words(records: Records, surveyed: Survey) -> str:
     """The message for files of other settings."""
-    differences, labels = {}, set()
-    for what, record in (("kept", records.kept), ("copies", records.copies)):
-        labels |= set(conflicts[what])
-        for label in conflicts[what]:
-            differences |= dict.fromkeys(record.differences(label))
-    shown = ", ".join(list(differences)[:4]) + (f" and {len(differences) - 4} more" if len(differences) > 4 else "")
-    nouns = {"kept": plural(records.form.noun), "copies": "copies"}
-    what = " and ".join(nouns[what] for what in conflicts if conflicts[what])
-    where = f"in {len(labels)} of {classes} classes" if len(labels) < classes else "there"
+    kept, copies = surveyed.kept_conflicts, surveyed.copies_conflicts
+    nouns = ([plural(records.form.noun)] if kept else []) + (["copies"] if copies else [])
+    differences = [difference for label in kept for difference in records.kept.differences(label)]
+    differences += [difference for label in copies for difference in records.copies.differences(label)]
+    differences = list(dict.fromkeys(differences))
+    listed = ", ".join(differences[:4]) + (f" and {len(differences) - 4} more" if len(differences) > 4 else "")
+    count = len({*kept, *copies})
+    where = f"in {count} of {surveyed.classes} classes" if count < surveyed.classes else "there"
     return (
-        f"{what} {where} were made with other settings: {shown or 'of which no record is left'} ({records.paths.root})"
+        f"{' and '.join(nouns)} {where} were made with other settings: {listed or 'of which no record is left'} "
+        f"({records.paths.root})"
     )

@@ -1,33 +1,18 @@
 """The settings of the two kinds of data: from image to prompt to copy."""
 
-import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
+from compress.settings import SAMPLERS, check
+from ControlNet.annotator.util import SIDE_STEP
 from utils.errors import UserError
-
-SAMPLERS = ("ddim", "ddim-trailing", "ancestral", "dpm++2m", "dpm++2m-karras", "unipc", "unipc-karras", "lcm", "tcd")
-"""What `Sampling.sampler` may be.  The names are those of ControlNet.cldm.samplers, which imports torch."""
-
-SAMPLER_DEFAULTS = {
-    "ddim": {"eta": 0.0},
-    "ddim-trailing": {"eta": 0.0},
-    "lcm": {"guidance": 1.0},
-    "tcd": {"eta": 0.3, "guidance": 1.0},
-}
-"""What a sampler brings where it is not given.  Those with an eta take one.  Weights for LCM and TCD have guidance
-built in (Luo et al. 2023, Zheng et al. 2024)."""
-
-MOST_STEPS = {"lcm": 50, "tcd": 50}
-"""Steps that a sampler can take, where fewer than 1,000."""
 
 FAST = {"sampler": "dpm++2m", "steps": 4}
 """What --preset fast sets: the cheapest setting whose copies keep edges, class and variety on handwritten digits and on
 CIFAR-10 (docs/benchmarks.md, "Few steps")."""
-
-SIDE_STEP = 64
-"""Generated sides are multiples of this: the autoencoder divides sides by 8, the UNet by another 8."""
 
 MAX_PIXELS = 786_432
 """The published limit of a generated picture: 768 x 1,024, or 512 x 1,536."""
@@ -65,43 +50,27 @@ class Sampling:
     reuse_every: int = 1
     start_strength: float = 0.7
 
-    def changed(
-        self,
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        guidance_window: tuple[float, float] | None = None,
-        reuse_every: int | None = None,
-        start_strength: float | None = None,
-        sampler: str | None = None,
-        eta: float | None = None,
-    ) -> "Sampling":
-        """With the given values in place of its own.  A sampler brings its SAMPLER_DEFAULTS where they are not given.
+    def changed(self, values: Mapping[str, Any]) -> "Sampling":
+        """With the values, by their settings' names, in place of its own; those that are no sampler's are left out.
 
-        guidance_window: guidance_from and guidance_until.  Raises UserError for invalid values.
+        A sampler brings its eta and guidance where they are not given.  Raises UserError for what it does not take.
         """
-        name = sampler or self.sampler
-        if name not in SAMPLERS:
-            raise UserError(f"--sampler is one of {', '.join(SAMPLERS)}, not {name!r}.")
-        if steps is not None and not 1 <= steps <= 1000:
-            raise UserError(f"the number of steps lies between 1 and 1000; --steps {steps} does not.")
-        if (steps or self.steps) > (most := MOST_STEPS.get(name, 1000)):
-            raise UserError(f"--sampler {name} takes at most {most} steps; choose fewer with --steps.")
-        with_eta = [each for each, defaults in SAMPLER_DEFAULTS.items() if "eta" in defaults]
-        if eta is not None and (name not in with_eta or not 0 <= eta <= 1):
-            raise UserError(f"--eta lies between 0 and 1 and goes with --sampler {', '.join(with_eta)}, not {name}.")
-        if sampler is not None:
-            defaults = {"eta": 0.0, **SAMPLER_DEFAULTS.get(sampler, {})}
-            eta = defaults["eta"] if eta is None else eta
-            guidance = defaults.get("guidance") if guidance is None else guidance
-        start, end = guidance_window or (None, None)
-        if guidance_window is not None and not 0 <= start < end <= 1:
-            raise UserError(f"--guidance-window a:b has 0 <= a < b <= 1; {start:g}:{end:g} does not.")
-        if start_strength is not None and not 0 < start_strength <= 1:
-            raise UserError(f"--start-strength lies above 0 and is at most 1; {start_strength:g} does not.")
-        values = _given(steps=steps, guidance=guidance, reuse_every=reuse_every, sampler=sampler, eta=eta)
-        ours = _given(guidance_from=start, guidance_until=end, start_strength=start_strength)
-        return replace(self, **values, **ours)
+        name = values.get("sampler", self.sampler)
+        limits, steps = SAMPLERS[name], values.get("steps", self.steps)
+        if steps > limits.most_steps:
+            raise UserError(f"--sampler {name} takes at most {limits.most_steps} steps; choose fewer with --steps.")
+        if "eta" in values and limits.eta is None:
+            with_eta = ", ".join(each for each, others in SAMPLERS.items() if others.eta is not None)
+            raise UserError(f"--eta goes with --sampler {with_eta}, not {name}.")
+        changes: dict[str, Any] = {}
+        if "sampler" in values:
+            changes["eta"] = limits.eta or 0.0
+            if limits.guidance is not None:
+                changes["guidance"] = limits.guidance
+        changes |= {each.name: values[each.name] for each in fields(self) if each.name in values}
+        if "guidance_window" in values:
+            changes["guidance_from"], changes["guidance_until"] = values["guidance_window"]
+        return replace(self, **changes)
 
     def guidance_scales(self, steps: int) -> list[float]:
         """The scale of guidance in each of the steps: 1 outside guidance_from and guidance_until."""
@@ -156,46 +125,21 @@ class Preset:
         """How to sample for a class of this text: an empty one means guess mode, where the preset has it."""
         return self.guess if self.guess is not None and not label_text else self.sampling
 
-    def changed(
-        self,
-        *,
-        size: int | None = None,
-        prompt_template: str | None = None,
-        negative_prompt: str | None = None,
-        quality: int | None = None,
-        **sampling,
-    ) -> "Preset":
-        """A preset with the given values in place of its own; sampling: of `Sampling.changed`, also for guess mode.
+    def changed(self, **values: Any) -> "Preset":
+        """A preset with the given values in place of its own, by the names of `compress.settings.SETTINGS`.
 
-        size: the shorter side of every generated picture, whatever the image's, up to the proportion LONGEST.
-        Raises UserError for invalid values.
+        None stands for a value that is not given.  Those of sampling hold for guess mode, too; `size` is the shorter
+        side of every generated picture, whatever the image's, up to the proportion LONGEST.
+        Raises UserError for impossible values.
         """
-        if size is not None and (size < SIDE_STEP or size % SIDE_STEP):
-            nearest = max(1, round(size / SIDE_STEP)) * SIDE_STEP
-            raise UserError(f"generated sides are multiples of {SIDE_STEP}; --size {size} is none: take {nearest}.")
-        if quality is not None and not 1 <= quality <= 100:
-            raise UserError(f"a JPEG's quality lies between 1 and 100; --quality {quality} does not.")
-        strange = set(re.findall(r"\{\w*\}", prompt_template or "")) - {"{label}"}
-        if strange:
-            names = ", ".join(sorted(strange))
-            raise UserError(f"--prompt-template knows {{label}}, and not {names}: {prompt_template!r}")
-        return replace(
-            self,
-            sampling=self.sampling.changed(**sampling),
-            guess=self.guess and self.guess.changed(**sampling),
-            **_given(
-                shorter_side=size,
-                small_shorter_side=size,
-                max_pixels=size and max(MAX_PIXELS, LONGEST * size**2),
-                prompt_template=prompt_template,
-                negative_prompt=negative_prompt,
-                quality=quality,
-            ),
-        )
-
-
-def _given(**values) -> dict:
-    return {name: value for name, value in values.items() if value is not None}
+        values = {name: value for name, value in values.items() if value is not None}
+        check(values)
+        changes = {each.name: values[each.name] for each in fields(self) if each.name in values}
+        if "size" in values:
+            changes["shorter_side"] = changes["small_shorter_side"] = values["size"]
+            changes["max_pixels"] = max(MAX_PIXELS, LONGEST * values["size"] ** 2)
+        guess = None if self.guess is None else self.guess.changed(values)
+        return replace(self, sampling=self.sampling.changed(values), guess=guess, **changes)
 
 
 def generated_size(height: int, width: int, shorter_side: int, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

@@ -13,7 +13,7 @@ For each class, of its first --images images that have copies:
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -22,17 +22,23 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from torch import nn
 
 from compress.forms import Form, form_named, pixels
 from compress.forms.edges import Edges
-from compress.measures import BATCH_SIZE, batch, near, predicted, trained, variety
-from compress.options import at_least_one, fitting_preset
+from compress.options import fitting_preset
 from compress.presets import PRESETS
 from compress.records import recorded_settings
+from compress.settings import at_least_one
 from utils import cli
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
 from utils.results import report
+
+SIDE = 32
+"""Pixels a side that the classifier sees."""
+BATCH_SIZE = 64
+"""Pictures of one of its training updates."""
 
 COLUMNS = ("images", "copies", "edges %", "other %", "class %", "real %", "variety")
 
@@ -51,35 +57,47 @@ def look(paths: DatasetPaths, labels: Sequence[str], most: int) -> tuple[list[Lo
 
     At most half of a class's images are looked at, so that the classifier has others to learn from.
     """
-    found, rest = [], []
+    looked, rest = [], []
     for label in labels:
         images = paths.images(label)
         names = {file.name for file in folder.iterdir()} if (folder := paths.copies_folder(label)).is_dir() else set()
         chosen = [image for image in images if paths.copy_name(image, 0) in names][: min(most, -(-len(images) // 2))]
         for image in chosen:
-            there = [name in names for name in paths.copy_names(image, len(names) + 1)]
-            copies = [pixels(paths.copy(image, k)) for k in range(there.index(False))]
-            found.append(Looked(label, pixels(image), copies))
+            on_disk = [name in names for name in paths.copy_names(image, len(names) + 1)]
+            copies = [pixels(paths.copy(image, k)) for k in range(on_disk.index(False))]
+            looked.append(Looked(label, pixels(image), copies))
         rest += [(image, label) for image in images if image not in chosen]
-    return found, rest
+    return looked, rest
 
 
-def measured(found: Sequence[Looked], rest: Sequence[tuple[Path, str]], form: Form, epochs: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measured:
+    """edges, other: (edge pixels found, edge pixels of the image), with its own copies and with another class's;
+    guesses: whether the classifier is right about the image, and then about each copy; variety: None for one copy."""
+
+    label: str
+    edges: np.ndarray
+    other: np.ndarray
+    guesses: np.ndarray
+    variety: float | None
+
+
+def measure(looked: Sequence[Looked], rest: Sequence[tuple[Path, str]], form: Form, epochs: int) -> dict[str, Any]:
     """{"all": measures, "classes": {label: measures}}; measures: COLUMNS' values, None where there is nothing to tell.
 
     rest: real images, and their labels, that the classifier is trained on.
     """
-    labels = sorted({each.label for each in found} | {label for _, label in rest})
+    labels = sorted({each.label for each in looked} | {label for _, label in rest})
     targets = torch.tensor([labels.index(label) for _, label in rest])
     model = trained(batch(pixels(image) for image, _ in rest), targets, len(labels), epochs)
     rows = []
-    for i, each in enumerate(found):
-        other = next((o for o in [*found[i:], *found[:i]] if o.label != each.label), None)
+    for i, each in enumerate(looked):
+        other = next((o for o in [*looked[i:], *looked[:i]] if o.label != each.label), None)
         guesses = predicted(model, [each.real, *each.copies]) == labels.index(each.label)
-        edges, chance = _edges(each, other, form)
-        rows.append((each, edges, chance, guesses))
-    of_class = {label: _mean([row for row in rows if row[0].label == label]) for label in labels}
-    return {"all": _mean(rows), "classes": {label: of for label, of in of_class.items() if of["images"]}}
+        spread = variety(each.copies) if len(each.copies) > 1 else None
+        rows.append(Measured(each.label, *_edges(each, other, form), guesses, spread))
+    by_label = {label: [row for row in rows if row.label == label] for label in labels}
+    return {"all": _mean(rows), "classes": {label: _mean(rows) for label, rows in by_label.items() if rows}}
 
 
 def _edges(each: Looked, other: Looked | None, form: Form) -> tuple[np.ndarray, np.ndarray]:
@@ -88,35 +106,93 @@ def _edges(each: Looked, other: Looked | None, form: Form) -> tuple[np.ndarray, 
     prompt = finder.edges(each.real)
     side = min(prompt.shape)
     reach = max(1, round(side / min(each.real.shape[:2])), round(side / 100))
-    found = np.sum([near(prompt, finder.edges(copy), reach) for copy in each.copies], axis=0)
+    near_edges = np.sum([near(prompt, finder.edges(copy), reach) for copy in each.copies], axis=0)
     if other is None:
-        return found, np.zeros(2)
+        return near_edges, np.zeros(2)
     stranger = cv2.resize(other.copies[0], each.real.shape[1::-1], interpolation=cv2.INTER_AREA)
-    return found, np.array(near(prompt, finder.edges(stranger), reach))
+    return near_edges, np.array(near(prompt, finder.edges(stranger), reach))
 
 
-def _mean(rows: Sequence[tuple[Looked, np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    def share(found: float, total: float) -> float | None:
-        return 100 * float(found) / float(total) if total else None
+def _mean(rows: Sequence[Measured]) -> dict[str, Any]:
+    """The values of COLUMNS."""
+    copies = [right for row in rows for right in row.guesses[1:]]
+    varieties = [row.variety for row in rows if row.variety is not None]
+    return {
+        "images": len(rows),
+        "copies": len(copies),
+        "edges %": _percent(*sum((row.edges for row in rows), np.zeros(2))),
+        "other %": _percent(*sum((row.other for row in rows), np.zeros(2))),
+        "class %": _percent(sum(copies), len(copies)),
+        "real %": _percent(sum(row.guesses[0] for row in rows), len(rows)),
+        "variety": float(np.mean(varieties)) if varieties else None,
+    }
 
-    several = [variety(each.copies) for each, *_ in rows if len(each.copies) > 1]
-    guesses = [row[3] for row in rows]
-    right = sum(of[1:].sum() for of in guesses), sum(len(of) - 1 for of in guesses)
-    return dict(
-        zip(
-            COLUMNS,
-            (
-                len(rows),
-                sum(len(each.copies) for each, *_ in rows),
-                share(*sum((row[1] for row in rows), np.zeros(2))),
-                share(*sum((row[2] for row in rows), np.zeros(2))),
-                share(*right),
-                share(sum(of[0] for of in guesses), len(guesses)),
-                float(np.mean(several)) if several else None,
-            ),
-            strict=True,
-        )
-    )
+
+def _percent(part: float, whole: float) -> float | None:
+    return 100 * float(part) / float(whole) if whole else None
+
+
+def edges_found(prompts: Sequence[np.ndarray], copies: Sequence[np.ndarray], reach: int = 2) -> float:
+    """Share of the prompts' edge pixels with an edge of their copy at most `reach` pixels away.
+
+    prompts: HxW, above 0 on an edge; copies: pictures (HxWx3 or HxW uint8), brought to their prompt's size.
+    nan where the prompts have no edge.
+    """
+    maps = [cv2.resize(p, e.shape[::-1], interpolation=cv2.INTER_LINEAR) for e, p in zip(prompts, copies, strict=True)]
+    counts = [near(prompt, cv2.Canny(picture, 100, 200), reach) for prompt, picture in zip(prompts, maps, strict=True)]
+    found, total = np.sum(counts, axis=0)
+    return float(found / total) if total else float("nan")
+
+
+def near(prompt: np.ndarray, edges: np.ndarray, reach: int) -> tuple[int, int]:
+    """(edge pixels of the prompt with one of `edges` at most `reach` pixels away, edge pixels of the prompt)."""
+    kernel = np.ones((2 * reach + 1, 2 * reach + 1), np.uint8)
+    return int(((cv2.dilate(edges, kernel) > 0) & (prompt > 0)).sum()), int((prompt > 0).sum())
+
+
+def variety(copies: Sequence[np.ndarray]) -> float:
+    """Standard deviation over the copies of one image (of one shape), mean over pixels and channels: levels of 255."""
+    return float(np.stack(copies).astype(np.float32).std(axis=0).mean())
+
+
+def network(classes: int) -> nn.Module:
+    """A classifier of 3 x SIDE x SIDE pictures."""
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+
+    layers = [*block(3, 32), *block(32, 64), *block(64, 128), nn.Flatten(), nn.Dropout(0.3)]
+    return nn.Sequential(*layers, nn.Linear(128 * (SIDE // 8) ** 2, classes))
+
+
+def batch(pictures: Iterable[np.ndarray]) -> torch.Tensor:
+    """Pictures (HxWx3 or HxW uint8) as the classifier takes them: N x 3 x SIDE x SIDE, -1 to 1."""
+    rgb = [np.repeat(p[:, :, None], 3, 2) if p.ndim == 2 else p for p in pictures]
+    resized = [cv2.resize(p, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for p in rgb]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def trained(pictures: torch.Tensor, labels: torch.Tensor, classes: int, epochs: int) -> nn.Module:
+    """A classifier of real pictures (`batch`), trained with shifts of up to 3 pixels; its seed is fixed."""
+    torch.manual_seed(0)
+    model = network(classes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(pictures)).split(BATCH_SIZE):
+            if len(chosen) == 1 < len(pictures):  # too few for batch normalisation
+                continue
+            shift = torch.randint(-3, 4, (2,)).tolist()
+            loss = nn.functional.cross_entropy(model(pictures[chosen].roll(shift, (2, 3))), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+@torch.inference_mode()
+def predicted(model: nn.Module, pictures: Iterable[np.ndarray]) -> np.ndarray:
+    """The classifier's class of each picture."""
+    return torch.cat([model(part).argmax(1) for part in batch(pictures).split(256)]).numpy()
 
 
 def table(measures: Mapping[str, Any]) -> str:
@@ -148,15 +224,15 @@ def command(arguments: Sequence[str] | None) -> int:
     preset = PRESETS[fitting_preset(plain) if options.resolution == "auto" else options.resolution]
     form = form_named(options.form, preset)
     paths = DatasetPaths(plain.data_dir, plain.dataset, options.keep_apart, form.files)
-    found, rest = look(paths, paths.classes(), options.images)
-    if not found:
+    looked, rest = look(paths, paths.classes(), options.images)
+    if not looked:
         raise UserError(
             f"no copies in {paths.folder('copies')}: make them with compress/run.py --dataset {paths.dataset} "
             f"--form {form.name}."
         )
     if not rest:
         raise UserError(f"{paths.folder('train')}: a class needs two images at least, one to train the classifier on.")
-    measures = measured(found, rest, form, options.epochs or default_epochs(len(rest)))
+    measures = measure(looked, rest, form, options.epochs or default_epochs(len(rest)))
     print(table(measures))
     if options.json:
         made_by = recorded_settings(paths.folder("copies"), measures["classes"])

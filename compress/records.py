@@ -2,16 +2,16 @@
 
 A copy carries a mark in its JPEG comment: a digest of everything that it depends on beside its image and its number.
 File and mark are one atomic write.  The settings behind the marks are written beside the class folders before the first
-copy: `settings.json`, then `settings-2.json`, ... whenever the settings change.
+copy, and again whenever they change, each time into a new file that is named by a digest of its content:
 
-    exemplars/settings.json            {"settings": {"prompt_template": ..., "sampling": {"steps": 20, ...}, ...},
-                                        "class_texts": {"apple_pie": "apple pie", ...}}
-    exemplars/apple_pie/1_seed00.jpg   comment: "ESCORT 3f2a9c81d0b7"
+    exemplars/settings-0c6e2b9d41f7.json   {"number": 1, "settings": {"prompt_template": ..., "sampling": {...}, ...},
+                                            "class_texts": {"apple_pie": "apple pie", ...}}
+    exemplars/apple_pie/1_seed00.jpg       comment: "ESCORT 3f2a9c81d0b7"
 
-A settings file is written once, under a free number, and never changed, so processes that share the work can't
-overwrite each other's.  The newest one counts for each class.  Kept files carry no mark, as their bytes count as
-memory; their settings are in `edge_maps/settings.json`, and a file is checked by its size or against its image.
-Where the generator encodes them too, these include the model, the precision and the class's text.
+Processes that share the work write equal files of one name.  The one of the highest number counts for each class; in
+files of earlier versions (`settings.json`, `settings-2.json`, ...) the name has the number.  Kept files carry no mark,
+as their bytes count as memory; a file is checked by its size or against its image.  Where the generator encodes them
+too, their settings include the model, the precision and the class's text.
 
 Precision is a setting: bf16 in place of fp32 changes almost half of a copy's pixels.  Device and batch size are none:
 in fp32 they change a few pixels in ten thousand by one or two levels of 255, in bf16 some by a level or more.
@@ -21,30 +21,27 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from compress.forms import Form
 from compress.presets import Preset, Sampling
-from utils.data.images import temporary_prefix
+from utils.data.images import write_atomically
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
 MARK = "ESCORT"
-MADE_BY = ("model", "precision", "edge_coder")
-"""Settings that a record may lack, or that nobody has looked up; None, which equals any value.  Edge maps of versions
-without a coder are pictures, which any version reads."""
-MODELS = ("model", "autoencoder")
-"""Settings that are the fingerprint of a model."""
-DEFAULTS = {
+ADDED = {
     **{each.name: each.default for kind in (Preset, Sampling) for each in fields(kind) if each.default is not MISSING},
-    **dict.fromkeys(MADE_BY),
-    "quality": 95,  # of versions whose records don't say
+    "quality": 95,
 }
-"""The values of settings in records of versions that did not know them."""
+"""Settings that records of earlier versions may lack, and the values that these versions worked with."""
+UNRECORDED = ("model", "precision", "edge_coder")
+"""What earlier versions did not record: files without it are taken for those asked for.  Edge maps without a coder are
+pictures, which any version reads."""
 
 
 class MadeOtherwise(UserError):
@@ -60,6 +57,38 @@ class State(Enum):
     OTHER = "the newest settings are others"
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What makes a copy, beside its image, its number and its class's text.
+
+    form: with its settings; model: the weights' fingerprint (`weights_fingerprint`); precision: what
+    `compress.generators.build.choose_precision` returns.  Both are None for a form without a model.
+    """
+
+    form: Form
+    model: str | None = None
+    precision: str | None = None
+
+    def copy_settings(self) -> dict[str, Any]:
+        return {**self.form.copy_settings(), **self._made_by()}
+
+    def kept_settings(self) -> dict[str, Any]:
+        return {**self.form.settings(), **(self._made_by() if self.form.encoded_by_generator else {})}
+
+    def _made_by(self) -> dict[str, Any]:
+        return {"model": self.model, "precision": self.precision} if self.form.needs_model else {}
+
+
+@dataclass(frozen=True)
+class SettingsFile:
+    """One settings file.  texts: class label -> text, None where a class's text makes no difference."""
+
+    number: int
+    settings: dict[str, Any]
+    texts: dict[str, str | None]
+    options: tuple[str, ...]
+
+
 class Record:
     """The settings files of one folder, and the settings that are asked for.
 
@@ -68,45 +97,44 @@ class Record:
     Raises UserError for a settings file that can't be read.
     """
 
-    def __init__(self, folder: Path, settings: Mapping, texts: Mapping[str, str | None], options: Sequence[str] = ()):
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], texts: Mapping[str, str | None], options: Sequence[str] = ()
+    ):
         self.folder = folder
         self.settings = settings
         self.texts = texts
         self.options = options
-        self.entries = self._read()
+        self.files = read_settings(folder)
 
     def state(self, label: str) -> State:
-        kinds = self._kinds(label)
-        if not kinds:
+        wanted = self._wanted(label)
+        alike = [_completed(recorded, wanted) == wanted for recorded in self._recorded(label)]
+        if not alike:
             return State.NEW
-        wanted = self._wanted(label)
-        if not _alike(kinds[-1], wanted):
+        if not alike[-1]:
             return State.OTHER
-        return State.SAME if all(_alike(kind, wanted) for kind in kinds) else State.MIXED
+        return State.SAME if all(alike) else State.MIXED
 
-    def mark(self, label: str) -> str | None:
-        """The JPEG comment of new copies of a class; None while model or precision is unknown."""
-        wanted = self._wanted(label)
-        # As recorded: an earlier version may have known fewer settings.
-        kind = next((kind for kind in reversed(self._kinds(label)) if _alike(kind, wanted)), None)
-        if kind is None or _knows_less(kind, wanted):
-            kind = None if any(wanted.get(name, "") is None for name in MADE_BY) else wanted
-        return kind and f"{MARK} {_digest(kind)}"
+    def mark(self, label: str) -> str:
+        """The JPEG comment of new copies of a class."""
+        return f"{MARK} {_digest(self._wanted(label))}"
 
     def marks(self, label: str) -> frozenset[str]:
-        """The marks of all copies of a class that count as made with these settings; empty while none is known."""
-        wanted, newest = self._wanted(label), self.mark(label)
-        recorded = {f"{MARK} {_digest(kind)}" for kind in self._kinds(label) if _alike(kind, wanted)}
-        return frozenset(recorded | {newest} if newest else recorded)
+        """The marks of all copies of a class that count as made with these settings."""
+        wanted = self._wanted(label)
+        earlier = [recorded for recorded in self._recorded(label) if _completed(recorded, wanted) == wanted]
+        return frozenset(f"{MARK} {_digest(settings)}" for settings in (wanted, *earlier))
 
     def differences(self, label: str) -> list[str]:
         """What differs between the newest settings on disk and those asked for, such as "steps 20 -> 50"."""
-        kinds, wanted = self._kinds(label), self._wanted(label)
+        newest, wanted = self.newest(label), self._wanted(label)
+        if newest is None:
+            return []
+        before = _completed(newest, wanted)
         return [
-            f"{_words(name, label)} {_value(old)} -> {_value(value)}"
-            for name, value in (wanted.items() if kinds else ())
-            for old in [kinds[-1].get(name, DEFAULTS.get(name))]
-            if not _alike({name: value}, {name: old})
+            f"{_words(name, label)} {_value(before.get(name))} -> {_value(value)}"
+            for name, value in wanted.items()
+            if before.get(name) != value
         ]
 
     def note(self, labels: Iterable[str]) -> None:
@@ -115,130 +143,106 @@ class Record:
         Classes of which nothing is on disk are recorded as well, so that processes which share the work agree.
         Raises MadeOtherwise where another process has recorded other settings since this record was read.
         """
-        labels = set(labels)
-        while True:
-            before = {label: self._kinds(label)[-1:] for label in labels}
-            self.entries = self._read()
-            missing = set()
-            for label in labels:
-                newest = self._kinds(label)[-1:]
-                alike = newest and _alike(newest[0], self._wanted(label))
-                if alike and not _knows_less(newest[0], self._wanted(label)):
-                    continue
-                if newest != before[label] and not alike:
-                    raise MadeOtherwise(
-                        f"another process has begun to make files with other settings in {self.folder} "
-                        f"({'; '.join(self.differences(label))})."
-                    )
-                missing.add(label)
-            if not missing:
-                return
-            missing |= {label for label in self.texts if not self._kinds(label) and not (self.folder / label).exists()}
+        before = {label: self.newest(label) for label in labels}
+        self.files = read_settings(self.folder)
+        missing = {label for label in before if self.newest(label) != self._wanted(label)}
+        for label in missing:
+            if self.newest(label) != before[label] and self.state(label) is State.OTHER:
+                raise MadeOtherwise(
+                    f"another process has begun to make files with other settings in {self.folder} "
+                    f"({'; '.join(self.differences(label))})."
+                )
+        if missing:
+            missing |= {label for label in self.texts if not self.newest(label) and not (self.folder / label).exists()}
             self._add({label: self.texts[label] for label in sorted(missing)})
 
-    def kinds(self, label: str) -> list[dict]:
+    def kinds(self, label: str) -> list[dict[str, Any]]:
         """All settings that a class's files may have: those recorded, oldest first, then those asked for."""
-        return [*self._kinds(label), self._wanted(label)]
+        return [*self._recorded(label), self._wanted(label)]
 
-    def newest(self, label: str) -> dict | None:
+    def newest(self, label: str) -> dict[str, Any] | None:
         """The newest recorded settings of a class's files, None where nothing is recorded."""
-        return next(reversed(self._kinds(label)), None)
+        return next(reversed(self._recorded(label)), None)
 
-    def wanted(self, label: str) -> dict:
+    def wanted(self, label: str) -> dict[str, Any]:
         """The settings asked for of a class's files, flat."""
         return _without_text(self._wanted(label))
 
-    def _wanted(self, label: str) -> dict:
-        """The settings asked for; a model or precision that nobody has looked up is taken from the newest record."""
-        wanted = _kind(self.settings, self.texts.get(label, label))
-        for name in MADE_BY:
-            if wanted.get(name, "") is None:
-                wanted[name] = next((k[name] for k in reversed(self._kinds(label)) if k.get(name) is not None), None)
-        return wanted
+    def _wanted(self, label: str) -> dict[str, Any]:
+        return _flat(self.settings, self.texts.get(label, label))
 
-    def _kinds(self, label: str) -> list[dict]:
+    def _recorded(self, label: str) -> list[dict[str, Any]]:
         """What made a class's files, oldest first."""
-        return [_kind(entry["settings"], entry["texts"][label]) for entry in self.entries if label in entry["texts"]]
-
-    def _read(self) -> list[dict]:
-        entries, files = [], settings_files(self.folder)
-        self._last = _number(files[-1].name) if files else 0
-        for file in files:
-            try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-                texts = content["class_texts"] if "class_texts" in content else dict.fromkeys(content["classes"])
-                entries.append({**content, "settings": dict(content["settings"]), "texts": dict(texts)})
-            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(
-                    f"{file}, which says how the files there were made, can't be read ({type(error).__name__}). "
-                    "Take it away, and they are kept as they are."
-                ) from error
-        return entries
+        return [_flat(file.settings, file.texts[label]) for file in self.files if label in file.texts]
 
     def _add(self, texts: Mapping[str, str | None]) -> None:
-        """Write the next settings file, unless somebody else does so first."""
-        classes = {"classes": list(texts)} if None in texts.values() else {"class_texts": texts}
-        options = {"options": list(self.options)} if self.options else {}
-        content = {"settings": self.settings, **options, **classes}
-        # The number after those that were read: if another process has taken it meanwhile, its file is read first.
-        number = self._last + 1
-        target = self.folder / ("settings.json" if number == 1 else f"settings-{number}.json")
+        """Write the next settings file."""
+        content: dict[str, Any] = {"number": self.files[-1].number + 1 if self.files else 1, "settings": self.settings}
+        if self.options:
+            content["options"] = list(self.options)
+        if None in texts.values():
+            content["classes"] = list(texts)
+        else:
+            content["class_texts"] = texts
+        text = json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")  # JSON's escapes
+        name = f"settings-{hashlib.sha256(text).hexdigest()[:12]}.json"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=temporary_prefix(), suffix=".tmp")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:  # JSON's escapes
-                    json.dump(content, file, indent=1, ensure_ascii=False)
-                os.chmod(temporary, 0o644)
-                _move_to_a_free_name(temporary, target)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+            write_atomically(self.folder / name, lambda file: file.write(text))
         except OSError as error:
             raise UserError(f"can't write to {self.folder}: {error.strerror}.") from error
+        self.files = read_settings(self.folder)
 
 
 class Records:
     """The settings asked for of a dataset's kept files and copies, and the recorded settings of those on disk.
 
-    form: with the settings; model: the weights' fingerprint (`weights_fingerprint`, or a loaded model's `fingerprint`);
-    precision: what `compress.generators.build.choose_precision` returns.  A model or precision of None is not compared.
     options: those of compress/run.py that give these settings.
     """
 
-    def __init__(
-        self,
-        paths: DatasetPaths,
-        form: Form,
-        model: str | None = None,
-        precision: str | None = None,
-        options: Sequence[str] = (),
-    ):
+    def __init__(self, paths: DatasetPaths, recipe: Recipe, options: Sequence[str] = ()):
         self.paths = paths
-        self.form = form
-        self.precision = precision
-        texts = paths.class_texts()
-        made_by = {"model": model, "precision": precision} if form.needs_model else {}
-        if form.encoded_by_generator:
-            self.kept = Record(paths.folder("kept"), {**form.settings(), **made_by}, texts)
-        else:
-            self.kept = Record(paths.folder("kept"), form.settings(), dict.fromkeys(texts))
-        options = [*options, *(["--precision", precision.partition("-")[0]] if precision and options else [])]
-        self.copies = Record(paths.folder("copies"), {**form.copy_settings(), **made_by}, texts, options)
+        self.recipe = recipe
+        self.form = recipe.form
+        texts: dict[str, str | None] = dict(paths.class_texts())
+        kept_texts = texts if self.form.encoded_by_generator else dict.fromkeys(texts)
+        if recipe.precision and options:
+            options = [*options, "--precision", recipe.precision.partition("-")[0]]
+        self.kept = Record(paths.folder("kept"), recipe.kept_settings(), kept_texts)
+        self.copies = Record(paths.folder("copies"), recipe.copy_settings(), texts, options)
+
+
+def read_settings(folder: Path) -> list[SettingsFile]:
+    """The settings files of a folder of kept files or of copies, oldest first.  Raises UserError."""
+    files = []
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        match = re.fullmatch(r"settings(?:-([0-9a-f]+))?\.json", name)
+        if match is None:
+            continue
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            texts = content["class_texts"] if "class_texts" in content else dict.fromkeys(content["classes"])
+            number = content["number"] if "number" in content else int(match[1] or 1)
+            files.append(
+                SettingsFile(int(number), dict(content["settings"]), dict(texts), tuple(content.get("options", ())))
+            )
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{folder / name}, which says how the files there were made, can't be read ({type(error).__name__}). "
+                "Take it away, and they are kept as they are."
+            ) from error
+    return sorted(files, key=lambda file: file.number)
+
+
+def newest_files(folder: Path, labels: Iterable[str]) -> dict[str, SettingsFile]:
+    """Class label -> the settings file that counts for it, of those classes that have one.  Raises UserError."""
+    newest = {label: file for file in read_settings(folder) for label in file.texts}
+    return {label: newest[label] for label in labels if label in newest}
 
 
 def recorded_options(folder: Path) -> list[str]:
     """The options of compress/run.py that gave the newest recorded settings; empty where they are not recorded."""
-    entries = Record(folder, {}, {}).entries
-    return list(entries[-1].get("options", ())) if entries else []
-
-
-def recorded_models(folder: Path, labels: Iterable[str]) -> set[tuple[str, ...]]:
-    """The options that named the model when the newest files of each of these classes were made, where recorded."""
-    entries = reversed(Record(folder, {}, {}).entries)
-    newest: dict[str, Sequence[str]] = {}
-    for entry in entries:
-        newest = {**dict.fromkeys(entry["texts"], entry.get("options", ())), **newest}
-    return {model_options(options) for label in labels if (options := newest.get(label))}
+    files = read_settings(folder)
+    return list(files[-1].options) if files else []
 
 
 def model_options(options: Sequence[str]) -> tuple[str, ...]:
@@ -247,10 +251,12 @@ def model_options(options: Sequence[str]) -> tuple[str, ...]:
     return tuple(word for pair in pairs if pair[0] in ("--model", "--base", "--lora", "--decoder") for word in pair)
 
 
-def recorded_settings(folder: Path, labels: Iterable[str]) -> dict[str, dict | None]:
+def recorded_settings(folder: Path, labels: Iterable[str]) -> dict[str, dict[str, Any] | None]:
     """Class label -> the newest recorded settings of its files, flat; None where nothing is recorded."""
-    record = Record(folder, {}, {})
-    return {label: _without_text(record.newest(label)) for label in labels}
+    settings: dict[str, dict[str, Any] | None] = dict.fromkeys(labels)
+    for label, file in newest_files(folder, settings).items():
+        settings[label] = _without_text(_flat(file.settings, file.texts[label]))
+    return settings
 
 
 def read_mark(copy: Path) -> str | None:
@@ -262,73 +268,31 @@ def read_mark(copy: Path) -> str | None:
         return None
     # In JPEG's comment segment, or in a PNG's text chunk.
     found = re.search(rb"(?:\xff\xfe\x00.|tEXtComment\x00)(ESCORT [0-9a-f]{12})", head, re.DOTALL)
-    return found and found[1].decode()
+    return found[1].decode() if found else None
 
 
-def settings_files(folder: Path) -> list[Path]:
-    """The settings files of a folder of kept files or of copies, oldest first."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    return [folder / name for name in sorted(filter(_number, names), key=_number)]
-
-
-def _number(name: str) -> int:
-    """The place of a settings file among the others, 1, 2, ...; 0 for another file."""
-    match = re.fullmatch(r"settings(?:-(\d+))?\.json", name)
-    return int(match[1] or 1) if match else 0
-
-
-def _move_to_a_free_name(source: str, target: Path) -> None:
-    """Move a file, or leave it where it is if another process has taken the name."""
-    try:
-        os.link(source, target)  # unlike a rename, it fails where the target is there
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        if not target.exists():
-            os.replace(source, target)
-
-
-def _kind(settings: Mapping, text: str | None) -> dict:
+def _flat(settings: Mapping[str, Any], text: str | None) -> dict[str, Any]:
     """What made a class's files, flat: of the two samplings only the one that a class of this text gets."""
-    kind = {name: value for name, value in settings.items() if name not in ("sampling", "guess")}
+    flat = {name: value for name, value in settings.items() if name not in ("sampling", "guess")}
     if text is not None:
-        kind["class_text"] = text
+        flat["class_text"] = text
     sampling = settings.get("guess") if text == "" else None
-    return {**kind, **(sampling or settings.get("sampling") or {})}
+    return {**flat, **(sampling or settings.get("sampling") or {})}
 
 
-def _without_text(kind: Mapping | None) -> dict | None:
-    return kind and {name: value for name, value in kind.items() if name != "class_text"}
+def _without_text(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flat.items() if name != "class_text"}
 
 
-def _alike(kind: Mapping, other: Mapping) -> bool:
-    """Equal, with DEFAULTS for what a version did not know; an unknown model, its config or precision equals any."""
-    kind, other = {**DEFAULTS, **kind}, {**DEFAULTS, **other}
-    for name in MADE_BY:
-        if kind[name] is None or other[name] is None:
-            kind[name] = other[name] = None
-    for name in MODELS:
-        if (kind.get(name) in _spellings(other.get(name))) or (other.get(name) in _spellings(kind.get(name))):
-            kind[name] = other[name] = None
-    return kind == other
+def _completed(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings with what the version that wrote them did not record."""
+    unknown = wanted.keys() - recorded.keys()
+    added = {name: ADDED[name] for name in unknown if name in ADDED}
+    return {**recorded, **added, **{name: wanted[name] for name in unknown if name in UNRECORDED}}
 
 
-def _knows_less(kind: Mapping, other: Mapping) -> bool:
-    """Whether a record lacks a model, its config or a precision that is known by now."""
-    return any(
-        (old := kind.get(name)) != (new := other.get(name)) and (old is None or old in _spellings(new)[1:])
-        for name in dict.fromkeys([*MADE_BY, *MODELS])
-    )
-
-
-def _spellings(model: str | None) -> list[str | None]:
-    """A fingerprint (`ControlNet.cldm.weights.fingerprint`), and what earlier versions recorded: without its config."""
-    match = re.fullmatch(r"([0-9a-f]{16})\.[0-9a-f]{8}(\+.*)?", model or "")
-    return [model, match[1] + (match[2] or "")] if match else [model]
-
-
-def _digest(kind: Mapping) -> str:
-    plain = {name: float(value) if type(value) is int else value for name, value in kind.items()}  # 9 is 9.0
+def _digest(flat: Mapping[str, Any]) -> str:
+    plain = {name: float(value) if type(value) is int else value for name, value in flat.items()}  # 9 is 9.0
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -336,6 +300,6 @@ def _words(name: str, label: str) -> str:
     return f"text of class {label!r}:" if name == "class_text" else name.replace("_", " ")
 
 
-def _value(value) -> str:
+def _value(value: Any) -> str:
     text = repr(value) if isinstance(value, str) else "none" if value is None else f"{value}"
     return text if len(text) <= 40 else f"{text[:36]} ...{text[0]}"

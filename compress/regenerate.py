@@ -93,6 +93,7 @@ class Regenerator:
         ahead = map_ahead(readers, self._read, own.tasks, THREADS + self._batch_size)
         try:
             for batch in batches(_requests(self._encoded(ahead), result, progress), self._batch_size):
+                assert self.generator is not None
                 pictures = self.generator(batch)
                 collect(most=1)
                 being_written.append(
@@ -142,7 +143,7 @@ class Regenerator:
         if task.kept is None:
             self._save_kept(task, kept)
         elif self._is_old(task):
-            is_recoded = self._recode(task, kept)
+            is_recoded = self._recode(task, task.kept, kept)
         return self._finished(task, self.requests(task, kept) if task.copy_numbers else [], is_recoded)
 
     def _finished(self, task: Task, requests: list[Request], is_recoded: bool = False) -> _Read:
@@ -178,7 +179,9 @@ class Regenerator:
 
     def _encode(self, batch: list[_Read]) -> Iterator[_Read]:
         texts = [self.text(each.task.image) for each in batch]
-        codes = self.form.encode_batch([each.to_encode for each in batch], texts, self.generator)
+        codes = self.form.encode_batch(
+            [each.to_encode for each in batch if each.to_encode is not None], texts, self.generator
+        )
         for each, code in zip(batch, codes, strict=True):
             try:
                 yield self._kept_and_requests(each.task, code)
@@ -190,7 +193,7 @@ class Regenerator:
         is_old = task.kept is not None and task.kept.suffix != self.form.files.kept_endings[0]
         return is_old and task.image.parent.name in self.recode
 
-    def _recode(self, task: Task, kept: bytes) -> bool:
+    def _recode(self, task: Task, file: Path, kept: bytes) -> bool:
         """Write a kept file of an earlier version as the form writes it now.  Returns whether that was possible."""
         try:
             recoded = self.form.recoded(kept, pixels(task.image))
@@ -198,8 +201,8 @@ class Regenerator:
             return False
         if recoded is None:
             return False
-        _write(self.paths.kept(task.image), lambda file: file.write(recoded))
-        task.kept.unlink()
+        _write(self.paths.kept(task.image), lambda written: written.write(recoded))
+        file.unlink()
         return True
 
     def _save_kept(self, task: Task, kept: bytes) -> None:
@@ -212,7 +215,9 @@ class Regenerator:
             for k in task.copy_numbers:
                 self.paths.copy(task.image, k).unlink(missing_ok=True)
         _write(path, lambda file: file.write(kept))
-        if older not in (None, path):  # of another ending, which would count again if the new file were deleted
+        if (
+            older is not None and older != path
+        ):  # of another ending, which would count again if the new file were deleted
             older.unlink()
 
     def text(self, image: Path) -> str:

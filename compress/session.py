@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,14 +18,15 @@ from compress.generators.build import (
     OPENVINO_BF16,
     choose_precision,
     download,
-    fingerprint,
     generator,
+    model_fingerprint,
+    recipe_of,
     warn_of_settings,
 )
 from compress.job import Data, Job, Machine
 from compress.options import Action
 from compress.plan import Plan, Survey, survey, to_plan
-from compress.records import MadeOtherwise, Records, State, model_options, recorded_models
+from compress.records import MadeOtherwise, Recipe, Records, State, model_options, newest_files
 from compress.regenerate import Regenerator
 from compress.share import PATIENCE, by_all, by_first, own_part, run_shared, together
 from compress.summary import report, report_estimate, report_findings, report_plan
@@ -44,24 +46,23 @@ def run(job: Job, action: Action) -> int:
     """
     fabric = launch(*accelerator(action.device), patience=PATIENCE)
     images, empty = together(fabric, lambda: select(job.data))
-    if action.verify:
-        model = fabric.broadcast(by_first(fabric, lambda: model_asked_for(job, images)))
-        records = Records(job.data.paths, job.form, model, named(job.machine))
-        is_well = verified(fabric, records, images, job.data.copy_numbers).is_well
-        return DONE if (is_well and not empty) or not fabric.is_global_zero else SOME_FAILED
-    if action.download:
+    if action.download and not action.verify:
         by_first(fabric, lambda: download(job.machine.model))
-    todo = together(fabric, lambda: find_work(fabric, job, images, action))
+    expected = by_first(fabric, lambda: expected_recipe(job, fabric.device, images, action))
+    if action.verify:
+        records = Records(job.data.paths, expected, job.options)
+        is_well = verify_and_report(fabric, records, images, job.data.copy_numbers).is_well
+        return DONE if (is_well and not empty) or not fabric.is_global_zero else SOME_FAILED
+    todo = together(fabric, lambda: find_work(fabric, job, expected, images, action))
     if fabric.is_global_zero:
-        warn_of_settings(job.form, job.machine, todo.records.copies.texts)
+        warn_of_settings(job.form, job.machine, job.data.paths.class_texts())
         report_plan(todo, f"{job.data.paths.dataset}, {job.form.preset.name} resolution")
     if action.dry_run:
         return dry_run(job, todo, fabric)
     by_first(fabric, lambda: check_writable(todo))
-    recode = to_recode(todo, action.repair)
     with generator_for(job, todo, fabric) as generate:
         start = time.perf_counter()
-        regenerator = Regenerator(job.data.paths, job.form, generate, recode)
+        regenerator = Regenerator(job.data.paths, job.form, generate, labels_to_recode(todo, action.repair))
         own = sum(len(task.copy_numbers) for task in own_part(fabric, todo.tasks))
         with progress_bar(own, "copy", fabric) as bar:
             result = run_shared(fabric, regenerator, todo, bar.update)
@@ -84,7 +85,7 @@ def check_writable(todo: Plan) -> None:
             raise UserError(f"can't write to {folder}: {error.strerror}.") from error
 
 
-def to_recode(todo: Plan, repair: bool) -> set[str]:
+def labels_to_recode(todo: Plan, repair: bool) -> set[str]:
     """The class labels whose kept files of earlier versions are to be coded anew.
 
     Files without a record, such as those of the published scripts, are left as they are unless a repair is asked for.
@@ -114,97 +115,87 @@ def generator_for(job: Job, todo: Plan, fabric: Fabric) -> Iterator[Generator | 
     if not todo.needs_generator:
         yield None
         return
-    precision, engine = todo.records.precision, job.machine.engine
+    precision, engine = todo.records.recipe.precision, job.machine.engine
     with generator(job.form, job.machine, fabric.device, precision) as generate:
         if job.form.needs_model and fabric.is_global_zero:
             where = fabric.device if fabric.world_size == 1 else f"{fabric.world_size} processes ({fabric.device.type})"
             by = "" if engine in ("auto", "torch") else f" by {engine}"
-            precision = precision.partition("-")[0]
+            computes_in = (precision or "").partition("-")[0]
             print(
-                f"model {job.machine.model} on {where}{by} in {precision}, {generate.batch_size} at a time", flush=True
+                f"model {job.machine.model} on {where}{by} in {computes_in}, {generate.batch_size} at a time",
+                flush=True,
             )
         yield generate
 
 
-def find_work(fabric: Fabric, job: Job, images: list[Path], action: Action) -> Plan:
-    """The plan for these images.  What "auto" precision means matters only to new files; so do the model's weights
-    where they are not at hand, if the copies there were made by a model of the same name.
+def find_work(fabric: Fabric, job: Job, expected: Recipe, images: list[Path], action: Action) -> Plan:
+    """The plan for these images, which is the same in all processes.
 
+    Where something is to be made, by a recipe of this machine, files that another one made are others.
     Raises UserError where files on disk were made with other settings, and the options don't say what to do with them.
     """
-    numbers, machine = job.data.copy_numbers, job.machine
-    labels = list(dict.fromkeys(image.parent.name for image in images))
-    mine = set(own_part(fabric, labels))
-
-    def planned(model: str | None, precision: str | None) -> Plan:
-        records = Records(job.data.paths, job.form, model, precision, job.options)
-        again = {"replaced": job.existing == "replace", "overwrite": job.existing == "overwrite"}
-        own = [image for image in images if image.parent.name in mine]
-        found = Survey()
-        for part in by_all(fabric, lambda: survey(records, own, numbers, **again)):
-            found.add(part)
-        return to_plan(records, images, numbers, found)
-
-    def planned_to_make() -> Plan:
-        return planned(*fabric.broadcast(by_first(fabric, lambda: made_by(job, fabric.device, action.dry_run))))
-
-    again = job.existing != "refuse"
     try:
-        if again:
-            todo = planned_to_make()
-        else:
-            model = fabric.broadcast(by_first(fabric, lambda: model_asked_for(job, images, action.dry_run)))
-            todo = planned(model, named(machine))
-        findings = verified(fabric, todo.records, images, numbers) if action.repair else Findings()
-        if findings.repairs(todo).needs_generator and not again:
-            todo = planned_to_make()
+        todo = shared_plan(fabric, job, expected, images)
+        findings = Findings()
+        if action.repair:
+            findings = verify_and_report(fabric, todo.records, images, job.data.copy_numbers)
+        if job.existing == "refuse" and findings.repairs(todo).needs_generator:
+            recipe = by_first(fabric, lambda: recipe_of(job.form, job.machine, fabric.device, action.dry_run))
+            recipe = replace(recipe, model=recipe.model or expected.model)  # of a dry run without weights
+            if recipe != expected:
+                todo = shared_plan(fabric, job, recipe, images)
     except MadeOtherwise as error:
         raise UserError(f"{error}.\n{MIXING}") from error
     return findings.repairs(todo)
 
 
-def model_asked_for(job: Job, images: Sequence[Path], without_weights: bool = False) -> str | None:
-    """The fingerprint of the job's model; None where its weights are not at hand and nothing says that copies on disk
-    are another model's.
+def shared_plan(fabric: Fabric, job: Job, recipe: Recipe, images: list[Path]) -> Plan:
+    """`plan`, for which each process looks at its part of the classes."""
+    records = Records(job.data.paths, recipe, job.options)
+    own_labels = set(own_part(fabric, list(dict.fromkeys(image.parent.name for image in images))))
+    own = [image for image in images if image.parent.name in own_labels]
+    numbers, surveys = job.data.copy_numbers, Survey()
+    for part in by_all(fabric, lambda: survey(records, own, numbers, job.existing)):
+        surveys.add(part)
+    return to_plan(records, images, numbers, surveys)
 
-    without_weights: whether a model that the user names may be missing where no copies are recorded.
+
+def expected_recipe(job: Job, device: torch.device, images: Sequence[Path], action: Action) -> Recipe:
+    """What has made the files on disk, if they are this job's.
+
+    That is `recipe_of`, but where the precision is left to the machine, that of the copies on disk is meant; and where
+    the weights are not at hand, the model of these copies, if the recorded options name the same.
     Raises UserError where the recorded options name another model, or none and the user names one.
     """
-    if not job.form.needs_model:
-        return None
+    form, machine = job.form, job.machine
+    if not form.needs_model or job.existing != "refuse":
+        return recipe_of(form, machine, device, action.dry_run)
+    folder, labels = job.data.paths.folder("copies"), dict.fromkeys(image.parent.name for image in images)
+    newest = newest_files(folder, labels)
+    recorded = next(iter(newest.values())).settings if newest else {}
+    precision = named_precision(machine) or recorded.get("precision")
+    if precision is None:
+        precision = choose_precision(machine.precision, device, machine.engine)
     try:
-        return fingerprint(job.machine)
+        return Recipe(form, model_fingerprint(machine), precision)
     except UserError as error:
-        folder, asked = job.data.paths.folder("copies"), model_options(job.options)
-        recorded = recorded_models(folder, dict.fromkeys(image.parent.name for image in images))
-        if not recorded and (without_weights or not asked):
-            return None
-        if recorded == {asked}:
-            return None
-        others = " and ".join(shlex.join(options) or "--model sd15" for options in sorted(recorded - {asked}))
+        models = {model_options(file.options) for file in newest.values() if file.options}
+        named = model_options(job.options)
+        if models == {named} or (not models and (action.dry_run or not named)):
+            return Recipe(form, recorded.get("model"), precision)
+        others = " and ".join(shlex.join(options) or "--model sd15" for options in sorted(models - {named}))
         made = f"copies in {folder} were made with {others}; for the model asked for now: " if others else ""
         raise UserError(f"{made}{error}") from error
 
 
-def made_by(job: Job, device: torch.device, without_weights: bool) -> tuple[str | None, str]:
-    """(fingerprint of the model's weights, precision).  Raises UserError without weights, unless they don't matter."""
-    precision = choose_precision(job.machine.precision, device, job.machine.engine)
-    try:
-        return fingerprint(job.machine) if job.form.needs_model else None, precision
-    except UserError:
-        if without_weights:
-            return None, precision
-        raise
-
-
-def named(machine: Machine) -> str | None:
+def named_precision(machine: Machine) -> str | None:
     """The precision that the user has named, as copies record it; None for "auto"."""
     if machine.engine == "openvino" and machine.precision == "bf16":
         return OPENVINO_BF16
     return None if machine.precision == "auto" else machine.precision
 
 
-def verified(fabric: Fabric, records: Records, images: list[Path], copy_numbers: Sequence[int]) -> Findings:
+def verify_and_report(fabric: Fabric, records: Records, images: list[Path], copy_numbers: Sequence[int]) -> Findings:
     """What is wrong with the kept files and copies of these images, told by the first process and returned in all."""
     own = own_part(fabric, images)
     with progress_bar(len(own), "image", fabric) as bar:
@@ -212,8 +203,8 @@ def verified(fabric: Fabric, records: Records, images: list[Path], copy_numbers:
     findings = look_around(records, dict.fromkeys(image.parent.name for image in images))
     for part in parts:
         findings.add(part)
-    place = {image: i for i, image in enumerate(images)}
-    findings.tasks.sort(key=lambda task: place[task.image])
+    position = {image: i for i, image in enumerate(images)}
+    findings.tasks.sort(key=lambda task: position[task.image])
     if fabric.is_global_zero:
         report_findings(findings, records.form.noun)
     return findings
@@ -223,9 +214,9 @@ def progress_bar(total: int, unit: str, fabric: Fabric | None = None) -> tqdm:
     """With the time left; in a log file, a line every half minute.  Of several processes the first one shows its part,
     which is about as large as any other's."""
     seldom = 0.1 if sys.stderr.isatty() else 30
-    many = fabric is not None and fabric.world_size > 1
+    is_other = fabric is not None and fabric.world_size > 1 and not fabric.is_global_zero
     return tqdm(
-        disable=not total or (many and not fabric.is_global_zero),
+        disable=not total or is_other,
         total=total,
         unit=unit,
         dynamic_ncols=True,
@@ -244,9 +235,9 @@ def select(data: Data) -> tuple[list[Path], list[Path]]:
     labels = chosen_labels(data.classes, known) if data.classes else known
     images, empty = [], []
     for label in labels:
-        of_class = paths.images(label)
-        images += of_class[: data.limit]
-        if not of_class:
+        class_images = paths.images(label)
+        images += class_images[: data.limit]
+        if not class_images:
             empty.append(paths.folder("train") / label)
     if not images:
         raise UserError(f"no images in {paths.folder('train')}: its class folders hold no file that Pillow could read.")
@@ -262,7 +253,7 @@ def chosen_labels(classes: Sequence[str], known: list[str]) -> list[str]:
     for label in labels:
         if label not in known:
             near = difflib.get_close_matches(label, known, n=1)
-            some = ", ".join(known[:5]) + ", ..." * (len(known) > 5)
+            some = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
             hint = f"did you mean {near[0]!r}?" if near else f"the dataset has {some}"
             raise UserError(f"no class {label!r}: {hint}")
     return sorted(set(labels))

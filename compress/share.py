@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed
 
@@ -18,18 +18,19 @@ PATIENCE = timedelta(days=30)
 T = TypeVar("T")
 
 
-def by_first(fabric: Fabric, function: Callable[[], T]) -> T | None:
-    """What process 0's call returns; None in the others, which wait for it.
+def by_first(fabric: Fabric, function: Callable[[], T]) -> T:
+    """What process 0's call returns, in all of them.
 
     A UserError that it raises ends them all, and is printed by process 0 alone.
     """
-    value = error = None
+    value: Any = None
+    error: UserError | None = None
     if fabric.is_global_zero:
         try:
             value = function()
         except UserError as raised:
             error = raised
-    failed = fabric.broadcast(error is not None)
+    value, failed = fabric.broadcast((value, error is not None))
     if failed:
         raise error or SystemExit(2)
     return value
@@ -40,15 +41,14 @@ def by_all(fabric: Fabric, function: Callable[[], T]) -> list[T]:
 
     UserErrors end them all; the first one is printed by process 0.
     """
-    value = error = None
+    value: Any = None
+    error: str | None = None
     try:
         value = function()
     except UserError as raised:
         error = str(raised)
-    if fabric.world_size == 1:
-        values = [(value, error)]
-    else:
-        values = [None] * fabric.world_size
+    values: list[Any] = [(value, error)] * fabric.world_size
+    if fabric.world_size > 1:
         torch.distributed.all_gather_object(values, (value, error))
     errors = [error for _, error in values if error is not None]
     if errors:

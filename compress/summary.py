@@ -38,7 +38,7 @@ def report_plan(todo: Plan, title: str) -> None:
 def generated_sizes(todo: Plan) -> str:
     """The smallest and the largest size at which copies are generated, height x width, of MOST_MEASURED images."""
     form, step = todo.records.form, -(-len(todo.tasks) // MOST_MEASURED)
-    sizes, short = Counter(), 0
+    sizes, short = Counter[tuple[int, int]](), 0
     for task in todo.tasks[::step] if form.needs_model else ():
         try:
             width, height, _ = image_bits(task.image)

@@ -66,10 +66,10 @@ class Findings:
 
     def repairs(self, todo: Plan) -> Plan:
         """That plan, and what was found to make again beside it."""
-        found = {task.image: task for task in self.tasks}
+        to_repair = {task.image: task for task in self.tasks}
         tasks = []
         for task in todo.tasks:
-            bad = found.get(task.image, task)
+            bad = to_repair.get(task.image, task)
             numbers = tuple(sorted({*task.copy_numbers, *bad.copy_numbers}))
             tasks.append(Task(task.image, task.kept and bad.kept, numbers))
         return replace(todo, tasks=tuple(tasks))
@@ -128,14 +128,15 @@ class _Check:
             width, height, _ = image_bits(image)
             with self.pixels.hold(width * height):
                 kept, kept_fault = self._kept(image, pixels(image))
-                faults, unmarked = self._copies(image, (width, height))
+                bad_copies, unmarked = self._copies(image, (width, height))
         except OSError as error:
             fault = Fault(image, "image", UNREADABLE, reason(error, image))
             return Task(image, None, ()), [fault], 0  # a repair will try it, and list it
-        bad = tuple(faults)
+        bad = tuple(bad_copies)
         if kept_fault and kept_fault.why in (WRONG_SIZE, OTHERWISE):
             bad = tuple(self.copy_numbers)  # they came from this file
-        faults = [*([kept_fault] if kept_fault else []), *faults.values()]
+        faults = [kept_fault] if kept_fault else []
+        faults += bad_copies.values()
         return Task(image, None if kept_fault else kept, bad), faults, unmarked
 
     def _kept(self, image: Path, picture: np.ndarray) -> tuple[Path | None, Fault | None]:
@@ -151,7 +152,8 @@ class _Check:
     def _copies(self, image: Path, size: tuple[int, int]) -> tuple[dict[int, Fault], int]:
         """Number of each bad copy -> what is wrong with it; and how many good ones have no mark."""
         label = image.parent.name
-        state, wanted, faults, unmarked = self.states[label], self.marks[label], {}, 0
+        state, wanted, unmarked = self.states[label], self.marks[label], 0
+        faults: dict[int, Fault] = {}
         for k in self.copy_numbers:
             path = self.records.paths.copy(image, k)
             try:
@@ -160,7 +162,7 @@ class _Check:
                     file.seek(max(0, os.fstat(file.fileno()).st_size - len(end)))
                     if file.read() != end:
                         raise OSError("the file is truncated")
-                found = read_image(path).size
+                copy_size = read_image(path).size
             except FileNotFoundError:
                 faults[k] = Fault(path, "copy", MISSING)
                 continue
@@ -168,10 +170,9 @@ class _Check:
                 faults[k] = Fault(path, "copy", UNREADABLE, reason(error, path))
                 continue
             mark = read_mark(path)
-            unknown = state is State.NEW and not wanted
-            if found != size:
-                faults[k] = Fault(path, "copy", WRONG_SIZE, _sizes(found, size))
-            elif unknown or (mark is None and state is not State.MIXED):
+            if copy_size != size:
+                faults[k] = Fault(path, "copy", WRONG_SIZE, _sizes(copy_size, size))
+            elif mark is None and state is not State.MIXED:
                 unmarked += 1
             elif mark not in wanted:
                 faults[k] = Fault(path, "copy", OTHERWISE, ", ".join(self.records.copies.differences(label)))

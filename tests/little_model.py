@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.model import MODELS_FOLDER, create_model
+from ControlNet.sampling import draw, fresh_noise, make_schedule, sample_latents
 
 
 def little_config() -> DictConfig:
@@ -44,6 +45,15 @@ def little_model() -> ControlLDM:
         elif name.endswith("bias"):
             parameter.data.zero_()
     return model.eval().requires_grad_(False)
+
+
+def sampled(model, name, steps, shape, cond, uncond=None, scale=9.0, *, x=None, generator=None, noise=None, **how):
+    """Latents by one of ControlNet.sampling's samplers.  shape: B x C x h x w; x: the initial noise, drawn if None."""
+    schedule = make_schedule(name, model, steps)
+    x = draw(shape, generator, model.device) if x is None else x
+    noise = fresh_noise(generator) if noise is None else noise
+    scales = [scale] * len(schedule.timesteps)
+    return sample_latents(model, name, schedule, x, cond, uncond, noise=noise, scales=scales, **how)
 
 
 def save_checkpoint(model: ControlLDM, path: Path) -> Path:

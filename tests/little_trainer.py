@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from compress.cost import Cost
+from compress.training.cost import Cost
 from models import METHODS, catalogue
 from models.run import Run
 from models.trainer import Trainer

@@ -3,7 +3,7 @@
 from compress.forms import form_named
 from compress.generators.controlnet import PictureGenerator
 from compress.plan import plan
-from compress.records import Records
+from compress.records import Recipe, Records
 from compress.regenerate import Regenerator
 
 
@@ -21,8 +21,8 @@ class Maker:
         self.regenerator = Regenerator(paths, self.form, self.generate)
 
     def plan(self, images, copy_numbers, **how):
-        made_by = (None, None) if self.model is None else (getattr(self.model, "fingerprint", ""), "fp32")
-        return plan(Records(self.paths, self.form, *made_by), images, copy_numbers, **how)
+        recipe = Recipe(self.form, getattr(self.model, "fingerprint", ""), "fp32")
+        return plan(Records(self.paths, recipe), images, copy_numbers, **how)
 
     def run(self, todo, *progress):
         return self.regenerator.run(todo, *progress)

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compress.cost import Cost
 from compress.forms import examples, form_named
 from compress.job import Machine
 from compress.presets import HIGH
+from compress.training.cost import Cost
 from tests.conftest import long_but
 from tests.folders import make_dataset, save_noise
 from utils.data.paths import DatasetPaths

@@ -1,12 +1,12 @@
-"""What an exemplar costs, and how many fit a budget (compress.cost.Cost, utils/memory/budget.py)."""
+"""What an exemplar costs, and how many fit a budget (compress.training.cost.Cost, utils/memory/budget.py)."""
 
 import re
 
 import pytest
 
-from compress.cost import Cost
 from compress.forms import form_named
 from compress.presets import HIGH
+from compress.training.cost import Cost
 from tests.folders import save_noise, save_picture
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 import main
-from compress import copies
-from compress.copies import CopiesAhead
 from compress.presets import LOW
+from compress.training import copies
+from compress.training.copies import CopiesAhead
 from models import checkpoint as checkpoints
 from models.trainer import Trainer
 from tests.little_run import command, little_dataset, tree

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import main
-from compress.cost import Cost
+from compress.training.cost import Cost
 from models import copy_choice, run
 from tests.shapes import SHAPES, make_shapes, picture
 from utils.data.batches import TrainingSet

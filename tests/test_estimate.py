@@ -10,7 +10,7 @@ from compress import estimate, summary
 from compress.forms import form_named
 from compress.plan import plan
 from compress.presets import HIGH
-from compress.records import Records
+from compress.records import Recipe, Records
 from compress.regenerate import Regenerator
 from tests.little_run import little_dataset
 
@@ -47,7 +47,7 @@ def test_the_time_of_a_copy(tmp_path, monkeypatch, sampler, steps, reuse_every, 
     preset = HIGH.changed(size=64, steps=steps, sampler=sampler, reuse_every=reuse_every)
     paths, form = little_dataset(tmp_path), form_named("edges", preset)
     images = [image for label in paths.classes() for image in paths.images(label)]
-    todo = plan(Records(paths, form), images, [0, 1])
+    todo = plan(Records(paths, Recipe(form)), images, [0, 1])
     generator = Clockwork(reuse_every, sampler == "ddim")
     monkeypatch.setattr(time, "perf_counter", lambda: generator.now)
     expected = estimate.estimate(Regenerator(paths, form, generator), todo)
@@ -60,7 +60,7 @@ def test_processes_share_the_time(tmp_path, monkeypatch, capsys):
     images = [image for label in paths.classes() for image in paths.images(label)]
     generator = Clockwork(1, True)
     monkeypatch.setattr(time, "perf_counter", lambda: generator.now)
-    regenerator, todo = Regenerator(paths, form, generator), plan(Records(paths, form), images, [0, 1])
+    regenerator, todo = Regenerator(paths, form, generator), plan(Records(paths, Recipe(form)), images, [0, 1])
     summary.report_estimate(regenerator, todo)
     summary.report_estimate(regenerator, todo, processes=8)
     out = capsys.readouterr().out

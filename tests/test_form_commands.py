@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 import main
-from compress.cost import Cost
 from compress.forms import form_named
 from compress.generators import build
 from compress.job import Machine
 from compress.presets import HIGH
+from compress.training.cost import Cost
 from tests.conftest import long_but
 from tests.folders import save_noise
 from tests.little_run import command, little_dataset, tree
@@ -88,8 +88,8 @@ def test_what_a_code_depends_on_is_recorded(paths, compress, checkpoint):
     form, ours = "codebook:4@3", of_form(paths, "codebook:4@3")
     assert compress("--form", form)[0] == 0
     before = tree(ours.folder("kept"))
-    record = json.loads(before["settings.json"])
-    assert record["settings"]["model"] == build.fingerprint(Machine(model=str(checkpoint)))
+    (record,) = [json.loads(text) for name, text in before.items() if name.startswith("settings")]
+    assert record["settings"]["model"] == build.model_fingerprint(Machine(model=str(checkpoint)))
     assert (record["settings"]["precision"], record["settings"]["shorter_side"]) == ("fp32", 64)
     assert record["class_texts"] == {"apple pie": "apple pie", "sushi": "sushi"}
     for change, words in (
@@ -106,7 +106,8 @@ def test_what_a_code_depends_on_is_recorded(paths, compress, checkpoint):
     assert compress("--form", form, "--replace")[0] == 0
     after = tree(ours.folder("kept"))
     assert {name for name in before if before[name] != after[name]} <= {"sushi/0.bin", "sushi/1.bin"}
-    (record,) = [json.loads(text) for name, text in after.items() if name == "settings-2.json"]
+    (record,) = [json.loads(after[name]) for name in after.keys() - before.keys() if name.startswith("settings")]
+    assert record["number"] == 2
     assert record["class_texts"] == {"sushi": "raw fish"}
 
 

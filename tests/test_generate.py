@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from compress import presets
+from compress import settings
 from compress.forms import Condition, Request
 from compress.generators import NoPicture, controlnet
 from compress.generators.build import choose_precision
-from compress.generators.controlnet import SAMPLERS, PictureGenerator, default_batch_size
+from compress.generators.controlnet import PictureGenerator, default_batch_size
 from compress.presets import HIGH
 from ControlNet.cldm import inference
-from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.model import load_model
+from ControlNet.sampling import SAMPLERS, sample_latents
 from tests.conftest import long_but
 from tests.little_model import little_model
 from utils.errors import UserError
@@ -82,14 +82,13 @@ EXHAUST = (exhaust_gpu, exhaust_cudnn, exhaust_cublas, exhaust_cpu, exhaust_nump
 def small_device(most, exhaust, tried):
     """A sampler on a device with memory for `most` pictures; notes the batch sizes that are tried."""
 
-    class SmallDevice(DDIMSampler):
-        def sample(self, steps, batch_size, *args, **options):
-            tried.append(batch_size)
-            if batch_size > most:
-                exhaust()
-            return super().sample(steps, batch_size, *args, **options)
+    def sample(model, sampler, schedule, x, *args, **options):
+        tried.append(len(x))
+        if len(x) > most:
+            exhaust()
+        return sample_latents(model, sampler, schedule, x, *args, **options)
 
-    return SmallDevice
+    return sample
 
 
 @pytest.mark.parametrize("exhaust", long_but(EXHAUST, exhaust_gpu, exhaust_cudnn))
@@ -97,7 +96,7 @@ def test_a_batch_that_does_not_fit_is_halved(exhaust, monkeypatch, caplog):
     expected = PictureGenerator(PRESET, little_model(), batch_size=2)(jobs(2))
     expected += PictureGenerator(PRESET, little_model(), batch_size=2)(jobs(7)[2:4])
     tried = []
-    monkeypatch.setitem(SAMPLERS, "ddim", small_device(2, exhaust, tried))
+    monkeypatch.setattr(controlnet, "sample_latents", small_device(2, exhaust, tried))
     generator = PictureGenerator(PRESET, little_model(), batch_size=8)
     with caplog.at_level(logging.WARNING):
         pictures = generator(jobs(7))
@@ -136,7 +135,7 @@ def test_a_decoder_that_does_not_fit_decodes_fewer_at_a_time(monkeypatch, caplog
 
 def test_a_picture_that_does_not_fit_is_said_in_words(monkeypatch):
     tried = []
-    monkeypatch.setitem(SAMPLERS, "ddim", small_device(0, exhaust_gpu, tried))
+    monkeypatch.setattr(controlnet, "sample_latents", small_device(0, exhaust_gpu, tried))
     with pytest.raises(UserError, match="not even one picture of 64 x 64 pixels fits on cpu: use --low-memory"):
         PictureGenerator(PRESET, little_model(), batch_size=4)(jobs(4))
     assert tried == [4, 2, 1]
@@ -145,26 +144,24 @@ def test_a_picture_that_does_not_fit_is_said_in_words(monkeypatch):
 def test_what_did_not_fit_is_freed_before_the_next_try(monkeypatch):
     held = []
 
-    class Holding(DDIMSampler):
-        def sample(self, steps, batch_size, *args, **options):
-            assert not any(tensor() is not None for tensor in held)
-            activations = torch.zeros(1000)
-            held.append(weakref.ref(activations))
-            if batch_size > 1:
-                exhaust_gpu()
-            return super().sample(steps, batch_size, *args, **options)
+    def holding(model, sampler, schedule, x, *args, **options):
+        assert not any(tensor() is not None for tensor in held)
+        activations = torch.zeros(1000)
+        held.append(weakref.ref(activations))
+        if len(x) > 1:
+            exhaust_gpu()
+        return sample_latents(model, sampler, schedule, x, *args, **options)
 
-    monkeypatch.setitem(SAMPLERS, "ddim", Holding)
+    monkeypatch.setattr(controlnet, "sample_latents", holding)
     assert len(PictureGenerator(PRESET, little_model(), batch_size=4)(jobs(2))) == 2
     assert len(held) == 4
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
-    class Broken(DDIMSampler):
-        def sample(self, *args, **options):
-            raise RuntimeError("shape mismatch")
+    def broken(*args, **options):
+        raise RuntimeError("shape mismatch")
 
-    monkeypatch.setitem(SAMPLERS, "ddim", Broken)
+    monkeypatch.setattr(controlnet, "sample_latents", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         PictureGenerator(PRESET, little_model(), batch_size=4)(jobs(4))
 
@@ -214,7 +211,7 @@ def test_low_memory_brings_in_only_the_part_at_work(monkeypatch):
 
 def test_low_memory_survives_an_exhausted_device(monkeypatch):
     tried = []
-    monkeypatch.setitem(SAMPLERS, "ddim", small_device(1, exhaust_gpu, tried))
+    monkeypatch.setattr(controlnet, "sample_latents", small_device(1, exhaust_gpu, tried))
     generator = PictureGenerator(PRESET, little_model(), batch_size=2, low_memory=True)
     pictures = generator(jobs(2))
     assert tried == [2, 1, 1]
@@ -304,7 +301,7 @@ def test_every_text_is_encoded_once(monkeypatch):
     assert encoded == [PRESET.negative_prompt, *(PRESET.prompt_text(label) for label in labels)]
 
 
-@pytest.mark.parametrize("name", long_but(presets.SAMPLERS, "unipc"))
+@pytest.mark.parametrize("name", long_but(tuple(settings.SAMPLERS), "unipc"))
 def test_the_sampler_is_the_presets(name):
     """And a copy is the same alone, in any batch, and after a part of them was made."""
     model = little_model()
@@ -344,7 +341,9 @@ def test_copies_that_start_from_a_picture():
 
 
 def test_samplers_have_one_list_of_names():
-    assert tuple(SAMPLERS) == presets.SAMPLERS
+    assert tuple(SAMPLERS) == tuple(settings.SAMPLERS)
+    for name, sampler in SAMPLERS.items():
+        assert sampler.has_eta == (settings.SAMPLERS[name].eta is not None)
 
 
 @pytest.mark.parametrize(
@@ -352,8 +351,8 @@ def test_samplers_have_one_list_of_names():
     [
         ({"sampler": "euler"}, "--sampler is one of ddim, .*, not 'euler'"),
         ({"sampler": "lcm", "steps": 51}, "--sampler lcm takes at most 50 steps"),
-        ({"sampler": "lcm", "eta": 0.5}, "--eta lies between 0 and 1 and goes with --sampler ddim.*, not lcm"),
-        ({"guidance_window": (0.5, 0.5)}, "--guidance-window a:b has 0 <= a < b <= 1; 0.5:0.5 does not"),
+        ({"sampler": "lcm", "eta": 0.5}, "--eta goes with --sampler ddim.*, not lcm"),
+        ({"guidance_window": (0.5, 0.5)}, "--guidance-window a:b has 0 <= a < b <= 1, not 0.5:0.5"),
         ({"sampler": "tcd", "eta": 1.5}, "--eta lies between 0 and 1"),
     ],
 )

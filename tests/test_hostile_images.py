@@ -15,10 +15,10 @@ from PIL import Image
 
 from compress import presets, run
 from compress.coding.edge_maps import encode
-from compress.cost import Cost
 from compress.forms.edges import read as edges_of
 from compress.presets import HIGH
-from compress.records import Records
+from compress.records import Recipe, Records
+from compress.training.cost import Cost
 from compress.verify import verify
 from tests import hostile_images
 from tests.folders import make_dataset
@@ -319,5 +319,5 @@ def test_a_name_in_two_lines_belongs_to_its_image(tmp_path):
     image.parent.mkdir(parents=True)
     image.write_bytes(hostile_images.png())
     Maker(paths, HIGH.changed(size=64, steps=1), None)([image], [])
-    findings = verify(Records(paths, edges(HIGH.changed(size=64, steps=1))), [image], [])
+    findings = verify(Records(paths, Recipe(edges(HIGH.changed(size=64, steps=1)))), [image], [])
     assert not findings.orphans

@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from ControlNet.cldm import inference
 from ControlNet.cldm.inference import make_ready, release, visiting
-from ControlNet.cldm.samplers import SAMPLERS
 from ControlNet.ldm import packed
 from ControlNet.ldm.packed import PackedConv2d, PackedLinear, pack_weights
-from tests.little_model import little_model
+from tests.little_model import little_model, sampled
 
 
 def inputs(model, batch=2, size=64, seed=0):
@@ -306,7 +305,7 @@ def test_cuda_graphs_sample_the_same(own_cache, caplog, how):
     how = dict(how)
     plain, compiled = little_model().cuda(), little_model().cuda()
     make_ready(compiled, engine="compile")
-    sampler = SAMPLERS[how.pop("sampler", "ddim")]
+    sampler = how.pop("sampler", "ddim")
     for batch, size in ((2, 64), (1, 128), (2, 64)):
         _, _, cond = inputs(plain, batch, size)
         cond = {name: [tensor.cuda() for tensor in tensors] for name, tensors in cond.items()}
@@ -314,17 +313,8 @@ def test_cuda_graphs_sample_the_same(own_cache, caplog, how):
         latents = []
         for model in (plain, compiled):
             with torch.inference_mode():
-                made, _ = sampler(model).sample(
-                    6,
-                    batch,
-                    (4, size // 8, size // 8),
-                    cond,
-                    unconditional_guidance_scale=3.0,
-                    unconditional_conditioning=uncond,
-                    generator=torch.Generator().manual_seed(0),
-                    verbose=False,
-                    **how,
-                )
+                shape, generator = (batch, 4, size // 8, size // 8), torch.Generator().manual_seed(0)
+                made = sampled(model, sampler, 6, shape, cond, uncond, 3.0, generator=generator, **how)
                 latents.append((made, model.decode_first_stage(made)))
         for ours, theirs in zip(*latents, strict=True):
             assert relative_error(ours, theirs) < 1e-2  # TF32 and other kernels

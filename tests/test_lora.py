@@ -204,7 +204,7 @@ def test_copies_remember_their_loras_by_content_and_scale(checkpoint, theirs, tm
     def made_by(options):
         _, machine, words, _ = parse_settings(f"--model {checkpoint} {options}", "high")
         assert parse_settings(" ".join(words), "high")[1] == machine
-        return build.fingerprint(machine)
+        return build.model_fingerprint(machine)
 
     plain = made_by("")
     assert plain == weights_fingerprint(checkpoint)

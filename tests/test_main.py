@@ -14,10 +14,10 @@ from filelock import FileLock
 from PIL import Image
 
 import main
-from compress import on_demand
 from compress.coding.edge_maps import encode
-from compress.cost import Cost
 from compress.options import parse_settings
+from compress.training import on_demand
+from compress.training.cost import Cost
 from models.epochs import Epochs
 from models.trainer import Trainer
 from tests.conftest import long_but

@@ -10,9 +10,9 @@ from PIL import Image
 
 import main
 from compress import run as compress
-from compress.cost import Cost
 from compress.forms import form_named
 from compress.presets import HIGH
+from compress.training.cost import Cost
 from models import catalogue
 from models.trainer import Trainer
 from tests.conftest import long_but

@@ -12,8 +12,8 @@ from compress import run
 from compress.generators.build import OPENVINO_BF16, choose_engine, choose_precision
 from ControlNet.cldm import openvino_engine
 from ControlNet.cldm.inference import make_ready
-from ControlNet.cldm.samplers import SAMPLERS
 from tests import forks
+from tests import little_model as little
 from tests.little_model import little_model, save_checkpoint
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
@@ -50,17 +50,9 @@ def sampled(model, batch=2, height=64, width=64, controlled=True, **how):
     cond, uncond = (conditions(batch + i, height, width, controlled) for i in range(2))
     uncond = {"c_concat": cond["c_concat"], "c_crossattn": [uncond["c_crossattn"][0][:batch]]}
     with torch.inference_mode():
-        latents, _ = SAMPLERS["ddim"](model).sample(
-            4,
-            batch,
-            (4, height // 8, width // 8),
-            cond,
-            unconditional_guidance_scale=3.0,
-            unconditional_conditioning=uncond,
-            generator=torch.Generator().manual_seed(0),
-            verbose=False,
-            **how,
-        )
+        shape = (batch, 4, height // 8, width // 8)
+        generator = torch.Generator().manual_seed(0)
+        latents = little.sampled(model, "ddim", 4, shape, cond, uncond, 3.0, generator=generator, **how)
         return latents, model.decode_first_stage(latents)
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compress.copies import check_copies
 from compress.generators.controlnet import PictureGenerator
 from compress.presets import HIGH, LOW, MAX_PIXELS, generated_size
+from compress.training.copies import check_copies
 from tests.folders import make_dataset
 from tests.little_run import LABELS, command, little_dataset, tree
 from tests.regenerating import Maker, edges

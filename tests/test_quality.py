@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from compress import quality
-from compress.measures import edges_found
+from compress.quality import edges_found
 from utils.data.paths import DatasetPaths
 
 LABELS = ("disc", "square")

@@ -1,6 +1,5 @@
 """Nothing mixed: what compress/run.py remembers of its files, and refuses, replaces, keeps apart or adopts."""
 
-import hashlib
 import json
 import os
 import re
@@ -12,19 +11,18 @@ from pathlib import Path
 
 import pytest
 from lightning_fabric import Fabric
-from omegaconf import OmegaConf
 from PIL import Image
 
 import main
 from compress import plan as plans
-from compress.coding.edge_maps import fingerprint
+from compress.coding.edge_maps import coder_digest
 from compress.generators import build as machine
-from compress.on_demand import OnDemand
 from compress.presets import HIGH, LOW
-from compress.records import MadeOtherwise, Records, State, read_mark
+from compress.records import MadeOtherwise, Recipe, Records, State, read_mark
+from compress.training.on_demand import OnDemand
 from tests.conftest import long_but
 from tests.folders import save_noise
-from tests.little_model import little_config, little_model, save_checkpoint
+from tests.little_model import little_model, save_checkpoint
 from tests.little_run import LABELS, Killed, command, copies, kill_at, little_dataset, tree, without_weights
 from tests.regenerating import Maker, edges
 from utils.data.paths import DatasetPaths
@@ -62,6 +60,11 @@ def marks(paths: DatasetPaths, label: str = "*") -> list[str | None]:
     return [read_mark(file) for file in paths.folder("copies").glob(f"{label}/*.jpg")]
 
 
+def record_file(paths: DatasetPaths, mode: str = "copies") -> Path:
+    (file,) = paths.folder(mode).glob("settings*.json")
+    return file
+
+
 def remove_marks(paths: DatasetPaths) -> None:
     """Leave the files as earlier versions and the published scripts did: without records and marks."""
     for file in paths.folder("copies").glob("*/*.jpg"):
@@ -80,15 +83,15 @@ def test_a_copy_and_its_folder_say_what_made_it(paths, compress):
     (mark,) = set(marks(paths, "sushi"))
     assert re.fullmatch(r"ESCORT [0-9a-f]{12}", mark)
     assert len(set(marks(paths))) == 2  # the class's text is part of it
-    record = json.loads((paths.folder("copies") / "settings.json").read_text())
+    record = json.loads(record_file(paths).read_text())
     assert record["class_texts"] == {"apple pie": "apple pie", "sushi": "a plate of sushi"}
     settings = record["settings"]
     assert settings["sampling"]["steps"] == 1
     assert (settings["shorter_side"], settings["prompt_template"]) == (64, HIGH.prompt_template)
     assert re.fullmatch(r"[0-9a-f]{16}\.[0-9a-f]{8}", settings["model"])
-    record = json.loads((paths.folder("kept") / "settings.json").read_text())
+    record = json.loads(record_file(paths, "kept").read_text())
     assert record["settings"] == {
-        "edge_coder": fingerprint(),
+        "edge_coder": coder_digest(),
         **{"edges_of_generated_size": False, "low_threshold": 100, "high_threshold": 200},
     }
     assert record["classes"] == list(LABELS)
@@ -172,44 +175,6 @@ def test_finished_copies_need_no_weights_if_the_same_model_is_named(paths, compr
     assert (code, str(checkpoint) in err) == (2, True)
 
 
-def as_recorded_without_configs(paths: DatasetPaths) -> None:
-    """The records and marks of earlier versions, whose fingerprints covered the weights alone."""
-    file = paths.folder("copies") / "settings.json"
-    record = json.loads(file.read_text())
-    record["settings"]["model"] = record["settings"]["model"].partition(".")[0]
-    file.write_text(json.dumps(record))
-    text = record["class_texts"]
-    for label in LABELS:
-        kind = {**record["settings"], "class_text": text[label], **record["settings"]["sampling"]}
-        del kind["sampling"], kind["guess"]
-        kind = {name: float(value) if type(value) is int else value for name, value in kind.items()}
-        mark = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:12]
-        for copy in paths.copies_folder(label).glob("*.jpg"):
-            content = re.sub(rb"ESCORT [0-9a-f]{12}", f"ESCORT {mark}".encode(), copy.read_bytes())
-            copy.write_bytes(content)
-
-
-def test_copies_of_versions_whose_fingerprints_had_no_config_go_on(paths, compress, checkpoint, tmp_path):
-    compress()
-    as_recorded_without_configs(paths)
-    before = tree(paths.root)
-    for option in ((), ("--verify",), ("--repair",)):
-        assert compress(*option)[0] == 0
-    assert tree(paths.root) == before
-    code, out, err = compress("--seeds", "3")
-    assert (code, "copies: 4 made, 8 skipped" in out) == (0, True), err
-    assert compress("--seeds", "3", "--verify")[0] == 0
-    assert {name: tree(paths.root)[name] for name in before} == before
-
-    other = tmp_path / "other.safetensors"  # equal weights under another config, which is recorded by now
-    other.write_bytes(checkpoint.read_bytes())
-    config = little_config()
-    config.model.params.scale_factor = 0.2
-    OmegaConf.save(config, other.with_suffix(".yaml"))
-    code, _, err = compress("--seeds", "3", "--model", str(other))
-    assert (code, "model '" in err) == (2, True)
-
-
 @pytest.mark.long
 def test_copies_of_two_precisions_are_never_mixed(tmp_path, compress, capsys):
     """The bundled model, whose pictures differ between them; "auto" on a CPU without bf16 is fp32."""
@@ -239,19 +204,18 @@ def test_copies_of_two_precisions_are_never_mixed(tmp_path, compress, capsys):
 def test_copies_of_a_version_without_precision_are_kept(paths, compress):
     """Their precision is unknown; what is added to them from now on is known."""
     compress()
-    file = paths.folder("copies") / "settings.json"
+    file = record_file(paths)
     record = json.loads(file.read_text())
     del record["settings"]["precision"]
     file.write_text(json.dumps(record))
-    mark = Records(paths, edges(SMALL)).copies.mark("sushi")
+    earlier = Records(paths, Recipe(edges(SMALL), record["settings"]["model"], "fp32")).copies
     for copy in paths.folder("copies").glob("*/*.jpg"):
         (old,) = {read_mark(copy)}
-        new = Records(paths, edges(SMALL)).copies.mark(copy.parent.name)
+        (new,) = earlier.marks(copy.parent.name) - {old}
         copy.write_bytes(copy.read_bytes().replace(old.encode(), new.encode()))
     code, out, _ = compress("--precision", "bf16")
     assert (code, "copies: 0 made, 8 skipped" in out) == (0, True)
     assert compress("--seeds", "3")[0] == 0
-    assert {mark, *marks(paths, "sushi")} == set(marks(paths, "sushi"))
     assert len(set(marks(paths, "sushi"))) == 2
     assert compress("--seeds", "3", "--verify")[0] == 0
     code, _, err = compress("--seeds", "4", "--precision", "bf16")
@@ -387,7 +351,7 @@ def test_copies_without_a_record_are_adopted(paths, compress):
 
 def test_marks_without_a_record_still_tell(paths, compress):
     compress()
-    (paths.folder("copies") / "settings.json").unlink()
+    record_file(paths).unlink()
     code, _, err = compress("--seeds", "3", steps="2")
     assert code == 2
     assert "no record is left" in err
@@ -395,24 +359,37 @@ def test_marks_without_a_record_still_tell(paths, compress):
 
 
 def test_a_record_of_a_version_that_knew_fewer_settings(paths):
-    record = Records(paths, edges(SMALL), "m").copies
-    del record.settings["sampling"]["sampler"]
-    record.note(LABELS)
-    mark = record.mark("sushi")
-    assert Records(paths, edges(SMALL), "m").copies.state("sushi") is State.SAME
-    assert Records(paths, edges(SMALL), "m").copies.mark("sushi") == mark
-    other = Records(paths, edges(SMALL.changed(sampler="dpm++2m")), "m").copies
+    folder = paths.folder("copies")
+    recorded = Records(paths, Recipe(edges(SMALL), "m", "fp32")).copies
+    del recorded.settings["sampling"]["sampler"]
+    del recorded.settings["precision"]
+    folder.mkdir()
+    texts = dict.fromkeys(LABELS, "")
+    earlier = {"settings": recorded.settings, "class_texts": {label: label for label in texts}}
+    (folder / "settings.json").write_text(json.dumps(earlier))
+    later = {**earlier, "settings": {**recorded.settings, "steps": 3}}
+    (folder / "settings-2.json").write_text(json.dumps({**later, "class_texts": {"tarte": "tarte"}}))
+    mark = recorded.mark("sushi")
+    record = Records(paths, Recipe(edges(SMALL), "m", "fp32")).copies
+    assert record.state("sushi") is State.SAME
+    assert record.marks("sushi") == {mark, record.mark("sushi")}
+    record.note(["sushi"])
+    assert [file.number for file in record.files] == [1, 2, 3]
+    assert record.newest("sushi")["sampler"] == "ddim"
+    assert Records(paths, Recipe(edges(SMALL), "m", "bf16")).copies.state("sushi") is State.OTHER
+    assert Records(paths, Recipe(edges(SMALL), "m", "bf16")).copies.state("apple pie") is State.SAME
+    other = Records(paths, Recipe(edges(SMALL.changed(sampler="dpm++2m")), "m", "fp32")).copies
     assert other.state("sushi") is State.OTHER
     assert other.differences("sushi") == ["sampler 'ddim' -> 'dpm++2m'"]
-    assert other.mark("sushi") != mark
 
 
 def test_a_broken_record_is_said(paths, compress):
     compress()
-    (paths.folder("copies") / "settings.json").write_text("{")
+    broken = record_file(paths)
+    broken.write_text("{")
     code, _, err = compress()
     assert code == 2
-    assert str(paths.folder("copies") / "settings.json") in err
+    assert str(broken) in err
 
 
 SMALL = HIGH.changed(size=64, steps=1)
@@ -429,8 +406,8 @@ def test_shards_that_start_together_share_one_record(tmp_path, paths, checkpoint
     todo = [regenerator.plan(images_of(paths)[i::2], [0]) for i in (0, 1)]
     for part in todo:
         regenerator.run(part)
-    assert [file.name for file in paths.folder("copies").glob("*.json")] == ["settings.json"]
-    assert [file.name for file in paths.folder("kept").glob("*.json")] == ["settings.json"]
+    assert record_file(paths).is_file()
+    assert record_file(paths, "kept").is_file()
     whole = little_dataset(tmp_path / "whole")
     Maker(whole, SMALL, model, batch_size=2)(images_of(whole), [0])
     assert tree(whole.root) == tree(paths.root)
@@ -447,28 +424,17 @@ def test_shards_that_start_together_with_other_settings_do_not_mix(paths):
     assert tree(paths.root) == before
 
 
-def test_a_file_system_without_links(paths, monkeypatch):
-    def no_links(*_):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", no_links)
-    record = Records(paths, edges(SMALL), "0" * 16)
-    record.copies.note(["sushi"])
-    assert Records(paths, edges(SMALL), "0" * 16).copies.state("sushi") is State.SAME
-    assert [file.name for file in paths.folder("copies").iterdir()] == ["settings.json"]
-
-
 def test_what_makes_no_difference_is_no_setting(paths):
     """Guess mode's sampling, for a class that has a text; and an edge map of the image's own size knows no size."""
-    texts = Records(paths, edges(HIGH), "m")
+    texts = Records(paths, Recipe(edges(HIGH), "m", "fp32"))
     texts.copies.note(LABELS)
     texts.kept.note(LABELS)
-    unguessed = Records(paths, edges(replace(HIGH, guess=None)), "m")
+    unguessed = Records(paths, Recipe(edges(replace(HIGH, guess=None)), "m", "fp32"))
     assert unguessed.copies.state("sushi") is State.SAME
     (paths.root / "class_names.json").write_text('{"sushi": ""}')
-    assert Records(paths, edges(replace(HIGH, guess=None)), "m").copies.state("sushi") is State.OTHER
-    assert Records(paths, edges(HIGH.changed(size=256)), "m").kept.state("sushi") is State.SAME
-    assert Records(paths, edges(LOW), "m").kept.state("sushi") is State.OTHER
+    assert Records(paths, Recipe(edges(replace(HIGH, guess=None)), "m", "fp32")).copies.state("sushi") is State.OTHER
+    assert Records(paths, Recipe(edges(HIGH.changed(size=256)), "m", "fp32")).kept.state("sushi") is State.SAME
+    assert Records(paths, Recipe(edges(LOW), "m", "fp32")).kept.state("sushi") is State.OTHER
 
 
 def on_demand(paths, checkpoint, steps=1):

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from compress import leftovers, regenerate
 from compress.generators import batches, controlnet
 from compress.presets import HIGH, LOW
-from ControlNet.cldm.sampler import draw
+from ControlNet.sampling import draw
 from tests.conftest import long_but
 from tests.folders import save_noise
 from tests.little_model import little_model
@@ -206,7 +206,7 @@ def test_overwriting(paths, model):
     regenerator(images, [0])
     whole = tree(paths.root)
     paths.copy(images[0], 0).write_bytes(b"something else")
-    result = regenerator.run(regenerator.plan(images, [0], overwrite=True))
+    result = regenerator.run(regenerator.plan(images, [0], existing="overwrite"))
     assert (result.kept_made, result.copies_made, result.copies_skipped) == (5, 5, 0)
     assert tree(paths.root) == whole
 
@@ -222,7 +222,7 @@ def test_a_bmp_edge_map_is_used_and_not_made_again(paths, model):
     assert not paths.kept(image).exists()
     without_edges = paths.copy(image, 0).read_bytes()
     bmp.unlink()
-    regenerator.run(regenerator.plan([image], [0], overwrite=True))
+    regenerator.run(regenerator.plan([image], [0], existing="overwrite"))
     assert paths.copy(image, 0).read_bytes() != without_edges
 
 
@@ -304,34 +304,24 @@ def test_what_is_being_written_has_the_name_of_its_machine(tmp_path):
     assert leftovers.temporary_files(tmp_path) == [half]  # this process has not begun to write: it is another's
 
 
-class Recorder:
-    """Stands in for DDIMSampler: notes what it is asked for, and returns the noise."""
-
-    calls = ()
-
-    def __init__(self, model):
-        self.model = model
-
-    def make_schedule(self, steps, ddim_eta):
-        return [0] * steps
-
-    def sample(self, S, batch_size, shape, conditioning, **options):
-        call = {"S": S, "batch_size": batch_size, "shape": shape, "cond": conditioning, **options}
-        Recorder.calls = (*Recorder.calls, {**call, "scales": list(self.model.control_scales)})
-        return draw((batch_size, *shape), options["generator"], self.model.device), {}
-
-
 @pytest.fixture
 def recorded(monkeypatch):
-    monkeypatch.setitem(controlnet.SAMPLERS, "ddim", Recorder)
-    Recorder.calls = ()
-    return Recorder
+    """What `sample_latents` is asked for, call by call; it returns the noise."""
+    calls = []
+
+    def record(model, sampler, schedule, x, cond, uncond, **options):
+        call = {"steps": len(schedule.timesteps), "shape": tuple(x.shape), "cond": cond, "uncond": uncond, "x": x}
+        calls.append({**call, **options, "control": list(model.control_scales)})
+        return x
+
+    monkeypatch.setattr(controlnet, "sample_latents", record)
+    return calls
 
 
 class Decoder(torch.nn.Module):
     """A model that only encodes texts, counting them, and decodes to one value."""
 
-    device, dtype, channels = torch.device("cpu"), torch.float32, 4
+    device, dtype, channels, alphas_cumprod = torch.device("cpu"), torch.float32, 4, torch.linspace(1, 0.01, 1000)
 
     def __init__(self, value=0.0):
         super().__init__()
@@ -353,37 +343,37 @@ def test_what_the_sampler_is_asked_for(paths, recorded):
     assert sorted(model.encoded) == sorted(
         [LOW.negative_prompt, *(f"{label}, clean, clear, bright, neat" for label in ("apple pie", "crème"))]
     )
-    assert {call["shape"] for call in recorded.calls} == {(4, 32, 32), (4, 32, 64), (4, 32, 72)}
-    for call in recorded.calls:
-        assert (call["S"], call["batch_size"], call["eta"]) == (50, 2, 0.0)
-        assert call["unconditional_guidance_scale"] == 9.0
+    assert {call["shape"] for call in recorded} == {(2, 4, 32, 32), (2, 4, 32, 64), (2, 4, 32, 72)}
+    for call in recorded:
+        assert (call["steps"], call["eta"], call["scales"]) == (50, 0.0, [9.0] * 50)
         (hint,) = call["cond"]["c_concat"]
-        assert hint.shape == (2, 3, call["shape"][1] * 8, call["shape"][2] * 8)
+        assert hint.shape == (2, 3, call["shape"][2] * 8, call["shape"][3] * 8)
         assert set(hint.unique().tolist()) == {0.0, 1.0}
         assert (hint[:, 0] == hint[:, 2]).all()
         assert call["cond"]["c_crossattn"][0].shape == (2, 77, 8)
-        assert call["unconditional_conditioning"]["c_concat"][0] is hint
-        assert (call["unconditional_conditioning"]["c_crossattn"][0] == len(LOW.negative_prompt)).all()
-        assert call["scales"] == [1.0] * 13
-    first = recorded.calls[0]
-    assert [generator.initial_seed() for generator in first["generator"]] == [0, 1]
+        assert call["uncond"]["c_concat"][0] is hint
+        assert (call["uncond"]["c_crossattn"][0] == len(LOW.negative_prompt)).all()
+        assert call["control"] == [1.0] * 13
+    first = recorded[0]
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    assert torch.equal(first["x"], draw(first["shape"], generators, torch.device("cpu")))
 
 
 def test_guess_mode(paths, recorded):
     (paths.root / "class_names.json").write_text('{"crème": ""}', encoding="utf-8")
     model = Decoder()
     Maker(paths, HIGH, model, batch_size=3)(images_of(paths), [0])
-    guessing = [call for call in recorded.calls if call["unconditional_conditioning"]["c_concat"] is None]
+    guessing = [call for call in recorded if call["uncond"]["c_concat"] is None]
     assert "best quality, extremely detailed" in model.encoded
     assert guessing
-    assert len(guessing) < len(recorded.calls)
+    assert len(guessing) < len(recorded)
     for call in guessing:
-        assert (call["S"], call["unconditional_guidance_scale"]) == (50, 4.5)
+        assert (call["steps"], call["scales"]) == (50, [4.5] * 50)
         assert call["cond"]["c_concat"] is not None
-        assert call["scales"] == pytest.approx([0.825 ** (12 - i) for i in range(13)])
-    for call in recorded.calls:
+        assert call["control"] == pytest.approx([0.825 ** (12 - i) for i in range(13)])
+    for call in recorded:
         if call not in guessing:
-            assert (call["S"], call["scales"]) == (20, [1.0] * 13)
+            assert (call["steps"], call["control"]) == (20, [1.0] * 13)
 
 
 @pytest.mark.parametrize(("value", "level"), [(-3.0, 0), (-1.0, 0), (0.0, 127), (0.5, 191), (1.0, 255), (2.0, 255)])
@@ -407,10 +397,9 @@ def test_values_that_are_no_numbers_fail_their_image(paths, recorded):
 
 
 def test_memory_that_runs_out_is_said_in_words(paths, monkeypatch):
-    class Sampler(Recorder):
-        def sample(self, *args, **options):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    def exhausted(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(controlnet.SAMPLERS, "ddim", Sampler)
+    monkeypatch.setattr(controlnet, "sample_latents", exhausted)
     with pytest.raises(UserError, match="not even one picture of 64 x 64 pixels fits on cpu"):
         Maker(paths, SMALL, Decoder(), batch_size=1)(images_of(paths), [0])

@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from ControlNet.cldm.ddim import DDIMSampler
-from ControlNet.cldm.dpm_solver import DPMSolverSampler, UniPCSampler
-from ControlNet.cldm.few_steps import LCMSampler, TCDSampler
 from ControlNet.cldm.guidance import Guided
-from ControlNet.cldm.samplers import SAMPLERS
+from ControlNet.sampling import SAMPLERS, Schedule, make_schedule
 from tests.conftest import long_but
 from tests.diffusers_schedulers import SCHEDULERS, scheduler
-from tests.little_model import little_model
+from tests.little_model import little_model, sampled
 
 SHAPE = (4, 8, 8)
 
@@ -48,10 +46,17 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def sample(sampler, model, steps, guidance=9.0, **options):
+def sample(name, model, steps, guidance=9.0, **options):
+    x, cond, uncond = prompts(model)
+    uncond = None if guidance is None else uncond
+    return sampled(model, name, steps, (2, *SHAPE), cond, uncond, guidance, **{"x": x, **options})
+
+
+def published(model, steps, guidance=9.0, **options):
+    """By the published class, with the same inputs."""
     x, cond, uncond = prompts(model)
     options = {"x_T": x, "unconditional_conditioning": uncond, "unconditional_guidance_scale": guidance, **options}
-    return sampler(model).sample(steps, 2, SHAPE, cond, **options)
+    return DDIMSampler(model).sample(steps, 2, SHAPE, cond, **{"verbose": False, **options})
 
 
 def by_scheduler(model, name, steps, inputs, guidance, generator):
@@ -76,14 +81,14 @@ def by_scheduler(model, name, steps, inputs, guidance, generator):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_agree_with_diffusers(name, steps, model):
     eta = SCHEDULERS[name][2].get("eta", 0.0)
-    ours, _ = sample(SAMPLERS[name], model, steps, eta=eta, generator=generators(5, 6), verbose=False)
+    ours = sample(name, model, steps, eta=eta, generator=generators(5, 6))
     theirs = by_scheduler(model, name, steps, prompts(model), 9.0, generators(5, 6))
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
 
 
 @pytest.mark.parametrize("steps", long_but((5, 7, 15), 5, 7))
 def test_dpm_solver_agrees_with_diffusers_at_odd_steps(steps, model):
-    ours, _ = sample(DPMSolverSampler, model, steps, verbose=False)
+    ours = sample("dpm++2m", model, steps)
     theirs = by_scheduler(model, "dpm++2m", steps, prompts(model), 9.0, None)
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
 
@@ -93,28 +98,25 @@ def test_dpm_solver_agrees_with_diffusers_at_odd_steps(steps, model):
 def test_samplers_agree_with_diffusers_at_full_size(name, full_model):
     x, cond, uncond = prompts(full_model)
     eta = SCHEDULERS[name][2].get("eta", 0.0)
-    ours, _ = SAMPLERS[name](full_model).sample(
-        2, 2, SHAPE, cond, x_T=x, eta=eta, generator=generators(5, 6), verbose=False,
-        unconditional_conditioning=uncond, unconditional_guidance_scale=9.0,
-    )  # fmt: skip
+    ours = sampled(full_model, name, 2, (2, *SHAPE), cond, uncond, x=x, eta=eta, generator=generators(5, 6))
     theirs = by_scheduler(full_model, name, 2, (x, cond, uncond), 9.0, generators(5, 6))
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
 
 
 @pytest.mark.parametrize(("name", "eta"), [("lcm", 0.0), ("tcd", 0.3), ("ddim", 1.0), ("ancestral", 0.0)])
 def test_an_item_with_a_generator_of_its_own_does_not_depend_on_its_batch(name, eta, model):
-    together, _ = sample(SAMPLERS[name], model, 4, eta=eta, x_T=None, generator=generators(5, 6), verbose=False)
-    other, _ = sample(SAMPLERS[name], model, 4, eta=eta, x_T=None, generator=generators(5, 7), verbose=False)
+    together = sample(name, model, 4, eta=eta, x=None, generator=generators(5, 6))
+    other = sample(name, model, 4, eta=eta, x=None, generator=generators(5, 7))
     assert torch.equal(together[0], other[0])
     assert not torch.allclose(together[1], other[1])
     with pytest.raises(ValueError, match="3 generators for a batch of 2"):
-        sample(SAMPLERS[name], model, 4, eta=eta, generator=generators(5, 6, 7), x_T=None)
+        sample(name, model, 4, eta=eta, generator=generators(5, 6, 7), x=None)
 
 
 def test_reused_features_cost_less_and_change_little():
     """Every step computed is the plain result; between, only the shallow blocks run, of UNet and control network."""
     model = little_model()
-    plain, _ = sample(DDIMSampler, model, 10, verbose=False)
+    plain = sample("ddim", model, 10)
     calls = {"middle": 0, "shallow": 0, "control": 0}
     for name, block in (
         ("middle", model.model.diffusion_model.middle_block),
@@ -122,13 +124,13 @@ def test_reused_features_cost_less_and_change_little():
         ("control", model.control_model.middle_block),
     ):
         block.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
-    every, _ = sample(DDIMSampler, model, 10, reuse_every=1, verbose=False)
+    every = sample("ddim", model, 10, reuse_every=1)
     assert torch.equal(every, plain)
     assert calls == {"middle": 10, "shallow": 10, "control": 10}
     calls.update(dict.fromkeys(calls, 0))
-    second, _ = sample(DDIMSampler, model, 10, reuse_every=2, verbose=False)
+    second = sample("ddim", model, 10, reuse_every=2)
     assert calls == {"middle": 5, "shallow": 10, "control": 5}
-    fifth, _ = sample(DDIMSampler, model, 10, reuse_every=5, verbose=False)
+    fifth = sample("ddim", model, 10, reuse_every=5)
     errors = [((latents - plain).norm() / plain.norm()).item() for latents in (second, fifth)]
     assert 1e-4 < errors[0] < errors[1]
     assert errors[0] < 0.5
@@ -138,44 +140,44 @@ def test_a_step_that_reuses_its_own_features_is_the_plain_one(model):
     """At an unchanged input nothing is lost: what is reused is what would be computed."""
     x, cond, uncond = prompts(model)
     t = torch.full((2,), 500)
-    predict = Guided(model, cond, uncond, 9.0, reusing=True)
+    predict = Guided(model, cond, uncond, reusing=True)
     with torch.no_grad():
-        first = predict(x, t)
-        assert torch.allclose(predict(x, t, reuse=True), first, atol=1e-5)
-        changed = predict(x + 0.1, t, reuse=True)
-        assert not torch.allclose(changed, predict(x + 0.1, t), atol=1e-5)
+        first = predict(x, t, 9.0)
+        assert torch.allclose(predict(x, t, 9.0, reuse=True), first, atol=1e-5)
+        changed = predict(x + 0.1, t, 9.0, reuse=True)
+        assert not torch.allclose(changed, predict(x + 0.1, t, 9.0), atol=1e-5)
 
 
 def test_guidance_1_skips_the_unconditional_branch(model, monkeypatch):
     batches = []
     predict = model.apply_model
     monkeypatch.setattr(model, "apply_model", lambda x, t, cond: batches.append(len(x)) or predict(x, t, cond))
-    unguided, _ = sample(DDIMSampler, model, 4, guidance=1.0, verbose=False)
+    unguided = sample("ddim", model, 4, guidance=1.0)
     assert batches == [2] * 4
-    sample(DDIMSampler, model, 4, guidance=1.5, verbose=False)
+    sample("ddim", model, 4, guidance=1.5)
     assert batches[4:] == [4] * 4
-    plain, _ = sample(DDIMSampler, model, 4, guidance=1.0, unconditional_conditioning=None, verbose=False)
+    plain = sample("ddim", model, 4, guidance=None)
     assert torch.equal(unguided, plain)
 
 
 def test_the_timesteps_are_evenly_spaced_from_the_last():
-    sampler = DPMSolverSampler(little_model())
-    assert sampler.make_schedule(20) == [round(999 * (20 - i) / 20) for i in range(20)]
-    assert len(sampler.alphas) == 21
-    assert (sampler.alphas.square() + sampler.sigmas.square()).numpy() == pytest.approx(np.ones(21))
-    assert (sampler.alphas[-1], sampler.sigmas[-1]) == (1, 0)
-    assert (sampler.lambdas.diff() > 0).all()
+    schedule = make_schedule("dpm++2m", little_model(), 20)
+    assert schedule.timesteps == [round(999 * (20 - i) / 20) for i in range(20)]
+    assert len(schedule.alphas) == 21
+    assert np.square(schedule.alphas) + np.square(schedule.sigmas) == pytest.approx(np.ones(21))
+    assert (schedule.alphas[-1], schedule.sigmas[-1]) == (1, 0)
+    assert (np.diff(schedule.lambdas) > 0).all()
 
 
-class Schedule:
+class FineSchedule:
     """What a sampler asks of a model, with timesteps so fine that rounding to them is not seen."""
 
     num_timesteps = 100_001
     alphas_cumprod = (-torch.linspace(0.001, 6.0, num_timesteps, dtype=torch.float64)).exp()
 
 
-@pytest.mark.parametrize(("sampler", "order"), [(DDIMSampler, 1), (DPMSolverSampler, 2), (UniPCSampler, 3)])
-def test_the_order_of_convergence(sampler, order):
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm++2m", 2), ("unipc", 3)])
+def test_the_order_of_convergence(name, order):
     """Half the step size: a half of DDIM's error, a quarter of DPM-Solver++ 2M's, an eighth of UniPC's, whose
     corrector adds an order.
 
@@ -183,17 +185,19 @@ def test_the_order_of_convergence(sampler, order):
     s_t^2 = alpha_t^2 v + sigma_t^2 is the variance at t; and x_t / s_t never changes.
     """
 
-    def spread(alpha_cumprod):
-        return (alpha_cumprod * 0.5 + 1 - alpha_cumprod) ** 0.5
+    def spread(alpha, sigma):
+        return (alpha**2 * 0.5 + sigma**2) ** 0.5
 
     def error(steps):
-        solver = sampler(Schedule())
-        along = Schedule.alphas_cumprod[solver.make_schedule(steps)]
-        x = torch.ones((), dtype=torch.float64)
-        half = steps // 2  # the end lies elsewhere at each number of steps
-        for i in range(half):
-            x, _ = solver.step(i, x, (1 - along[i]) ** 0.5 * x / spread(along[i]) ** 2)
-        return abs(float(x - spread(along[half]) / spread(along[0])))
+        whole, half = make_schedule(name, FineSchedule, steps), steps // 2  # the end lies elsewhere for each number
+        alphas, sigmas = whole.alphas[: half + 1], whole.sigmas[: half + 1]
+        schedule = Schedule(whole.timesteps[:half], alphas, sigmas, whole.alphas_cumprod)
+
+        def denoise(x, i):
+            return sigmas[i] * x / spread(alphas[i], sigmas[i]) ** 2
+
+        x = SAMPLERS[name].sample(denoise, torch.ones((), dtype=torch.float64), schedule, None, 0.0)
+        return abs(float(x - spread(alphas[-1], sigmas[-1]) / spread(alphas[0], sigmas[0])))
 
     errors = [error(steps) for steps in (50, 100, 200)]
     for coarse, fine in itertools.pairwise(errors):
@@ -201,18 +205,20 @@ def test_the_order_of_convergence(sampler, order):
 
 
 def test_all_samplers_have_the_same_interface(model):
-    for sampler in SAMPLERS.values():
-        steps = []
-        latents, way = sample(
-            sampler, model, 5, callback=steps.append, log_every_t=2, generator=generators(1, 2), verbose=False
-        )
+    for name in SAMPLERS:
+        latents = sample(name, model, 5, generator=generators(1, 2))
         assert latents.shape == (2, *SHAPE)
         assert latents.dtype == torch.float32
-        assert steps == [0, 1, 2, 3, 4]
-        assert len(way["x_inter"]) == len(way["pred_x0"]) == 4  # the noise, and after steps 0, 2 and 4
-        assert torch.equal(way["x_inter"][-1], latents)
-        again, _ = sample(sampler, model, 5, generator=generators(1, 2), verbose=False)
-        assert torch.equal(again, latents)
+        assert torch.equal(sample(name, model, 5, generator=generators(1, 2)), latents)
+
+
+def test_the_published_class_samples_the_same(model):
+    steps = []
+    latents, way = published(model, 5, callback=steps.append, log_every_t=2)
+    assert steps == [0, 1, 2, 3, 4]
+    assert len(way["x_inter"]) == len(way["pred_x0"]) == 4  # the noise, and after steps 0, 2 and 4
+    assert torch.equal(way["x_inter"][-1], latents)
+    assert torch.equal(sample("ddim", model, 5), latents)
 
 
 # --- the published sampler's arguments ---------------------------------------------------------------------------
@@ -272,7 +278,7 @@ def test_the_published_arguments(model, ours, theirs):
 
 def test_callbacks_get_every_step(model):
     seen = []
-    sample(DDIMSampler, model, 3, img_callback=lambda x0, i: seen.append((i, x0.shape)), noise_dropout=0.5)
+    published(model, 3, img_callback=lambda x0, i: seen.append((i, x0.shape)), noise_dropout=0.5)
     assert seen == [(i, (2, *SHAPE)) for i in range(4)]  # 1000 // 3 = 333: four timesteps, as published
 
 
@@ -288,7 +294,7 @@ def test_callbacks_get_every_step(model):
 )
 def test_arguments_that_can_not_be_used_are_refused(model, option, message):
     with pytest.raises(ValueError, match=message):
-        sample(DDIMSampler, model, 5, **option)
+        published(model, 5, **option)
     with pytest.raises(ValueError, match="conditioning must be"):
         DDIMSampler(model).sample(5, 2, SHAPE, torch.zeros(2, 77, 32))
 
@@ -296,7 +302,7 @@ def test_arguments_that_can_not_be_used_are_refused(model, option, message):
 def test_a_script_with_a_loop_of_its_own_samples_the_same(model):
     x, cond, uncond = prompts(model)
     guided = {"unconditional_guidance_scale": 4.0, "unconditional_conditioning": uncond}
-    expected, _ = sample(DDIMSampler, model, 4, guidance=4.0)
+    expected, _ = published(model, 4, guidance=4.0)
     sampler = DDIMSampler(model)
     sampler.make_schedule(ddim_num_steps=4, ddim_eta=0.0, verbose=False)
     assert torch.equal(sampler.decode(x, cond, 4, **guided), expected)
@@ -312,19 +318,17 @@ def test_from_a_start_ddim_is_the_published_image_to_image(model):
     (_, cond, uncond), steps = prompts(model), 8
     noise, start = torch.randn((2, 2, *SHAPE), generator=torch.Generator().manual_seed(1))
     options = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": uncond}
-    ours, _ = DDIMSampler(model).sample(
-        steps, 2, SHAPE, cond, x_T=noise, start=start, strength=0.5, verbose=False, **options
-    )
-    published = DDIMSampler(model)
-    published.make_schedule(steps, verbose=False)
-    noisy = published.stochastic_encode(start, torch.tensor([steps // 2 - 1] * 2), noise=noise)
-    torch.testing.assert_close(ours, published.decode(noisy, cond, steps // 2, **options), rtol=1e-4, atol=1e-4)
+    ours = sampled(model, "ddim", steps, (2, *SHAPE), cond, uncond, 3.0, x=noise, start=start, strength=0.5)
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(steps, verbose=False)
+    noisy = sampler.stochastic_encode(start, torch.tensor([steps // 2 - 1] * 2), noise=noise)
+    torch.testing.assert_close(ours, sampler.decode(noisy, cond, steps // 2, **options), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sampler_goes_on_from_a_start(name, model, monkeypatch):
     """Where the noise that was added is predicted, the start comes back; and only the last steps are computed."""
-    sampler, noise = SAMPLERS[name](model), torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+    noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
     start, calls = torch.linspace(-1, 1, 256).reshape(1, 4, 8, 8), []
 
     def added_noise(x, t, cond):
@@ -336,8 +340,8 @@ def test_a_sampler_goes_on_from_a_start(name, model, monkeypatch):
     cond = {"c_concat": None, "c_crossattn": [torch.zeros(1, 77, 64)]}
     for strength, expected in ((0.5, 4), (1.0, 8), (0.01, 1)):
         calls.clear()
-        options = {"x_T": noise, "start": start, "strength": strength, "generator": [torch.Generator().manual_seed(0)]}
-        latents, _ = sampler.sample(8, 1, (4, 8, 8), cond, verbose=False, **options)
+        options = {"x": noise, "start": start, "strength": strength, "generator": generators(0)}
+        latents = sampled(model, name, 8, (1, 4, 8, 8), cond, **options)
         assert len(calls) == expected
         torch.testing.assert_close(latents, start, rtol=0, atol=0.1)
 
@@ -365,25 +369,13 @@ def test_latents_are_noised_as_the_schedule_says(model):
     assert torch.allclose(original, expected, atol=1e-6)
 
 
-def test_a_sampler_can_be_used_again(model):
-    """What a multistep solver remembers belongs to one trajectory."""
-    sampler = DPMSolverSampler(model)
-    x, cond, _ = prompts(model)
-    first, _ = sampler.sample(3, 2, SHAPE, cond, x_T=x)
-    again, _ = sampler.sample(3, 2, SHAPE, cond, x_T=x)
-    assert torch.equal(first, again)
-
-
 def test_what_the_solver_cannot_do_is_refused(model):
-    with pytest.raises(ValueError, match="eta must be 0"):
-        sample(DPMSolverSampler, model, 5, eta=0.5)
-    with pytest.raises(ValueError, match="eta must be 0"):
-        sample(LCMSampler, model, 4, eta=0.5)
-    with pytest.raises(ValueError, match=r"eta .* lies between 0 and 1"):
-        sample(TCDSampler, model, 4, eta=2.0)
+    for name, eta in (("dpm++2m", 0.5), ("lcm", 0.5), ("tcd", 2.0)):
+        with pytest.raises(ValueError, match=rf"eta {eta} is not for the sampler"):
+            sample(name, model, 4, eta=eta)
     with pytest.raises(ValueError, match="steps must be between 1 and 50"):
-        sample(LCMSampler, model, 51)
+        sample("lcm", model, 51)
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="steps must be between 1 and 1000"):
-            sample(DPMSolverSampler, model, steps)
-    assert len(DPMSolverSampler(model).make_schedule(1000)) == 999  # timestep 0 is as good as the clean picture
+            sample("dpm++2m", model, steps)
+    assert len(make_schedule("dpm++2m", model, 1000).timesteps) == 999  # timestep 0 is as good as the clean picture

@@ -81,7 +81,7 @@ def test_copies_remember_their_decoder_by_its_content(checkpoint, tmp_path):
     def made_by(options):
         _, machine, words, _ = parse_settings(f"--model {checkpoint} {options}", "high")
         assert parse_settings(" ".join(words), "high")[1] == machine
-        return build.fingerprint(machine)
+        return build.model_fingerprint(machine)
 
     plain = weights_fingerprint(checkpoint)
     assert made_by("") == plain

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler
 
-from compress.copies import check_copies
 from compress.forms import form_named
 from compress.presets import HIGH
+from compress.training.copies import check_copies
 from tests.chance import CHI2_999, chi2
 from tests.folders import make_dataset, save_noise, save_picture
 from utils.data import batches as batches_module

@@ -1,6 +1,7 @@
 """ControlNet: a trainable copy of the UNet's encoder that reads an edge map and steers the UNet (Zhang et al. 2023)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -33,24 +34,23 @@ class ControlledUnetModel(UNetModel):
         Returns B x 4 x h x w.
         """
         emb = self.embed_timesteps(timesteps, x.dtype)
-        blocks = None if deep is None else deep.blocks
+        reused = None if deep is None or deep.blocks is None else deep.features
         h, skips = x, []
-        for stage in self.input_blocks[:blocks]:
+        for stage in self.input_blocks[: None if deep is None else deep.blocks]:
             h = stage(h, emb, context)
             skips.append(h)
-        if blocks is not None:
-            h = deep.features
+        if reused is not None:
+            h = reused
         else:
             h = self.middle_block(h, emb, context)
             if control is not None:
-                h = h + control[-1]
-                control = control[:-1]
+                *control, middle = control
+                h = h + middle
         if control is not None and not only_mid_control:
             skips = [skip + added for skip, added in zip(skips, control, strict=True)]
-        while skips:
+        for stage in self.output_blocks[len(self.output_blocks) - len(skips) :]:
             if deep is not None and len(skips) == deep.SHALLOW:
                 deep.features = h
-            stage = self.output_blocks[-len(skips)]
             h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h)
 
@@ -96,6 +96,7 @@ class ControlNet(UNetEncoder):
         """
         emb = self.embed_timesteps(timesteps, x.dtype)
         if hint_features is None:
+            assert hint is not None
             hint_features = self.encode_hint(hint)
         h, control = x, []
         for i, (stage, zero_conv) in enumerate(zip(self.input_blocks[:blocks], self.zero_convs[:blocks], strict=True)):
@@ -121,6 +122,7 @@ class ControlLDM(LatentDiffusion):
 
     fingerprint = ""
     sd_locked = True
+    control_model: ControlNet
 
     def __init__(self, control_stage_config: Mapping, control_key: str = "hint", only_mid_control: bool = False,
                  **kwargs):  # fmt: skip
@@ -158,17 +160,15 @@ class ControlLDM(LatentDiffusion):
         is_diffusing: True for UNet and control network, False for autoencoder and text encoder.
         """
         gpu = "cuda" if torch.cuda.is_available() else "cpu"
-        for names, wanted in (
-            (("model", "control_model"), is_diffusing),
-            (("first_stage_model", "cond_stage_model"), not is_diffusing),
-        ):
-            for name in names:
-                getattr(self, name).to(gpu if wanted else "cpu")
+        self.model.to(gpu if is_diffusing else "cpu")
+        self.control_model.to(gpu if is_diffusing else "cpu")
+        self.first_stage_model.to("cpu" if is_diffusing else gpu)
+        self.cond_stage_model.to("cpu" if is_diffusing else gpu)
 
     # --- training -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def get_input(self, batch: Mapping, k: str, bs: int | None = None) -> tuple[Tensor, dict]:
+    def get_input(self, batch: Mapping, k: str, bs: int | None = None) -> tuple[Tensor, Any]:
         """(latents, conditioning) of the first bs items; batch[control_key]: hints, B x H x W x 3 in 0..1."""
         z, context = super().get_input(batch, self.first_stage_key, bs)
         hint = rearrange(batch[self.control_key][:bs], "b h w c -> b c h w").contiguous().float().to(self.device)
@@ -184,7 +184,9 @@ class ControlLDM(LatentDiffusion):
         if self.use_ema:
             raise ValueError("training keeps no moving average of the weights: set use_ema to False in the config")
         unet = self.model.diffusion_model.requires_grad_(False)
-        trained = [self.control_model, *([] if self.sd_locked else [unet.output_blocks, unet.out])]
+        trained: list[nn.Module] = [self.control_model]
+        if not self.sd_locked:
+            trained += [unet.output_blocks, unet.out]
         parameters = [parameter for part in trained for parameter in part.requires_grad_(True).parameters()]
         return torch.optim.AdamW(parameters, lr=self.learning_rate)
 
@@ -207,13 +209,16 @@ class ControlLDM(LatentDiffusion):
             "control": hint * 2.0 - 1.0,
             "conditioning": log_txt_as_img((512, 512), batch[self.cond_stage_key][:N], size=16),
         }
-        options = {"cond": cond, "batch_size": len(z), "ddim": True, "ddim_steps": ddim_steps, "eta": ddim_eta}
         if sample:
-            log["samples"] = self.decode_first_stage(self.sample_log(**options)[0])
+            log["samples"] = self.decode_first_stage(self.sample_log(cond, len(z), True, ddim_steps, eta=ddim_eta)[0])
         if unconditional_guidance_scale > 1.0:
             uncond = {"c_concat": [hint], "c_crossattn": [self.get_unconditional_conditioning(len(z))]}
             samples, _ = self.sample_log(
-                **options,
+                cond,
+                len(z),
+                True,
+                ddim_steps,
+                eta=ddim_eta,
                 unconditional_guidance_scale=unconditional_guidance_scale,
                 unconditional_conditioning=uncond,
             )

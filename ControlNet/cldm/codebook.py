@@ -5,7 +5,7 @@ one of 2^bits Gaussian codewords that is most aligned with what the predicted cl
 2025, "Turbo-DDCM": it is the normalised sum of several signed codewords.  Who knows their numbers repeats the walk.
 
 Beyond the papers:
-- The steps lie where they change the picture (`AncestralSampler`).
+- The steps lie where they change the picture (`ControlNet.sampling.ancestral`).
 - The encoder looks ahead: it tries the few codewords that are most aligned, and takes the one after which the network's
   next prediction is nearest to the picture.  That changes neither the length of a code nor its decoding.
 """
@@ -13,19 +13,11 @@ Beyond the papers:
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ControlNet.cldm.guidance import Guided
-from ControlNet.cldm.sampler import FRESH, Generators, Noise, Sampler
-
-FIRST, LAST = 0.85, 0.05
-"""Parts of the schedule's timesteps at which the network is evaluated first and last.
-
-Measured on digits (tests/bench/bench_codebook.py).  In earlier steps the noise hides the picture from the network so
-well that a codeword changes little; later ones have too little noise to choose.
-"""
+from ControlNet.sampling import Noise, clean, ddim_mean, make_schedule
 
 SEED = 2**31
 """Codeword k of step i is drawn with the seed SEED + 2^16 i + k, the initial noise with SEED - 1.
@@ -39,66 +31,20 @@ CHUNK = 2**20
 CHUNKS_KEPT = 32
 
 
-class AncestralSampler(Sampler):
-    """DDIM's ancestral sampling (equation 12 with eta = 1, that is DDPM) from part FIRST of the timesteps to part LAST.
+def noise_of_code(code: Tensor, fresh: Noise) -> Noise:
+    """The noise of ancestral sampling that repeats the walk of a code, one for each item of the batch.
 
-    In the last of the steps the predicted clean latents are the result, and no noise is added.
+    code: as `encode` returns it, B x coded x atoms; fresh: the noise of the steps after the coded ones.
     """
+    rows = code.cpu()
 
-    def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "linear", ddim_eta: float = 0.0, verbose: bool = True
-    ) -> list[int]:
-        """Set `timesteps` (the noisiest first), `alphas` (alpha_bar there), `alphas_prev` and `sigmas`.
+    def noise(x: Tensor, i: int) -> Tensor:
+        if i >= rows.shape[1]:
+            return fresh(x, i)
+        words = torch.stack([noise_of(i, row, x[0].numel()) for row in rows[:, i].tolist()])
+        return words.to(x).view_as(x)
 
-        ddim_discretize and ddim_eta have no effect.
-        """
-        if not 1 <= ddim_num_steps <= self.ddpm_num_timesteps:
-            raise ValueError(f"steps must be between 1 and {self.ddpm_num_timesteps}, not {ddim_num_steps}")
-        ends = self.ddpm_num_timesteps * np.array([FIRST, LAST])
-        self.timesteps = np.linspace(*ends, ddim_num_steps).round().astype(int).tolist()
-        self.alphas = self.model.alphas_cumprod.detach().double().cpu()[self.timesteps]
-        self.alphas_prev = torch.cat([self.alphas[1:], torch.ones(1).double()])
-        self.sigmas = ((1 - self.alphas_prev) / (1 - self.alphas) * (1 - self.alphas / self.alphas_prev)).sqrt()
-        return self.timesteps
-
-    def step(self, i: int, x: Tensor, eps: Tensor, noise: Noise = FRESH) -> tuple[Tensor, Tensor]:
-        x0 = self.x0(i, x, eps)
-        if i + 1 == len(self.timesteps):
-            return x0, x0
-        return self.mean(i, x0, eps) + float(self.sigmas[i]) * noise(x), x0
-
-    def x0(self, i: int, x: Tensor, eps: Tensor) -> Tensor:
-        """The clean latents that the network predicts in step i: (x - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)."""
-        a = float(self.alphas[i])
-        return (x - (1 - a) ** 0.5 * eps) / a**0.5
-
-    def mean(self, i: int, x0: Tensor, eps: Tensor) -> Tensor:
-        """What step i comes to before its noise is added."""
-        previous, sigma = float(self.alphas_prev[i]), float(self.sigmas[i])
-        return previous**0.5 * x0 + max(1 - previous - sigma**2, 0.0) ** 0.5 * eps
-
-
-class CodebookSampler(AncestralSampler):
-    """Repeats the walk of a code, one for each item of the batch.
-
-    code: as `encode` returns it, B x coded x atoms.  The steps after the coded ones draw their noise as all samplers
-    do; the initial noise is the codebook's unless nothing is coded.
-    """
-
-    def __init__(self, model, code: Tensor):
-        super().__init__(model)
-        self.code = code.cpu()
-
-    def step(self, i: int, x: Tensor, eps: Tensor, noise: Noise = FRESH) -> tuple[Tensor, Tensor]:
-        if i < self.code.shape[1]:
-            words = torch.stack([noise_of(i, row, x[0].numel()) for row in self.code[:, i].tolist()])
-            return super().step(i, x, eps, lambda x: words.to(x).view_as(x))
-        return super().step(i, x, eps, noise)
-
-    def _initial(self, x_T: Tensor | None, shape: tuple[int, ...], generator: Generators) -> Tensor:
-        if x_T is None and self.code.shape[1]:
-            x_T = initial_noise(shape[1:]).expand(shape)
-        return super()._initial(x_T, shape, generator)
+    return noise
 
 
 @torch.no_grad()
@@ -107,36 +53,38 @@ def encode(
 ) -> Tensor:
     """The code of latents: for each step the codewords' numbers, B x coded x atoms, int64, on the latents' device.
 
-    model, cond: as `Sampler` and its `sample` have them; latents: B x 4 x h x w, as the UNet sees them (scaled);
+    model, cond: as `sample_latents` has them; latents: B x 4 x h x w, as the UNet sees them (scaled);
     steps: of the sampler; coded: how many of them get a code, the first ones, less than steps; bits: a codebook has
     2^bits words; atoms: of the sum that is a step's noise.  One atom is number k >= 0; several are in order of k, and
     the atom -w_k is ~k.  candidates: noises that are tried in each step; 1 takes the most aligned, as published.
     """
-    sampler = AncestralSampler(model)
-    timesteps = sampler.make_schedule(steps)
+    schedule = make_schedule("ancestral", model, steps)
     predict = Guided(model, cond)
     wide = Guided(model, _repeated(cond, candidates))
     batch, shape = latents.shape[0], latents.shape[1:]
     latents = latents.float()
-    x, found, eps = initial_noise(shape).to(latents).expand(latents.shape), [], None
+    x, code, eps = initial_noise(shape).to(latents).expand(latents.shape), [], None
     for i in range(coded):
         if eps is None:
-            eps = predict(x, _filled(x, timesteps[i]))
-        x0 = sampler.x0(i, x, eps)
+            eps = predict(x, _filled(x, schedule.timesteps[i]))
+        x0 = clean(schedule, i, x, eps)
         numbers, noises = most_aligned((latents - x0).flatten(1), i, bits, atoms, candidates)
-        tried = sampler.mean(i, x0, eps)[:, None] + float(sampler.sigmas[i]) * noises.view(batch, -1, *shape)
+        mean, sigma = ddim_mean(schedule, i, x0, eps, eta=1.0)
+        tried = mean[:, None] + sigma * noises.view(batch, -1, *shape)
         x, eps = tried[:, 0], None
         if tried.shape[1] > 1:
             flat = tried.flatten(0, 1)
-            next_eps = wide(flat, _filled(flat, timesteps[i + 1]))
-            missing = latents[:, None] - sampler.x0(i + 1, flat, next_eps).view_as(tried)
+            next_eps = wide(flat, _filled(flat, schedule.timesteps[i + 1]))
+            missing = latents[:, None] - clean(schedule, i + 1, flat, next_eps).view_as(tried)
             best = missing.flatten(2).square().sum(2).argmin(1)
             rows = torch.arange(batch, device=latents.device)
             x, eps, numbers = tried[rows, best], next_eps.view_as(tried)[rows, best], numbers[rows, best]
         else:
             numbers = numbers[:, 0]
-        found.append(numbers)
-    return torch.stack(found, 1) if found else torch.zeros((batch, 0, atoms), dtype=torch.int64, device=latents.device)
+        code.append(numbers)
+    if not code:
+        return torch.zeros((batch, 0, atoms), dtype=torch.int64, device=latents.device)
+    return torch.stack(code, 1)
 
 
 def most_aligned(missing: Tensor, step: int, bits: int, atoms: int, candidates: int) -> tuple[Tensor, Tensor]:
@@ -191,7 +139,8 @@ def noise_of(step: int, numbers: Sequence[int], size: int) -> Tensor:
     """The noise of a step of a code, on the CPU."""
     if len(numbers) == 1:
         return codeword(step, numbers[0], size)
-    return normalised(sum(codeword(step, k, size) if k >= 0 else -codeword(step, ~k, size) for k in numbers))
+    words = [codeword(step, k, size) if k >= 0 else -codeword(step, ~k, size) for k in numbers]
+    return normalised(sum(words[1:], words[0]))
 
 
 def initial_noise(shape: Sequence[int]) -> Tensor:

@@ -1,23 +1,33 @@
-"""DDIM sampling (Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models")."""
+"""The published sampler, for scripts: DDIM (Song, Meng & Ermon 2021) with the published arguments.
 
-from collections.abc import Callable
+compress/ samples by the functions of ControlNet/sampling.py; `sample_ddim` there gives the same latents.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
 
 from ControlNet.cldm.guidance import Guided
-from ControlNet.cldm.sampler import FRESH, Noise, Sampler
 from ControlNet.ldm.schedule import ddim_timesteps
 from ControlNet.ldm.util import extract_into_tensor
 
 
-class DDIMSampler(Sampler):
-    """The published sampler, and the default."""
+class DDIMSampler:
+    """model: a ControlLDM, or anything with its apply_model, q_sample, num_timesteps, alphas_cumprod and device."""
+
+    def __init__(self, model, schedule: str = "linear", **kwargs):
+        if schedule != "linear" or kwargs:
+            raise ValueError('schedule must be "linear", and there are no other options')
+        self.model = model
+        self.ddpm_num_timesteps = model.num_timesteps
 
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
-    ) -> list[int]:
+    ) -> None:
         """Set `ddim_timesteps` (ascending), `ddim_alphas`, `ddim_alphas_prev`, `ddim_sigmas` (float64, on the CPU).
 
         sigma is DDIM's equation 16: eta 0 is deterministic, 1 is DDPM.
@@ -25,34 +35,69 @@ class DDIMSampler(Sampler):
         """
         self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps, ddim_discretize)
         cumprod = self.model.alphas_cumprod.detach().double().cpu()
-        steps = torch.from_numpy(self.ddim_timesteps)
-        self.ddim_alphas = cumprod[steps]
+        self.ddim_alphas = cumprod[torch.from_numpy(self.ddim_timesteps)]
         self.ddim_alphas_prev = torch.cat([cumprod[:1], self.ddim_alphas[:-1]])
         self.ddim_sigmas = _sigmas(self.ddim_alphas, self.ddim_alphas_prev, ddim_eta)
         self.ddim_sqrt_one_minus_alphas = (1 - self.ddim_alphas).sqrt()
         every = torch.cat([torch.ones(1).double(), cumprod[:-1]])
         self._all_steps = (cumprod, every, _sigmas(cumprod, every, ddim_eta))
-        return self.ddim_timesteps[::-1].tolist()
 
-    def _tables(self, use_original_steps: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha_bar, the previous step's alpha_bar, sigma; of the chosen timesteps, or of all of them."""
-        return self._all_steps if use_original_steps else (self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas)
+    @torch.no_grad()
+    def sample(
+        self, S: int, batch_size: int, shape: Sequence[int], conditioning: dict,
+        callback: Callable[[int], Any] | None = None, normals_sequence: None = None,
+        img_callback: Callable[[Tensor, int], Any] | None = None, quantize_x0: bool = False, eta: float = 0.0,
+        mask: Tensor | None = None, x0: Tensor | None = None, temperature: float = 1.0, noise_dropout: float = 0.0,
+        score_corrector: Any = None, corrector_kwargs: dict | None = None, verbose: bool = True,
+        x_T: Tensor | None = None, log_every_t: int = 100, unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: dict | None = None, dynamic_threshold: None = None,
+        ucg_schedule: Sequence[float] | None = None,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:  # fmt: skip
+        """Sample latents.
 
-    def step(self, i: int, x: Tensor, eps: Tensor, noise: Noise = FRESH) -> tuple[Tensor, Tensor]:
-        return self._step(len(self.ddim_alphas) - 1 - i, x, eps, noise)
+        S: number of steps; shape: (4, H // 8, W // 8); conditioning, unconditional_conditioning: as
+        ControlLDM.apply_model takes them; x_T: the initial noise, batch_size x shape, drawn if None; eta: 0 is
+        deterministic; temperature: factor of fresh noise; noise_dropout: share of its values that are set to 0; mask,
+        x0: keep the latents x0 where mask is 1; score_corrector: its modify_score(model, eps, x, t, conditioning,
+        **corrector_kwargs) replaces eps; ucg_schedule: a guidance scale for each step; callback(i), img_callback(
+        predicted x0, i): called after step i; verbose: show a progress bar.
 
-    def _step(
-        self, index: int, x: Tensor, eps: Tensor, noise: Noise, original: bool = False, repeat: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """DDIM's equation 12 from timestep number `index` (ascending) to the one before."""
-        a, previous, sigma = (float(table[index]) for table in self._tables(original))
-        x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
-        x = previous**0.5 * x0 + (1 - previous - sigma**2) ** 0.5 * eps
-        if sigma > 0 or noise.always:
-            x = x + sigma * noise(x, repeat)
-        return x, x0
+        Returns the latents, batch_size x shape, and {"x_inter": [...], "pred_x0": [...]}, one every log_every_t steps.
+        Raises ValueError for what is not supported: quantize_x0, dynamic_threshold, normals_sequence.
+        """
+        _refuse_unsupported(quantize_x0, dynamic_threshold, normals_sequence)
+        if mask is not None and x0 is None:
+            raise ValueError("mask needs x0, the latents to keep where it is 1")
+        self.make_schedule(S, ddim_eta=eta, verbose=verbose)
+        count = len(self.ddim_timesteps)
+        if ucg_schedule is not None and len(ucg_schedule) != count:
+            raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {count} steps")
+        x = torch.randn((batch_size, *shape), device=self.model.device) if x_T is None else x_T
+        if x.shape != (batch_size, *shape):
+            raise ValueError(f"x_T has shape {tuple(x.shape)}, not {(batch_size, *shape)}")
+        x = x.to(self.model.device, torch.float32)
+        always_draw = x_T is None or mask is not None
+        predict = Guided(self.model, conditioning, unconditional_conditioning)
+        history = {"x_inter": [x], "pred_x0": [x]}
+        for i in tqdm(range(count), type(self).__name__, leave=False, disable=not verbose):
+            index = count - 1 - i
+            t = torch.full((batch_size,), int(self.ddim_timesteps[index]), device=x.device, dtype=torch.int64)
+            if mask is not None:
+                x = self.model.q_sample(x0, t) * mask + (1 - mask) * x
+            eps = predict(x, t, unconditional_guidance_scale if ucg_schedule is None else ucg_schedule[i])
+            if score_corrector is not None:
+                eps = score_corrector.modify_score(self.model, eps, x, t, conditioning, **(corrector_kwargs or {}))
+            x, predicted = self._step(index, x, eps, False, temperature, noise_dropout, always_draw=always_draw)
+            if callback is not None:
+                callback(i)
+            if img_callback is not None:
+                img_callback(predicted, i)
+            if index % log_every_t == 0 or i == 0:
+                history["x_inter"].append(x)
+                history["pred_x0"].append(predicted)
+        return x, history
 
-    # --- parts of the published interface, for image-to-image, inversion and scripts with a loop of their own --------
+    # --- for image-to-image, inversion and scripts with a loop of their own ------------------------------------------
 
     @torch.no_grad()
     def p_sample_ddim(
@@ -62,12 +107,11 @@ class DDIMSampler(Sampler):
         unconditional_conditioning: dict | None = None, dynamic_threshold: None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One step, from timesteps t (B), which is number `index` of the schedule.  (next x, predicted x0)."""
-        self._refuse_unsupported(quantize_denoised, dynamic_threshold, None)
-        eps = Guided(self.model, c, unconditional_conditioning, unconditional_guidance_scale)(x, t)
+        _refuse_unsupported(quantize_denoised, dynamic_threshold, None)
+        eps = Guided(self.model, c, unconditional_conditioning)(x, t, unconditional_guidance_scale)
         if score_corrector is not None:
             eps = score_corrector.modify_score(self.model, eps, x, t, c, **(corrector_kwargs or {}))
-        noise = Noise(None, temperature, noise_dropout, always=True)
-        return self._step(index, x, eps, noise, use_original_steps, repeat_noise)
+        return self._step(index, x, eps, use_original_steps, temperature, noise_dropout, repeat_noise)
 
     @torch.no_grad()
     def stochastic_encode(
@@ -87,11 +131,11 @@ class DDIMSampler(Sampler):
     ) -> Tensor:  # fmt: skip
         """Sample from noisy latents: the last t_start steps of the schedule."""
         timesteps = range(self.ddpm_num_timesteps) if use_original_steps else self.ddim_timesteps
-        predict = Guided(self.model, cond, unconditional_conditioning, unconditional_guidance_scale)
-        x, noise = x_latent, Noise(always=True)
+        predict = Guided(self.model, cond, unconditional_conditioning)
+        x = x_latent
         for i, index in enumerate(reversed(range(min(t_start, len(timesteps))))):
             t = torch.full((len(x),), int(timesteps[index]), device=x.device)
-            x, _ = self._step(index, x, predict(x, t), noise, use_original_steps)
+            x, _ = self._step(index, x, predict(x, t, unconditional_guidance_scale), use_original_steps)
             if callback is not None:
                 callback(i)
         return x
@@ -110,29 +154,51 @@ class DDIMSampler(Sampler):
         timesteps = range(self.ddpm_num_timesteps) if use_original_steps else self.ddim_timesteps
         if t_enc > len(timesteps):
             raise ValueError(f"t_enc must be at most the schedule's {len(timesteps)} steps, not {t_enc}")
-        predict = Guided(self.model, c, unconditional_conditioning, unconditional_guidance_scale)
+        predict = Guided(self.model, c, unconditional_conditioning)
         alphas, previous, _ = self._tables(use_original_steps)
-        x, kept = x0, {}
+        x, on_the_way = x0, {}
         for i in range(t_enc):
-            eps = predict(x, torch.full((len(x),), int(timesteps[i]), device=x.device))
+            t = torch.full((len(x),), int(timesteps[i]), device=x.device)
+            eps = predict(x, t, unconditional_guidance_scale)
             a, a_next = float(previous[i]), float(alphas[i])
             x = (a_next / a) ** 0.5 * x + a_next**0.5 * ((1 / a_next - 1) ** 0.5 - (1 / a - 1) ** 0.5) * eps
             if return_intermediates and (i % max(1, t_enc // return_intermediates) == 0 or i >= t_enc - 2):
-                kept[i] = x
+                on_the_way[i] = x
             if callback is not None:
                 callback(i)
-        out = {"x_encoded": x, "intermediate_steps": list(kept)}
-        return x, out | ({"intermediates": list(kept.values())} if return_intermediates else {})
+        out = {"x_encoded": x, "intermediate_steps": list(on_the_way)}
+        return x, out | ({"intermediates": list(on_the_way.values())} if return_intermediates else {})
 
+    def _tables(self, use_original_steps: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha_bar, the previous step's alpha_bar, sigma; of the chosen timesteps, or of all of them."""
+        return self._all_steps if use_original_steps else (self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas)
 
-class TrailingDDIMSampler(DDIMSampler):
-    """DDIM from the last timestep down: for weights distilled to one to eight steps (Turbo, Hyper-SD, Lightning)."""
+    def _step(
+        self, index: int, x: Tensor, eps: Tensor, original: bool = False, temperature: float = 1.0,
+        dropout: float = 0.0, repeat_noise: bool = False, always_draw: bool = True,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """DDIM's equation 12 from timestep number `index` (ascending) to the one before.
 
-    def make_schedule(
-        self, ddim_num_steps: int, ddim_discretize: str = "trailing", ddim_eta: float = 0.0, verbose: bool = True
-    ) -> list[int]:
-        return super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
+        always_draw: draw noise also where none is added, as published, so that later draws are the published ones.
+        """
+        a, previous, sigma = (float(table[index]) for table in self._tables(original))
+        x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+        x_next = previous**0.5 * x0 + (1 - previous - sigma**2) ** 0.5 * eps
+        if sigma > 0 or always_draw:
+            shape = (1, *x.shape[1:]) if repeat_noise else x.shape
+            noise = torch.randn(shape, device=x.device).to(x).expand(x.shape) * temperature
+            x_next = x_next + sigma * (F.dropout(noise, dropout) if dropout else noise)
+        return x_next, x0
 
 
 def _sigmas(alphas: Tensor, previous: Tensor, eta: float) -> Tensor:
     return eta * ((1 - previous) / (1 - alphas) * (1 - alphas / previous)).sqrt()
+
+
+def _refuse_unsupported(quantize_x0: bool, dynamic_threshold: Any, normals_sequence: Any) -> None:
+    if quantize_x0:
+        raise ValueError("quantize_x0 needs an autoencoder with a codebook; AutoencoderKL has none")
+    if dynamic_threshold is not None:
+        raise ValueError("dynamic_threshold is not supported: the published sampler does not implement it either")
+    if normals_sequence is not None:
+        raise ValueError("normals_sequence is not supported: the published sampler ignores it")

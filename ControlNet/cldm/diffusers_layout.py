@@ -49,7 +49,7 @@ def read_folder(path: Path) -> dict[str, Tensor]:
     """
     if any((path / network).is_dir() for network in NETWORKS):
         _check_schedule(path)
-        state = {}
+        state: dict[str, Tensor] = {}
         for network in NETWORKS:
             if (path / network).is_dir():
                 state |= to_official(network, _read_network(path / network))
@@ -124,12 +124,14 @@ def to_official(network: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rename(name: str, modules: Mapping[str, str], parts: Mapping[str, str]) -> str:
-    """Replace the longest prefix found in `modules`, and the word after it if `parts` has it."""
-    words = name.split(".")
-    for end in range(len(words) - 1, 0, -1):
+    """Replace the longest prefix of a tensor's name that is in `modules`, and the layer in it if `parts` has it."""
+    layer, _, kind = name.rpartition(".")
+    words = layer.split(".")
+    for end in range(len(words), 0, -1):
         module = modules.get(".".join(words[:end]))
         if module is not None:
-            return ".".join([module, parts.get(words[end], words[end]), *words[end + 1 :]])
+            rest = ".".join(words[end:])
+            return ".".join(filter(None, (module, parts.get(rest, rest), kind)))
     return name
 
 
@@ -157,14 +159,10 @@ def unet_layers(state: Iterable[str]) -> dict[str, str]:
     }
     modules = {official: theirs for theirs, official in _unet_modules(levels, n, attend).items()}
     parts = {official: theirs for theirs, official in _UNET_RESNET.items()}
-    names = {}
-    for layer, official in zip(bare, layers, strict=True):
-        words = layer.split(".")
-        end = next((end for end in range(len(words), 0, -1) if ".".join(words[:end]) in modules), 0)
-        rest = ".".join(words[end:])
-        found = modules.get(".".join(words[:end]), "")
-        names[".".join(filter(None, (found, parts.get(rest, rest))))] = official
-    return names
+    return {
+        _rename(f"{name}.weight", modules, parts).removesuffix(".weight"): official
+        for name, official in zip(bare, layers, strict=True)
+    }
 
 
 def _unet_modules(levels: int, n: int, attend: Collection[int]) -> dict[str, str]:
@@ -206,7 +204,7 @@ def _unet_modules(levels: int, n: int, attend: Collection[int]) -> dict[str, str
 def _vae_modules(levels: int, state: Mapping[str, Tensor]) -> dict[str, str]:
     """The autoencoder's modules; its decoder counts the levels from the picture's side, diffusers from the latents'."""
     n = _count(state, r"encoder\.down_blocks\.0\.resnets\.(\d+)")
-    modules = {}
+    modules: dict[str, str] = {}
     for half in ("encoder", "decoder"):
         modules |= {
             f"{half}.conv_norm_out": f"{half}.norm_out",

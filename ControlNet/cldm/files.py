@@ -4,7 +4,7 @@ import hashlib
 import os
 import pickle
 import re
-import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -109,57 +109,13 @@ def _why_not_plain(error: pickle.UnpicklingError) -> str:
 
 
 def _why_not_whole(path: Path, error: Exception) -> str:
-    found, expected = path.stat().st_size, expected_size(path)
-    if expected is not None and found < expected:
-        return f"is a download that broke off: {found:,} of {expected:,} bytes. Fetch it again"
-    why = re.split(r"\. |\n", str(error))[0] or type(error).__name__
-    return f"is not a whole checkpoint, a broken download? It has {found:,} bytes ({why})"
+    size, why = path.stat().st_size, re.split(r"\. |\n", str(error))[0] or type(error).__name__
+    if broke_off(path) or "incomplete metadata" in why or "MetadataIncomplete" in why:  # safetensors' words
+        return f"is a download that broke off after {size:,} bytes. Fetch it again"
+    return f"is not a whole checkpoint, a broken download? It has {size:,} bytes ({why})"
 
 
-def expected_size(path: Path) -> int | None:
-    """The file size in bytes according to its header (for a zip: of its tensors alone); None where it can't be read."""
+def broke_off(path: Path) -> bool:
+    """Whether a file begins as torch.save's zip and lacks the table at its end."""
     with path.open("rb") as file:
-        head = file.read(30)
-        try:
-            if head.startswith(b"PK\3\4"):
-                name, extra = struct.unpack("<26x2H", head)
-                file.seek(30 + name + extra)
-                table = _TensorTable(file)
-                table.load()
-                return sum(table.storages.values())
-            length = int.from_bytes(head[:8], "little")
-            file.seek(8)
-            ends = re.findall(rb'"data_offsets":\s*\[\d+,\s*(\d+)\]', file.read(length))
-            return 8 + length + max(map(int, ends)) if file.tell() == 8 + length else None
-        except Exception:  # the file is broken, so any step of this may fail
-            return None
-
-
-class _Blank(dict):
-    """Placeholder for every class and function that a pickle names."""
-
-    def __init__(self, *args):
-        super().__init__()
-
-    def __call__(self, *args):
-        return self
-
-    def __setstate__(self, state):
-        pass
-
-
-class _TensorTable(pickle.Unpickler):
-    """Reads the storage sizes from the pickle of a torch.save file; classes and functions become _Blank."""
-
-    def __init__(self, file):
-        super().__init__(file)
-        self.storages: dict[str, int] = {}  # key -> bytes
-
-    def find_class(self, module, name):
-        return type(name, (_Blank,), {})
-
-    def persistent_load(self, pid):
-        _, kind, key, _, count = pid
-        width = {"Double": 8, "Long": 8, "Half": 2, "BFloat16": 2, "Byte": 1, "Bool": 1}
-        self.storages[key] = count * width.get(kind.__name__.removesuffix("Storage"), 4)
-        return _Blank()
+        return file.read(4) == b"PK\3\4" and not zipfile.is_zipfile(path)

@@ -40,7 +40,7 @@ def make_ready(model: ControlLDM, *, engine: str = "torch", low_memory: bool = F
     if low_memory:
         return
     if model.device.type != "cpu":
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     elif not compile:
         for name, part in model.named_children():
             if name != "cond_stage_model":  # runs once a text
@@ -126,6 +126,6 @@ def visiting(device: torch.device, *networks: nn.Module) -> Iterator[None]:
 
 def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device; convolution weights channels last on a GPU.  Pinned memory is copied meanwhile."""
-    there = tensor.to(device, non_blocking=tensor.is_pinned())
+    on_device = tensor.to(device, non_blocking=tensor.is_pinned())
     channels_last = tensor.ndim == 4 and device.type == "cuda"
-    return there.to(memory_format=torch.channels_last) if channels_last else there
+    return on_device.to(memory_format=torch.channels_last) if channels_last else on_device

@@ -86,10 +86,10 @@ def _read(path: Path) -> dict[str, dict[str, Tensor]]:
             what = f"is a {kind}, and only plain LoRA is supported" if kind else f"is no LoRA: it holds {name}"
             raise ModelError(f"{path} {what}")
         layers.setdefault(_plain(layer), {})[part] = tensor
-    for network, alpha in _alphas(path).items():
+    for network, value in _alphas(path).items():
         for layer, tensors in layers.items():
             if layer.startswith(f"{network}."):
-                tensors.setdefault("alpha", torch.tensor(alpha))
+                tensors.setdefault("alpha", torch.tensor(value))
     return _with_adapter_config(path, layers)
 
 
@@ -154,7 +154,7 @@ def _alphas(path: Path) -> dict[str, float]:
 
 def _names(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Every name that LoRA files have for a layer -> the official one, without ".weight"."""
-    names = {}
+    names: dict[str, str] = {}
     for theirs, official in diffusers_layout.unet_layers(state).items():
         bare = official.removeprefix(diffusers_layout.NETWORKS["unet"])
         kohya = [f"lora_unet_{name.replace('.', '_')}" for name in (theirs, bare)]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.ldm.attention import CrossAttention
+from ControlNet.ldm.autoencoder import AutoencoderKL
 from ControlNet.ldm.packed import pack_weights
 from ControlNet.ldm.unet import DeepFeatures
 
@@ -82,7 +83,7 @@ def use_openvino(model: ControlLDM, precision: str = "fp32") -> None:
                 hint_features = model.control_model.encode_hint(torch.cat(cond["c_concat"], dim=1))
             inputs |= {"hint_features": hint_features, "scales": torch.tensor(model.control_scales)}
         if reused:
-            inputs["features"] = deep.features
+            inputs["features"] = deep.features  # type: ignore[union-attr]  # there, where they are reused
         kind = (cond["c_concat"] is not None, reused)
         if kind not in steps:
             steps[kind] = _Network(_Step(model), precision)
@@ -92,8 +93,9 @@ def use_openvino(model: ControlLDM, precision: str = "fp32") -> None:
         return eps
 
     decoder = _Network(_Decoder(model.first_stage_model), precision)
-    model.apply_model = apply_model
-    model.decode_first_stage = lambda z, *_, **__: decoder({"z": z / model.scale_factor})[0]
+    model.apply_model = apply_model  # type: ignore[method-assign]
+    decode = lambda z, *_, **__: decoder({"z": z / model.scale_factor})[0]  # noqa: E731
+    model.decode_first_stage = decode  # type: ignore[method-assign]
     for network in (model.control_model.input_hint_block, model.first_stage_model.encoder):  # torch still computes them
         pack_weights(network)
 
@@ -123,7 +125,7 @@ class _Step(nn.Module):
 class _Decoder(nn.Module):
     """AutoencoderKL.decode."""
 
-    def __init__(self, autoencoder: nn.Module):
+    def __init__(self, autoencoder: AutoencoderKL):
         super().__init__()
         self.post_quant_conv, self.decoder = autoencoder.post_quant_conv, autoencoder.decoder
 
@@ -141,7 +143,7 @@ class _Network:
     def __init__(self, module: nn.Module, precision: str):
         self.module, self.precision = module.eval(), precision
         self.is_large = sum(parameter.numel() for parameter in module.parameters()) > LARGE
-        self._graph = None
+        self._graph: Any = None
         self._any_shapes: dict[str, Any] = {}  # the graph's own, by inputs
         self._requests: dict[tuple, Any] = {}  # by shapes, the last used one at the end; () for all shapes
 

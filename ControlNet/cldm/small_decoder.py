@@ -62,7 +62,8 @@ def use_small_decoder(autoencoder: AutoencoderKL, scale_factor: float, decoder: 
 
     scale_factor: the model's, which the autoencoder's latents lack to have unit variance.
     """
-    autoencoder.post_quant_conv, autoencoder.decoder = _Scaled(scale_factor), decoder
+    autoencoder.add_module("post_quant_conv", _Scaled(scale_factor))
+    autoencoder.add_module("decoder", decoder)
 
 
 def load_small_decoder(path: str | os.PathLike, latent_channels: int = 4) -> SmallDecoder:

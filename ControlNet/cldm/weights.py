@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -38,8 +39,8 @@ _OTHER_WEIGHTS = {
 }
 """Parts of tensors' names -> what weights have them."""
 FINGERPRINT_VALUES = 24  # of each tensor
-_NETWORK = {"num_heads": -1, "num_head_channels": -1}
-CONFIG_VALUES = {
+_NETWORK: dict[str, float] = {"num_heads": -1, "num_head_channels": -1}
+CONFIG_VALUES: Mapping[str, Mapping[str, float]] = {
     "": {
         "timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012, "scale_factor": 0.18215,
         "only_mid_control": False,
@@ -138,21 +139,12 @@ def fingerprint(weights: Weights) -> str:
 def _config_digest(config: Path) -> str:
     """8 hex digits of the values of CONFIG_VALUES in a model's config.  Raises ModelError where it can't be read."""
     try:
-        model = OmegaConf.to_container(OmegaConf.load(config), resolve=True)["model"]["params"]
-        values = {}
+        content: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
+        model, values = content["model"]["params"], dict[str, float]()
         for network, defaults in CONFIG_VALUES.items():
             given = (model[network].get("params") or {}) if network else model
             values |= {f"{network}.{name}": float(given.get(name, value)) for name, value in defaults.items()}
-    except (
-        OSError,
-        UnicodeDecodeError,
-        OmegaConfBaseException,
-        YAMLError,
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
+    except (OSError, OmegaConfBaseException, YAMLError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"can't read the model config {config}: {type(error).__name__} {error}") from error
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -60,33 +60,39 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-def _middle(channels: int, dropout: float) -> nn.Module:
-    middle = nn.Module()
-    middle.block_1 = ResnetBlock(channels, channels, dropout)
-    middle.attn_1 = AttnBlock(channels)
-    middle.block_2 = ResnetBlock(channels, channels, dropout)
-    return middle
+class Middle(nn.Module):
+    def __init__(self, channels: int, dropout: float):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, dropout)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels, dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(h)))
 
 
-def _run_middle(middle: nn.Module, h: Tensor) -> Tensor:
-    return middle.block_2(middle.attn_1(middle.block_1(h)))
+class Level(nn.Module):
+    """Blocks at one size of the feature maps, each perhaps with attention; then perhaps a change of the size."""
 
+    downsample: Downsample | None
+    upsample: Upsample | None
 
-def _level(channels_in: int, channels_out: int, blocks: int, attend: bool, dropout: float) -> nn.Module:
-    level = nn.Module()
-    level.block = nn.ModuleList(
-        ResnetBlock(channels_in if i == 0 else channels_out, channels_out, dropout) for i in range(blocks)
-    )
-    level.attn = nn.ModuleList(AttnBlock(channels_out) for _ in range(blocks if attend else 0))
-    return level
+    def __init__(self, channels_in: int, channels_out: int, blocks: int, attend: bool, dropout: float):
+        super().__init__()
+        self.block = nn.ModuleList(
+            ResnetBlock(channels_in if i == 0 else channels_out, channels_out, dropout) for i in range(blocks)
+        )
+        self.attn = nn.ModuleList(AttnBlock(channels_out) for _ in range(blocks if attend else 0))
+        self.downsample = self.upsample = None
 
-
-def _run_level(level: nn.Module, h: Tensor) -> Tensor:
-    for i, block in enumerate(level.block):
-        h = block(h)
-        if len(level.attn):
-            h = level.attn[i](h)
-    return h
+    def forward(self, h: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            h = block(h)
+            if len(self.attn):
+                h = self.attn[i](h)
+        if self.downsample is not None:
+            h = self.downsample(h)
+        return h if self.upsample is None else self.upsample(h)
 
 
 class Encoder(nn.Module):
@@ -101,22 +107,20 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         channels = ch
         for i, mult in enumerate(ch_mult):
-            level = _level(channels, ch * mult, num_res_blocks, resolution // 2**i in attn_resolutions, dropout)
+            level = Level(channels, ch * mult, num_res_blocks, resolution // 2**i in attn_resolutions, dropout)
             channels = ch * mult
             if i < len(ch_mult) - 1:
                 level.downsample = Downsample(channels)
             self.down.append(level)
-        self.mid = _middle(channels, dropout)
+        self.mid = Middle(channels, dropout)
         self.norm_out = normalize(channels)
         self.conv_out = nn.Conv2d(channels, 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            h = _run_level(level, h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(_run_middle(self.mid, h))))
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -129,10 +133,10 @@ class Decoder(nn.Module):
         super().__init__()
         channels = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, channels, 3, padding=1)
-        self.mid = _middle(channels, dropout)
-        levels = []
+        self.mid = Middle(channels, dropout)
+        levels: list[Level] = []
         for i, mult in reversed(list(enumerate(ch_mult))):
-            level = _level(channels, ch * mult, num_res_blocks + 1, resolution // 2**i in attn_resolutions, dropout)
+            level = Level(channels, ch * mult, num_res_blocks + 1, resolution // 2**i in attn_resolutions, dropout)
             channels = ch * mult
             if i > 0:
                 level.upsample = Upsample(channels)
@@ -142,11 +146,9 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = _run_middle(self.mid, self.conv_in(z))
+        h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            h = _run_level(level, h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -201,9 +203,11 @@ class AutoencoderKL(nn.Module):
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
         """Multiply the latents by a factor, in the 1 x 1 convolutions on both sides; reconstructions stay the same."""
-        self.quant_conv.weight[: self.embed_dim] *= factor
-        self.quant_conv.bias[: self.embed_dim] *= factor
-        self.quant_conv.bias[self.embed_dim :] += 2 * math.log(factor)
+        weight, bias = self.quant_conv.weight, self.quant_conv.bias
+        assert bias is not None
+        weight[: self.embed_dim] *= factor
+        bias[: self.embed_dim] *= factor
+        bias[self.embed_dim :] += 2 * math.log(factor)
         self.post_quant_conv.weight /= factor
 
     def forward(self, images: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:

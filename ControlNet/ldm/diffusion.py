@@ -2,17 +2,21 @@
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ControlNet.ldm.autoencoder import DiagonalGaussianDistribution
+from ControlNet.ldm.autoencoder import AutoencoderKL, DiagonalGaussianDistribution
 from ControlNet.ldm.schedule import scaled_linear_betas, schedule_buffers
+from ControlNet.ldm.unet import UNetModel
 from ControlNet.ldm.util import extract_into_tensor, instantiate_from_config
+
+if TYPE_CHECKING:
+    from ControlNet.ldm.text import FrozenCLIPEmbedder
 
 
 def _trainable(cls: type[nn.Module]) -> type[nn.Module]:
@@ -21,7 +25,7 @@ def _trainable(cls: type[nn.Module]) -> type[nn.Module]:
     for name in ("pytorch_lightning", "lightning.pytorch"):
         base = getattr(sys.modules.get(name), "LightningModule", None)
         if base is not None:
-            return _joined(cls, base)
+            return _joined(cls, base)  # type: ignore[arg-type]  # a class of modules is hashable
     return cls
 
 
@@ -35,7 +39,7 @@ def _joined(cls: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
 class DiffusionWrapper(nn.Module):
     """Holds the UNet where the official checkpoint has it: `model.diffusion_model`."""
 
-    def __init__(self, diffusion_model: nn.Module):
+    def __init__(self, diffusion_model: UNetModel):
         super().__init__()
         self.diffusion_model = diffusion_model
 
@@ -50,10 +54,21 @@ class LatentDiffusion(nn.Module):
 
     learning_rate = 1e-5
     parameterization = "eps"
+    model: DiffusionWrapper
+    first_stage_model: AutoencoderKL
+    cond_stage_model: "FrozenCLIPEmbedder"
+    betas: Tensor
+    alphas_cumprod: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    logvar: Tensor
+    log: Callable[..., None]  # these three are the LightningModule's
+    log_dict: Callable[..., None]
+    global_step: int
 
     def __new__(cls, *args, **kwargs) -> "LatentDiffusion":
         """A LightningModule as well, if Lightning has been imported by now."""
-        return super().__new__(_trainable(cls))
+        return super().__new__(_trainable(cls))  # type: ignore[return-value]
 
     def __init__(
         self,
@@ -154,7 +169,7 @@ class LatentDiffusion(nn.Module):
     # --- training, as pytorch_lightning.Trainer calls it --------------------------------------------------------
 
     @torch.no_grad()
-    def get_input(self, batch: Mapping, k: str, bs: int | None = None) -> tuple[Tensor, Tensor | Sequence[str]]:
+    def get_input(self, batch: Mapping, k: str, bs: int | None = None) -> tuple[Tensor, Any]:
         """(latents, text conditioning; the texts themselves where the text encoder is trained) of the first bs items.
 
         batch: {k: images, B x H x W x 3 in [-1, 1]; cond_stage_key: B texts}.

@@ -8,6 +8,7 @@ bfloat16 on a Xeon with AMX, for as much memory again as the weights take.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ def _computes(dtype: torch.dtype) -> bool:
 
 class _Packed:
     """The packed weight, made when it is first needed, and made again after the weight has changed."""
+
+    weight: Tensor
+
+    def _pack(self, weight: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def _packed(self, x: Tensor) -> Tensor | None:
         """The weight for input x; None where the plain one is used: on a GPU, in training, for other precisions."""
@@ -44,9 +50,9 @@ class _Packed:
 
 class PackedConv2d(_Packed, nn.Conv2d):
     def _pack(self, weight: Tensor, x: Tensor) -> Tensor:
-        return torch._C._nn.mkldnn_reorder_conv2d_weight(
-            weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, list(x.shape)
-        )
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        shape = list(x.shape)
+        return reorder(weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, shape)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self._packed(x)

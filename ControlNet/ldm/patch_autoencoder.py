@@ -43,6 +43,8 @@ class PatchAutoencoder(nn.Module):
         patches = rearrange(pictures, "b c (h p) (w q) -> (b h w) (c p q)", p=self.PATCH, q=self.PATCH).double()
         mean = patches.mean(0)
         components = torch.linalg.eigh(torch.cov((patches - mean).T)).eigenvectors.flip(1)[:, : self.embed_dim].T
+        assert self.encoder.bias is not None
+        assert self.decoder.bias is not None
         self.encoder.weight.copy_(components.view_as(self.encoder.weight))
         self.encoder.bias.copy_(-components @ mean)
         self.decoder.weight.copy_(components.view_as(self.decoder.weight))
@@ -52,6 +54,7 @@ class PatchAutoencoder(nn.Module):
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
         """Multiply the latents by a factor; reconstructions stay the same."""
+        assert self.encoder.bias is not None
         self.encoder.weight *= factor
         self.encoder.bias *= factor
         self.decoder.weight /= factor

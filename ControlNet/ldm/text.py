@@ -22,7 +22,8 @@ _PIECES = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 @lru_cache(maxsize=1)
 def _tokenizer() -> Tokenizer:
-    merges = [tuple(line.split()) for line in gzip.decompress(MERGES_FILE.read_bytes()).decode().splitlines()]
+    lines = gzip.decompress(MERGES_FILE.read_bytes()).decode().splitlines()
+    merges = [(first, second) for first, second in map(str.split, lines)]
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     # Every byte has a visible stand-in, GPT-2's; those that are visible already stand for themselves and come first.
     letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
@@ -138,7 +139,7 @@ class FrozenCLIPEmbedder(nn.Module):
         from transformers import CLIPTokenizer
 
         merges = [tuple(pair) for pair in json.loads(_tokenizer().to_str())["model"]["merges"]]
-        return CLIPTokenizer(vocab=_tokenizer().get_vocab(), merges=merges)
+        return CLIPTokenizer(vocab=_tokenizer().get_vocab(), merges=merges)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:

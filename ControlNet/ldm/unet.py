@@ -15,7 +15,7 @@ from ControlNet.ldm.util import timestep_embedding, zero_module
 class TimestepEmbedSequential(nn.Sequential):
     """Layers in sequence; a ResBlock also gets the timestep embedding, a SpatialTransformer the text context."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)

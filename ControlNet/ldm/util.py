@@ -23,7 +23,7 @@ TARGETS = {
 """What a config's `target:` may be, and the module that has it.  Nothing else is imported: a config can't run code."""
 
 
-def instantiate_from_config(config: Mapping) -> nn.Module:
+def instantiate_from_config(config: Mapping) -> Any:
     """Build what {target, params} describes.  Raises ValueError for an unknown target or parameter."""
     target, params = config["target"], dict(config.get("params") or {})
     if target not in TARGETS:
@@ -63,22 +63,11 @@ def extract_into_tensor(table: Tensor, t: Tensor, shape: Sequence[int]) -> Tenso
     return table.gather(-1, t).reshape(len(t), *(1 for _ in shape[1:]))
 
 
-def exists(value: Any) -> bool:
-    return value is not None
-
-
 def default(value: Any, otherwise: Any | Callable) -> Any:
     """value, or `otherwise` (called where it is a function) for None."""
     if value is not None:
         return value
     return otherwise() if inspect.isfunction(otherwise) else otherwise
-
-
-def count_params(model: nn.Module, verbose: bool = False) -> int:
-    total = sum(parameter.numel() for parameter in model.parameters())
-    if verbose:
-        print(f"{type(model).__name__} has {total * 1e-6:.2f} M params.")
-    return total
 
 
 def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Tensor:

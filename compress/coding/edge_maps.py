@@ -123,7 +123,8 @@ def read(decoder: Decoder, height: int, width: int) -> np.ndarray:
     for y in range(height):
         hidden = chosen.hidden(field.inputs(slice(y, y + 1)), rows[y] + columns)
         probabilities = chosen.from_logits(hidden @ chosen.last.T + chosen.last_bias)
-        field.set_rows(y, _decoded_row(decoder, memoryview(probabilities.ravel()), width)[None])
+        row = memoryview(probabilities.ravel())  # type: ignore[arg-type]  # an array is a buffer
+        field.set_rows(y, _decoded_row(decoder, row, width)[None])
     return field.pixels * np.uint8(255)
 
 
@@ -285,6 +286,6 @@ def network(kind: int) -> Network:
 
 
 @cache
-def fingerprint() -> str:
+def coder_digest() -> str:
     """A digest of all networks: codes made with others can't be read."""
     return hashlib.sha256(FILE.read_bytes()).hexdigest()[:12]

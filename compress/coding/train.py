@@ -125,11 +125,11 @@ def trained(kind: str, groups: Sequence[Sequence[np.ndarray]]) -> Predictor:
     """A network for the maps of all groups, each of which counts the same."""
     torch.manual_seed(0)
     network, random, steps = Predictor(), np.random.default_rng(0), STEPS[kind]
-    groups = [Pixels(maps) for maps in groups]
+    pixel_groups = [Pixels(maps) for maps in groups]
     optimizer = torch.optim.Adam(network.parameters(), LEARNING_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        parts = [group.drawn(random, PIXELS_A_STEP[kind] // len(groups)) for group in groups]
+        parts = [group.drawn(random, PIXELS_A_STEP[kind] // len(groups)) for group in pixel_groups]
         *inputs, pixels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         loss = binary_cross_entropy_with_logits(network(*inputs), pixels)
         optimizer.zero_grad()
@@ -161,7 +161,8 @@ def pictures(folder: Path, first: int, every: int) -> list[np.ndarray]:
 
 
 def smaller(image: np.ndarray, side: int) -> np.ndarray:
-    height, width = reduced(*image.shape[:2], side)
+    height, width = image.shape[:2]
+    height, width = reduced(height, width, side)
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
 
 
@@ -209,7 +210,7 @@ def train(options: argparse.Namespace) -> int:
     for kind in options.kinds:
         weights = trained(kind, maps_of(kind, small, large)).integers()
         arrays |= {f"{kind}/{name}": weight for name, weight in weights.items()}
-        write_atomically(options.out, partial(np.savez_compressed, **arrays))
+        write_atomically(options.out, partial(np.savez_compressed, **arrays))  # type: ignore[arg-type]
     return 0
 
 

@@ -51,11 +51,11 @@ class Codebook(Form):
     encoded_by_generator = True
 
     @property
-    def deterministic(self) -> bool:
+    def deterministic(self) -> bool:  # type: ignore[override]
         return self.coded == self.steps
 
     @property
-    def fixed_bytes(self) -> int:
+    def fixed_bytes(self) -> int:  # type: ignore[override]
         return -(-((self.radix**self.coded - 1).bit_length()) // 8)
 
     @property
@@ -71,7 +71,12 @@ class Codebook(Form):
         """`model` is None where there are no weights: then codes can neither be made nor decoded here."""
         sampling = {"bits": self.bits, "atoms": self.atoms, "steps": self.steps, "coded": self.coded}
         size = {name: getattr(self.preset, name) for name in ("shorter_side", "small_shorter_side", "prompt_template")}
-        return {**sampling, "candidates": CANDIDATES, **size, "model": self.machine and _fingerprint(self.machine)}
+        return {
+            **sampling,
+            "candidates": CANDIDATES,
+            **size,
+            "model": self.machine and _model_fingerprint(self.machine),
+        }
 
     def copy_settings(self) -> dict[str, Any]:
         return {"form": self.name, **super().copy_settings()}
@@ -155,11 +160,11 @@ def _largest(rank: int, k: int, most: int) -> int:
 
 
 @cache
-def _fingerprint(machine: Any) -> str | None:
-    from compress.generators.build import fingerprint
+def _model_fingerprint(machine: Any) -> str | None:
+    from compress.generators.build import model_fingerprint
 
     try:
-        return fingerprint(machine)
+        return model_fingerprint(machine)
     except UserError:
         return None
 
@@ -167,7 +172,8 @@ def _fingerprint(machine: Any) -> str | None:
 def codebook(spec: Spec, preset: Preset) -> Codebook:
     match = re.fullmatch(r"(\d{1,2})(?:x(\d{1,2}))?", spec.argument or "")
     bits, atoms = (int(match[1]), int(match[2] or 1)) if match else (0, 0)
-    steps, coded = spec.side or 0, spec.side if spec.part is None else spec.part
+    steps = spec.side or 0
+    coded = steps if spec.part is None else spec.part
     if spec.plus or not 1 <= bits <= MOST_BITS or not 1 <= atoms <= min(MOST_ATOMS, 2**bits) or not 1 <= steps < 1000:
         raise UserError(
             f"the form 'codebook' needs bits (1 to {MOST_BITS}) and steps, and may have atoms: codebook:12@10, "

@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from compress.coding.edge_maps import decode, encode, fingerprint
+from compress.coding.edge_maps import coder_digest, decode, encode
 from compress.forms import OTHERWISE, WRONG_SIZE, Condition, Form, Spec, decoded, files_named, reduced
 from compress.presets import Preset
 from ControlNet.annotator.canny import CannyDetector
@@ -50,7 +50,7 @@ class Edges(Form):
     sigma: float | None = None
 
     def settings(self) -> dict[str, Any]:
-        settings = {"edge_coder": fingerprint()}
+        settings: dict[str, Any] = {"edge_coder": coder_digest()}
         if self.sigma is None:
             settings |= {name: getattr(self.preset, name) for name in THRESHOLDS}
         else:
@@ -58,7 +58,8 @@ class Edges(Form):
         if self.side is not None:
             return {"side": self.side, **settings}
         names = ["edges_of_generated_size"]
-        names += ["shorter_side", "small_shorter_side", "max_pixels"] * self.preset.edges_of_generated_size
+        if self.preset.edges_of_generated_size:
+            names += ["shorter_side", "small_shorter_side", "max_pixels"]
         return settings | {name: getattr(self.preset, name) for name in names}
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
@@ -106,8 +107,10 @@ class Edges(Form):
 
     def raw_bits(self, height: int, width: int, kept: Path | None = None) -> int:
         """One a pixel of the edge map, also where an older file spends eight on it."""
-        has_size = kept is not None and kept.suffix != self.files.kept_endings[0]
-        map_height, map_width = image_bits(kept)[1::-1] if has_size else self.edge_size(height, width)
+        if kept is not None and kept.suffix != self.files.kept_endings[0]:
+            map_width, map_height, _ = image_bits(kept)
+        else:
+            map_height, map_width = self.edge_size(height, width)
         return map_height * map_width
 
     def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:

@@ -21,6 +21,7 @@ from compress.forms.edges import SKETCH, Edges, edges, is_picture
 from compress.forms.picture import Picture
 from compress.presets import Preset
 from utils.data.codecs import CODECS
+from utils.data.paths import FormFiles
 from utils.data.varint import read_varint, varint
 from utils.errors import UserError
 
@@ -37,7 +38,7 @@ class _EdgesAndStart(Form):
     has_start = True
 
     @property
-    def files(self):
+    def files(self) -> FormFiles:  # type: ignore[override]
         return files_named(self.name, (".bin",), ".jpg")
 
     def copy_settings(self) -> dict[str, Any]:
@@ -92,7 +93,8 @@ class EdgesAndColour(_EdgesAndStart):
         return {**self.edges.settings(), "colour_side": self.side}
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
-        height, width = reduced(*image.shape[:2], self.side)
+        height, width = image.shape[:2]
+        height, width = reduced(height, width, self.side)
         small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         coded = [colour.bits_of(small), edge_maps.bits_of(self.edges.edges(image))]
         return encoded(*(first + second for first, second in zip(*coded, strict=True)))
@@ -132,13 +134,16 @@ def parts(kept: bytes) -> tuple[bytes, bytes]:
 
 def edges_and(spec: Spec, preset: Preset) -> Form:
     alone, plus = edges(Spec(spec.head, spec.argument, spec.side), preset), spec.plus
+    assert plus is not None  # the head ends in "+"
     if plus.head == "colour" and plus.argument is None and plus.side:
         return EdgesAndColour(preset, spec.name, alone, plus.side)
     if plus.head not in CODECS:
         raise UserError(
             f"after 'edges+' comes a picture, such as edges+colour@16 or edges+webp:10@32, not {plus.name!r}."
         )
-    return EdgesAndPicture(preset, spec.name, alone, form_named(plus.name, preset))
+    picture = form_named(plus.name, preset)
+    assert isinstance(picture, Picture)
+    return EdgesAndPicture(preset, spec.name, alone, picture)
 
 
 EXAMPLES = ["edges+colour@SIDE", "edges+webp:Q@SIDE"]

@@ -60,7 +60,7 @@ class Latent(Form):
         return replace(self, model=machine.model, base=machine.base)
 
     def settings(self) -> dict[str, Any]:
-        return {"bits": self.bits, "side": self.side, "autoencoder": _fingerprint(self.model, self.base)}
+        return {"bits": self.bits, "side": self.side, "autoencoder": _model_fingerprint(self.model, self.base)}
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
         """The lowest and the highest latent of the picture are the first and the last of 2^bits levels."""
@@ -87,7 +87,8 @@ class Latent(Form):
 
     def shape(self, height: int, width: int) -> tuple[int, int, int]:
         """That of the latents of an image of this height and width."""
-        return CHANNELS, *(max(LEAST, -(-side // FACTOR)) for side in self.shown_size(height, width))
+        height, width = (max(LEAST, -(-side // FACTOR)) for side in self.shown_size(height, width))
+        return CHANNELS, height, width
 
     def latents(self, kept: bytes, size: tuple[int, int]) -> np.ndarray:
         """The quantised latents, CHANNELS x h x w, of what is kept of an image of size (height, width).
@@ -184,7 +185,7 @@ def _autoencoder(model: str, base: str | None) -> Autoencoder:
 
 
 @cache
-def _fingerprint(model: str, base: str | None) -> str:
+def _model_fingerprint(model: str, base: str | None) -> str:
     from ControlNet.cldm.model import ModelError, weights_fingerprint
 
     try:

@@ -43,7 +43,8 @@ class Picture(Form):
         return about | ({"encoder": encoder} if encoder else {})
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
-        size = reduced(*image.shape[:2], self.side)
+        height, width = image.shape[:2]
+        size = reduced(height, width, self.side)
         return codecs.encoded(shrunk(image, size), self.codec, self.quality)
 
     def payload(self, kept: bytes, size: tuple[int, int], greyscale: bool) -> bytes:
@@ -67,13 +68,15 @@ class Picture(Form):
 
     def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:
         """Another version of the encoder may give other bytes, but hardly another picture."""
-        size, greyscale = image.shape[:2], image.ndim == 2
-        found, expected = self.picture(kept, size, greyscale), reduced(*size, self.side)
-        if found.shape[:2] != expected:
-            return WRONG_SIZE, f"{found.shape[1]} x {found.shape[0]} instead of {expected[1]} x {expected[0]} pixels"
+        (height, width), greyscale = image.shape[:2], image.ndim == 2
+        size, expected = (height, width), reduced(height, width, self.side)
+        decoded_picture = self.picture(kept, size, greyscale)
+        if decoded_picture.shape[:2] != expected:
+            made = f"{decoded_picture.shape[1]} x {decoded_picture.shape[0]}"
+            return WRONG_SIZE, f"{made} instead of {expected[1]} x {expected[0]} pixels"
         fresh = self.encode(image)
         if kept != fresh:
-            difference = np.abs(found - self.picture(fresh, size, greyscale).astype(np.float32)).mean()
+            difference = np.abs(decoded_picture - self.picture(fresh, size, greyscale).astype(np.float32)).mean()
             if difference > MOST_DIFFERENT:
                 return OTHERWISE, "the image gives another picture"
         return None

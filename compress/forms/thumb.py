@@ -29,8 +29,8 @@ class Thumb(Picture):
     def copy_settings(self) -> dict[str, Any]:
         return {**super().copy_settings(), "form": self.name}
 
-    def condition(self, kept: bytes, size: tuple[int, int], *greyscale: bool) -> Condition:
-        small, (height, width) = super().condition(kept, size, *greyscale).start, self.preset.generated_size(*size)
+    def condition(self, kept: bytes, size: tuple[int, int], greyscale: bool = False) -> Condition:
+        small, (height, width) = self.picture(kept, size, greyscale), self.preset.generated_size(*size)
         return Condition((height, width), hint=enlarged(small, height, width))
 
 

@@ -9,7 +9,7 @@ import pkgutil
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,12 +44,12 @@ class Direct:
 
     batch_size = 1
 
-    def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray]:
-        return [request.condition.start for request in batch]
+    def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray | NoPicture]:
+        return [request.condition.start for request in batch if request.condition.start is not None]
 
 
 @cache
-def generators() -> dict[str, type]:
+def generators() -> dict[str, Any]:
     """The generators beside ControlNet, by the names that `--model` gives them."""
     modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
     return {name: made for module in modules for name, made in getattr(module, "GENERATORS", {}).items()}

@@ -4,6 +4,7 @@ import gc
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -11,7 +12,9 @@ from compress.forms import Form
 from compress.generators import Direct, Generator, generators
 from compress.generators.controlnet import PictureGenerator
 from compress.job import Machine
+from compress.options import PRECISIONS
 from compress.presets import Preset
+from compress.records import Recipe
 from ControlNet.cldm import openvino_engine
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.download import download_sd15
@@ -22,8 +25,7 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
+DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 
 OPENVINO_BF16 = "bf16-openvino"
 """What copies remember as their precision where OpenVINO makes them in bf16: it rounds in other places than torch."""
@@ -62,7 +64,7 @@ def choose_precision(precision: str, device: torch.device, engine: str = "auto")
 def _cpu_computes_bf16() -> bool:
     """Whether the CPU has AMX or AVX512-BF16.  Without them bf16 takes about 20 times as long as fp32."""
     ask = getattr(torch.cpu, "get_capabilities", dict)  # older releases of torch don't say
-    capable = ask()
+    capable: dict[str, Any] = ask()
     return bool(capable.get("amx_bf16") or capable.get("avx512_bf16"))
 
 
@@ -76,7 +78,7 @@ def download(spec: str) -> None:
         raise UserError(str(error)) from error
 
 
-def fingerprint(machine: Machine) -> str:
+def model_fingerprint(machine: Machine) -> str:
     """The fingerprint of the model's weights, without loading them.  Raises UserError where they can't be used."""
     if machine.model in generators():
         return generators()[machine.model].fingerprint
@@ -84,6 +86,22 @@ def fingerprint(machine: Machine) -> str:
         return weights_fingerprint(machine.model, machine.base, _loras(machine), machine.decoder)
     except ModelError as error:
         raise UserError(str(error)) from error
+
+
+def recipe_of(form: Form, machine: Machine, device: torch.device, without_weights: bool = False) -> Recipe:
+    """What makes copies here.
+
+    Raises UserError where there are no weights, unless they may be missing: then the model is None.
+    """
+    if not form.needs_model:
+        return Recipe(form)
+    precision = choose_precision(machine.precision, device, machine.engine)
+    try:
+        return Recipe(form, model_fingerprint(machine), precision)
+    except UserError:
+        if not without_weights:
+            raise
+        return Recipe(form, None, precision)
 
 
 def _loras(machine: Machine) -> list[Lora]:
@@ -94,7 +112,7 @@ def load(machine: Machine, device: torch.device, precision: str) -> ControlLDM:
     """The model.  precision: what `choose_precision` returns.  Raises UserError where it can't be loaded."""
     home = torch.device("cpu") if machine.low_memory else device  # from where the part at work visits the device
     try:
-        dtype = PRECISIONS.get(precision, torch.float32)
+        dtype = DTYPES.get(precision, torch.float32)
         return load_model(machine.model, home, dtype, machine.base, _loras(machine), machine.decoder)
     except ModelError as error:
         raise UserError(str(error)) from error
@@ -103,7 +121,7 @@ def load(machine: Machine, device: torch.device, precision: str) -> ControlLDM:
 
 
 @contextmanager
-def generator(form: Form, machine: Machine, device: torch.device, precision: str) -> Iterator[Generator]:
+def generator(form: Form, machine: Machine, device: torch.device, precision: str | None) -> Iterator[Generator]:
     """`make_generator`'s.  On leaving, its model is freed, and so is the one that the form loaded to encode."""
     made = make_generator(form, machine, device, precision)
     try:
@@ -117,12 +135,16 @@ def generator(form: Form, machine: Machine, device: torch.device, precision: str
             torch.cuda.empty_cache()
 
 
-def make_generator(form: Form, machine: Machine, device: torch.device, precision: str) -> Generator:
-    """The generator of a form's copies, with its model loaded where it needs one."""
+def make_generator(form: Form, machine: Machine, device: torch.device, precision: str | None) -> Generator:
+    """The generator of a form's copies, with its model loaded where it needs one.
+
+    precision: what `choose_precision` returns; None for a form without a model.
+    """
     if not form.needs_model:
         return Direct()
     if machine.model in generators():
         return generators()[machine.model](form.preset, machine, device)
+    assert precision is not None
     return PictureGenerator(
         form.preset,
         load(machine, device, precision),

@@ -12,8 +12,7 @@ from compress.generators import NoPicture
 from compress.presets import Preset, Sampling
 from ControlNet.cldm import codebook
 from ControlNet.cldm.inference import is_out_of_memory, make_ready, pin, release, visiting
-from ControlNet.cldm.sampler import Sampler
-from ControlNet.cldm.samplers import SAMPLERS
+from ControlNet.sampling import Noise, draw, fresh_noise, make_schedule, sample_latents
 from utils.errors import UserError
 
 FULL_SIZE = 300_000_000
@@ -99,7 +98,7 @@ class PictureGenerator:
     def _in_parts(self, batch: Sequence, size: tuple[int, int], function: Callable[[Sequence], list]) -> list:
         """The function's results for a batch, of as many items at a time as fit.  size: of the pictures."""
         done: list[np.ndarray | NoPicture] = []
-        asked = self.batch_size
+        batch_size_before = self.batch_size
         while len(done) < len(batch):
             part = batch[len(done) : len(done) + self.batch_size]
             try:
@@ -115,10 +114,10 @@ class PictureGenerator:
             # Not within `except`: there the error's traceback still holds the tensors that did not fit.
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        if self.batch_size < asked:
+        if self.batch_size < batch_size_before:
             log.warning(
                 "%d pictures of %d x %d pixels at a time don't fit on %s: %d at a time from now on (--batch-size)",
-                *(asked, *size, self.device, self.batch_size),
+                *(batch_size_before, *size, self.device, self.batch_size),
             )
         return done
 
@@ -143,25 +142,23 @@ class PictureGenerator:
         texts = [self.preset.prompt_text(request.text) for request in filled]
         contexts = self._encode([self.preset.negative_prompt, *texts])
         model.control_scales = sampling.control_scales(len(model.control_scales))
+        schedule = make_schedule(sampling.sampler, model, steps or sampling.steps)
+        x, noise = self._noise(filled, (model.channels, height // 8, width // 8))
+        unconditional = [contexts[self.preset.negative_prompt].expand(len(filled), -1, -1)]
         with self._at_work("model", "control_model"):
-            sampler, steps = self._sampler(filled, sampling.sampler), steps or sampling.steps
-            latents, _ = sampler.sample(
-                steps,
-                len(filled),
-                (model.channels, height // 8, width // 8),
+            latents = sample_latents(
+                model,
+                sampling.sampler,
+                schedule,
+                x,
                 {"c_concat": hints, "c_crossattn": [torch.cat([contexts[text] for text in texts])]},
+                {"c_concat": hints if sampling.unconditional_control else None, "c_crossattn": unconditional},
+                noise=noise,
+                scales=sampling.guidance_scales(len(schedule.timesteps)),
                 eta=sampling.eta,
-                unconditional_guidance_scale=sampling.guidance,
-                ucg_schedule=sampling.guidance_scales(len(sampler.make_schedule(steps, ddim_eta=sampling.eta))),
                 reuse_every=sampling.reuse_every,
                 start=start,
                 strength=sampling.start_strength,
-                unconditional_conditioning={
-                    "c_concat": hints if sampling.unconditional_control else None,
-                    "c_crossattn": [contexts[self.preset.negative_prompt].expand(len(filled), -1, -1)],
-                },
-                generator=[torch.Generator().manual_seed(request.seed) for request in filled],
-                verbose=False,
             )
         decoded = self._decoded(latents)[: len(batch)].float()
         good = decoded.isfinite().flatten(1).all(1).cpu().tolist()
@@ -184,22 +181,28 @@ class PictureGenerator:
     def _filled(self, batch: Sequence) -> list:
         return [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
 
-    def _sampler(self, requests: Sequence[Request], name: str) -> Sampler:
-        if requests[0].condition.code is None:
-            return SAMPLERS[name](self.model)
-        return codebook.CodebookSampler(self.model, torch.from_numpy(np.stack([r.condition.code for r in requests])))
+    def _noise(self, requests: Sequence[Request], shape: tuple[int, ...]) -> tuple[torch.Tensor, Noise]:
+        """(the initial noise, B x shape; the noise of the steps): of each request's own, or of the walk of its code."""
+        generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+        fresh = fresh_noise(generators)
+        codes = [request.condition.code for request in requests if request.condition.code is not None]
+        if not codes:
+            return draw((len(requests), *shape), generators, self.device), fresh
+        initial = codebook.initial_noise(shape).expand(len(requests), *shape)
+        return initial, codebook.noise_of_code(torch.from_numpy(np.stack(codes)), fresh)
 
     def _codes(self, batch: Sequence[tuple[np.ndarray, str]], **codes) -> list[np.ndarray]:
         """Codes of at most batch_size pictures of classes with these texts."""
-        pictures, texts = zip(*self._filled(batch), strict=True)
-        latents, texts = self._latents(pictures), [self.preset.prompt_text(text) for text in texts]
+        filled = self._filled(batch)
+        latents = self._latents([picture for picture, _ in filled])
+        texts = [self.preset.prompt_text(text) for _, text in filled]
         contexts = self._encode(texts)
         cond = {"c_concat": None, "c_crossattn": [torch.cat([contexts[text] for text in texts])]}
         if not latents.isfinite().all():
             raise UserError(f"can't encode: {self._no_numbers(self.preset.sampling)}.")
         with self._at_work("model"):
-            found = codebook.encode(self.model, latents, cond, steps=self.preset.sampling.steps, **codes)
-        return list(found[: len(batch)].cpu().numpy())
+            found_codes = codebook.encode(self.model, latents, cond, steps=self.preset.sampling.steps, **codes)
+        return list(found_codes[: len(batch)].cpu().numpy())
 
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
         """The latents' pictures, B x 3 x H x W.  The decoder needs the most memory, and has a batch size of its own."""
@@ -216,24 +219,24 @@ class PictureGenerator:
 
     def _hints(self, requests: Sequence[Request]) -> list[torch.Tensor] | None:
         """[B x 3 x H x W, 0 to 1], or None where nothing controls the pictures."""
-        if requests[0].condition.hint is None:
+        pictures = [request.condition.hint for request in requests if request.condition.hint is not None]
+        if not pictures:
             return None
-        hints = torch.from_numpy(np.stack([request.condition.hint for request in requests])).to(self.device)
+        hints = torch.from_numpy(np.stack(pictures)).to(self.device)
         hints = hints[:, None] if hints.ndim == 3 else hints.permute(0, 3, 1, 2)
         return [(hints.to(self.model.dtype) / 255).expand(-1, 3, -1, -1)]
 
     def _starts(self, requests: Sequence[Request]) -> torch.Tensor | None:
         """Mean latents of the pictures that the copies start from, B x 4 x H/8 x W/8; None where there are none."""
-        if requests[0].condition.start is None:
-            return None
-        return self._latents([request.condition.start for request in requests])
+        starts = [request.condition.start for request in requests if request.condition.start is not None]
+        return self._latents(starts) if starts else None
 
     def _latents(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
         """Mean latents of pictures of one size, as the UNet sees them: B x 4 x H/8 x W/8, float32."""
         starts = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
         with self._at_work("first_stage_model"):
-            pictures = starts.to(self.device).float() / 127.5 - 1
-            parts = pictures.split(1 if self.low_memory else len(pictures))
+            scaled = starts.to(self.device).float() / 127.5 - 1
+            parts = scaled.split(1 if self.low_memory else len(scaled))
             means = torch.cat([self.model.encode_first_stage(part).mode() for part in parts])
         return self.model.get_first_stage_encoding(means.float())
 

@@ -24,12 +24,14 @@ import torch
 
 from compress.forms import form_named, resize_back
 from compress.presets import HIGH
+from ControlNet import sampling
 from ControlNet.cldm import codebook
 from ControlNet.cldm.model import load_model
+from tests.little_model import sampled
 from utils.curate.command import DIGIT_NAMES, read_digits
 
 BATCH = 50
-DEFAULT = (codebook.FIRST, codebook.LAST)
+DEFAULT = (sampling.FIRST, sampling.LAST)
 WAYS = [  # (form, timesteps as parts, candidates)
     ("codebook:6@20", (0.951, 0.001), 1),
     ("codebook:6@20", DEFAULT, 1),
@@ -79,18 +81,19 @@ class Bench:
         """(bytes, latents that come back, CPU seconds of encoding a picture, of decoding one)."""
         form = form_named(name, HIGH)
         how = {"steps": form.steps + 1, "coded": form.coded, "bits": form.bits, "atoms": form.atoms}
-        codebook.FIRST, codebook.LAST = ends
+        sampling.FIRST, sampling.LAST = ends
         conds = [{"c_concat": None, "c_crossattn": [part]} for part in self.context.split(BATCH)]
         parts, back = list(zip(self.latents.split(BATCH), conds, strict=True)), []
         start = time.process_time()
         codes = [codebook.encode(self.model, part, cond, candidates=candidates, **how) for part, cond in parts]
         middle = time.process_time()
         for code, (part, cond) in zip(codes, parts, strict=True):
-            sampler = codebook.CodebookSampler(self.model, code)
-            back.append(sampler.sample(form.steps + 1, len(part), part.shape[1:], cond, verbose=False)[0])
+            x = codebook.initial_noise(part.shape[1:]).expand(part.shape)
+            noise = codebook.noise_of_code(code, sampling.fresh_noise(None))
+            back.append(sampled(self.model, "ancestral", form.steps + 1, part.shape, cond, x=x, noise=noise))
         self.pictures(torch.cat(back))  # a copy's time has the decoder in it
         seconds = middle - start, time.process_time() - middle
-        codebook.FIRST, codebook.LAST = DEFAULT
+        sampling.FIRST, sampling.LAST = DEFAULT
         return form.fixed_bytes, torch.cat(back), *(each / len(self.images) for each in seconds)
 
     @torch.inference_mode()

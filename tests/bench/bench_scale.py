@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from PIL import Image
 
-from compress.cost import Cost
 from compress.forms import form_named
 from compress.plan import plan
 from compress.presets import HIGH
-from compress.records import Records
+from compress.records import Recipe, Records
+from compress.training.cost import Cost
 from compress.verify import verify
 from models.checkpoint import fingerprint
 from utils.data.classes import DataManager
@@ -73,8 +73,8 @@ def main() -> None:
         copies = [paths.copy(image, k) for image in images for k in range(COPIES)]
         timed("fingerprint, images and copies", lambda: fingerprint({}, [*images, *copies], paths.root))
         form = form_named("edges", HIGH)
-        timed("planning, all there, no record", lambda: plan(Records(paths, form), images, range(COPIES)))
-        timed("verifying", lambda: verify(Records(paths, form), images, range(COPIES)))
+        timed("planning, all there, no record", lambda: plan(Records(paths, Recipe(form)), images, range(COPIES)))
+        timed("verifying", lambda: verify(Records(paths, Recipe(form)), images, range(COPIES)))
         costs = {"real": Cost(None, paths), "edges": Cost(form, paths)}
         memory = ExemplarMemory(paths, [("real", 18), ("edges", 48)], costs, None, COPIES)
         for target in range(data.nb_classes):

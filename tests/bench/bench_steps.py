@@ -39,8 +39,8 @@ import torch
 
 from compress.forms import pixels
 from compress.generators import build
-from compress.measures import batch, edges_found, predicted, trained
 from compress.options import parse_settings
+from compress.quality import batch, edges_found, predicted, trained
 from exps.runs import side_by_side
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import torch
 
-from compress.measures import edges_found
+from compress.quality import edges_found
 from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.model import load_model
 from utils.curate.command import DIGIT_NAMES, read_digits

@@ -14,8 +14,8 @@ from compress.forms import Request
 from compress.generators.controlnet import PictureGenerator
 from compress.presets import Preset
 from ControlNet.cldm.cldm import ControlLDM
-from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.model import create_empty_model
+from ControlNet.sampling import fresh_noise, make_schedule, sample_ddim
 
 Contender = Callable[[Preset, Sequence[Request], int], list[np.ndarray]]
 """Settings, requests and a number of steps -> pictures."""
@@ -82,12 +82,14 @@ def published(model: ControlLDM) -> Contender:
             {"c_concat": [hint], "c_crossattn": [model.get_learned_conditioning([text])]}
             for text in (preset.prompt_text(job.text), preset.negative_prompt)
         )
-        sampler = DDIMSampler(model)
-        x = initial_noise(job).to(model.device)
-        for i, timestep in enumerate(sampler.make_schedule(steps)):
-            t = torch.full((1,), timestep, device=model.device)
+        schedule = make_schedule("ddim", model, steps)
+
+        def denoise(x: torch.Tensor, i: int) -> torch.Tensor:
+            t = torch.full((1,), schedule.timesteps[i], device=model.device)
             eps, eps_uncond = model.apply_model(x, t, cond), model.apply_model(x, t, uncond)
-            x, _ = sampler.step(i, x, eps_uncond + preset.sampling.guidance * (eps - eps_uncond))
+            return eps_uncond + preset.sampling.guidance * (eps - eps_uncond)
+
+        x = sample_ddim(denoise, initial_noise(job).to(model.device), schedule, fresh_noise(None))
         decoded = model.decode_first_stage(x)[0].permute(1, 2, 0)
         return (decoded * 127.5 + 127.5).clamp(0, 255).byte().cpu().numpy()
 

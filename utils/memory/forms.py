@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class ExemplarForm(Protocol):
-    """What one form of exemplar costs and keeps (`compress.cost.Cost`)."""
+    """What one form of exemplar costs and keeps (`compress.training.cost.Cost`)."""
 
     def settings(self) -> dict[str, Any]:
         """What a kept file depends on beside its image: plain values."""

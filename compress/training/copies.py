@@ -13,12 +13,12 @@ from typing import Any
 
 from compress.forms import Form
 from compress.job import Machine
-from compress.records import DEFAULTS, recorded_options, recorded_settings
+from compress.records import recorded_options, recorded_settings
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
 MOST_READ = 20_000
-"""Copies whose content goes into a fingerprint, spread evenly over the classes: a few seconds' work."""
+"""Copies whose content goes into a digest, spread evenly over the classes: a few seconds' work."""
 
 THREADS = 16
 
@@ -41,17 +41,17 @@ class Copies(abc.ABC):
         None where copies are made ahead."""
 
     @abc.abstractmethod
-    def fingerprint(self, exemplars: Sequence[Path]) -> dict[str, Any]:
-        """See the function `fingerprint`."""
+    def digests(self, exemplars: Sequence[Path]) -> dict[str, Any]:
+        """See `digests_of`."""
 
     def state(self, exemplars: Sequence[Path]) -> dict[str, Any]:
         """For a checkpoint: plain values."""
-        return {"made_by": self.made_by, "fingerprint": self.fingerprint(exemplars)}
+        return {"made_by": self.made_by, "fingerprint": self.digests(exemplars)}
 
     def summary(self, exemplars: Sequence[Path]) -> dict[str, Any]:
         """For results.json: made_by, generator, files (the number of copies) and digest."""
         made_by = {"made_by": self.made_by, "generator": self.generator}
-        return made_by | {key: value for key, value in self.fingerprint(exemplars).items() if key != "classes"}
+        return made_by | {key: value for key, value in self.digests(exemplars).items() if key != "classes"}
 
     def check(self, state: Mapping[str, Any], exemplars: Sequence[Path]) -> None:
         """Raises UserError, naming what differs, where the copies are not those of a checkpoint's `state`."""
@@ -71,14 +71,14 @@ class CopiesAhead(Copies):
         self.made_by = by_settings(recorded_settings(paths.folder("copies"), labels).values())
         options = recorded_options(paths.folder("copies"))
         self.generator = generator_of(form, options) if options else None
-        self._fingerprint = fingerprint(paths, images, copies)
+        self._digests = digests_of(paths, images, copies)
 
     def make(self, images: Sequence[Path], with_copies: bool) -> None:
         return None
 
-    def fingerprint(self, exemplars: Sequence[Path]) -> dict[str, Any]:
+    def digests(self, exemplars: Sequence[Path]) -> dict[str, Any]:
         """Of all copies, whichever images are exemplars."""
-        return self._fingerprint
+        return self._digests
 
 
 def generator_of(form: Form, options: Sequence[str]) -> str | None:
@@ -97,7 +97,7 @@ def by_settings(settings: Iterable[Mapping[str, Any] | None]) -> list[dict[str, 
     return [{"classes": count, "settings": json.loads(each)} for each, count in counts.most_common()]
 
 
-def fingerprint(paths: DatasetPaths, images: Iterable[Path], copies: int) -> dict[str, Any]:
+def digests_of(paths: DatasetPaths, images: Iterable[Path], copies: int) -> dict[str, Any]:
     """What identifies copies 0 ... K-1 of `images`, as far as they are on disk.
 
     {"files": their number, "digest": of all, "classes": {label: [files, digest, times]}}.  A class's digest covers the
@@ -160,7 +160,7 @@ def _differences(before: Sequence[Mapping], now: Sequence[Mapping]) -> list[str]
     if not before or not now or None in (old := before[0]["settings"], new := now[0]["settings"]):
         return []
     names = dict.fromkeys([*old, *new])
-    pairs = {name: (old.get(name, DEFAULTS.get(name)), new.get(name, DEFAULTS.get(name))) for name in names}
+    pairs = {name: (old.get(name), new.get(name)) for name in names}
     return [f"{name.replace('_', ' ')} {one!r} -> {other!r}" for name, (one, other) in pairs.items() if one != other]
 
 
@@ -194,7 +194,9 @@ def command(paths: DatasetPaths, form: Form, copies: int) -> str:
     form: with the settings to make them with where nothing is recorded.
     """
     words = ["--data-dir", str(paths.data_dir), "--dataset", paths.dataset, "--seeds", str(copies)]
-    words += ["--keep-apart", paths.variant] * bool(paths.variant)
-    words += ["--form", form.name] * (form.name != "edges")
+    if paths.variant:
+        words += ["--keep-apart", paths.variant]
+    if form.name != "edges":
+        words += ["--form", form.name]
     words += recorded_options(paths.folder("copies")) or ["--resolution", form.preset.name]
     return f"python compress/run.py {shlex.join(words)}"

@@ -6,12 +6,12 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 
-from compress.copies import CopiesAhead
-from compress.cost import Cost
 from compress.forms import form_named
 from compress.options import parse_settings
 from compress.presets import PRESETS
 from compress.records import recorded_options
+from compress.training.copies import CopiesAhead
+from compress.training.cost import Cost
 from utils.config.schema import Config, MethodInfo
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
@@ -78,7 +78,7 @@ def check_exemplars(config: Config, method: MethodInfo, data, form, fabric, numb
     from_memory = config.memory_only and method.uses_memory
     copies, nb_copies = None, config.copy_candidates or config.augmentations_per_image
     if needs_copies and (config.regenerate == "on_demand" or from_memory):
-        from compress.on_demand import OnDemand  # imports ControlNet: seconds that other runs need not spend
+        from compress.training.on_demand import OnDemand  # imports ControlNet: seconds that other runs need not spend
 
         copies = OnDemand(
             data.paths,

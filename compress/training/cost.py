@@ -39,9 +39,11 @@ class Cost:
 
     def kept(self, image: Path) -> bytes | None:
         """What is kept of a train image, as it goes into the memory's file; None while it has not been made."""
-        path = image if self.form is None else self.paths.find_kept(image)
-        if path is None or self.form is None:
-            return path and path.read_bytes()
+        if self.form is None:
+            return image.read_bytes()
+        path = self.paths.find_kept(image)
+        if path is None:
+            return None
         try:
             width, height, bits_per_pixel = image_bits(image)
             return self.form.payload(path.read_bytes(), (height, width), bits_per_pixel != 24)
@@ -57,9 +59,10 @@ class Cost:
 
     def expected_bytes(self, image: Path) -> int:
         """The same, of what has not been made yet too: it is encoded in memory, unless its length is fixed."""
-        there = self.kept_bytes(image)
-        if there is not None:
-            return there
+        on_disk = self.kept_bytes(image)
+        if on_disk is not None:
+            return on_disk
+        assert self.form is not None
         try:
             return len(self.form.stand_in(image))
         except OSError as error:

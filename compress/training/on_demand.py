@@ -1,19 +1,19 @@
 """Copies made while training goes on, of the chosen exemplars alone (the trainer's `regenerate: on_demand`)."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.copies import Copies, by_settings, fingerprint, generator_of
-from compress.generators import build
+from compress.generators import Generator, build
 from compress.job import Data, Job
 from compress.options import parse_settings
 from compress.plan import Plan, plan
 from compress.records import MadeOtherwise, Records
 from compress.regenerate import Regenerator
 from compress.share import by_first, own_part, run_shared
+from compress.training.copies import Copies, by_settings, digests_of, generator_of
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.fabric import Fabric
@@ -30,21 +30,22 @@ class OnDemand(Copies):
     made with other settings.
     """
 
+    _digests: tuple[list[Path], dict[str, Any]] | None
+
     def __init__(self, paths: DatasetPaths, options: str, *, resolution: str, form: str, copies: int, fabric: Fabric):
         self.fabric = fabric
         try:
-            form, machine, words, download = parse_settings(options, resolution, form)
+            made_form, machine, words, download = parse_settings(options, resolution, form)
             if download:
                 build.download(machine.model)
-            self.generator = generator_of(form, words)
-            self.job = Job(Data(paths, tuple(range(copies))), form, machine, words)
+            self.generator = generator_of(made_form, words)
+            self.job = Job(Data(paths, tuple(range(copies))), made_form, machine, words)
             # A wrong path, and below copies of other settings, show now and not after the first phase.
-            self.model = build.fingerprint(machine) if form.needs_model else None
-            self.precision = fabric.broadcast(build.choose_precision(machine.precision, fabric.device, machine.engine))
+            self.recipe = fabric.broadcast(build.recipe_of(made_form, machine, fabric.device))
         except UserError as error:
             raise UserError(f"regenerate_options: {error}") from error
         if fabric.is_global_zero:
-            build.warn_of_settings(form, machine, paths.class_texts())
+            build.warn_of_settings(made_form, machine, paths.class_texts())
         some = [image for label in paths.classes() for image in paths.images(label)[:1]]
         todo = self._plan(paths, some, with_copies=True)
         self.made_by = by_settings(todo.records.copies.wanted(label) for label in paths.classes())
@@ -65,10 +66,10 @@ class OnDemand(Copies):
         """The same, for images of one dataset folder."""
         fabric, job = self.fabric, self.job
         paths = replace(job.data.paths, data_dir=root.parent)
-        todo = fabric.broadcast(by_first(fabric, lambda: self._plan(paths, images, with_copies)))
-        opened = nullcontext()
+        todo = by_first(fabric, lambda: self._plan(paths, images, with_copies))
+        opened: AbstractContextManager[Generator | None] = nullcontext()
         if todo.needs_generator:
-            opened = build.generator(job.form, job.machine, fabric.device, self.precision)
+            opened = build.generator(job.form, job.machine, fabric.device, self.recipe.precision)
         own = sum(len(task.copy_numbers) for task in own_part(fabric, todo.tasks))
         with opened as generate, progress(own, "copies", quiet=not fabric.is_global_zero) as bar:
             result = run_shared(fabric, Regenerator(paths, job.form, generate), todo, bar.update)
@@ -78,19 +79,19 @@ class OnDemand(Copies):
         self._forget()
         return result.copies_made
 
-    def fingerprint(self, exemplars: Sequence[Path]) -> dict[str, Any]:
+    def digests(self, exemplars: Sequence[Path]) -> dict[str, Any]:
         """Of these exemplars' copies."""
-        if self._fingerprint is None or self._fingerprint[0] != exemplars:
+        if self._digests is None or self._digests[0] != exemplars:
             data = self.job.data
-            self._fingerprint = list(exemplars), fingerprint(data.paths, exemplars, len(data.copy_numbers))
-        return self._fingerprint[1]
+            self._digests = list(exemplars), digests_of(data.paths, exemplars, len(data.copy_numbers))
+        return self._digests[1]
 
     def _forget(self) -> None:
-        self._fingerprint: tuple[list[Path], dict[str, Any]] | None = None
+        self._digests = None
 
     def _plan(self, paths: DatasetPaths, images: Sequence[Path], with_copies: bool) -> Plan:
         try:
-            records = Records(paths, self.job.form, self.model, self.precision, self.job.options)
+            records = Records(paths, self.recipe, self.job.options)
             return plan(records, images, self.job.data.copy_numbers if with_copies else ())
         except MadeOtherwise as error:
             raise UserError(

@@ -1,0 +1,201 @@
+"""The contract of exemplar forms: what is stored of an image, and what pictures come back from it."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from compress.forms.pictures import pixels
+from compress.presets import Preset
+from utils.data.images import image_bits
+from utils.data.paths import FormFiles
+
+WRONG_SIZE, OTHERWISE = "of the wrong size", "made otherwise"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What copies are made from, in memory.
+
+    size: (height, width) of the generated pictures; hint: what the control network sees, of that size: an edge map (HxW
+    uint8, 0 or 255) or a picture (HxWx3 uint8), None for no control; start: a picture (HxWx3 uint8) that copies start
+    from, or, for forms without a model, that they are;
+    code: of the noise of the first sampling steps (`ControlNet.cldm.codebook`), None where all noise is drawn freely.
+    """
+
+    size: tuple[int, int]
+    hint: np.ndarray | None = None
+    start: np.ndarray | None = None
+    code: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One copy to make.
+
+    text: the class's text; size: (height, width) of the image and so of the copy; greyscale: whether both are;
+    seed: of the initial noise.
+    """
+
+    image: Path
+    copy_number: int
+    text: str
+    condition: Condition
+    size: tuple[int, int]
+    greyscale: bool
+    seed: int
+
+
+class _Described(abc.ABC):
+    """What each form has as class attributes, or as fields of its own where they depend on its name."""
+
+    name: str
+    noun: str
+    files: FormFiles
+    needs_model: bool = True
+    has_start: bool = False
+    deterministic: bool = False
+    needs_weights: bool = False
+    encoded_by_generator: bool = False
+    fixed_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Form(_Described):
+    """A form and its settings.  Immutable and picklable.
+
+    name: as users write it; noun: what messages call a kept file; files: where kept files and copies lie (FormFiles);
+    needs_model: whether copies come from a diffusion model; has_start: whether they start from a kept picture;
+    deterministic: whether all copies of an image are equal; needs_weights: whether encoding takes a model (`using`);
+    encoded_by_generator: whether that is the generator's own, so that images are encoded in batches (`encode_batch`);
+    fixed_bytes: the length of every kept file, None where it depends on the image; never None where the form is
+    `encoded_by_generator`, and then as many zeros stand for some picture (`stand_in`).
+    """
+
+    preset: Preset
+
+    def using(self, machine: Any) -> "Form":
+        """This form with the model (`compress.job.Machine`) that encodes and decodes; most forms need none."""
+        return self
+
+    def release(self) -> None:
+        """Free the model that encoding and decoding have loaded, if any."""
+
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What a kept file depends on beside its image: plain values."""
+
+    @abc.abstractmethod
+    def encode(self, image: np.ndarray, text: str = "") -> bytes:
+        """What is kept of an image (HxWx3 RGB or HxW greyscale, uint8) whose class is called `text`.
+
+        Not called where the form is `encoded_by_generator`.
+        """
+
+    def prepared(self, image: np.ndarray) -> np.ndarray:
+        """The picture that `encode_batch` takes of an image: HxWx3 uint8, at the size at which it is encoded."""
+        return image
+
+    def encode_batch(self, pictures: Sequence[np.ndarray], texts: Sequence[str], generator: Any) -> list[bytes]:
+        """What is kept of images whose `prepared` pictures have one shape.
+
+        texts: their classes'; generator: of `compress.generators.build.make_generator`, with its model loaded.
+        Raises UserError.
+        """
+        return [self.encode(picture, text) for picture, text in zip(pictures, texts, strict=True)]
+
+    def stand_in(self, image: Path, text: str = "") -> bytes:
+        """Bytes as long as what is kept of a train image, from which copies can be made: to estimate sizes and times.
+
+        What is kept itself, unless its length is known without it.  Raises OSError with the path.
+        """
+        return self.encode(pixels(image), text) if self.fixed_bytes is None else bytes(self.fixed_bytes)
+
+    def payload(self, kept: bytes, size: tuple[int, int], greyscale: bool) -> bytes:
+        """What of a kept file counts, and goes into the memory's file: all but what earlier versions wrote around it.
+
+        size: (height, width) of the image.
+        """
+        return kept
+
+    @abc.abstractmethod
+    def condition(self, kept: bytes, size: tuple[int, int], greyscale: bool = False) -> Condition:
+        """What copies are made from.
+
+        size: (height, width) of the image; greyscale: whether it is.  Raises OSError for broken bytes.
+        """
+
+    def raw_bits(self, height: int, width: int, kept: Path | None = None) -> int | None:
+        """Bits that are kept of a height x width image as the paper counts them, before any coding; None where the form
+        has no such count.  kept: the file, where there is one; then it tells.  Raises OSError with its path.
+        """
+        return None
+
+    def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:
+        """(WRONG_SIZE or OTHERWISE, details) where a kept file is not what `encode` makes of its image.
+
+        Raises OSError for broken bytes.
+        """
+        return None if kept == self.encode(image) else (OTHERWISE, "the image gives another one")
+
+    def recoded(self, kept: bytes, image: np.ndarray) -> bytes | None:
+        """A kept file with an ending that is read but no longer written, as `encode` writes its content now.
+
+        The same copies come from both.  None where it is to stay as it is.  Raises OSError for broken bytes.
+        """
+        return None
+
+    def fits_by_size(self, kept: Path, size: tuple[int, int], kinds: Sequence[Mapping[str, Any]]) -> bool | None:
+        """Whether a kept file's size tells that it was made with these settings; None where sizes can't tell.
+
+        size: (height, width) of the image; kinds: all settings that the class's files may have, these ones last.
+        Raises OSError, with the path, for a file that can't be read.
+        """
+        return None
+
+    def copy_settings(self) -> dict[str, Any]:
+        """What a copy depends on beside image, number, class text, model and precision: plain values."""
+        if not self.needs_model:
+            return {"form": self.name, **self.settings()}
+        settings = asdict(self.preset)
+        del settings["name"]
+        for sampling in (settings["sampling"], settings["guess"]):
+            if sampling and not self.has_start:
+                del sampling["start_strength"]
+        return settings
+
+    def requests(self, image: Path, kept: bytes, text: str, numbers: Sequence[int]) -> list[Request]:
+        """The copies with these numbers of a train image, of which `kept` is kept."""
+        width, height, bits_per_pixel = image_bits(image)
+        size, greyscale = (height, width), bits_per_pixel != 24
+        condition = self.condition(kept, size, greyscale)
+        return [Request(image, k, text, condition, size, greyscale, self.seed(image, k)) for k in numbers]
+
+    def seed(self, image: Path, copy_number: int) -> int:
+        """Of the initial noise of an image's copy: as published, the copy's number."""
+        return copy_number
+
+    def save_copy(self, picture: np.ndarray, file: BinaryIO, greyscale: bool, mark: str | None = None) -> None:
+        """Write a copy (HxWx3 uint8) with its mark (see `compress.records`) as the comment: as a JPEG (4:2:0), or as a
+        PNG, which loses nothing, where `files.copy_ending` is ".png".
+
+        The copy of a greyscale image is greyscale: it stands in for its image.
+        """
+        image = Image.fromarray(picture).convert("L" if greyscale else "RGB")
+        if self.files.copy_ending == ".png":
+            about = PngInfo()
+            if mark:
+                about.add_text("Comment", mark)
+            image.save(file, "PNG", pnginfo=about)
+        else:
+            image.save(file, "JPEG", quality=self.preset.quality, **({"comment": mark.encode()} if mark else {}))
+
+
+def plural(noun: str) -> str:
+    """Of a word or a number of words: copy -> copies, edge map -> edge maps."""
+    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
