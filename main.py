@@ -25,7 +25,7 @@ from models.use import command as use
 from utils import cli
 from utils import log as logs
 from utils.config.read import load_config
-from utils.config.schema import Config, accelerator, as_dict
+from utils.config.schema import Config, as_dict
 from utils.config.show import help_text
 from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
 from utils.data.published import FETCHED, class_lists, curate_command, labels
@@ -105,7 +105,7 @@ def run(config: Config) -> dict:
     from models.method import fresh_backbone, network_input
     from utils.data.cache import open_cache
     from utils.data.classes import DataManager
-    from utils.devices import check_compiler, launch
+    from utils.devices import accelerator, check_compiler, launch
     from utils.results.history import check_loggers
 
     check_loggers(config.logger)
