@@ -145,8 +145,8 @@ class Config:
         "pescr",
         "in training. Large images: random crop and flip, with pescr and autoaugment also brightness and AutoAugment, "
         "with pycil brightness for ImageNet1000; small ones: crop, flip and brightness, with autoaugment also "
-        "AutoAugment and Cutout. PyCIL's names of datasets bring their own: cifar100_aa autoaugment, imagenet100 and "
-        "imagenet1000, spelt so, pycil",
+        "AutoAugment and Cutout. none: the test transform. PyCIL's names of datasets bring their own: cifar100_aa "
+        "autoaugment, imagenet100 and imagenet1000, spelt so, pycil",
     )
     augmentation_scope: Literal["all", "exemplars"] = setting("all", "which real images p applies to")
     regenerate: Literal["ahead", "on_demand"] = setting(

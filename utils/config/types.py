@@ -96,7 +96,7 @@ def _device(value: Any) -> Any:
     return [int(text) for text in texts]
 
 
-Augmentation = Literal["pescr", "pycil", "autoaugment"]
+Augmentation = Literal["pescr", "pycil", "autoaugment", "none"]
 Text = Annotated[str, BeforeValidator(_as_text), AfterValidator(_name_of_a_file)]
 """A number or true stands for its digits or letters."""
 Folder = Annotated[Text, AfterValidator(_folder)]
