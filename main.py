@@ -29,6 +29,7 @@ from utils.config.schema import Config, as_dict
 from utils.config.show import help_text
 from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
 from utils.data.published import FETCHED, class_lists, curate_command, labels
+from utils.early import check_files
 from utils.errors import UserError
 from utils.results import report
 from utils.results.output import Output, seed_folder
@@ -157,12 +158,11 @@ def run(config: Config) -> dict:
 
 
 def dataset_of(config: Config) -> tuple[Config, DatasetPaths]:
-    """The config with the name of the dataset's folder, and the dataset.  Raises UserError where it is not there."""
+    """The config with the name of the dataset's folder, and the dataset.  Raises UserError (`utils.early`)."""
     folder = data_dir(config.data_dir)
     config = replace(config, dataset=find_dataset(folder, config.dataset))
     paths = DatasetPaths(folder, config.dataset, config.variant)
-    for mode in ("test",) if config.memory_only else ("train", "test"):
-        paths.classes(mode)
+    check_files(config, paths)
     return config, paths
 
 

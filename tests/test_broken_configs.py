@@ -23,7 +23,7 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     make_shapes(folder)
     bare = make_shapes(folder, name="Bare")
-    shutil.rmtree(bare.folder("exemplars"))
+    shutil.rmtree(bare.folder("copies"))
     shutil.rmtree(make_shapes(folder, name="Lopsided").folder("test") / "red disc")
     (folder / "a file").touch()
     return folder

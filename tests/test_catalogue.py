@@ -144,6 +144,32 @@ def test_commands_that_answer_without_torch(code, arguments):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_what_the_file_system_tells_is_answered_without_torch(tmp_path):
+    make_shapes(tmp_path / "data", train=2, test=1, copies=0)
+    out, taken = tmp_path / "out", tmp_path / "taken"
+    values = {"dataset": "Shapes", "data_dir": str(tmp_path / "data"), "output_dir": str(out), "init_cls": 2}
+    values |= {"increment": 2, "model_name": "icarl", "convnet_type": "resnet8", "memory_per_class": 2}
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    (taken / "seed1993" / "checkpoints").mkdir(parents=True)
+    (taken / "seed1993" / "checkpoints" / "phase00.pt").touch()
+    (taken / "config.json").write_text(json.dumps({**values, "real_per_class": 1, "batch_size": 7}))
+    cases = {
+        "dataset=Shaeps": "Did you mean 'Shapes'?",
+        "init_cls=7": "choose 1 to 6",
+        "class_order=[a,b]": "'a' is no label",
+        f"output_dir={tmp_path / 'c.json'}": "c.json is not a folder",
+        f"output_dir={taken}": "holds another experiment (batch_size: 7 -> 128)",
+    }
+    script = "import sys, main\nfor case in sys.argv[2:]:\n    assert main.main(['--config', sys.argv[1], case]) == 2\n"
+    script += f"print([name for name in {HEAVY} if name in sys.modules])"
+    command = [sys.executable, "-c", script, str(tmp_path / "c.json"), *cases]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for line, words in zip(done.stderr.splitlines(), cases.values(), strict=True):
+        assert words in line
+    assert not out.exists()
+
+
 @pytest.mark.long
 def test_a_training_imports_no_more_than_it_needs(tmp_path):
     make_shapes(tmp_path / "data", train=2, test=1, copies=0)

@@ -29,7 +29,7 @@ def paths(tmp_path):
     for label in ("a b", "ü"):
         for i in range(8):
             image = save_noise(paths.folder("train") / label / f"{i}.png", i, (24, 24))
-            save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (24, 24), "1")
+            save_picture(paths.kept(image).with_suffix(".webp"), 0, (24, 24), "1")
     return paths
 
 
@@ -221,7 +221,7 @@ def test_units_and_bytes_are_those_of_the_files(paths):
     lengths = [
         {role: [len(bytes_of(item.image)) for item in memory.items() if (item.target, item.role) == (target, role)]
          for role, bytes_of in (("real", Path.read_bytes),
-                                ("edges", lambda image: encode(read(paths.find_edge_map(image).read_bytes(), (0, 0)))))}
+                                ("edges", lambda image: encode(read(paths.find_kept(image).read_bytes(), (0, 0)))))}
         for target in (0, 1)
     ]  # fmt: skip
     assert report["bytes_real"] - sum(len(image.read_bytes()) for image in real) == 2 * (1 + 1 + 2)
@@ -249,7 +249,7 @@ def test_an_empty_memory_has_a_report_too(paths):
 
 def test_costs_differ_from_class_to_class(paths):
     for image in paths.images("ü"):
-        save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (48, 48), "1")
+        save_picture(paths.kept(image).with_suffix(".webp"), 0, (48, 48), "1")
     memory = filled(paths)
     assert memory.units(0) == pytest.approx(R + S / 24)
     assert memory.units(1) == pytest.approx(R + 4 * S / 24)
@@ -259,7 +259,7 @@ def test_costs_differ_from_class_to_class(paths):
 
 def test_exemplars_over_the_true_budget_are_dropped_from_the_end_with_a_warning(paths, caplog):
     for image in paths.images("ü"):
-        save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (48, 48), "1")  # 4/24 units each
+        save_picture(paths.kept(image).with_suffix(".webp"), 0, (48, 48), "1")  # 4/24 units each
     with caplog.at_level(logging.WARNING):
         memory = filled(paths, budget=R + 9 / 24)
     chosen = expected_images(paths, "ü", 1)
@@ -279,18 +279,18 @@ def test_a_memory_exactly_on_budget_keeps_all(paths, caplog):
 
 def test_without_a_budget_nothing_is_dropped(paths):
     for image in paths.images("ü"):
-        save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (480, 480), "1")
+        save_picture(paths.kept(image).with_suffix(".webp"), 0, (480, 480), "1")
     assert len(filled(paths, budget=None).of(1)) == R + S
 
 
 def test_edge_maps_made_after_the_choice_count_from_then_on(paths, caplog):
     for image in paths.images("ü"):
-        paths.find_edge_map(image).unlink()
+        paths.find_kept(image).unlink()
     memory = filled(paths, budget=R + S / 24)
     assert memory.report()["edge_maps_missing"] == S
     assert len(memory.of(1)) == R + S
     for image in paths.images("ü"):
-        save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (48, 48), "1")
+        save_picture(paths.kept(image).with_suffix(".webp"), 0, (48, 48), "1")
     memory.enforce_budget()
     assert len(memory.of(0)) == R + S
     assert len(memory.of(1)) == R + 0  # 3/24 units are left, one prompt takes 4/24

@@ -8,7 +8,7 @@ from tests.folders import save_noise, save_picture
 from tests.test_budget import edges_cost
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory.budget import check_total, share
+from utils.memory.budget import check_total, moved_boundaries, share
 from utils.memory.exemplars import ExemplarMemory
 from utils.memory.selection import SELECTIONS, closest_to_mean, herding
 
@@ -22,7 +22,7 @@ def paths(tmp_path_factory):
     for c, label in enumerate(LABELS):
         for i in range(N):
             image = save_noise(paths.folder("train") / label / f"{i:02d}.png", 100 * c + i, (12, 12))
-            save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (12, 12), "1")
+            save_picture(paths.kept(image).with_suffix(".webp"), 0, (12, 12), "1")
     return paths
 
 
@@ -69,6 +69,13 @@ def filled(paths, memory, phases=(1, 1, 1, 1)):
 def test_a_share_is_whole_exemplars_in_the_ratio_given(units, real, synthetic, cost, expected):
     assert share(units, quotas(real, synthetic), {"real": 1.0, "edges": cost}) == list(expected)
     assert expected[0] + expected[1] * cost <= units + 1e-9
+
+
+def test_boundaries_between_forms_move_towards_the_start_alone():
+    assert moved_boundaries([2, 6], [1, 3]) == [1, 3]
+    assert moved_boundaries([2, 1], [1, 4]) == [1, 2]
+    assert moved_boundaries([2, 6], [3, 7]) == [2, 6]
+    assert moved_boundaries([2, 6], [0, 0]) == [0, 0]
 
 
 def test_a_share_of_many_forms_keeps_their_ratio():
@@ -134,7 +141,7 @@ def test_prompts_that_cost_more_than_was_foreseen_are_dropped_without_a_word(tmp
     memory.update({0: images}, [features_of(0)])
     assert len(memory.of(0)) == 2 + 8  # 3 / (2 + 6/24) times 2 and 6, whole ones
     for image in images:
-        save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (24, 24), "1")  # 4/24 units each
+        save_picture(paths.kept(image).with_suffix(".webp"), 0, (24, 24), "1")  # 4/24 units each
     memory.enforce_budget()
     assert len(memory.of(0)) == 2 + 6
     assert not caplog.records

@@ -26,9 +26,7 @@ PATIENCE = 10.0
 """Seconds within which a second signal is taken for the first one's echo: torchrun passes on what all have had."""
 
 
-NOTICES = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGUSR1"):  # not on Windows
-    NOTICES.append(signal.SIGUSR1)
+NOTICES = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 """Signals that ask a command to end."""
 
 

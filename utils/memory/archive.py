@@ -91,10 +91,10 @@ def extract(path: Path, folder: Path) -> int:
     Pictures become files that any viewer opens.  Raises UserError, and writes nothing, for a damaged file.
     """
     memory = read(path)
-    files, index = {}, {"dataset": memory.dataset, "forms": memory.forms, "texts": {}, "classes": []}
+    files: dict[Path, bytes] = {}
+    classes: list[dict[str, Any]] = []
     for record in memory.classes:
-        index["texts"][record.label] = record.text
-        index["classes"].append({"target": record.target, "label": record.label, "exemplars": []})
+        classes.append({"target": record.target, "label": record.label, "exemplars": []})
         for number, exemplar in enumerate(record.exemplars):
             name = None
             if exemplar.payload is not None:
@@ -103,7 +103,9 @@ def extract(path: Path, folder: Path) -> int:
                 files[folder / exemplar.form.replace(":", "-") / record.label / name] = content
             about = {"file": name, "form": exemplar.form}
             size = {} if exemplar.form == REAL else {"size": exemplar.row.size, "bits_per_pixel": exemplar.row.bits}
-            index["classes"][-1]["exemplars"].append(about | size)
+            classes[-1]["exemplars"].append(about | size)
+    texts = {record.label: record.text for record in memory.classes}
+    index = {"dataset": memory.dataset, "forms": memory.forms, "texts": texts, "classes": classes}
     files[folder / "memory.json"] = json.dumps(index, indent=1).encode()
     for file, content in files.items():
         _write(file, content)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
+
 from utils.data.items import REAL
 from utils.errors import UserError
 from utils.memory.forms import ExemplarForm
@@ -34,6 +36,16 @@ def share(units: float, quotas: Quotas, costs: Mapping[str, float]) -> list[int]
     whole = _units(quotas, costs)
     factor = units / whole if whole else 0.0
     return [int(number * factor + ROUNDING) for _, number in quotas]
+
+
+def moved_boundaries(before: Sequence[int], after: Sequence[int]) -> list[int]:
+    """The numbers of exemplars in each form when a class's share shrinks from `before` to `after`.
+
+    The boundaries between forms only move towards the start of the list: of 2 real exemplars and 6 edge maps, a share
+    of 1 and 3 leaves 1 and 3; of 2 and 1, a share of 1 and 4 leaves 1 and 2, as there are but three.
+    """
+    ends = np.minimum(np.cumsum(before), np.cumsum(after))
+    return np.diff(ends, prepend=0).tolist()
 
 
 def check_budget(quotas: Quotas, budget: float | None, costs: Mapping[str, float]) -> None:

@@ -13,9 +13,9 @@ import torch
 from utils.data.items import REAL, Item
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory.budget import ROUNDING, Quotas, fitting, share
+from utils.memory.budget import ROUNDING, Quotas, fitting, moved_boundaries, share
 from utils.memory.forms import ExemplarForm
-from utils.memory.report import measure
+from utils.memory.report import FormReport, MemoryReport
 from utils.memory.selection import SELECTIONS, select
 from utils.memory.share import ClassShare, row_of
 
@@ -158,7 +158,7 @@ class ExemplarMemory:
         """How many exemplars of each form a class has at present; the first image tells what each form costs."""
         if self.total is None or not images:
             return [number for _, number in self.quotas]
-        costs = {form: self.cost(form, images[0]) for form, number in self.quotas if number}
+        costs = {form: self._counted_cost(form, images[0]) for form, number in self.quotas if number}
         return share(self.total / self._nb_classes if units is None else units, self.quotas, costs)
 
     def _empty_share(self, target: int, images: Sequence[Path], text: str | None = None) -> ClassShare:
@@ -248,12 +248,12 @@ class ExemplarMemory:
         return sum(self._units_of_each(target), start=0.0)
 
     def _units_of_each(self, target: int) -> list[float]:
-        costs = []
-        for form, image in self.of(target):
-            if (cost := self.cost(form, image)) is None:
-                raise UserError(f"the form {form!r} has no count in units: set budget_in to bytes.")
-            costs.append(cost)
-        return costs
+        return [self._counted_cost(form, image) for form, image in self.of(target)]
+
+    def _counted_cost(self, form: str, image: Path) -> float:
+        if (cost := self.cost(form, image)) is None:
+            raise UserError(f"the form {form!r} has no count in units: set budget_in to bytes.")
+        return cost
 
     def cost(self, form: str, image: Path) -> float | None:
         """Units of an exemplar, None where its form has no such count.  They are kept once it has been made."""
@@ -280,8 +280,24 @@ class ExemplarMemory:
         return self.shares(target, expected=True)[-1].bytes
 
     def report(self) -> dict[str, Any]:
-        """What the memory takes, as results.json has it (`utils.memory.report.MemoryReport`)."""
-        return measure(self).to_json()
+        """What the memory takes, as results.json has it (`MemoryReport`)."""
+        exemplars = [exemplar for target in self.targets for exemplar in self.of(target)]
+        costs: dict[str, list[float | None]] = {form: [] for form, _ in self.quotas}
+        for form, image in exemplars:
+            costs[form].append(self.cost(form, image))
+        counted = not any(None in form_costs for form_costs in costs.values())
+        shares = [self.shares(target)[-1] for target in self.targets if self.of(target)]
+        total = self.budget * len(self.targets) if self.total is None and self.budget else self.total
+        return MemoryReport(
+            units=[self.units(target) for target in self.targets] if counted else None,
+            units_budget=self.budget,
+            units_budget_total=total,
+            class_bytes=[self.bytes(target) for target in self.targets],
+            bytes_budget=self.bytes_budget,
+            forms=[FormReport.of(form, costs[form], shares) for form in costs],
+            bytes_names=sum(share.names for share in shares),
+            bytes_if_all_real=sum(self.file_bytes[name_of(image)] for _, image in exemplars),
+        ).to_json()
 
     # Checkpoints
 
@@ -328,16 +344,6 @@ class ExemplarMemory:
             empty_share = self._empty_share(int(target), images, record["text"])
             self.classes[int(target)] = ClassExemplars(images, list(record["counts"]), empty_share, record.get("units"))
         self._nb_classes = max(len(self.classes), 1)
-
-
-def moved_boundaries(before: Sequence[int], after: Sequence[int]) -> list[int]:
-    """The numbers of exemplars in each form when a class's share shrinks from `before` to `after`.
-
-    The boundaries between forms only move towards the start of the list: of 2 real exemplars and 6 edge maps, a share
-    of 1 and 3 leaves 1 and 3; of 2 and 1, a share of 1 and 4 leaves 1 and 2, as there are but three.
-    """
-    ends = np.minimum(np.cumsum(before), np.cumsum(after))
-    return np.diff(ends, prepend=0).tolist()
 
 
 def name_of(image: Path) -> tuple[str, str]:

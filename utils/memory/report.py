@@ -1,12 +1,11 @@
 """What an exemplar memory takes, in units and in bytes."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from utils.data.items import REAL
-
-if TYPE_CHECKING:
-    from utils.memory.exemplars import ExemplarMemory
+from utils.memory.share import ClassShare
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,14 @@ class FormReport:
     units: float | None
     bytes: int
     missing: int
+
+    @classmethod
+    def of(cls, form: str, costs: Sequence[float | None], shares: Sequence[ClassShare]) -> "FormReport":
+        """costs: units of each exemplar; shares: what each class takes in the memory's file."""
+        known = [cost for cost in costs if cost is not None]
+        units = float(sum(known)) if len(known) == len(costs) else None
+        parts = [part for share in shares for part in share.forms if part.form == form]
+        return cls(form, len(costs), units, sum(part.bytes for part in parts), sum(part.missing for part in parts))
 
 
 @dataclass(frozen=True)
@@ -63,37 +70,3 @@ class MemoryReport:
             "bytes_if_all_real": self.bytes_if_all_real,
             "edge_maps_missing": sum(form.missing for form in others),
         }
-
-
-def measure(memory: "ExemplarMemory") -> MemoryReport:
-    """What a memory takes."""
-    exemplars = [exemplar for target in memory.targets for exemplar in memory.of(target)]
-    shares = [memory.shares(target)[-1] for target in memory.targets if memory.of(target)]
-    forms = []
-    for form in dict.fromkeys(form for form, _ in memory.quotas):
-        costs = [memory.cost(form, image) for other, image in exemplars if other == form]
-        in_file = [part for share in shares for part in share.forms if part.form == form]
-        known = [cost for cost in costs if cost is not None]
-        forms.append(
-            FormReport(
-                form,
-                exemplars=len(costs),
-                units=float(sum(known)) if len(known) == len(costs) else None,
-                bytes=sum(part.bytes for part in in_file),
-                missing=sum(part.missing for part in in_file),
-            )
-        )
-    counted = all(form.units is not None for form in forms)
-    total = memory.total
-    if total is None and memory.budget:
-        total = memory.budget * len(memory.targets)
-    return MemoryReport(
-        units=[memory.units(target) for target in memory.targets] if counted else None,
-        units_budget=memory.budget,
-        units_budget_total=total,
-        class_bytes=[memory.bytes(target) for target in memory.targets],
-        bytes_budget=memory.bytes_budget,
-        forms=forms,
-        bytes_names=sum(share.names for share in shares),
-        bytes_if_all_real=sum(memory.file_bytes[image.parent.name, image.name] for _, image in exemplars),
-    )
