@@ -97,8 +97,6 @@ class ExemplarMemory:
         self.file_bytes: dict[tuple[str, str], int] = {}  # of images by class and name, which may be gone by now
         self.chosen_copies: dict[Path, tuple[int, ...]] = {}
 
-    # What changes it
-
     def update(
         self,
         classes: Mapping[int, Sequence[Path]],
@@ -122,22 +120,19 @@ class ExemplarMemory:
                 exemplars.cut(moved_boundaries(exemplars.counts, self._share(exemplars.images)))
                 self._drop_excess(target)
         for (target, images), rows in zip(classes.items(), features, strict=True):
-            self._add(target, images, rows, units(target))
-
-    def _add(
-        self, target: int, images: Sequence[Path], features: np.ndarray | torch.Tensor, units: float | None
-    ) -> None:
-        if len(images) != len(features):
-            raise ValueError(f"{len(images)} images, {len(features)} features")
-        counts = self._share(images, units)
-        chosen = [images[i] for i in self.select(target, features, min(sum(counts), len(images)))]
-        self.file_bytes |= {name_of(image): image.stat().st_size for image in chosen}
-        exemplars = ClassExemplars(chosen, counts, self._empty_share(target, images), units)
-        if self.bytes_budget is not None:
-            counts = fitting(chosen, self.quotas, self.forms, exemplars.empty_share, self.bytes_budget)
-        exemplars.cut(counts)
-        self.classes[target] = exemplars
-        self._drop_excess(target)
+            if len(images) != len(rows):
+                raise ValueError(f"{len(images)} images, {len(rows)} features")
+            own_units = units(target)
+            counts = self._share(images, own_units)
+            chosen = [images[i] for i in self.select(target, rows, min(sum(counts), len(images)))]
+            self.file_bytes |= {name_of(image): image.stat().st_size for image in chosen}
+            label = images[0].parent.name if images else ""
+            empty = ClassShare.empty(target, label, self.paths.class_texts([label])[label], self.forms_in_use)
+            if self.bytes_budget is not None:
+                counts = fitting(chosen, self.quotas, self.forms, empty, self.bytes_budget)
+            self.classes[target] = ClassExemplars(chosen, counts, empty, own_units)
+            self.classes[target].cut(counts)
+            self._drop_excess(target)
 
     def enforce_budget(self) -> None:
         """Drop the last exemplars of each class that are not real until its true cost is within its budget.
@@ -158,12 +153,9 @@ class ExemplarMemory:
         """How many exemplars of each form a class has at present; the first image tells what each form costs."""
         if self.total is None or not images:
             return [number for _, number in self.quotas]
-        costs = {form: self._counted_cost(form, images[0]) for form, number in self.quotas if number}
-        return share(self.total / self._nb_classes if units is None else units, self.quotas, costs)
-
-    def _empty_share(self, target: int, images: Sequence[Path], text: str | None = None) -> ClassShare:
-        label = images[0].parent.name if images else ""
-        return ClassShare.empty(target, label, text or self.paths.class_texts([label])[label], self.forms_in_use)
+        costs = self._costs([(form, images[0]) for form in self.forms_in_use])
+        costs_of_forms = dict(zip(self.forms_in_use, costs, strict=True))
+        return share(self.total / self._nb_classes if units is None else units, self.quotas, costs_of_forms)
 
     def _drop_excess(self, target: int) -> None:
         """Drop a class's last exemplars that are not real until it is within its budget."""
@@ -173,7 +165,7 @@ class ExemplarMemory:
             if budget is None:
                 return
             limit, words = budget + ROUNDING, f"{budget:g} units"
-            taken: list[float] = list(accumulate(self._units_of_each(target), initial=0.0))
+            taken: list[float] = list(accumulate(self._costs(self.of(target)), initial=0.0))
         else:
             limit, words = self.bytes_budget, f"{self.bytes_budget:,} bytes"
             taken = [share.bytes for share in self.shares(target, expected=True)]
@@ -193,8 +185,6 @@ class ExemplarMemory:
                 before,
                 words,
             )
-
-    # What reads it
 
     def select(self, target: int, features: np.ndarray | torch.Tensor, m: int) -> list[int]:
         """m indices of a class's rows of features in order of choice; the first m - 1 are the choice of m - 1."""
@@ -245,15 +235,16 @@ class ExemplarMemory:
 
         Raises UserError for a form that has no count in units.
         """
-        return sum(self._units_of_each(target), start=0.0)
+        return sum(self._costs(self.of(target)), start=0.0)
 
-    def _units_of_each(self, target: int) -> list[float]:
-        return [self._counted_cost(form, image) for form, image in self.of(target)]
-
-    def _counted_cost(self, form: str, image: Path) -> float:
-        if (cost := self.cost(form, image)) is None:
-            raise UserError(f"the form {form!r} has no count in units: set budget_in to bytes.")
-        return cost
+    def _costs(self, exemplars: Sequence[tuple[str, Path]]) -> list[float]:
+        """Units of each (form, image)."""
+        costs = []
+        for form, image in exemplars:
+            if (cost := self.cost(form, image)) is None:
+                raise UserError(f"the form {form!r} has no count in units: set budget_in to bytes.")
+            costs.append(cost)
+        return costs
 
     def cost(self, form: str, image: Path) -> float | None:
         """Units of an exemplar, None where its form has no such count.  They are kept once it has been made."""
@@ -299,8 +290,6 @@ class ExemplarMemory:
             bytes_if_all_real=sum(self.file_bytes[name_of(image)] for _, image in exemplars),
         ).to_json()
 
-    # Checkpoints
-
     def state_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON and for `torch.load(weights_only=True)`.
 
@@ -341,8 +330,9 @@ class ExemplarMemory:
             self.chosen_copies |= {
                 i: tuple(numbers) for i, numbers in zip(images, record["copies"], strict=True) if numbers
             }
-            empty_share = self._empty_share(int(target), images, record["text"])
-            self.classes[int(target)] = ClassExemplars(images, list(record["counts"]), empty_share, record.get("units"))
+            label = images[0].parent.name if images else ""
+            empty = ClassShare.empty(int(target), label, record["text"], self.forms_in_use)
+            self.classes[int(target)] = ClassExemplars(images, list(record["counts"]), empty, record.get("units"))
         self._nb_classes = max(len(self.classes), 1)
 
 
