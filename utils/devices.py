@@ -7,6 +7,7 @@ import atexit
 import os
 import time
 from datetime import timedelta
+from typing import Literal
 
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
@@ -25,12 +26,14 @@ _ENDED = "escort: exit code of the first process that ended"
 _LEFT = "escort: processes that know"
 
 
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
 _device: torch.device | None = None
 """That of the Fabric that was launched last."""
 
 
 def launch(
-    accelerator: str, devices: int | list[int], precision: str = "32-true", patience: timedelta | None = None
+    accelerator: str, devices: int | list[int], precision: Precision = "32-true", patience: timedelta | None = None
 ) -> Fabric:
     """The launched Fabric.  On GPUs too float32 is float32, and kernels are not chosen by timing.
 
@@ -57,7 +60,7 @@ def launch(
             raise UserError(f'there is no device cuda:{asked}; {there}. Choose another, or "cpu".')
     if precision == "16-mixed" and accelerator == "cpu":
         raise UserError("precision: 16-mixed needs a GPU, and this runs on the CPU. Use 32-true or bf16-mixed.")
-    strategy = "auto"
+    strategy: DDPStrategy | Literal["auto"] = "auto"
     if per_node * nodes > 1 or (isinstance(devices, list) and len(devices) > 1):
         backend = None if patience is None else "gloo"
         strategy = DDPStrategy(process_group_backend=backend, timeout=patience or _PATIENCE)

