@@ -46,18 +46,18 @@ def launch(
     Raises UserError for a device that is not there, more processes than GPUs, or a precision that the device lacks.
     """
     per_node, nodes = started_processes()
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator == "auto":
-        accelerator = "cuda" if found else "cpu"
+        accelerator = "cuda" if gpus else "cpu"
     if per_node * nodes > 1:
-        if accelerator == "cuda" and per_node > found:
-            raise UserError(f"{per_node} processes were started on this machine, which has {found} GPUs for them.")
+        if accelerator == "cuda" and per_node > gpus:
+            raise UserError(f"{per_node} processes were started on this machine, which has {gpus} GPUs for them.")
         devices = per_node
     elif accelerator == "cuda":
-        asked = max(devices) if isinstance(devices, list) else devices - 1
-        if asked >= found:
-            there = f"this machine has CUDA devices 0 to {found - 1}" if found else "this machine has no CUDA device"
-            raise UserError(f'there is no device cuda:{asked}; {there}. Choose another, or "cpu".')
+        highest = max(devices) if isinstance(devices, list) else devices - 1
+        if highest >= gpus:
+            available = f"this machine has CUDA devices 0 to {gpus - 1}" if gpus else "this machine has no CUDA device"
+            raise UserError(f'there is no device cuda:{highest}; {available}. Choose another, or "cpu".')
     if precision == "16-mixed" and accelerator == "cpu":
         raise UserError("precision: 16-mixed needs a GPU, and this runs on the CPU. Use 32-true or bf16-mixed.")
     strategy: DDPStrategy | Literal["auto"] = "auto"

@@ -110,13 +110,13 @@ class TrainingSet(Batched):
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
         index = np.array([index for _, index in keys], np.int64)
-        of_epochs = np.array([_epoch_state(*self._seeds, epoch) for epoch, _ in keys], np.uint64)
+        epoch_states = np.array([_epoch_state(*self._seeds, epoch) for epoch, _ in keys], np.uint64)
         # Each item has its own state, and from it one state for the choice of copy and one for the transform.
-        states = random_bits(random_bits(of_epochs + index.astype(np.uint64), 1)[:, 0], 2)
+        states = random_bits(random_bits(epoch_states + index.astype(np.uint64), 1)[:, 0], 2)
         replaced, number = uniform(states[:, 0], 2).T
         number = (number * self.augmentations_per_image).astype(int)
-        shown = np.where(replaced < self._copy_prob[index], number, _ITSELF)
-        pictures = [self._picture(*place) for place in zip(index.tolist(), shown.tolist(), strict=True)]
+        copy_numbers = np.where(replaced < self._copy_prob[index], number, _ITSELF)
+        pictures = [self._picture(*choice) for choice in zip(index.tolist(), copy_numbers.tolist(), strict=True)]
         images = self.transform(pictures, states[:, 1])
         return torch.from_numpy(index), images, torch.from_numpy(self._targets[index])
 

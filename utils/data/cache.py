@@ -206,7 +206,7 @@ def open_cache(
         if not _OPEN_FILES.is_dir():
             log.info("cache: worker processes have no part in it on this system; num_workers=0 or cache=disk uses it")
         return _in_memory(budget, prepare)
-    contents = {os.path.abspath(of_folder[0].parent): content_digest(of_folder) for of_folder in images if of_folder}
+    contents = {os.path.abspath(files[0].parent): content_digest(files) for files in images if files}
     of = "\0".join([str(root.absolute()), Image.__version__, *(features.version(lib) or "" for lib in ("jpg", "webp"))])
     name = hashlib.sha256(os.fsencode(of)).hexdigest()[:16]  # decoders of other versions may round differently
     try:

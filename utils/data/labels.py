@@ -20,8 +20,8 @@ def class_labels(paths: DatasetPaths, class_sort: Literal["text", "number"], old
         train = test
         with suppress(UserError):  # not one is left
             train = sorted({*test, *paths.classes("train")})
-    for mode, here, other, there in (("train", train, "test", test), ("test", test, "train", train)):
-        if only := sorted(set(here) - set(there)):
+    for mode, own, other, others in (("train", train, "test", test), ("test", test, "train", train)):
+        if only := sorted(set(own) - set(others)):
             raise UserError(
                 f"{len(only)} classes of {paths.folder(mode)} have no folder in {paths.folder(other)}, the first is "
                 f"{only[0]!r}: train and test need the same class folders."

@@ -178,21 +178,21 @@ class DatasetPaths:
         their accents are composed or not.  Bytes of a label that are not UTF-8 become "?".  For all classes, logs a
         warning about entries that match none.
         """
-        given, every = self._class_names(), labels is None
+        entries, every = self._class_names(), labels is None
         labels = self.classes() if labels is None else labels
         texts = {
-            label: given.get(unicodedata.normalize("NFC", label), label).encode("utf-8", "replace").decode()
+            label: entries.get(unicodedata.normalize("NFC", label), label).encode("utf-8", "replace").decode()
             for label in labels
         }
         if not every:
             return texts
-        unused = given.keys() - {unicodedata.normalize("NFC", label) for label in labels}
+        unused = entries.keys() - {unicodedata.normalize("NFC", label) for label in labels}
         if unused and self._warn_once("class_names.json"):
             log.warning(
                 "%s: %d of its %d entries match no class folder, such as %r",
                 self.root / "class_names.json",
                 len(unused),
-                len(given),
+                len(entries),
                 min(unused),
             )
         return texts

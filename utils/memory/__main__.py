@@ -16,8 +16,8 @@ def command(arguments: Sequence[str] | None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="what the memory holds, in exemplars and bytes")
     extract = commands.add_parser("extract", help="write its files into a folder")
-    for each in (show, extract):
-        each.add_argument("file", type=cli.path, help="a run's memory/phaseNN.memory")
+    for subcommand in (show, extract):
+        subcommand.add_argument("file", type=cli.path, help="a run's memory/phaseNN.memory")
     extract.add_argument("--to", metavar="FOLDER", type=cli.path, help="[FILE without its ending]")
     options = parser.parse_args(arguments)
     if options.command == "extract":

@@ -168,7 +168,7 @@ def check(memory: Memory) -> None:
         raise DamagedError(f"its dataset and forms are {names!r}")
     if not all(isinstance(settings, dict) for settings in memory.forms.values()):
         raise DamagedError("its forms have no settings")
-    targets, labels = [[getattr(each, key) for each in memory.classes] for key in ("target", "label")]
+    targets, labels = [[getattr(record, key) for record in memory.classes] for key in ("target", "label")]
     if len({*targets}) < len(targets) or len({*labels}) < len(labels):
         raise DamagedError("a class is there twice")
     for record in memory.classes:
