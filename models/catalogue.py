@@ -38,9 +38,10 @@ _FACTS = MethodInfo._fields[2:]
 
 
 class _Class(NamedTuple):
-    """A class statement at a file's top level.  facts: those of `_FACTS` that it sets itself."""
+    """A class statement at a file's top level.  settings: its file's; facts: those of `_FACTS` that it sets itself."""
 
     module: str
+    settings: type | None
     bases: list[str]
     method: str | None
     facts: dict[str, Any]
@@ -52,36 +53,30 @@ def methods(folder: Path = FOLDER) -> dict[str, MethodInfo]:
 
     Raises UserError for a class variable of `_FACTS` that is no literal.
     """
-    classes: dict[str, _Class] = {}
-    settings: dict[str, type] = {}
-    for file in sorted(folder.glob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef) and node.name == "Settings":
-                settings[file.stem] = _compiled(tree, node, file)
-            elif isinstance(node, ast.ClassDef):
-                classes[node.name] = _described(node, file)
-    infos = []
+    classes, infos = _classes(folder), {}
     for name, described in classes.items():
         if described.method:
             ancestors = _ancestors(name, classes)
-            own = _joined(
-                [settings[module] for module in dict.fromkeys(c.module for c in ancestors) if module in settings]
-            )
+            settings = _joined(list(dict.fromkeys(c.settings for c in ancestors if c.settings is not None)))
             facts = dict(ChainMap(*(ancestor.facts for ancestor in ancestors)))
-            infos.append(MethodInfo(described.method, own, **facts))
-    return {info.name: info for info in sorted(infos, key=lambda info: info.name)}
+            infos[described.method] = MethodInfo(described.method, settings, **facts)
+    return dict(sorted(infos.items()))
+
+
+def class_names(folder: Path = FOLDER) -> dict[str, tuple[str, str]]:
+    """Method name -> (module, class)."""
+    return {c.method: (c.module, name) for name, c in _classes(folder).items() if c.method}
 
 
 @cache
-def class_names(folder: Path = FOLDER) -> dict[str, tuple[str, str]]:
-    """Method name -> (module, class)."""
-    names = {}
+def _classes(folder: Path) -> dict[str, _Class]:
+    classes = {}
     for file in sorted(folder.glob("*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and (method := _described(node, file).method):
-                names[method] = (file.stem, node.name)
-    return names
+        tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+        nodes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        settings = _compiled(tree, nodes.pop("Settings"), file) if "Settings" in nodes else None
+        classes.update({name: _described(node, file, settings) for name, node in nodes.items()})
+    return classes
 
 
 def load(name: str) -> type:
@@ -95,7 +90,7 @@ def backbones() -> tuple[str, ...]:
     return (*BACKBONES, *(f"{library}NAME" for library in LIBRARIES))
 
 
-def _described(node: ast.ClassDef, file: Path) -> _Class:
+def _described(node: ast.ClassDef, file: Path, settings: type | None) -> _Class:
     facts = {}
     for statement in node.body:
         target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
@@ -108,7 +103,7 @@ def _described(node: ast.ClassDef, file: Path) -> _Class:
             facts[target.id] = value.value
     keywords = {keyword.arg: keyword.value for keyword in node.keywords}
     method = str(ast.literal_eval(keywords["name"])) if "name" in keywords else None
-    return _Class(file.stem, [ast.unparse(base) for base in node.bases], method, facts)
+    return _Class(file.stem, settings, [ast.unparse(base) for base in node.bases], method, facts)
 
 
 def _ancestors(name: str, classes: dict[str, _Class]) -> list[_Class]:
