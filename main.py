@@ -25,10 +25,11 @@ from models.use import command as use
 from utils import cli
 from utils import log as logs
 from utils.config.read import load_config
-from utils.config.schema import Config, accelerator, as_dict
+from utils.config.schema import Config, as_dict
 from utils.config.show import help_text
 from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
 from utils.data.published import FETCHED, class_lists, curate_command, labels
+from utils.early import check_files
 from utils.errors import UserError
 from utils.results import report
 from utils.results.output import Output, seed_folder
@@ -105,7 +106,7 @@ def run(config: Config) -> dict:
     from models.method import fresh_backbone, network_input
     from utils.data.cache import open_cache
     from utils.data.classes import DataManager
-    from utils.devices import check_compiler, launch
+    from utils.devices import accelerator, check_compiler, launch
     from utils.results.history import check_loggers
 
     check_loggers(config.logger)
@@ -157,12 +158,11 @@ def run(config: Config) -> dict:
 
 
 def dataset_of(config: Config) -> tuple[Config, DatasetPaths]:
-    """The config with the name of the dataset's folder, and the dataset.  Raises UserError where it is not there."""
+    """The config with the name of the dataset's folder, and the dataset.  Raises UserError (`utils.early`)."""
     folder = data_dir(config.data_dir)
     config = replace(config, dataset=find_dataset(folder, config.dataset))
     paths = DatasetPaths(folder, config.dataset, config.variant)
-    for mode in ("test",) if config.memory_only else ("train", "test"):
-        paths.classes(mode)
+    check_files(config, paths)
     return config, paths
 
 

@@ -32,14 +32,14 @@ def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: i
     texts = paths.class_texts()
     rows = []
     for label in list(texts)[:most_classes]:
-        image = next((image for image in paths.images(label) if paths.find_edge_map(image)), None)
+        image = next((image for image in paths.images(label) if paths.find_kept(image)), None)
         if image is not None:
             rows.append((texts[label], image))
     if not rows:
-        raise UserError(f"{paths.folder('edge_maps')} has no edge maps yet: run compress/run.py first.")
+        raise UserError(f"{paths.folder('kept')} has no edge maps yet: run compress/run.py first.")
     there = [[copy for k in range(copies) if (copy := paths.copy(image, k)).is_file()] for _, image in rows]
     if copies and not any(there):
-        raise UserError(f"{paths.folder('exemplars')} has no copies yet: run compress/run.py first, or set --copies 0.")
+        raise UserError(f"{paths.folder('copies')} has no copies yet: run compress/run.py first, or set --copies 0.")
     columns = ["image", "edge map", *(f"copy {k}" for k in range(max(map(len, there))))]
     figure = Figure(figsize=(1.1 * len(columns) + 0.6, 1.1 * len(rows) + 0.3), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -66,7 +66,7 @@ def _picture(path: Path) -> Image.Image:
 
 def _edge_map(paths: DatasetPaths, image: Path) -> np.ndarray:
     """HxWx3 uint8.  A coded map's size follows from the image's and the recorded settings."""
-    label, kept = image.parent.name, paths.find_edge_map(image)
+    label, kept = image.parent.name, paths.find_kept(image)
     recorded = recorded_settings(paths.folder("kept"), [label])[label] or {}
     names = {each.name for each in fields(HIGH)}
     form = Edges(replace(HIGH, **{name: value for name, value in recorded.items() if name in names}))

@@ -10,6 +10,7 @@ parsing the file; of its code only `Settings` and the imports that it may need a
 import ast
 import dataclasses
 import importlib
+from collections import ChainMap
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from convs import BACKBONES, LIBRARIES
 from utils.config.schema import MethodInfo
 from utils.config.show import markdown
+from utils.errors import UserError
 
 FOLDER = Path(__file__).parent
 _LIGHT = (
@@ -31,54 +33,56 @@ _LIGHT = (
 """Modules that the code of a `Settings` may import from."""
 
 
+_FACTS = MethodInfo._fields[2:]
+"""Class variables of a method that the config must know; each is written as a literal."""
+
+
 class _Class(NamedTuple):
-    """A class statement at a file's top level. constants: its attributes that are plain values."""
+    """A class statement at a file's top level.  settings: its file's; facts: those of `_FACTS` that it sets itself."""
 
     module: str
-    bases: tuple[str, ...]
+    settings: type | None
+    bases: list[str]
     method: str | None
-    constants: dict[str, Any]
+    facts: dict[str, Any]
 
 
 @cache
 def methods(folder: Path = FOLDER) -> dict[str, MethodInfo]:
-    """What the config has to know of every method in a folder, by name, sorted."""
-    classes: dict[str, _Class] = {}
-    settings: dict[str, type] = {}
-    for file in sorted(folder.glob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef) and node.name == "Settings":
-                settings[file.stem] = _compiled(tree, node, file)
-            elif isinstance(node, ast.ClassDef):
-                classes[node.name] = _described(node, file.stem)
-    found = {}
+    """What the config has to know of every method in a folder, by name, sorted.
+
+    Raises UserError for a class variable of `_FACTS` that is no literal.
+    """
+    classes, infos = _classes(folder), {}
     for name, described in classes.items():
         if described.method:
-            line = _ancestors(name, classes)
-            own = _joined(list(dict.fromkeys(settings[of.module] for of in line if of.module in settings)))
-            facts = {}
-            for of in line[::-1]:
-                facts |= {key: value for key, value in of.constants.items() if key in MethodInfo._fields[2:]}
-            found[described.method] = MethodInfo(described.method, own, **facts)
-    return dict(sorted(found.items()))
+            ancestors = _ancestors(name, classes)
+            settings = _joined(list(dict.fromkeys(c.settings for c in ancestors if c.settings is not None)))
+            facts = dict(ChainMap(*(ancestor.facts for ancestor in ancestors)))
+            infos[described.method] = MethodInfo(described.method, settings, **facts)
+    return dict(sorted(infos.items()))
+
+
+def class_names(folder: Path = FOLDER) -> dict[str, tuple[str, str]]:
+    """Method name -> (module, class)."""
+    return {c.method: (c.module, name) for name, c in _classes(folder).items() if c.method}
 
 
 @cache
-def class_names(folder: Path = FOLDER) -> dict[str, tuple[str, str]]:
-    """Method name -> (module, class)."""
-    places = {}
+def _classes(folder: Path) -> dict[str, _Class]:
+    classes = {}
     for file in sorted(folder.glob("*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and (method := _described(node, file.stem).method):
-                places[method] = (file.stem, node.name)
-    return places
+        tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+        nodes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        settings = _compiled(tree, nodes.pop("Settings"), file) if "Settings" in nodes else None
+        classes.update({name: _described(node, file, settings) for name, node in nodes.items()})
+    return classes
 
 
 def load(name: str) -> type:
     """The class of a method, imported now."""
-    module, of_class = class_names()[name]
-    return getattr(importlib.import_module(f"models.{module}"), of_class)
+    module, class_name = class_names()[name]
+    return getattr(importlib.import_module(f"models.{module}"), class_name)
 
 
 def backbones() -> tuple[str, ...]:
@@ -86,26 +90,31 @@ def backbones() -> tuple[str, ...]:
     return (*BACKBONES, *(f"{library}NAME" for library in LIBRARIES))
 
 
-def _described(node: ast.ClassDef, module: str) -> _Class:
-    named = {keyword.arg: keyword.value for keyword in node.keywords}
-    constants = {}
+def _described(node: ast.ClassDef, file: Path, settings: type | None) -> _Class:
+    facts = {}
     for statement in node.body:
         target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
-        if isinstance(target, ast.Name) and isinstance(getattr(statement, "value", None), ast.Constant):
-            constants[target.id] = statement.value.value
-    name = named["name"].value if isinstance(named.get("name"), ast.Constant) else None
-    return _Class(module, tuple(ast.unparse(base) for base in node.bases), name, constants)
+        value = getattr(statement, "value", None)
+        if isinstance(target, ast.Name) and target.id in _FACTS and value is not None:
+            if not isinstance(value, ast.Constant):
+                raise UserError(
+                    f"{file}, line {value.lineno}: {target.id} must be a literal, as it is read from source."
+                )
+            facts[target.id] = value.value
+    keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+    method = str(ast.literal_eval(keywords["name"])) if "name" in keywords else None
+    return _Class(file.stem, settings, [ast.unparse(base) for base in node.bases], method, facts)
 
 
 def _ancestors(name: str, classes: dict[str, _Class]) -> list[_Class]:
     """A class and those it derives from, nearest first, as far as they are in the folder."""
-    line, waiting = [], [name]
+    ancestors, waiting = [], [name]
     while waiting:
         described = classes.get(waiting.pop(0))
         if described is not None:
-            line.append(described)
+            ancestors.append(described)
             waiting += described.bases
-    return line
+    return ancestors
 
 
 def _joined(settings: list[type]) -> type | None:
@@ -117,8 +126,7 @@ def _joined(settings: list[type]) -> type | None:
 
 def _compiled(tree: ast.Module, node: ast.ClassDef, file: Path) -> type:
     """The class of a `Settings` statement, made from that statement and the file's light imports alone."""
-    imports = [s for s in tree.body if isinstance(s, ast.Import) and all(a.name in _LIGHT for a in s.names)]
-    imports += [s for s in tree.body if isinstance(s, ast.ImportFrom) and s.module in _LIGHT]
+    imports = [s for s in tree.body if isinstance(s, ast.ImportFrom) and s.module in _LIGHT]
     namespace: dict[str, Any] = {"__name__": f"models.{file.stem}"}
     code = compile(ast.Module([*imports, node], []), str(file), "exec")
     exec(code, namespace)

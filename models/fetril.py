@@ -36,7 +36,7 @@ class FeTrIL(Method, name="fetril"):
 
     @property
     def augmentation(self) -> Augmentation | None:
-        return "autoaugment" if self.config.augmentation != "pycil" else None
+        return "autoaugment" if self.config.augmentation not in ("pycil", "none") else None
 
     def stages(self) -> list[Stage]:
         return super().stages() if self.phase == 0 else []

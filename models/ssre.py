@@ -57,7 +57,7 @@ class SSRE(PrototypeMethod, name="ssre"):
 
     @property
     def augmentation(self) -> Augmentation | None:
-        return "autoaugment" if self.phase == 1 and self.config.augmentation != "pycil" else None
+        return "autoaugment" if self.phase == 1 and self.config.augmentation not in ("pycil", "none") else None
 
     def before_batch(self) -> None:
         super().before_batch()

@@ -200,12 +200,10 @@ class Trainer:
         if not method.uses_memory:
             return None
         there = frozenset(self.shown())
-        memory.make_room(method.nb_seen)
         targets = self.data.phase_targets(method.phase)
         images = [self.data.train_images(target) for target in targets]
         features = self.run.features(method.evaluated, images, method.describe("choosing exemplars"))
-        for target, of_class, rows in zip(targets, images, features, strict=True):
-            memory.add_class(target, of_class, rows, method.exemplar_units(target))
+        memory.update(dict(zip(targets, images, strict=True)), features, method.exemplar_units)
         self.make_kept(there)
         self._archive()
         if self.config.memory_only:
@@ -226,8 +224,7 @@ class Trainer:
         if copies is None:
             return
         copies.make([image for image in self.shown() if image not in there], with_copies=False)
-        for target in memory.targets:  # edge maps cost what they cost
-            memory.enforce_budget(target)
+        memory.enforce_budget()  # edge maps cost what they cost
 
     def make_copies(self, phase: int, there: Collection[Path] = ()) -> int | None:
         """Make what is missing of the exemplars' copies, where these are read again.
@@ -256,8 +253,6 @@ class Trainer:
         """From now on the exemplars are those of a phase's archive, unpacked beside it."""
         run, path = self.run, self._archive_path(phase)
         data_dir = path.with_name("unpacked")
-        if not path.is_file() and path.with_suffix(".zip").is_file():  # of an earlier version
-            path = path.with_suffix(".zip")
         if run.fabric.is_global_zero:
             archive.unpack(path, run.memory, data_dir)
         run.fabric.barrier()

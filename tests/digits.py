@@ -24,8 +24,8 @@ def make_digits(
             Image.fromarray(pixels).save(file)
             if i >= train:
                 continue
-            paths.edge_map(file).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels > 128).save(paths.edge_map(file).with_suffix(".webp"))
+            paths.kept(file).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels > 128).save(paths.kept(file).with_suffix(".webp"))
             for k in range(copies):
                 paths.copy(file, k).parent.mkdir(parents=True, exist_ok=True)
                 moved = np.roll(pixels, rng.integers(-2, 3, 2), (0, 1))

@@ -38,7 +38,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def copies(paths: DatasetPaths, label: str = "*") -> dict[str, bytes]:
-    files = paths.folder("exemplars").glob(f"{label}/*.jpg")
+    files = paths.folder("copies").glob(f"{label}/*.jpg")
     return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
 
 

@@ -41,9 +41,9 @@ def make_shapes(
             for i in range(count):
                 picture(label, rng).save(folder / f"{i:03d}.png")
         for image in paths.images(label):
-            for path in [paths.edge_map(image), *(paths.copy(image, k) for k in range(copies))]:
+            for path in [paths.kept(image), *(paths.copy(image, k) for k in range(copies))]:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("1", image_bits(image)[:2]).save(paths.edge_map(image).with_suffix(".webp"))
+            Image.new("1", image_bits(image)[:2]).save(paths.kept(image).with_suffix(".webp"))
             for k in range(copies):
                 picture(label, rng).save(paths.copy(image, k))
     return paths

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import zipfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -43,7 +42,7 @@ def memory_of(folder, name):
         images = paths.images(label)
         for image in images:
             keep(paths, form, image)
-        memory.add_class(target, images, [[1.0, i] for i in range(len(images))])
+        memory.update({target: images}, [[[1.0, i] for i in range(len(images))]])
     return memory
 
 
@@ -57,7 +56,7 @@ def test_the_file_holds_every_payload_and_its_bytes_are_the_reports(memory, tmp_
     assert size == len(packed.MAGIC) + len(header) + report["bytes_total"] + 4
     found = archive.read(file)
     assert found.forms == {"real": {}, form: memory.forms[form].settings()}
-    stored = [(c.target, c.label, e.form, e.kept) for c in found.classes for e in c.exemplars]
+    stored = [(c.target, c.label, e.form, e.payload) for c in found.classes for e in c.exemplars]
     files = [item.image if item.role == "real" else memory.paths.kept(item.image) for item in memory.items()]
     assert stored == [
         (item.target, item.image.parent.name, item.role, file.read_bytes())
@@ -122,7 +121,7 @@ def test_six_hundred_exemplars_of_fifteen_bytes_take_little_more_than_those(tmp_
     memory = ExemplarMemory(paths, [("code", 60)], {"code": code}, None, 1, bytes_budget=1200)
     for target in range(10):
         images = [save_noise(paths.folder("train") / f"class {target}" / f"{i}.png", i, (28, 28)) for i in range(60)]
-        memory.add_class(target, images, np.eye(60))
+        memory.update({target: images}, [np.eye(60)])
     size = archive.write(memory, tmp_path / "phase00.memory")
     classes = [memory.bytes(target) for target in memory.targets]
     assert classes == [60 * 15 + (1 + 1 + 7 + 1) + (1 + 1) + (1 + 3)] * 10  # names; number, flags; length, size, bits
@@ -163,12 +162,12 @@ def test_whatever_the_sizes_and_budgets_no_class_takes_more_and_the_archive_is_w
         for target, label in enumerate(labels):
             images = paths.images(label)
             with suppress(UserError):  # where not one exemplar fits
-                memory.add_class(target, images, rng.normal(size=(len(images), 3)))
+                memory.update({target: images}, [rng.normal(size=(len(images), 3))])
         kept_something += bool(memory.targets)
         for item in memory.items():
             keep(paths, form, item.image)
+        memory.enforce_budget()
         for target in memory.targets:
-            memory.enforce_budget(target)
             assert memory.bytes(target) <= budget
         report, file = memory.report(), tmp_path / f"{attempt}.memory"
         assert report["bytes_total"] <= budget * len(memory.targets)
@@ -295,97 +294,3 @@ def test_control_characters_of_a_foreign_file_are_escaped(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "\x1b" not in said
     assert "\\x1b[31m" in said
-
-
-# Archives of earlier versions
-
-
-def index_of(**changes):
-    """The index of a class, with other values in it, or, of keys that an exemplar has, in its second exemplar."""
-    exemplars = [
-        {"image": "0.jpg", "form": "real", "kept": "", "size": [32, 32], "bits_per_pixel": 24},
-        {"image": "1.jpg", "form": "webp:10", "kept": ".webp", "size": [32, 32], "bits_per_pixel": 24},
-        {"image": "2.jpg", "form": "webp:10", "kept": None, "size": [32, 32], "bits_per_pixel": 24},
-    ]
-    index = {
-        "dataset": "Toy",
-        "forms": {"real": {}, "webp:10": {"codec": "webp", "codec_quality": 10, "side": None, "method": 6}},
-        "texts": {"pie": "a pie"},
-        "classes": [{"target": 0, "label": "pie", "exemplars": exemplars}],
-    }
-    for key, value in changes.items():
-        (exemplars[1] if key in exemplars[1] else index if key in index else index["classes"][0])[key] = value
-    return index
-
-
-FILES = {"real/pie/0.jpg": b"the picture", "webp:10/pie/1.jpg.webp": b"RIFF, the rest"}
-
-
-def earlier(path, index=None, files=FILES, compression=zipfile.ZIP_STORED):
-    """What earlier versions wrote, or something like it."""
-    with zipfile.ZipFile(path, "w", compression) as content:
-        index = json.dumps(index_of() if index is None else index).encode()
-        for name, data in {"memory.json": index, **files}.items():
-            content.writestr(name, data)
-    return path
-
-
-def test_an_archive_of_earlier_versions_is_read(tmp_path, capsys):
-    file, out = earlier(tmp_path / "phase00.zip"), tmp_path / "out"
-    assert look(["show", str(file)]) == 0
-    assert "webp:10: 2 exemplars, 14 bytes, 1 without a kept file" in capsys.readouterr().out
-    assert look(["extract", str(file), "--to", str(out)]) == 0
-    assert (out / "real" / "pie" / "0.jpg").read_bytes() == b"the picture"
-    assert (out / "webp-10" / "pie" / "1.jpg.webp").read_bytes() == b"RIFF, the rest"
-
-
-@pytest.mark.parametrize(
-    ("index", "words"),
-    [
-        ([], "memory.json"),
-        ({}, "memory.json"),
-        ("x", "memory.json"),
-        (index_of(classes="ab"), "memory.json"),
-        (index_of(texts=[]), "memory.json"),
-        (index_of(forms=[]), "unknown form"),
-        (index_of(dataset="../x"), "'../x'"),
-        (index_of(label=".."), "real/../0.jpg"),
-        (index_of(label="..", exemplars=[]), "'..'"),
-        (index_of(kept="/../x"), "missing"),
-        (index_of(kept=None, image="../../x"), "'../../x'"),
-        (index_of(kept=None, size=[10**9, 10**9]), "1000000000 x 1000000000 pixels"),
-        (index_of(size=[1]), "memory.json"),
-        (index_of(size="ab"), "memory.json"),
-        (index_of(bits_per_pixel="many"), "memory.json"),
-        (index_of(target=[1]), "memory.json"),
-        (index_of(form="edges"), "missing"),
-    ],
-)
-def test_hostile_indices_are_refused(tmp_path, capsys, index, words):
-    refused(tmp_path, earlier(tmp_path / "phase00.zip", index), capsys, words)
-
-
-def encrypted(content: bytes) -> bytes:
-    changed = bytearray(content)
-    for found in re.finditer(b"PK\1\2", content):
-        changed[found.start() + 8] |= 1  # the flag, in the central directory
-    return bytes(changed)
-
-
-def test_hostile_entries_are_refused(tmp_path, capsys):
-    file = tmp_path / "phase00.zip"
-    refused(tmp_path, earlier(file, compression=zipfile.ZIP_DEFLATED), capsys, "'memory.json' is compressed")
-    few = {"real/pie/0.jpg": b"the picture"}
-    refused(tmp_path, earlier(file, files=few), capsys, "'webp:10/pie/1.jpg.webp' is missing")
-    content = earlier(file).read_bytes()
-    for changed, words in (
-        (encrypted(content), "encrypted"),
-        (content.replace(b"the picture", b"the pictuRe"), "'real/pie/0.jpg' can't be read"),
-        (content[: len(content) // 2], "no ZIP"),
-        (content.replace(b'"classes"', b'"classeZ"'), "'memory.json' can't be read"),
-    ):
-        file.write_bytes(changed)
-        refused(tmp_path, file, capsys, words)
-    with zipfile.ZipFile(file, "w") as deep:
-        deep.writestr("memory.json", "[" * 100_000)
-    refused(tmp_path, file, capsys, "JSON")

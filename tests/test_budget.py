@@ -32,7 +32,7 @@ def edges_cost(paths):
 def test_a_prompt_costs_its_bits_over_the_image_s(tmp_path, mode, image_size, map_mode, map_size, units):
     paths = DatasetPaths(tmp_path, "Toy")
     image = save_picture(paths.folder("train") / "a" / "x.png", 0, image_size, mode)
-    save_picture(paths.edge_map(image).with_suffix(".webp"), 0, map_size, map_mode)
+    save_picture(paths.kept(image).with_suffix(".webp"), 0, map_size, map_mode)
     assert edges_cost(paths).units(image) == pytest.approx(units, rel=1e-12)
 
 

@@ -277,10 +277,3 @@ def test_ranks_share_the_cache_in_memory(tmp_path):
         save_noise(tmp_path / f"{rank}.png", rank)
     ranks = [forks.Command(["-c", RANK, rank, tmp_path]) for rank in range(2)]
     assert [process.communicate()[0].strip() for process in ranks] == ["2", "2"]
-
-
-def test_main_is_imported_where_there_is_no_fcntl():
-    """As on Windows."""
-    code = "import sys; sys.modules['fcntl'] = None; import main, utils.data.cache as c; from pathlib import Path; "
-    code += "assert c.open_cache('ram', 1, Path('x'), Path('y'), None) is None"
-    assert forks.run(["-c", code]).returncode == 0

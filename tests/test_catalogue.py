@@ -70,8 +70,8 @@ def test_a_methods_own_keys(load):
     assert as_dict(load("heat=1"))["heat"] == 1
     assert "how hot it is [its paper]" in help_text(load.methods, ["resnet8"])
     for override, words in (
-        ("heat=0", "heat must be above 0"),
-        ("way=left", "way must be one of up, down"),
+        ("heat=0", "heat must be greater than 0"),
+        ("way=left", "way must be 'up' or 'down'"),
         ("way=down", "way=down: way: down needs at most 5 epochs"),
         ("heet=3", "did you mean 'heat'"),
     ):
@@ -84,6 +84,12 @@ def test_what_a_class_says(load):
     assert (own.uses_memory, own.least_exemplars) == (False, 1)
     assert (child.uses_memory, child.least_exemplars) == (False, 3)
     assert child.settings is own.settings
+
+
+def test_what_a_class_says_must_be_a_literal(tmp_path):
+    (tmp_path / "own.py").write_text('class Own(Method, name="own"):\n    least_exemplars = 1 + 1\n')
+    with pytest.raises(UserError, match=r"own\.py, line 2: least_exemplars must be a literal"):
+        catalogue.methods(tmp_path)
 
 
 def test_the_catalogue_is_what_the_classes_say():
@@ -100,7 +106,7 @@ def test_a_key_of_another_method_is_checked_and_noted():
     assert "ewc_lambda is no key of icarl; it changes nothing" in config.notes
     assert any("train_base is PyCIL's and changes nothing here" in note for note in config.notes)
     assert "ewc_lambda" not in as_dict(config)
-    with pytest.raises(UserError, match="ewc_lambda must be at least 0, not -1"):
+    with pytest.raises(UserError, match="ewc_lambda must be greater than or equal to 0, not -1"):
         load_config(ROOT / "exps" / "icarl.json", ["ewc_lambda=-1"], **options)
     with pytest.raises(UserError, match="train_base can only be true here"):
         load_config(ROOT / "exps" / "icarl.json", ["train_base=false"], **options)
@@ -136,6 +142,32 @@ def test_commands_that_answer_without_torch(code, arguments):
     script += f"print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_the_file_system_tells_is_answered_without_torch(tmp_path):
+    make_shapes(tmp_path / "data", train=2, test=1, copies=0)
+    out, taken = tmp_path / "out", tmp_path / "taken"
+    values = {"dataset": "Shapes", "data_dir": str(tmp_path / "data"), "output_dir": str(out), "init_cls": 2}
+    values |= {"increment": 2, "model_name": "icarl", "convnet_type": "resnet8", "memory_per_class": 2}
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    (taken / "seed1993" / "checkpoints").mkdir(parents=True)
+    (taken / "seed1993" / "checkpoints" / "phase00.pt").touch()
+    (taken / "config.json").write_text(json.dumps({**values, "real_per_class": 1, "batch_size": 7}))
+    cases = {
+        "dataset=Shaeps": "Did you mean 'Shapes'?",
+        "init_cls=7": "choose 1 to 6",
+        "class_order=[a,b]": "'a' is no label",
+        f"output_dir={tmp_path / 'c.json'}": "c.json is not a folder",
+        f"output_dir={taken}": "holds another experiment (batch_size: 7 -> 128)",
+    }
+    script = "import sys, main\nfor case in sys.argv[2:]:\n    assert main.main(['--config', sys.argv[1], case]) == 2\n"
+    script += f"print([name for name in {HEAVY} if name in sys.modules])"
+    command = [sys.executable, "-c", script, str(tmp_path / "c.json"), *cases]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for line, words in zip(done.stderr.splitlines(), cases.values(), strict=True):
+        assert words in line
+    assert not out.exists()
 
 
 @pytest.mark.long

@@ -1,6 +1,5 @@
 """Exit codes and last words of commands."""
 
-import json
 import logging
 import os
 import shlex
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,8 @@ from utils import log as logs
 from utils.curate import command as curate
 from utils.errors import UserError
 from utils.memory import __main__ as memory
+from utils.memory.packed import ClassRecord, Exemplar, Memory, packed
+from utils.memory.share import Row
 from utils.results import report
 
 ROOT = Path(__file__).parent.parent
@@ -63,12 +63,10 @@ def test_control_characters_of_other_people_s_files_are_escaped(capfd):
 
 
 def test_the_names_in_a_memory_are_escaped(tmp_path, capsys):
-    about = {"image": "0.png", "form": "\x1b[31mreal", "kept": None, "size": [1, 1], "bits_per_pixel": 24}
-    index = {"dataset": "\x1b]0;D", "forms": {about["form"]: {"\x9b": "\x07"}}, "texts": {}}
-    index["classes"] = [{"target": 0, "label": "a", "exemplars": [about]}]
-    with zipfile.ZipFile(tmp_path / "m.zip", "w") as file:
-        file.writestr("memory.json", json.dumps(index))
-    assert memory.main(["show", str(tmp_path / "m.zip")]) == 0
+    form = "\x1b[31mreal"
+    record = ClassRecord(0, "a", "a", [Exemplar(form, Row(None, (1, 1), 24), None)])
+    (tmp_path / "m.memory").write_bytes(packed(Memory("\x1b]0;D", {form: {"\x9b": "\x07"}}, [record])))
+    assert memory.main(["show", str(tmp_path / "m.memory")]) == 0
     said = capsys.readouterr().out
     assert said.startswith("\\x1b]0;D, 1 classes")
     assert "\\x1b[31mreal: 1 exemplars" in said

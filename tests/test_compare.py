@@ -138,6 +138,6 @@ def test_mistakes(run, capsys):
     assert "lcarl is not among" in wrong.stderr
     wrong = run("--methods", "replay", "epochs=ten")
     assert wrong.returncode == 2
-    assert "epochs must be a whole number or null, not ten" in wrong.stderr
+    assert "epochs must be a valid integer, not ten" in wrong.stderr
     assert compare.main(["/nowhere/none.json", "--methods", "replay"]) == 2
     assert "no config file /nowhere/none.json" in capsys.readouterr().err

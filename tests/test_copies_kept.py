@@ -111,7 +111,7 @@ def exemplars(data, full=True):
     )
     if full:
         images = data.train_images(0)
-        memory.add_class(0, images, np.eye(len(images)))
+        memory.update({0: images}, [np.eye(len(images))])
     return memory
 
 

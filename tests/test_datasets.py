@@ -147,6 +147,18 @@ def test_the_preset_that_fits(name, size, resolution):
     assert dataset_defaults(name, size).resolution == resolution
 
 
+@pytest.mark.parametrize(("name", "size"), [("Food101", (300, 240)), ("CIFAR100", (32, 32)), ("MNIST", (28, 28))])
+def test_without_augmentation_training_reads_what_evaluation_does(name, size):
+    defaults = dataset_defaults(name, size, "none")
+    train, test = defaults.train_transform, defaults.test_transform
+    assert train.prepare == test.prepare
+    assert defaults.normalise == dataset_defaults(name, size).normalise
+    rng = np.random.default_rng(0)
+    pictures = [train.prepare(Image.fromarray(rng.integers(256, size=(*size[::-1], 3), dtype=np.uint8))) for _ in "abc"]
+    assert train(pictures, states(3)).equal(test(pictures))
+    assert not dataset_defaults(name, size).train_transform(pictures, states(3)).equal(test(pictures))
+
+
 @pytest.mark.parametrize(
     ("name", "augmentation", "brightness", "autoaugment"),
     [

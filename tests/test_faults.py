@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_line_of_every_tool(config, tmp_path, capsys):
     assert compress.main([*data, *form, "--resolution", "low"]) == 0
     exemplars = DatasetPaths(tmp_path / "data", "Toy")
     for label in "abc":
-        save_picture(exemplars.edge_map(exemplars.images(label)[0]).with_suffix(".webp"))
+        save_picture(exemplars.kept(exemplars.images(label)[0]).with_suffix(".webp"))
     images = f"--images={tmp_path / 'data' / 'Toy' / 'test' / 'a'}"
     for tool, arguments in (
         (main.main, ["predict", str(out), images, f"--output={file}", "--device=cpu"]),

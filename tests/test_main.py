@@ -310,7 +310,7 @@ ON_DEMAND = ["regenerate=on_demand", "augmentation_prob=0"]
     ("overrides", "words"),
     [
         (["bach_size=3"], ["bach_size", "batch_size"]),
-        (["batch_size=many"], ["batch_size must be a whole number"]),
+        (["batch_size=many"], ["batch_size must be a valid integer"]),
         (["real_per_class=3"], ["over the memory budget", "3 real + 4 edges x 1/24 = 3.17 units > 3"]),
         (["init_cls=7"], ["init_cls is 7", "6 classes"]),
         (["augmentations_per_image=3"], ["72 of 216 copies are missing", "compress/run.py", "--seeds 3"]),

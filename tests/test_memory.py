@@ -29,7 +29,7 @@ def paths(tmp_path):
     for label in ("a b", "ü"):
         for i in range(8):
             image = save_noise(paths.folder("train") / label / f"{i}.png", i, (24, 24))
-            save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (24, 24), "1")
+            save_picture(paths.kept(image).with_suffix(".webp"), 0, (24, 24), "1")
     return paths
 
 
@@ -43,8 +43,8 @@ def memory_of(paths, quotas=(("real", R), ("edges", S)), budget=20, **options):
 
 def filled(paths, **options):
     memory = memory_of(paths, **options)
-    memory.add_class(1, paths.images("ü"), features_of(1))
-    memory.add_class(0, paths.images("a b"), torch.from_numpy(features_of(0)))
+    memory.update({1: paths.images("ü")}, [features_of(1)])
+    memory.update({0: paths.images("a b")}, [torch.from_numpy(features_of(0))])
     return memory
 
 
@@ -70,7 +70,7 @@ def test_the_first_r_of_herding_stay_real_and_the_next_s_are_prompts(paths):
 @pytest.mark.parametrize(("real", "synthetic"), [(0, 5), (5, 0), (0, 0), (4, 4)])
 def test_memories_of_one_form_only_and_of_whole_classes(paths, real, synthetic):
     memory = memory_of(paths, [("real", real), ("edges", synthetic)])
-    memory.add_class(0, paths.images("ü"), features_of(1))
+    memory.update({0: paths.images("ü")}, [features_of(1)])
     assert [item.role for item in memory.items()] == ["real"] * real + ["edges"] * synthetic
 
 
@@ -145,9 +145,9 @@ def test_a_budget_in_bytes_is_kept_and_used(paths, seed):
 
     if all(bytes_of([(name, order[0])]) > budget for name in in_use):
         with pytest.raises(UserError, match="not one exemplar fits"):
-            memory.add_class(0, images, features_of(1))
+            memory.update({0: images}, [features_of(1)])
         return
-    memory.add_class(0, images, features_of(1))
+    memory.update({0: images}, [features_of(1)])
     items = memory.items()
     assert [item.image for item in items] == order[: len(items)]
     assert sorted(range(len(items)), key=lambda i: names.index(items[i].role)) == list(range(len(items)))
@@ -160,7 +160,7 @@ def test_a_budget_in_bytes_is_kept_and_used(paths, seed):
 def test_any_number_of_forms_cut_one_list_and_each_has_its_row(paths):
     forms = {"real": Cost(None, paths), "webp": Fixed(0.25, 70), "text": Fixed(0.0, 0)}
     memory = ExemplarMemory(paths, [("real", 1), ("webp", 2), ("text", 4)], forms, 1.5, K)
-    memory.add_class(0, paths.images("ü"), features_of(1))
+    memory.update({0: paths.images("ü")}, [features_of(1)])
     chosen = expected_images(paths, "ü", 1, 7)
     roles = ["real", "webp", "webp", "text", "text", "text", "text"]
     assert [(item.image, item.role) for item in memory.items()] == list(zip(chosen, roles, strict=True))
@@ -183,19 +183,19 @@ def test_any_number_of_forms_cut_one_list_and_each_has_its_row(paths):
 
 def test_a_small_class_keeps_what_it_has(paths):
     memory = memory_of(paths, [("real", 4), ("edges", 9)])
-    memory.add_class(0, paths.images("ü"), features_of(1))
+    memory.update({0: paths.images("ü")}, [features_of(1)])
     assert [item.role for item in memory.items()] == ["real"] * 4 + ["edges"] * 4
     memory = memory_of(paths, [("real", 9), ("edges", 9)])
-    memory.add_class(0, paths.images("ü"), features_of(1))
+    memory.update({0: paths.images("ü")}, [features_of(1)])
     assert [item.role for item in memory.items()] == ["real"] * 8
 
 
 def test_a_class_is_added_once_with_a_feature_per_image(paths):
     memory = filled(paths)
     with pytest.raises(ValueError, match="already"):
-        memory.add_class(0, paths.images("ü"), features_of(0))
+        memory.update({0: paths.images("ü")}, [features_of(0)])
     with pytest.raises(ValueError, match="8 images, 7 features"):
-        memory.add_class(2, paths.images("ü"), features_of(0)[:7])
+        memory.update({2: paths.images("ü")}, [features_of(0)[:7]])
 
 
 def test_evaluation_weighs_each_exemplar_alike(paths):
@@ -221,7 +221,7 @@ def test_units_and_bytes_are_those_of_the_files(paths):
     lengths = [
         {role: [len(bytes_of(item.image)) for item in memory.items() if (item.target, item.role) == (target, role)]
          for role, bytes_of in (("real", Path.read_bytes),
-                                ("edges", lambda image: encode(read(paths.find_edge_map(image).read_bytes(), (0, 0)))))}
+                                ("edges", lambda image: encode(read(paths.find_kept(image).read_bytes(), (0, 0)))))}
         for target in (0, 1)
     ]  # fmt: skip
     assert report["bytes_real"] - sum(len(image.read_bytes()) for image in real) == 2 * (1 + 1 + 2)
@@ -249,7 +249,7 @@ def test_an_empty_memory_has_a_report_too(paths):
 
 def test_costs_differ_from_class_to_class(paths):
     for image in paths.images("ü"):
-        save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (48, 48), "1")
+        save_picture(paths.kept(image).with_suffix(".webp"), 0, (48, 48), "1")
     memory = filled(paths)
     assert memory.units(0) == pytest.approx(R + S / 24)
     assert memory.units(1) == pytest.approx(R + 4 * S / 24)
@@ -259,7 +259,7 @@ def test_costs_differ_from_class_to_class(paths):
 
 def test_exemplars_over_the_true_budget_are_dropped_from_the_end_with_a_warning(paths, caplog):
     for image in paths.images("ü"):
-        save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (48, 48), "1")  # 4/24 units each
+        save_picture(paths.kept(image).with_suffix(".webp"), 0, (48, 48), "1")  # 4/24 units each
     with caplog.at_level(logging.WARNING):
         memory = filled(paths, budget=R + 9 / 24)
     chosen = expected_images(paths, "ü", 1)
@@ -279,20 +279,19 @@ def test_a_memory_exactly_on_budget_keeps_all(paths, caplog):
 
 def test_without_a_budget_nothing_is_dropped(paths):
     for image in paths.images("ü"):
-        save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (480, 480), "1")
+        save_picture(paths.kept(image).with_suffix(".webp"), 0, (480, 480), "1")
     assert len(filled(paths, budget=None).of(1)) == R + S
 
 
 def test_edge_maps_made_after_the_choice_count_from_then_on(paths, caplog):
     for image in paths.images("ü"):
-        paths.find_edge_map(image).unlink()
+        paths.find_kept(image).unlink()
     memory = filled(paths, budget=R + S / 24)
     assert memory.report()["edge_maps_missing"] == S
     assert len(memory.of(1)) == R + S
     for image in paths.images("ü"):
-        save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (48, 48), "1")
-    for target in memory.targets:
-        memory.enforce_budget(target)
+        save_picture(paths.kept(image).with_suffix(".webp"), 0, (48, 48), "1")
+    memory.enforce_budget()
     assert len(memory.of(0)) == R + S
     assert len(memory.of(1)) == R + 0  # 3/24 units are left, one prompt takes 4/24
     assert len(caplog.records) == 1
@@ -310,7 +309,7 @@ def test_the_state_goes_through_json_and_torch_and_moves_with_the_data(paths, tm
     torch.save(state, tmp_path / "state.pt")
     for copy in (json.loads(json.dumps(state)), torch.load(tmp_path / "state.pt", weights_only=True)):
         other = memory_of(paths)
-        other.add_class(5, paths.images("ü"), features_of(3))
+        other.update({5: paths.images("ü")}, [features_of(3)])
         other.load_state_dict(copy)
         assert other.items() == memory.items()
         assert other.report() == memory.report()

@@ -8,7 +8,7 @@ from tests.folders import save_noise, save_picture
 from tests.test_budget import edges_cost
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory.budget import check_total, share
+from utils.memory.budget import check_total, moved_boundaries, share
 from utils.memory.exemplars import ExemplarMemory
 from utils.memory.selection import SELECTIONS, closest_to_mean, herding
 
@@ -22,7 +22,7 @@ def paths(tmp_path_factory):
     for c, label in enumerate(LABELS):
         for i in range(N):
             image = save_noise(paths.folder("train") / label / f"{i:02d}.png", 100 * c + i, (12, 12))
-            save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (12, 12), "1")
+            save_picture(paths.kept(image).with_suffix(".webp"), 0, (12, 12), "1")
     return paths
 
 
@@ -46,9 +46,8 @@ def filled(paths, memory, phases=(1, 1, 1, 1)):
     """The memory after phases of so many classes."""
     seen = 0
     for nb_new in phases:
-        memory.make_room(seen + nb_new)
-        for target in range(seen, seen + nb_new):
-            memory.add_class(target, paths.images(LABELS[target]), features_of(target))
+        targets = range(seen, seen + nb_new)
+        memory.update({t: paths.images(LABELS[t]) for t in targets}, [features_of(t) for t in targets])
         seen += nb_new
     return memory
 
@@ -70,6 +69,13 @@ def filled(paths, memory, phases=(1, 1, 1, 1)):
 def test_a_share_is_whole_exemplars_in_the_ratio_given(units, real, synthetic, cost, expected):
     assert share(units, quotas(real, synthetic), {"real": 1.0, "edges": cost}) == list(expected)
     assert expected[0] + expected[1] * cost <= units + 1e-9
+
+
+def test_boundaries_between_forms_move_towards_the_start_alone():
+    assert moved_boundaries([2, 6], [1, 3]) == [1, 3]
+    assert moved_boundaries([2, 1], [1, 4]) == [1, 2]
+    assert moved_boundaries([2, 6], [3, 7]) == [2, 6]
+    assert moved_boundaries([2, 6], [0, 0]) == [0, 0]
 
 
 def test_a_share_of_many_forms_keeps_their_ratio():
@@ -95,8 +101,7 @@ def test_classes_shrink_in_the_order_of_choice_and_end_as_if_chosen_at_once(path
     total = 18 + 1e-9  # of 2 + 6/24 units a class at the ratio's own size: 8 times that
     memory, before = shared(paths, total, selection=selection, seed=3), {}
     for seen in (1, 2, 3, 4):
-        memory.make_room(seen)
-        memory.add_class(seen - 1, paths.images(LABELS[seen - 1]), features_of(seen - 1))
+        memory.update({seen - 1: paths.images(LABELS[seen - 1])}, [features_of(seen - 1)])
         real, synthetic = share(total / seen, quotas(), COSTS)
         assert memory.report()["units_total"] <= total
         for target in range(seen):
@@ -113,8 +118,7 @@ def test_classes_shrink_in_the_order_of_choice_and_end_as_if_chosen_at_once(path
 def test_the_report_tells_the_share_at_each_phase(paths):
     memory = shared(paths, 6)
     for seen in (1, 2, 3, 4):
-        memory.make_room(seen)
-        memory.add_class(seen - 1, paths.images(LABELS[seen - 1]), features_of(seen - 1))
+        memory.update({seen - 1: paths.images(LABELS[seen - 1])}, [features_of(seen - 1)])
         report = memory.report()
         assert report["units_budget"] == pytest.approx(6 / seen)
         assert report["units_budget_total"] == 6
@@ -134,12 +138,11 @@ def test_prompts_that_cost_more_than_was_foreseen_are_dropped_without_a_word(tmp
     paths = DatasetPaths(tmp_path, "Toy")
     images = [save_noise(paths.folder("train") / "a" / f"{i:02d}.png", i, (12, 12)) for i in range(N)]
     memory = shared(paths, 3)
-    memory.make_room(1)
-    memory.add_class(0, images, features_of(0))
+    memory.update({0: images}, [features_of(0)])
     assert len(memory.of(0)) == 2 + 8  # 3 / (2 + 6/24) times 2 and 6, whole ones
     for image in images:
-        save_picture(paths.edge_map(image).with_suffix(".webp"), 0, (24, 24), "1")  # 4/24 units each
-    memory.enforce_budget(0)
+        save_picture(paths.kept(image).with_suffix(".webp"), 0, (24, 24), "1")  # 4/24 units each
+    memory.enforce_budget()
     assert len(memory.of(0)) == 2 + 6
     assert not caplog.records
 
@@ -150,8 +153,7 @@ def test_the_state_goes_on_with_its_share(paths):
     other.load_state_dict(memory.state_dict())
     assert other.report() == memory.report()
     for each in (memory, other):
-        each.make_room(4)
-        each.add_class(3, paths.images("d"), features_of(3))
+        each.update({3: paths.images("d")}, [features_of(3)])
     assert other.items() == memory.items()
 
 
@@ -178,14 +180,14 @@ def own_budget(paths, selection, seed):
 def test_each_way_to_choose_keeps_real_and_synthetic_exemplars(paths, selection):
     images = paths.images("b")
     memory = own_budget(paths, selection, 5)
-    memory.add_class(1, images, features_of(1))
+    memory.update({1: images}, [features_of(1)])
     items = memory.items()
     assert [item.role for item in items] == ["real"] * 2 + ["edges"] * 3
     chosen = [images.index(item.image) for item in items]
     if selection == "random":
         again, other = (own_budget(paths, selection, seed) for seed in (5, 6))
         for each in (again, other):
-            each.add_class(1, images, features_of(9))
+            each.update({1: images}, [features_of(9)])
         assert again.items() == items, "a function of the seed and the class alone"
         assert other.items() != items
     else:

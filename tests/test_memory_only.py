@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import zipfile
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from models import catalogue
 from models.trainer import Trainer
 from tests.conftest import long_but
 from tests.folders import save_noise
-from utils.data import codecs
 from utils.data.images import image_bits, read_image
 from utils.data.paths import DatasetPaths
 from utils.memory import archive
@@ -236,38 +234,3 @@ def test_an_unpacked_memory_has_the_images_sizes_and_no_pixels_of_them(tmp_path,
             read_image(image)
         assert target.find_kept(image).read_bytes() == ours.find_kept(item.image).read_bytes()
     assert json.loads((target.root / "class_names.json").read_text()).items() >= TEXTS.items()
-
-
-@pytest.mark.long
-def test_a_run_of_an_earlier_version_goes_on_from_its_zip(tmp_path, checkpoint, forgetful):
-    """A run stopped after two phases, whose memory is then written as the version before did."""
-    paths, out, form = dataset(tmp_path / "data"), tmp_path / "out" / "run", "webp:10@20"
-    uninterrupted = tmp_path / "out" / "uninterrupted"
-    assert train(dataset(tmp_path / "other"), uninterrupted, checkpoint, form) == 0
-    forgetful(paths, dies=True)
-    assert train(paths, out, checkpoint, form, memory_only=True) == 130
-    state_file = out / "seed1" / "checkpoints" / "phase00.pt"
-    file = out / "seed1" / "memory" / "phase00.memory"
-    state, found = torch.load(state_file, weights_only=True), archive.read(file)
-    index = {"dataset": "Toy", "forms": found.forms, "texts": {}, "classes": []}
-    with zipfile.ZipFile(file.with_suffix(".zip"), "w") as zipped:
-        for record in found.classes:
-            index["texts"][record.label] = record.text
-            of_class = {"target": record.target, "label": record.label, "exemplars": []}
-            index["classes"].append(of_class)
-            for name, exemplar in zip(state["memory"]["classes"][str(record.target)]["images"], record.exemplars,
-                                      strict=True):  # fmt: skip
-                name, ending = name.partition("/")[2], "" if exemplar.form == "real" else ".webp"
-                about = {"image": name, "form": exemplar.form, "kept": ending, "bits_per_pixel": exemplar.row.bits}
-                of_class["exemplars"].append({**about, "size": exemplar.row.size})
-                content = exemplar.kept
-                if ending:
-                    width, height = exemplar.row.size
-                    size = codecs.reduced(height, width, 20)
-                    content = codecs.file_of(content, "webp", 10, size, exemplar.row.bits != 24)
-                zipped.writestr(f"{exemplar.form}/{record.label}/{name}{ending}", content)
-        zipped.writestr("memory.json", json.dumps(index))
-    file.unlink()
-    shutil.rmtree(file.parent / "unpacked")
-    assert [train(paths, out, checkpoint, form, memory_only=True) for _ in range(3)] == [130, 130, 0]
-    assert numbers(out) == numbers(uninterrupted)

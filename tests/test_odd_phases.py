@@ -43,7 +43,7 @@ def command(data_dir, tmp_path, capsys):
 
 def drop_exemplars(trainer, *targets):
     for target in targets:
-        trainer.run.memory._images[target], trainer.run.memory._counts[target] = [], [0]
+        trainer.run.memory.classes[target].images, trainer.run.memory.classes[target].counts = [], [0]
 
 
 def test_nearest_means_never_choose_a_class_without_exemplars():

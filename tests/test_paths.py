@@ -23,7 +23,7 @@ def test_layout_is_the_documented_one(tmp_path):
     root = tmp_path / "Food101"
     assert paths.classes() == ["apple_pie"]
     assert paths.images("apple_pie") == [image]
-    assert paths.edge_map(image) == root / "edge_maps" / "apple_pie" / "0001.edges"
+    assert paths.kept(image) == root / "edge_maps" / "apple_pie" / "0001.edges"
     assert paths.copy(image, 0) == root / "exemplars" / "apple_pie" / "0001_seed00.jpg"
     assert paths.copy(image, 12).name == "0001_seed12.jpg"
     assert paths.copy(image, 123).name == "0001_seed123.jpg"
@@ -37,7 +37,7 @@ def test_a_data_folder_that_contains_a_mode_name_does_no_harm(tmp_path, data_fol
     image = save_picture(data / "train" / "train" / "train" / "train.jpg")  # dataset, mode, class and stem alike
     paths = DatasetPaths(data, "train")
     assert paths.images("train") == [image]
-    assert paths.edge_map(image) == data / "train" / "edge_maps" / "train" / "train.edges"
+    assert paths.kept(image) == data / "train" / "edge_maps" / "train" / "train.edges"
     assert paths.copy(image, 3) == data / "train" / "exemplars" / "train" / "train_seed03.jpg"
 
 
@@ -46,7 +46,7 @@ def test_any_ending_that_pillow_reads_in_any_case(tmp_path, ending):
     image = save_picture(tmp_path / "D" / "train" / "a" / f"pic.v2{ending}")
     paths = DatasetPaths(tmp_path, "D")
     assert paths.images("a") == [image]
-    assert paths.edge_map(image).name == "pic.v2.edges"
+    assert paths.kept(image).name == "pic.v2.edges"
     assert paths.copy(image, 0).name == "pic.v2_seed00.jpg"
     assert read_image(image).size == (32, 32)
 
@@ -65,8 +65,8 @@ def test_stems_that_collide_stay_apart(tmp_path):
     jpg, png, other = (save_picture(folder / name) for name in ("x.jpg", "x.png", "y.jpg"))
     elsewhere = save_picture(tmp_path / "D" / "train" / "b" / "x.jpg")  # another class is no collision
     paths = DatasetPaths(tmp_path, "D")
-    assert paths.edge_map(jpg).name == "x.jpg.edges"
-    assert paths.edge_map(png).name == "x.png.edges"
+    assert paths.kept(jpg).name == "x.jpg.edges"
+    assert paths.kept(png).name == "x.png.edges"
     assert paths.copy(jpg, 1).name == "x.jpg_seed01.jpg"
     assert paths.copy(png, 1).name == "x.png_seed01.jpg"
     assert paths.copy(other, 1).name == "y_seed01.jpg"
@@ -80,10 +80,10 @@ def test_no_two_images_of_a_class_share_what_is_derived_from_them(tmp_path):
     if len(list(folder.iterdir())) < len(names):
         pytest.skip("this disk does not distinguish case")
     paths = DatasetPaths(tmp_path, "D")
-    for derived in ([paths.edge_map(image).name for image in images], [paths.copy(image, 0).name for image in images]):
+    for derived in ([paths.kept(image).name for image in images], [paths.copy(image, 0).name for image in images]):
         assert len({name.casefold() for name in derived}) == len(names)
-    assert paths.edge_map(images[0]).name == "a.jpg.edges"
-    assert paths.edge_map(images[5]).name == "c.edges"
+    assert paths.kept(images[0]).name == "a.jpg.edges"
+    assert paths.kept(images[5]).name == "c.edges"
 
 
 @pytest.mark.parametrize("name", ["../Z", "a/b", "..", ".", "", "/tmp/x"])
@@ -157,19 +157,19 @@ def test_a_missing_folder_and_one_without_classes_are_named(tmp_path):
 def test_edge_maps_coded_first_then_webp_then_png_then_the_published_bmp(tmp_path, name):
     paths = DatasetPaths(tmp_path, "D")
     image = save_picture(paths.folder("train") / "a" / name)
-    assert paths.find_edge_map(image) is None
+    assert paths.find_kept(image) is None
     for ending, mode in ((".bmp", "L"), (".png", "1"), (".webp", "RGB")):
-        edge_map = save_picture(paths.folder("edge_maps") / "a" / f"{image.stem}{ending}", mode=mode)
-        assert paths.find_edge_map(image) == edge_map
-    paths.edge_map(image).touch()
-    assert paths.find_edge_map(image) == paths.edge_map(image)
+        edge_map = save_picture(paths.folder("kept") / "a" / f"{image.stem}{ending}", mode=mode)
+        assert paths.find_kept(image) == edge_map
+    paths.kept(image).touch()
+    assert paths.find_kept(image) == paths.kept(image)
 
 
 def test_a_name_too_long_for_an_edge_map_has_none(tmp_path):
     paths = DatasetPaths(tmp_path, "D")
     image = save_picture(paths.folder("train") / "a" / f"{'x' * 251}.jpg")
     assert paths.images("a") == [image]
-    assert paths.find_edge_map(image) is None
+    assert paths.find_kept(image) is None
 
 
 def test_class_names_json_changes_the_texts_it_names(tmp_path):

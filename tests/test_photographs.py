@@ -38,7 +38,7 @@ def test_both_commands(subset, resolution, tmp_path, capsys):
     command = ["--data-dir", str(paths.data_dir), "--dataset", paths.dataset, "--resolution", resolution]
     quick = ["--seeds", "1", "--steps", "2", "--size", "64", "--model", "tiny", "--device", "cpu"]
     assert compress.main([*command, *quick]) == 0
-    assert len(list(paths.folder("exemplars").glob("*/*_seed00.jpg"))) == 12
+    assert len(list(paths.folder("copies").glob("*/*_seed00.jpg"))) == 12
     config = ["--config", "exps/config.json", f"dataset={paths.dataset}", f"data_dir={paths.data_dir}", "device=cpu"]
     schedule = ["init_cls=1", "increment=1", "init_epoch=1", "epochs=1", "batch_size=4", "num_workers=0"]
     memory = ["memory_per_class=60", "real_per_class=1", "syn_per_class=2", "augmentations_per_image=1"]

@@ -182,13 +182,13 @@ def draw(paths, file, *options):
 
 def test_a_gallery_shows_what_there_is(shapes, tmp_path, capsys):
     (shapes.folder("train") / "red disc").rename(shapes.folder("train") / "$x_$")
-    (shapes.folder("edge_maps") / "red disc").rename(shapes.folder("edge_maps") / "$x_$")
+    (shapes.folder("kept") / "red disc").rename(shapes.folder("kept") / "$x_$")
     sizes = []
     for copies in ("0", "1", "2", "5"):
         assert draw(shapes, tmp_path / "g.png", "--copies", copies) == 0
         sizes.append(Image.open(tmp_path / "g.png").size[0])
     assert sizes[0] < sizes[1] < sizes[2] == sizes[3], "no columns for copies that are not there"
-    for copy in shapes.folder("exemplars").rglob("*.jpg"):
+    for copy in shapes.folder("copies").rglob("*.jpg"):
         copy.unlink()
     assert draw(shapes, tmp_path / "g.png") == 2
     assert "no copies yet" in capsys.readouterr().err

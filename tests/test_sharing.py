@@ -98,7 +98,7 @@ def write(paths: DatasetPaths, files: dict[str, bytes]) -> None:
 def wait_for_copies(paths, count: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
-        if len(list(paths.folder("exemplars").rglob("*.jpg"))) >= count:
+        if len(list(paths.folder("copies").rglob("*.jpg"))) >= count:
             return
         time.sleep(0.01)
     raise AssertionError(f"{count} copies were not made: {process.communicate()[1] if process.poll() else 'too slow'}")
@@ -139,7 +139,7 @@ def test_one_of_two_processes_is_killed(paths, checkpoint, undisturbed):
     os.kill(children(process)[-1], signal.SIGKILL)
     process.communicate(timeout=300)
     assert process.returncode != 0  # torchrun has ended the other one
-    assert 4 <= len(list(paths.folder("exemplars").rglob("*.jpg"))) < MADE
+    assert 4 <= len(list(paths.folder("copies").rglob("*.jpg"))) < MADE
     out = finish(start(paths, checkpoint, *TORCHRUN, free_port()))
     assert re.search(r"copies: \d+ made, [1-9]\d* skipped, 0 failed", out)
     assert made(paths) == undisturbed

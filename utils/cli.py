@@ -26,9 +26,7 @@ PATIENCE = 10.0
 """Seconds within which a second signal is taken for the first one's echo: torchrun passes on what all have had."""
 
 
-NOTICES = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGUSR1"):  # not on Windows
-    NOTICES.append(signal.SIGUSR1)
+NOTICES = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 """Signals that ask a command to end."""
 
 
@@ -100,18 +98,17 @@ def run(command: Callable[[], int | None], *, stopped: str = "the same command g
     except UserError as error:
         return _refuse(error)
     except KeyboardInterrupt as stop:
-        kept = f"{stop.note}; " if getattr(stop, "note", "") else ""
-        return _end(
-            128 + getattr(stop, "number", signal.SIGINT), f"\nstopped; {kept}{getattr(stop, 'going_on', stopped)}"
-        )
+        note, number = getattr(stop, "note", ""), getattr(stop, "number", signal.SIGINT)
+        what_next = getattr(stop, "going_on", stopped)
+        return _end(128 + number, f"\nstopped; {note}; {what_next}" if note else f"\nstopped; {what_next}")
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 0
         return _refuse(f"{error.strerror or error}" + (f": {os.fsdecode(error.filename)}" if error.filename else ""))
     except Exception as error:
-        if (code := _ended_by_another(error)) is None:
+        if (shared_code := _ended_by_another(error)) is None:
             raise
-        return code
+        return shared_code
 
 
 SPINS = "20000"

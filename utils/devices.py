@@ -7,6 +7,7 @@ import atexit
 import os
 import time
 from datetime import timedelta
+from typing import Literal
 
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
@@ -25,12 +26,14 @@ _ENDED = "escort: exit code of the first process that ended"
 _LEFT = "escort: processes that know"
 
 
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
 _device: torch.device | None = None
 """That of the Fabric that was launched last."""
 
 
 def launch(
-    accelerator: str, devices: int | list[int], precision: str = "32-true", patience: timedelta | None = None
+    accelerator: str, devices: int | list[int], precision: Precision = "32-true", patience: timedelta | None = None
 ) -> Fabric:
     """The launched Fabric.  On GPUs too float32 is float32, and kernels are not chosen by timing.
 
@@ -43,21 +46,21 @@ def launch(
     Raises UserError for a device that is not there, more processes than GPUs, or a precision that the device lacks.
     """
     per_node, nodes = started_processes()
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator == "auto":
-        accelerator = "cuda" if found else "cpu"
+        accelerator = "cuda" if gpus else "cpu"
     if per_node * nodes > 1:
-        if accelerator == "cuda" and per_node > found:
-            raise UserError(f"{per_node} processes were started on this machine, which has {found} GPUs for them.")
+        if accelerator == "cuda" and per_node > gpus:
+            raise UserError(f"{per_node} processes were started on this machine, which has {gpus} GPUs for them.")
         devices = per_node
     elif accelerator == "cuda":
-        asked = max(devices) if isinstance(devices, list) else devices - 1
-        if asked >= found:
-            there = f"this machine has CUDA devices 0 to {found - 1}" if found else "this machine has no CUDA device"
-            raise UserError(f'there is no device cuda:{asked}; {there}. Choose another, or "cpu".')
+        highest = max(devices) if isinstance(devices, list) else devices - 1
+        if highest >= gpus:
+            available = f"this machine has CUDA devices 0 to {gpus - 1}" if gpus else "this machine has no CUDA device"
+            raise UserError(f'there is no device cuda:{highest}; {available}. Choose another, or "cpu".')
     if precision == "16-mixed" and accelerator == "cpu":
         raise UserError("precision: 16-mixed needs a GPU, and this runs on the CPU. Use 32-true or bf16-mixed.")
-    strategy = "auto"
+    strategy: DDPStrategy | Literal["auto"] = "auto"
     if per_node * nodes > 1 or (isinstance(devices, list) and len(devices) > 1):
         backend = None if patience is None else "gloo"
         strategy = DDPStrategy(process_group_backend=backend, timeout=patience or _PATIENCE)
@@ -158,11 +161,13 @@ def nb_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def accelerator(device: str) -> tuple[str, int | list[int]]:
-    """Lightning Fabric's (accelerator, devices) of a device's name: auto, cpu, cuda or cuda:N.
+def accelerator(device: str | list[int]) -> tuple[str, int | list[int]]:
+    """Lightning Fabric's (accelerator, devices) of a device: auto, cpu, cuda, cuda:N or the numbers of CUDA devices.
 
     Raises UserError for any other name.
     """
+    if isinstance(device, list):
+        return "cuda", device
     kind, _, index = device.partition(":")
     if kind == "cuda" and index.isdecimal():
         return "cuda", [int(index)]

@@ -14,9 +14,8 @@ from models.method import network_input
 from models.networks import Outputs
 from models.run import Run
 from utils.config.read import load_config
-from utils.config.schema import accelerator
 from utils.data.phases import PhasedClasses, phase_starts
-from utils.devices import launch
+from utils.devices import accelerator, launch
 from utils.errors import UserError
 from utils.results.output import check_is_run
 

@@ -79,7 +79,7 @@ def main() -> None:
         memory = ExemplarMemory(paths, [("real", 18), ("edges", 48)], costs, None, COPIES)
         for target in range(data.nb_classes):
             of_class = data.train_images(target)
-            memory.add_class(target, of_class, torch.rand(len(of_class), 8))
+            memory.update({target: of_class}, [torch.rand(len(of_class), 8)])
         file = io.BytesIO()
         torch.save(memory.state_dict(), file)
         print(f"{'memory in a checkpoint':34}{file.tell():10,} bytes")

@@ -1,5 +1,7 @@
 """Keys and names of other projects' configs (PyCIL, PILOT, timm), and what they mean here."""
 
+from utils.config.types import Augmentation
+
 PYCIL_ONLY: dict[str, tuple[tuple | None, str]] = {
     "skip": ((False,), "phase 0 is trained, or reused from phase0_cache"),
     "debug": (None, "it only changes what PyCIL prints"),
@@ -12,7 +14,11 @@ PYCIL_ONLY: dict[str, tuple[tuple | None, str]] = {
 A method's `Settings` may have a class variable `pycil_only` like this."""
 
 
-PYCIL_DATASETS = {
+PYCIL_SCHEDULE = {"init_epochs": "init_epoch", "milestones": "init_milestones", "decay": "init_lr_decay"}
+"""PyCIL's names in a nested schedule, and ours where they differ."""
+
+
+PYCIL_DATASETS: dict[str, tuple[str, Augmentation]] = {
     "cifar10_aa": ("cifar10", "autoaugment"),
     "cifar100_aa": ("cifar100", "autoaugment"),
     "imagenet100": ("imagenet100", "pycil"),

@@ -9,11 +9,10 @@ import json
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
-
-from pydantic import BeforeValidator
+from typing import Any, Literal, NamedTuple
 
 from utils.config.types import (
+    Augmentation,
     ClassOrder,
     Count,
     Device,
@@ -27,6 +26,7 @@ from utils.config.types import (
     NonNegative,
     Positive,
     Probability,
+    Scheduler,
     Seeds,
     Text,
     YesOrFile,
@@ -141,12 +141,12 @@ class Config:
     augmentation_prob: Probability = setting(
         0.0, "p: probability that a real image is replaced by one of its copies when it is read", source=ESCORT
     )
-    augmentation: Literal["pescr", "pycil", "autoaugment"] = setting(
+    augmentation: Augmentation = setting(
         "pescr",
         "in training. Large images: random crop and flip, with pescr and autoaugment also brightness and AutoAugment, "
         "with pycil brightness for ImageNet1000; small ones: crop, flip and brightness, with autoaugment also "
-        "AutoAugment and Cutout. PyCIL's names of datasets bring their own: cifar100_aa autoaugment, imagenet100 and "
-        "imagenet1000, spelt so, pycil",
+        "AutoAugment and Cutout. none: the test transform. PyCIL's names of datasets bring their own: cifar100_aa "
+        "autoaugment, imagenet100 and imagenet1000, spelt so, pycil",
     )
     augmentation_scope: Literal["all", "exemplars"] = setting("all", "which real images p applies to")
     regenerate: Literal["ahead", "on_demand"] = setting(
@@ -206,9 +206,7 @@ class Config:
     milestones: Epochs | None = setting(
         None, "later phases: epochs after which the rate decays; null: the method's own", source=PYCIL
     )
-    scheduler: Annotated[
-        Literal["steps", "cosine"] | None, BeforeValidator(lambda value: "steps" if value == "steplr" else value)
-    ] = setting(
+    scheduler: Scheduler | None = setting(
         None,
         "how the rate falls, at milestones or along half a cosine; null: at milestones where they are given, else as "
         "the method does",
@@ -295,9 +293,10 @@ def keys_of(schema: type) -> dict[str, Key]:
     hints = typing.get_type_hints(schema, include_extras=True)
     keys = {}
     for field in dataclasses.fields(schema):
-        if "meaning" in field.metadata:
-            made = field.default_factory is not dataclasses.MISSING
-            default = field.default_factory() if made else field.default
+        if field.metadata:
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
             keys[field.name] = Key(field.name, hints[field.name], default, **field.metadata)
     return keys
 
@@ -318,9 +317,6 @@ def as_dict(config: Config) -> dict[str, Any]:
     return {**values, **own}
 
 
-_ABSENT = object()  # equal to no value of a key
-
-
 def differences(ours: Config | Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The keys that may change a run's numbers and in which a config and an older one differ, with both values.
 
@@ -333,17 +329,10 @@ def differences(ours: Config | Mapping[str, Any], theirs: Mapping[str, Any]) -> 
         keys |= keys_of(type(ours.settings)) if ours.settings is not None else {}
         ours = as_dict(ours)
     theirs = {**{name: key.default for name, key in keys.items() if key.default is not REQUIRED}, **theirs}
-    differing = []
+    lines = []
     for name in {**ours, **theirs}:
-        values = ours.get(name, _ABSENT), theirs.get(name, _ABSENT)
-        if name == "dataset":
-            values = tuple(str(value).lower() for value in values)
-        if values[0] != values[1] and (name not in keys or keys[name].result):
-            mine, other = (json.dumps(of[name]) if name in of else "not given" for of in (ours, theirs))
-            differing.append(f"{name}: {other} -> {mine}")
-    return differing
-
-
-def accelerator(device: Any) -> tuple[str, int | list[int]]:
-    """A checked `device` key as Lightning Fabric's (accelerator, devices)."""
-    return ("cuda", device) if isinstance(device, list) else (device, 1)
+        mine, other = (json.dumps(values[name]) if name in values else "not given" for values in (ours, theirs))
+        same = mine.lower() == other.lower() if name == "dataset" else ours.get(name) == theirs.get(name)
+        if mine != other and not same and (name not in keys or keys[name].result):
+            lines.append(f"{name}: {other} -> {mine}")
+    return lines

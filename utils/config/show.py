@@ -4,9 +4,12 @@ import json
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from utils.config.schema import REQUIRED, SECTIONS, Config, Key, MethodInfo, keys_of
-from utils.config.types import bounds, in_words
+from utils.config.types import LARGEST, LARGEST_COUNT
 
 _INTRODUCTION = """\
 # Config keys
@@ -35,11 +38,35 @@ def _sections(methods: Mapping[str, MethodInfo]) -> dict[str, list[Key]]:
     return sections
 
 
+_WORDS = {"string": "text", "boolean": "true or false"}
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
 def _type_of(key: Key, choices: Mapping[str, Sequence[str]]) -> str:
+    """Such as "list of integers >= 1, or null"."""
     if key.name in choices:
         return "one of " + ", ".join(choices[key.name])
-    limits = bounds(key.annotation)
-    return in_words(key.annotation) + (f" ({limits})" if limits else "")
+    return _in_words(TypeAdapter(key.annotation).json_schema())
+
+
+def _in_words(schema: Mapping[str, Any]) -> str:
+    """A JSON schema, as pydantic makes it of a type."""
+    if "anyOf" in schema:
+        return " or ".join(map(_in_words, schema["anyOf"]))
+    if "enum" in schema:
+        return ", ".join(map(json.dumps, schema["enum"]))
+    if "const" in schema:
+        return json.dumps(schema["const"])
+    if schema["type"] == "array":
+        entries = _in_words(schema["items"])
+        return f"list of ({entries})" if " " in entries else f"list of {entries}"
+    limits = [
+        f" {sign} {schema[name]:,.10g}"
+        for name, sign in _BOUNDS.items()
+        if schema.get(name, LARGEST) not in (LARGEST, LARGEST_COUNT)
+    ]
+    words = _WORDS.get(schema["type"], schema["type"]) + ",".join(limits)
+    return words
 
 
 def _default(key: Key) -> str:

@@ -1,26 +1,26 @@
-"""The types of config keys: what a value must be, what other spellings are understood, and how to say so in words."""
+"""The types of config keys: pydantic's, with the other spellings that are understood."""
 
 import json
-import math
 import os
-import types
-import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from utils import json_files
 from utils.data.published import labels, without_comments
 from utils.errors import UserError
+
+LARGEST, LARGEST_COUNT = 1e30, 10**15
+"""Beyond these, numbers overflow in single precision, and counts in Python's own tools."""
 
 
 def _as_text(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, bool | int | float) else value
 
 
-def _encodable(text: str) -> str:
+def _name_of_a_file(text: str) -> str:
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
@@ -48,20 +48,6 @@ def _true_or_file(value: Any) -> Any:
     return _folder(value) if isinstance(value, str) else value
 
 
-def _finite(number: float) -> float:
-    if not math.isfinite(number):
-        raise ValueError("must be a number")
-    if abs(number) > LARGEST:
-        raise ValueError(f"must be at most {LARGEST:g}")
-    return number
-
-
-def _countable(number: int) -> int:
-    if number > LARGEST_COUNT:
-        raise ValueError(f"must be at most {LARGEST_COUNT:,}")
-    return number
-
-
 def _listed(value: Any) -> Any:
     """A list also from 1993, "1993,1994" and '["0", "1"]'."""
     if isinstance(value, str) and value.strip():
@@ -72,15 +58,17 @@ def _listed(value: Any) -> Any:
 
 def _listed_or_in_file(value: Any) -> Any:
     """As `_listed`, and from a file (a JSON list, or text with an entry a line) or a published list of classes."""
-    if not isinstance(value, str) or Path(value).suffix not in (".json", ".txt"):
-        return (labels(value) if isinstance(value, str) else None) or _listed(value)
+    if not isinstance(value, str):
+        return _listed(value)
+    file = Path(value).expanduser()
+    if file.suffix not in (".json", ".txt"):
+        return labels(value) or _listed(value)
     try:
-        file = Path(value).expanduser()
-        if value.endswith(".json"):
+        if file.suffix == ".json":
             return json_files.read(file)
         return without_comments(file.read_text(encoding="utf-8").splitlines())
     except UserError as error:
-        raise ValueError(f"names a list that can't be read ({str(error).removesuffix('.')})") from None
+        raise ValueError(f"names a list that can't be read: {str(error).removesuffix('.')}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not a list in UTF-8"
         raise ValueError(f"names a file that can't be read ({reason})") from None
@@ -96,24 +84,6 @@ def _different(entries: list) -> list:
     return entries
 
 
-LARGEST, LARGEST_COUNT = 1e30, 10**15
-"""Beyond these, numbers overflow in single precision, and counts in Python's own tools."""
-
-LOGGERS = ("tensorboard", "csv", "wandb")
-
-
-def _loggers(names: list[str]) -> list[str]:
-    if not set(names) <= set(LOGGERS):
-        raise ValueError(f"must list some of {', '.join(LOGGERS)}")
-    return names
-
-
-def _numpy_seed(numbers: list[int]) -> list[int]:
-    if max(numbers) >= 2**32:
-        raise ValueError("must be below 2^32, as numpy.random.seed takes it")
-    return numbers
-
-
 def _device(value: Any) -> Any:
     if value in ("auto", "cpu", "cuda"):
         return value
@@ -126,85 +96,27 @@ def _device(value: Any) -> Any:
     return [int(text) for text in texts]
 
 
-Text = Annotated[str, BeforeValidator(_as_text), AfterValidator(_encodable)]
+Augmentation = Literal["pescr", "pycil", "autoaugment", "none"]
+Text = Annotated[str, BeforeValidator(_as_text), AfterValidator(_name_of_a_file)]
 """A number or true stands for its digits or letters."""
 Folder = Annotated[Text, AfterValidator(_folder)]
 """A path; ~ is the home folder."""
 FolderName = Annotated[Text, AfterValidator(_folder_name)]
-Number = Annotated[float, AfterValidator(_finite)]
+Number = Annotated[float, Field(allow_inf_nan=False), Le(LARGEST)]
 Positive = Annotated[Number, Gt(0)]
 NonNegative = Annotated[Number, Ge(0)]
-Fraction = Annotated[Number, Ge(0), Lt(1)]
-Probability = Annotated[Number, Ge(0), Le(1)]
-Count = Annotated[int, Ge(1), AfterValidator(_countable)]
-Natural = Annotated[int, Ge(0), AfterValidator(_countable)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+Probability = Annotated[float, Ge(0), Le(1)]
+Count = Annotated[int, Ge(1), Le(LARGEST_COUNT)]
+Natural = Annotated[int, Ge(0), Le(LARGEST_COUNT)]
 Epochs = Annotated[list[Count], BeforeValidator(_listed)]
 Rates = Annotated[list[Probability], BeforeValidator(_listed)]
 Increments = Annotated[Natural | list[Count], BeforeValidator(_number_or_list)]
 ClassOrder = Annotated[list[int | str], BeforeValidator(_listed_or_in_file), AfterValidator(_different)]
-Loggers = Annotated[list[str], BeforeValidator(_listed), AfterValidator(_loggers)]
+Loggers = Annotated[list[Literal["tensorboard", "csv", "wandb"]], BeforeValidator(_listed)]
 YesOrFile = Annotated[bool | str, BeforeValidator(_true_or_file)]
-Seeds = Annotated[
-    list[Annotated[int, Ge(0)]], BeforeValidator(_listed), AfterValidator(_different), AfterValidator(_numpy_seed)
-]
-Device = Annotated[Any, AfterValidator(_device)]
-"""PyCIL's spellings and torch's: "0", ["0", "1"], [0], "cuda:0"; -1 is the CPU.  Becomes "auto", "cpu", "cuda" or a
-list of numbers."""
-
-
-def bare(annotation: Any) -> Any:
-    """An annotation without what `Annotated` adds."""
-    while typing.get_origin(annotation) is Annotated:
-        annotation = typing.get_args(annotation)[0]
-    return annotation
-
-
-def alternatives(annotation: Any) -> list[Any]:
-    """The types of a union, or the one type, each bare."""
-    annotation = bare(annotation)
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [kind for part in typing.get_args(annotation) for kind in alternatives(part)]
-    return [annotation]
-
-
-def choices_of(annotation: Any) -> tuple[str, ...]:
-    """The texts that a key may have, where its type lists them."""
-    return next((typing.get_args(k) for k in alternatives(annotation) if typing.get_origin(k) is typing.Literal), ())
-
-
-_WORDS = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    types.NoneType: "null",
-    Any: "text or a list",
-}
-_IN_LISTS = {str: "texts", int: "whole numbers", float: "numbers"}
-
-
-def in_words(annotation: Any) -> str:
-    """Such as "a list of whole numbers or null"."""
-    words = []
-    for kind in alternatives(annotation):
-        if typing.get_origin(kind) is list:
-            words.append("a list of " + " or ".join(_IN_LISTS[k] for k in alternatives(typing.get_args(kind)[0])))
-        elif typing.get_origin(kind) is typing.Literal:
-            words.append(", ".join(map(json.dumps, typing.get_args(kind))))
-        else:
-            words.append(_WORDS[kind])
-    return " or ".join(words)
-
-
-def bounds(annotation: Any) -> str:
-    """The range of a number, or of a list's numbers: "at least 0, below 1"; "" where there is none."""
-    words = []
-    if typing.get_origin(annotation) is Annotated:
-        annotation, *added = typing.get_args(annotation)
-        for entry in added:
-            for attribute, of_bound in (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below")):
-                if hasattr(entry, attribute):
-                    words.append(f"{of_bound} {getattr(entry, attribute):g}")
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, Annotated):
-        words += [inner for part in typing.get_args(annotation) if (inner := bounds(part))]
-    return ", ".join(dict.fromkeys(words))
+Seeds = Annotated[list[Annotated[int, Ge(0), Lt(2**32)]], BeforeValidator(_listed), AfterValidator(_different)]
+"""Below 2^32, as numpy.random.seed takes them."""
+Scheduler = Annotated[Literal["steps", "cosine"], BeforeValidator(lambda name: "steps" if name == "steplr" else name)]
+Device = Annotated[Literal["auto", "cpu", "cuda"] | list[int], BeforeValidator(_device)]
+"""PyCIL's spellings and torch's: "0", ["0", "1"], [0], "cuda:0"; -1 is the CPU."""

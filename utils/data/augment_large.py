@@ -57,7 +57,7 @@ class LargeTrain:
         for i, (picture, (top, left, height, width)) in enumerate(zip(pictures, boxes, strict=True)):
             view = resized(picture[top : top + height, left : left + width], self.side, self.side)
             view = cv2.LUT(cv2.flip(view, 1) if mirrored[i] else view, tables[i])
-            out[i] = auto_augment(Image.fromarray(view), policies[i]) if self.autoaugment else view
+            out[i] = np.asarray(auto_augment(Image.fromarray(view), policies[i])) if self.autoaugment else view
         return as_images(out)
 
 

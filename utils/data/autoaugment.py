@@ -8,6 +8,7 @@ Solarize's thresholds count down from 256, not from 255.
 import torchvision_compat  # noqa: F401  (before torchvision)
 
 # isort: split
+import math
 from collections.abc import Callable, Sequence
 
 from PIL import Image, ImageEnhance, ImageOps
@@ -43,7 +44,7 @@ _OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "Sharpness": lambda picture, level, sign: ImageEnhance.Sharpness(picture).enhance(1 + sign * 0.9 * level),
     "ShearX": lambda picture, level, sign: _moved(picture, (1, sign * 0.3 * level, 0, 0, 1, 0), BICUBIC),
     "ShearY": lambda picture, level, sign: _moved(picture, (1, 0, 0, sign * 0.3 * level, 1, 0), BICUBIC),
-    "Solarize": lambda picture, level, _: ImageOps.solarize(picture, 256 * (1 - level)),
+    "Solarize": lambda picture, level, _: ImageOps.solarize(picture, math.ceil(256 * (1 - level))),
     "TranslateX": lambda picture, level, sign: _moved(
         picture, (1, 0, sign * 150 / 331 * level * picture.width, 0, 1, 0), NEAREST
     ),

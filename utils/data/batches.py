@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -110,13 +110,13 @@ class TrainingSet(Batched):
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
         index = np.array([index for _, index in keys], np.int64)
-        of_epochs = np.array([_epoch_state(*self._seeds, epoch) for epoch, _ in keys], np.uint64)
+        epoch_states = np.array([_epoch_state(*self._seeds, epoch) for epoch, _ in keys], np.uint64)
         # Each item has its own state, and from it one state for the choice of copy and one for the transform.
-        states = random_bits(random_bits(of_epochs + index.astype(np.uint64), 1)[:, 0], 2)
+        states = random_bits(random_bits(epoch_states + index.astype(np.uint64), 1)[:, 0], 2)
         replaced, number = uniform(states[:, 0], 2).T
         number = (number * self.augmentations_per_image).astype(int)
-        shown = np.where(replaced < self._copy_prob[index], number, _ITSELF)
-        pictures = [self._picture(*place) for place in zip(index.tolist(), shown.tolist(), strict=True)]
+        copy_numbers = np.where(replaced < self._copy_prob[index], number, _ITSELF)
+        pictures = [self._picture(*choice) for choice in zip(index.tolist(), copy_numbers.tolist(), strict=True)]
         images = self.transform(pictures, states[:, 1])
         return torch.from_numpy(index), images, torch.from_numpy(self._targets[index])
 
@@ -125,9 +125,8 @@ class TrainingSet(Batched):
         if (picture := self._seen.get((index, number))) is not None:
             return picture
         image = self.images[index]
-        if number == _ITSELF:
-            path = image
-        else:
+        path: str | Path = image
+        if number != _ITSELF:
             path = self.paths.copy(Path(image), self._numbers[index][number] if index in self._numbers else number)
         if self.pixels is None:
             return read_prepared(path, self.transform.prepare)
@@ -168,15 +167,14 @@ class ImageSet(Batched):
         return torch.from_numpy(index), self.transform(pictures), torch.from_numpy(self.targets[index])
 
     def _picture(self, path: str) -> np.ndarray:
-        prepare = self.transform.prepare
         if self.pixels is not None and isinstance(self.transform, SmallTest):
             return self.pixels.read(path)[0]
         picture = None if self.pixels is None else self.pixels.find(path)
-        return read_prepared(path, prepare) if picture is None else picture
+        return read_prepared(path, self.transform.prepare) if picture is None else picture
 
 
 def batch_loader(
-    dataset: Batched, batches: Iterable[Sequence], workers: int = 0, *, pin_memory: bool = False
+    dataset: Batched, batches: Iterable[list], workers: int = 0, *, pin_memory: bool = False
 ) -> DataLoader:
     """A loader of the dataset's batches; `batches` gives the keys of each.
 
@@ -231,7 +229,7 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 

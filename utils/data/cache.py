@@ -1,9 +1,15 @@
 """A cache of decoded pictures, shared by all processes of a machine: in memory, or in a file that later runs use too.
 
+Both are one file, anonymous where it is in memory: a header, then a record for each picture, only ever appended.
+
+    header    _MAGIC, then the offset at which the last record ends (uint64)
+    record    key, height, width, checksum of the pixels (_RECORD), then the pixels
+
 Why not a library: one shared tensor only holds pictures of one size, and lmdb needs a file even for pictures in memory
 (containers often have 64 MB of /dev/shm).
 """
 
+import fcntl
 import hashlib
 import logging
 import mmap
@@ -24,18 +30,13 @@ from utils.data.augment import Prepare
 from utils.data.images import content_digest, read_prepared
 from utils.errors import UserError
 
-try:
-    import fcntl
-except ImportError:  # Windows: no cache
-    fcntl = None
-
 log = logging.getLogger(__name__)
 
 _MAGIC = b"ESCORT pixels 2\n"
 _OPEN_FILES = Path("/proc/self/fd")
 """Where Linux shows the files that a process has open, through which others open them."""
-_START = 24  # before it: _MAGIC and the offset where the last record ends (uint64)
-_RECORD = struct.Struct("<16sIII")  # key, height, width, checksum of the pixels, which follow
+_START = 24  # of the first record
+_RECORD = struct.Struct("<16sIII")
 
 
 class PictureCache:
@@ -45,9 +46,9 @@ class PictureCache:
     processes and runs; None keeps them in memory, for this process and those that open `path`; contents: folder ->
     digest of what it holds (`content_digest`), for some folders.
 
-    The file is a log: records are only appended, under a lock, and each process has its own index.  The key is a
-    picture's path, size, modification time, preparation and its folder's digest, so that a changed file gets a new
-    record.  Checksums detect pixels that a crash of the machine has lost.
+    Records are appended under a lock, and each process has its own index of them.  The key is a picture's path, size,
+    modification time, preparation and its folder's digest, so that a changed file gets a new record.  Checksums detect
+    pixels that a crash of the machine has lost.
     """
 
     def __init__(
@@ -57,15 +58,21 @@ class PictureCache:
         self.prepare = prepare
         self.file = file
         self.contents = contents or {}
-        self._places: dict[bytes, tuple[int, int, int, int]] = {}  # key -> offset, height, width, checksum
+        self._index: dict[bytes, tuple[int, int, int, int]] = {}  # key -> offset of pixels, height, width, checksum
         self._full = False
         self._fd = -1
-        while not self._opened():
-            file.unlink(missing_ok=True)  # damaged; others may have it open, so it is replaced, not truncated
+        is_sound = self._open()
+        if file is not None and not is_sound:
+            file.unlink(missing_ok=True)  # others may have it open, so it is replaced, not truncated
+            self._open()
 
     def __del__(self):
+        self._close()
+
+    def _close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
+            self._fd = -1
 
     def __reduce__(self):
         if self.file is None and not _OPEN_FILES.is_dir():
@@ -79,7 +86,7 @@ class PictureCache:
 
     def __len__(self) -> int:
         self._scan()
-        return len(self._places)
+        return len(self._index)
 
     def read(self, path: str | Path) -> tuple[np.ndarray, bool]:
         """(prepared picture, whether the cache holds it).  Raises UnreadableImage."""
@@ -93,26 +100,29 @@ class PictureCache:
     def find(self, path: str | Path) -> np.ndarray | None:
         """The prepared picture from the cache, read-only; None if it is not there."""
         key = self._key(path)
-        if key not in self._places:
+        if key is not None and key not in self._index:
             self._scan()
-        if key not in self._places:
+        if key is None or key not in self._index:
             return None
-        offset, height, width, checksum = self._places[key]
+        offset, height, width, checksum = self._index[key]
         picture = np.frombuffer(self._map, np.uint8, 3 * height * width, offset).reshape(height, width, 3)
-        return picture if zlib.crc32(picture) == checksum else None
+        return picture if zlib.crc32(picture.data) == checksum else None
 
-    def _opened(self) -> bool:
-        """Open the file and read the log.  False if it is damaged."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = _memory_file() if self.file is None else _named_file(self.file)
+    def _open(self) -> bool:
+        """Open the file, or make it, and index its records.  Returns whether it is whole."""
+        self._close()
+        if self.file is None:
+            self._fd = _memory_file()
+        else:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         with self._locked():
             if os.fstat(self._fd).st_size == 0:
                 _write(self._fd, _MAGIC + struct.pack("<Q", _START), 0)
             if os.fstat(self._fd).st_size < _START + self.budget:
                 os.ftruncate(self._fd, _START + self.budget)
             self._map = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
-            self._scanned, self._places = _START, {}
+            self._scanned, self._index = _START, {}
             self._scan()
             return self._map[: len(_MAGIC)] == _MAGIC and self._scanned == self._end()
 
@@ -127,7 +137,7 @@ class PictureCache:
             offset = self._scanned + _RECORD.size
             if height == 0 or offset + 3 * height * width > end:
                 return
-            self._places[key] = offset, height, width, checksum
+            self._index[key] = offset, height, width, checksum
             self._scanned = offset + 3 * height * width
 
     def _add(self, path: str | Path, picture: np.ndarray) -> None:
@@ -141,8 +151,8 @@ class PictureCache:
                 key, end = self._key(path), self._scanned + _RECORD.size + data.nbytes
                 if end > _START + self.budget or self._scanned != self._end():
                     self._full = True
-                elif key is not None and key not in self._places:
-                    record = _RECORD.pack(key, height, width, zlib.crc32(data))
+                elif key is not None and key not in self._index:
+                    record = _RECORD.pack(key, height, width, zlib.crc32(data.data))
                     _write(self._fd, record + data.tobytes(), self._scanned)
                     _write(self._fd, struct.pack("<Q", end), len(_MAGIC))
         except OSError as error:
@@ -186,9 +196,6 @@ def open_cache(
     """
     if kind == "none" or gib == 0:
         return None
-    if fcntl is None:
-        log.info("cache: not available on this system, pictures are decoded each time")
-        return None
     budget = min(int(gib * 2**30), 1 << 60)  # offsets in files have 64 bits
     if kind == "ram":
         budget = min(budget, _free_memory() // 2)
@@ -199,7 +206,7 @@ def open_cache(
         if not _OPEN_FILES.is_dir():
             log.info("cache: worker processes have no part in it on this system; num_workers=0 or cache=disk uses it")
         return _in_memory(budget, prepare)
-    contents = {os.path.abspath(of_folder[0].parent): content_digest(of_folder) for of_folder in images if of_folder}
+    contents = {os.path.abspath(files[0].parent): content_digest(files) for files in images if files}
     of = "\0".join([str(root.absolute()), Image.__version__, *(features.version(lib) or "" for lib in ("jpg", "webp"))])
     name = hashlib.sha256(os.fsencode(of)).hexdigest()[:16]  # decoders of other versions may round differently
     try:
@@ -233,11 +240,6 @@ def _memory_file() -> int:
         return os.memfd_create("pixels")
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
-
-
-def _named_file(file: Path) -> int:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:

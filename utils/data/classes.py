@@ -1,9 +1,7 @@
 """The classes of a run: their order, their division into phases, and the images of each."""
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -13,6 +11,7 @@ import numpy as np
 from utils.data.datasets import Augmentation, NetworkInput
 from utils.data.images import UnreadableImage, image_bits
 from utils.data.items import Item
+from utils.data.labels import check_phase_sizes, class_labels, indices_of
 from utils.data.paths import DatasetPaths
 from utils.data.phases import PhasedClasses, phase_starts
 from utils.errors import UserError
@@ -50,26 +49,17 @@ class DataManager(PhasedClasses):
     ):
         self.paths, self.dataset = paths, paths.dataset
         self.augmentation, self.network_input = augmentation, network_input
-        labels = _labels(paths, old_may_be_gone)
-        if class_sort == "number":
-            labels.sort(key=_by_numbers)
-        _check_same_classes(paths, labels, paths.classes("test"))
+        labels = class_labels(paths, class_sort, old_may_be_gone)
         n = len(labels)
-        if not 1 <= init_cls <= n:
-            raise UserError(f"init_cls is {init_cls}, but dataset {paths.dataset!r} has {n} classes: choose 1 to {n}.")
-        increments = [increment] if isinstance(increment, int) else list(increment)
-        if init_cls < n and min(increments, default=0) < 1:
-            raise UserError(
-                f"increment is {increment}, with {n - init_cls} classes left after phase 0: choose at least 1."
-            )
+        check_phase_sizes(paths.dataset, n, init_cls, increment)
         self.class_order: list[int] = list(range(n))
         if class_order is not None:
-            self.class_order = _places(class_order, labels)
+            self.class_order = indices_of(class_order, labels)
         elif shuffle:
             # The same as np.random.seed(seed); np.random.permutation(n), but leaves the global generator alone.
             self.class_order = np.random.RandomState(seed).permutation(n).tolist()
         self.class_names: list[str] = [labels[i] for i in self.class_order]
-        self.phase_starts = phase_starts(n, init_cls, increments)
+        self.phase_starts = phase_starts(n, init_cls, increment)
         self._train = [paths.images(label, "train") for label in self.class_names]
         self._test = [paths.images(label, "test") for label in self.class_names]
         self._check_no_class_is_empty(n if old_may_be_gone else 0)
@@ -117,7 +107,7 @@ class DataManager(PhasedClasses):
         return [*self._train, *self._test]
 
     @cached_property
-    def picture_size(self) -> tuple[int, int]:
+    def picture_size(self) -> tuple[int, int]:  # type: ignore[override]  # it may be assigned too
         """(width, height) of a typical image (`typical_size`), the same in every class order."""
         return typical_size(dict(zip(self.class_names, self._train, strict=True)))
 
@@ -146,47 +136,6 @@ class DataManager(PhasedClasses):
         if empty:
             more = f" (and {len(empty) - 1} more class folders)" if len(empty) > 1 else ""
             raise UserError(f"no images in {min(empty)}{more}: every class needs train and test images.")
-
-
-def _labels(paths: DatasetPaths, old_may_be_gone: bool) -> list[str]:
-    """The sorted labels of the train classes; of all classes, where train folders may be gone."""
-    if not old_may_be_gone:
-        return paths.classes("train")
-    labels = set(paths.classes("test"))
-    with suppress(UserError):  # not one is left
-        labels |= set(paths.classes("train"))
-    return sorted(labels)
-
-
-def _by_numbers(label: str) -> list[tuple[int, str]]:
-    """Sorts "2" before "10", and "a2" before "a10"."""
-    parts = re.findall(r"\d+|\D+", label)
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
-
-
-def _places(class_order: Sequence[int | str], labels: list[str]) -> list[int]:
-    """A class order as indices of the labels.  Raises UserError unless it has each class once."""
-    place = {label: i for i, label in enumerate(labels)}
-    texts = [str(entry) for entry in class_order]
-    if sorted(texts) == sorted(labels):
-        return [place[text] for text in texts]
-    if sorted(texts) == sorted(map(str, range(len(labels)))):
-        return [int(text) for text in texts]
-    unknown = [text for text in texts if text not in place]
-    raise UserError(
-        f"class_order must hold each of the {len(labels)} classes once, as labels or numbers 0 to {len(labels) - 1}; "
-        + (f"{unknown[0]!r} is no label." if unknown else f"it has {len(texts)} entries.")
-    )
-
-
-def _check_same_classes(paths: DatasetPaths, train: list[str], test: list[str]) -> None:
-    for mode, here, other_mode, there in (("train", train, "test", test), ("test", test, "train", train)):
-        only = sorted(set(here) - set(there))
-        if only:
-            raise UserError(
-                f"{len(only)} classes of {paths.folder(mode)} have no folder in {paths.folder(other_mode)}, "
-                f"the first is {only[0]!r}: train and test need the same class folders."
-            )
 
 
 def typical_size(images: Mapping[str, Sequence[Path]]) -> tuple[int, int]:

@@ -85,8 +85,8 @@ def reduced(height: int, width: int, side: int | None) -> tuple[int, int]:
 
 def is_file(kept: bytes, name: str) -> bool:
     """Whether these bytes are a whole file, and not a payload."""
-    place, magic = CODECS[name].magic
-    return kept[place : place + len(magic)] == magic
+    offset, magic = CODECS[name].magic
+    return kept[offset : offset + len(magic)] == magic
 
 
 def check_codec(name: str) -> None:
@@ -213,8 +213,8 @@ def _box(kind: bytes, *parts: bytes) -> bytes:
 
 
 def _avif_payload(file: bytes, quality: int, size: Size, greyscale: bool) -> bytes | None:
-    before, found, after = file.partition(_stream_start(quality, size, greyscale))
-    if not found or before[-4:] != b"mdat":
+    before, start, after = file.partition(_stream_start(quality, size, greyscale))
+    if not start or before[-4:] != b"mdat":
         return None
     try:
         length, start = read_varint(after)
@@ -235,13 +235,13 @@ def _avif_file(payload: bytes, quality: int, size: Size, greyscale: bool) -> byt
         _box(b"colr", b"nclx\0\x01\0\x0d\0\x06\x80"),
     ]
 
-    def meta(place: int) -> bytes:
+    def meta(offset: int) -> bytes:
         return _box(
             b"meta",
             bytes(4),
             _box(b"hdlr", bytes(8) + b"pict" + bytes(13)),
             _box(b"pitm", bytes(4) + b"\0\x01"),
-            _box(b"iloc", bytes(4) + b"\x44\0\0\x01\0\x01\0\0\0\x01", place.to_bytes(4), len(stream).to_bytes(4)),
+            _box(b"iloc", bytes(4) + b"\x44\0\0\x01\0\x01\0\0\0\x01", offset.to_bytes(4), len(stream).to_bytes(4)),
             _box(b"iinf", bytes(4) + b"\0\x01", _box(b"infe", b"\x02\0\0\0\0\x01\0\0av01Color\0")),
             _box(
                 b"iprp",
@@ -285,10 +285,10 @@ def _jxl_parts(file: bytes) -> tuple[bytes, bytes]:
 
     (the file, b"") where there is none, as in a picture of several sections.
     """
-    for place in range(2, min(24, len(file) - 2)):
-        length = len(file) - place - 2
-        if length < 17_408 and file[place : place + 2] == _jxl_entry(length):
-            return file[:place], file[place + 2 :]
+    for offset in range(2, min(24, len(file) - 2)):
+        length = len(file) - offset - 2
+        if length < 17_408 and file[offset : offset + 2] == _jxl_entry(length):
+            return file[:offset], file[offset + 2 :]
     return file, b""
 
 

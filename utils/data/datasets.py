@@ -7,6 +7,7 @@ adds what the size does not tell; a dataset need not be in it.
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from utils.config.types import Augmentation
 from utils.data.augment import (
     BRIGHTNESS,
     Normalise,
@@ -15,11 +16,11 @@ from utils.data.augment import (
     SmallTrain,
     TestTransform,
     TrainTransform,
+    Unaugmented,
 )
 from utils.data.augment_large import SIDE, LargeTest, LargeTrain
 
 ImageKind = Literal["small", "large"]
-Augmentation = Literal["pescr", "pycil", "autoaugment"]
 
 SMALL_SIDE = 64
 """Images whose shorter side has at most this many pixels get the transforms of small images."""
@@ -100,23 +101,28 @@ def dataset_defaults(
     name: the dataset's folder name; sample_image_size: (width, height) of a typical image in pixels; augmentation: in
     training.  Large images: "pescr" (ESCORT's published code) and "autoaugment": random resized crop, flip, brightness,
     AutoAugment; "pycil": crop and flip, as PyCIL does for ImageNet-100, and brightness for ImageNet1000.  Small ones:
-    crop, flip and brightness, and with "autoaugment" also AutoAugment and Cutout, as PyCIL's cifar100_aa.
+    crop, flip and brightness, and with "autoaugment" also AutoAugment and Cutout, as PyCIL's cifar100_aa.  "none": the
+    test transform.
     network_input: of a backbone with a size of its own, to which images of all sizes are brought.
     """
     entry = known(name)
     shorter = min(sample_image_size)
     kind: ImageKind = "small" if shorter <= SMALL_SIDE and network_input is None else "large"
-    side, test, statistics = SIDE, LargeTest(), IMAGENET_STATISTICS
-    if network_input is not None:
-        side, statistics = network_input.side, (network_input.mean, network_input.std)
-        test = LargeTest(side, network_input.resize, network_input.mode)
+    train: TrainTransform
+    test: TestTransform
     if kind == "small":
-        train = (SmallAutoAugment if augmentation == "autoaugment" else SmallTrain)(entry.flip)
         test, statistics = SmallTest(), entry.small_statistics
-    elif augmentation != "pycil":
-        train = LargeTrain(entry.flip, side=side)
+        train = SmallAutoAugment(entry.flip) if augmentation == "autoaugment" else SmallTrain(entry.flip)
     else:
-        train = LargeTrain(entry.flip, BRIGHTNESS if entry.pycil_jitter else 0.0, autoaugment=False, side=side)
+        side, test, statistics = SIDE, LargeTest(), IMAGENET_STATISTICS
+        if network_input is not None:
+            side, statistics = network_input.side, (network_input.mean, network_input.std)
+            test = LargeTest(side, network_input.resize, network_input.mode)
+        train = LargeTrain(entry.flip, side=side)
+        if augmentation == "pycil":
+            train = LargeTrain(entry.flip, BRIGHTNESS if entry.pycil_jitter else 0.0, autoaugment=False, side=side)
+    if augmentation == "none":
+        train = Unaugmented(test)
     return DatasetDefaults(
         image_kind=kind,
         train_transform=train,

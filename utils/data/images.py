@@ -12,7 +12,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 import numpy as np
@@ -50,7 +50,7 @@ _TURNS = {
 """EXIF orientation -> what turns the picture upright (Exif 2.32, 4.6.4 A)."""
 
 
-def is_image(path: Path) -> bool:
+def is_image(path: PurePath) -> bool:
     """Whether the file's ending, in any case, is that of an image.  Hidden files are no images."""
     return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
 

@@ -47,5 +47,5 @@ class PathTable(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices are taken
         return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]])

@@ -91,7 +91,6 @@ class DatasetPaths:
 
     def folder(self, mode: str) -> Path:
         """The folder of "train" or "test" images, or of the exemplar form's "kept" files or "copies"."""
-        mode = {"edge_maps": "kept", "exemplars": "copies"}.get(mode, mode)
         if mode not in ("kept", "copies"):
             return self.root / mode
         name = getattr(self.files, mode)
@@ -156,15 +155,13 @@ class DatasetPaths:
                 return folder / name
         return None
 
-    edge_map, find_edge_map = kept, find_kept  # the names that callers have not given up yet
-
     def copy(self, image: Path, k: int) -> Path:
         """The path of copy number k (0, 1, ...) of a train image."""
-        return self._beside(image, "copies") / self._copy_name(self._stem(image), k)
+        return self._beside(image, "copies") / self.copy_name(image, k)
 
     def copy_name(self, image: Path, k: int) -> str:
         """The file name of copy number k, within its class's `copies_folder`."""
-        return self._copy_name(self._stem(image), k)
+        return f"{self._stem(image)}_seed{k:02d}{self.files.copy_ending}"
 
     def copies_folder(self, label: str) -> Path:
         """The folder with the copies of a class's images."""
@@ -172,11 +169,7 @@ class DatasetPaths:
 
     def copy_names(self, image: Path, count: int) -> list[str]:
         """File names of copies 0 ... count-1 of a train image, within its class's `copies_folder`."""
-        stem = self._stem(image)
-        return [self._copy_name(stem, k) for k in range(count)]
-
-    def _copy_name(self, stem: str, k: int) -> str:
-        return f"{stem}_seed{k:02d}{self.files.copy_ending}"
+        return [self.copy_name(image, k) for k in range(count)]
 
     def class_texts(self, labels: Iterable[str] | None = None) -> dict[str, str]:
         """Class label -> its text in prompts: the entry of `class_names.json`, else the label.
@@ -185,21 +178,21 @@ class DatasetPaths:
         their accents are composed or not.  Bytes of a label that are not UTF-8 become "?".  For all classes, logs a
         warning about entries that match none.
         """
-        given, every = self._class_names(), labels is None
+        entries, every = self._class_names(), labels is None
         labels = self.classes() if labels is None else labels
         texts = {
-            label: given.get(unicodedata.normalize("NFC", label), label).encode("utf-8", "replace").decode()
+            label: entries.get(unicodedata.normalize("NFC", label), label).encode("utf-8", "replace").decode()
             for label in labels
         }
         if not every:
             return texts
-        unused = given.keys() - {unicodedata.normalize("NFC", label) for label in labels}
+        unused = entries.keys() - {unicodedata.normalize("NFC", label) for label in labels}
         if unused and self._warn_once("class_names.json"):
             log.warning(
                 "%s: %d of its %d entries match no class folder, such as %r",
                 self.root / "class_names.json",
                 len(unused),
-                len(given),
+                len(entries),
                 min(unused),
             )
         return texts

@@ -30,9 +30,6 @@ class PhasedClasses:
         self.picture_size = picture_size
         self.augmentation, self.network_input = augmentation, network_input
 
-    pixels = None
-    """No decoded pictures are kept."""
-
     @property
     def nb_classes(self) -> int:
         return len(self.class_names)

@@ -21,7 +21,7 @@ def curate_command(name: str) -> str | None:
     if what := {dataset.lower(): what for dataset, what in FETCHED.items()}.get(name.lower()):
         return f"python -m utils.curate {what}"
     listed = find_list(name)
-    return listed and f"python -m utils.curate {listed.stem} --source DIR"
+    return f"python -m utils.curate {listed.stem} --source DIR" if listed else None
 
 
 def class_lists() -> list[str]:

@@ -13,8 +13,8 @@ def varint(number: int) -> bytes:
 def read_varint(data: bytes, start: int = 0) -> tuple[int, int]:
     """(the number, the place after it).  Raises ValueError where the data end before, and for more than 35 bits."""
     number = 0
-    for place in range(start, min(start + 5, len(data))):
-        number |= (data[place] & 127) << 7 * (place - start)
-        if data[place] < 128:
-            return number, place + 1
+    for index in range(start, min(start + 5, len(data))):
+        number |= (data[index] & 127) << 7 * (index - start)
+        if data[index] < 128:
+            return number, index + 1
     raise ValueError("the data end within a number" if start + 5 > len(data) else "a number of more than 35 bits")

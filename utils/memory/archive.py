@@ -1,13 +1,13 @@
 """The exemplar memory as one file (`utils.memory.packed`): written, looked into, and trained from.
 
-The same memory gives the same bytes.  Archives of earlier versions (`utils.memory.zipped`) are read.
+The same memory gives the same bytes.
 """
 
 import json
 import struct
 import unicodedata
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from utils.data.images import write_atomically, write_durably
 from utils.data.items import REAL
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory import packed, zipped
-from utils.memory.exemplars import ExemplarMemory
+from utils.memory import packed
+from utils.memory.exemplars import ExemplarMemory, name_of
 from utils.memory.packed import ClassRecord, DamagedError, Exemplar, Memory
 from utils.memory.share import row_of
 
@@ -26,7 +26,7 @@ _PNG_COLOURS = {24: (8, 2), 32: (16, 0)}
 """Bits per pixel -> PNG's bit depth and colour type; any other number is the depth of a greyscale picture."""
 
 _ENDINGS = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp", b"GIF8": ".gif"}
-"""First bytes -> the ending of an extracted picture whose name the file does not have."""
+"""First bytes -> the ending of an extracted picture, whose name the file does not have."""
 
 
 def write(memory: ExemplarMemory, path: Path) -> int:
@@ -40,13 +40,14 @@ def content_of(memory: ExemplarMemory) -> Memory:
     """What is kept of a memory's exemplars, as far as it is there: copies made ahead need no kept files."""
     classes = []
     for target in memory.targets:
-        share, exemplars = memory.empty_shares[target], []
+        exemplars = []
         for form, image in memory.of(target):
-            kept = memory.forms[form].kept(image)
-            exemplars.append(Exemplar(form, row_of(form, image, None if kept is None else len(kept)), kept))
+            payload = memory.forms[form].kept(image)
+            exemplars.append(Exemplar(form, row_of(form, image, None if payload is None else len(payload)), payload))
         if exemplars:
-            needs_text = any(exemplar.form != REAL for exemplar in exemplars)
-            classes.append(ClassRecord(target, share.label, share.text if needs_text else share.label, exemplars))
+            share = memory.classes[target].empty_share
+            text = share.text if any(exemplar.form != REAL for exemplar in exemplars) else share.label
+            classes.append(ClassRecord(target, share.label, text, exemplars))
     forms = {form: memory.forms[form].settings() for form in memory.forms_in_use}
     return Memory(memory.paths.dataset, forms, classes)
 
@@ -62,8 +63,6 @@ def read(path: Path) -> Memory:
     try:
         if content.startswith(packed.MAGIC):
             return packed.unpacked(content)
-        if content.startswith(zipped.MAGIC):
-            return zipped.unzipped(content)
     except DamagedError as error:
         raise UserError(
             f"{path} is damaged, or no exemplar memory of this program: {error}. If it is a run's, delete it and the "
@@ -77,18 +76,12 @@ def summary(path: Path) -> dict[str, Any]:
 
     bytes of a form: of its payloads; of the whole: of the file.
     """
-    memory = read(path)
-    kept = {form: [e for c in memory.classes for e in c.exemplars if e.form == form] for form in memory.forms}
-    rows = [
-        {
-            "form": form,
-            "exemplars": len(kept[form]),
-            "files": sum(exemplar.kept is not None for exemplar in kept[form]),
-            "bytes": sum(len(exemplar.kept or b"") for exemplar in kept[form]),
-            "settings": settings,
-        }
-        for form, settings in memory.forms.items()
-    ]
+    memory, rows = read(path), []
+    for form, settings in memory.forms.items():
+        payloads = [e.payload for record in memory.classes for e in record.exemplars if e.form == form]
+        made = [payload for payload in payloads if payload is not None]
+        row = {"form": form, "exemplars": len(payloads), "files": len(made), "bytes": sum(map(len, made))}
+        rows.append({**row, "settings": settings})
     return {"dataset": memory.dataset, "classes": len(memory.classes), "forms": rows, "bytes": path.stat().st_size}
 
 
@@ -98,42 +91,43 @@ def extract(path: Path, folder: Path) -> int:
     Pictures become files that any viewer opens.  Raises UserError, and writes nothing, for a damaged file.
     """
     memory = read(path)
-    files, index = {}, {"dataset": memory.dataset, "forms": memory.forms, "texts": {}, "classes": []}
+    files: dict[Path, bytes] = {}
+    classes: list[dict[str, Any]] = []
     for record in memory.classes:
-        index["texts"][record.label] = record.text
-        index["classes"].append({"target": record.target, "label": record.label, "exemplars": []})
+        classes.append({"target": record.target, "label": record.label, "exemplars": []})
         for number, exemplar in enumerate(record.exemplars):
-            name, content = f"{number:03d}" if exemplar.name is None else exemplar.name, None
-            if exemplar.kept is not None:
-                content, ending = _viewable(exemplar, memory.forms[exemplar.form])
-                name += ending
+            name = None
+            if exemplar.payload is not None:
+                content, ending = _viewable(exemplar.payload, exemplar, memory.forms[exemplar.form])
+                name = f"{number:03d}{ending}"
                 files[folder / exemplar.form.replace(":", "-") / record.label / name] = content
-            about = {"file": None if content is None else name, "form": exemplar.form}
+            about = {"file": name, "form": exemplar.form}
             size = {} if exemplar.form == REAL else {"size": exemplar.row.size, "bits_per_pixel": exemplar.row.bits}
-            index["classes"][-1]["exemplars"].append(about | size)
-    files[folder / zipped.INDEX] = json.dumps(index, indent=1).encode()
+            classes[-1]["exemplars"].append(about | size)
+    texts = {record.label: record.text for record in memory.classes}
+    index = {"dataset": memory.dataset, "forms": memory.forms, "texts": texts, "classes": classes}
+    files[folder / "memory.json"] = json.dumps(index, indent=1).encode()
     for file, content in files.items():
         _write(file, content)
     return len(files)
 
 
-def _viewable(exemplar: Exemplar, settings: Mapping[str, Any]) -> tuple[bytes, str]:
+def _viewable(payload: bytes, exemplar: Exemplar, settings: Mapping[str, Any]) -> tuple[bytes, str]:
     """(the content of a file, the ending of its name): a picture's payload becomes the codec's file."""
-    kept, codec = exemplar.kept, settings.get("codec")
+    codec = settings.get("codec")
     if exemplar.form == REAL:
-        known = next((ending for start, ending in _ENDINGS.items() if kept.startswith(start)), "")
-        return kept, known if exemplar.name is None else ""
-    if not isinstance(codec, str) or codec not in codecs.CODECS or exemplar.ending:
-        return kept, exemplar.ending or ".bin"
+        return payload, next((ending for start, ending in _ENDINGS.items() if payload.startswith(start)), "")
+    if not isinstance(codec, str) or codec not in codecs.CODECS:
+        return payload, ".bin"
     codecs.check_codec(codec)
     if codecs.version(codec) != settings.get("encoder"):
         raise UserError(f"pictures of {settings.get('encoder')} can't be read by {codecs.version(codec)}.")
     width, height = exemplar.row.size
     try:
         size = codecs.reduced(height, width, settings.get("side"))
-        content = codecs.file_of(kept, codec, int(settings["codec_quality"]), size, exemplar.row.bits != 24)
+        content = codecs.file_of(payload, codec, int(settings["codec_quality"]), size, exemplar.row.bits != 24)
     except (KeyError, TypeError, ValueError, OverflowError):
-        return kept, ".bin"
+        return payload, ".bin"
     return content, codecs.CODECS[codec].ending
 
 
@@ -146,44 +140,44 @@ def unpack(path: Path, memory: ExemplarMemory, data_dir: Path) -> DatasetPaths:
     names of files derived from the others may depend on them), and copies stay.
     Raises UserError for a file that is not of this memory.
     """
-    target, found = replace(memory.paths, data_dir=data_dir), read(path)
-    if found.dataset != memory.paths.dataset:
-        raise UserError(f"{path} is a memory of dataset {found.dataset!r}, not of {memory.paths.dataset!r}.")
-    pictures, kept = {}, {}
-    for image, exemplar in _with_images(path, found, memory):
-        image = target.folder("train") / image.parent.name / image.name
-        real = exemplar.form == REAL
-        pictures[image] = exemplar.kept if real else header(*exemplar.row.size, exemplar.row.bits)
-        if not real and exemplar.kept is not None:
-            kept[image] = exemplar
+    target, content = replace(memory.paths, data_dir=data_dir), read(path)
+    if content.dataset != memory.paths.dataset:
+        raise UserError(f"{path} is a memory of dataset {content.dataset!r}, not of {memory.paths.dataset!r}.")
+    pictures: dict[Path, bytes] = {}
+    payloads: dict[Path, bytes] = {}
+    for name, exemplar in _with_names(path, content, memory):
+        image = target.folder("train").joinpath(*name)
+        if exemplar.form != REAL:
+            pictures[image] = header(*exemplar.row.size, exemplar.row.bits)
+            if exemplar.payload is not None:
+                payloads[image] = exemplar.payload
+        else:
+            pictures[image] = exemplar.payload or b""
     for file in target.folder("train").glob("*/*"):
         if file not in pictures:
             _write(file, b"")
-    for image, content in pictures.items():
-        _write(image, content)
-    for image, exemplar in kept.items():
-        place = target.kept(image)
-        _write(place.with_suffix(exemplar.ending) if exemplar.ending else place, exemplar.kept)
-    texts = {unicodedata.normalize("NFC", record.label): record.text for record in found.classes}
+    for image, picture in pictures.items():
+        _write(image, picture)
+    for image, payload in payloads.items():
+        _write(target.kept(image), payload)
+    texts = {unicodedata.normalize("NFC", record.label): record.text for record in content.classes}
     _write(target.root / "class_names.json", json.dumps(texts).encode())
     return target
 
 
-def _with_images(path: Path, found: Memory, memory: ExemplarMemory) -> Iterator[tuple[Path, Exemplar]]:
-    """The exemplars of a file with their train images.  Raises UserError where they are not those of the memory."""
-    stored = [(record, exemplar) for record in found.classes for exemplar in record.exemplars]
+def _with_names(path: Path, content: Memory, memory: ExemplarMemory) -> list[tuple[tuple[str, str], Exemplar]]:
+    """((class, file) of the train image, exemplar) of a file's exemplars, whose names the memory knows.
+
+    Raises UserError where they are not those of the memory.
+    """
+    stored = [(record, exemplar) for record in content.classes for exemplar in record.exemplars]
     items, other = memory.items(), f"{path} is not the memory of this run's checkpoint"
-    named = all(exemplar.name is not None for _, exemplar in stored)  # by a file of earlier versions
-    if not named and [(i.target, i.image.parent.name, i.role) for i in items] != [
-        (record.target, record.label, exemplar.form) for record, exemplar in stored
-    ]:
+    if [(i.target, i.image.parent.name, i.role) for i in items] != [(r.target, r.label, e.form) for r, e in stored]:
         raise UserError(f"{other}: its exemplars are others. Delete both, and the run goes on from an earlier phase.")
-    for form, settings in found.forms.items():
-        ours = memory.forms[form].settings() if form in memory.forms else None
-        if not named and settings != json.loads(json.dumps(ours)):
+    for form, settings in content.forms.items():
+        if form not in memory.forms or settings != json.loads(json.dumps(memory.forms[form].settings())):
             raise UserError(f"{other}: its exemplars of form {form!r} were made with other settings.")
-    for number, (record, exemplar) in enumerate(stored):
-        yield Path(record.label, exemplar.name) if named else items[number].image, exemplar
+    return [(name_of(item.image), exemplar) for item, (_, exemplar) in zip(items, stored, strict=True)]
 
 
 def header(width: int, height: int, bits_per_pixel: int) -> bytes:

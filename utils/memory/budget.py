@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
+
 from utils.data.items import REAL
 from utils.errors import UserError
 from utils.memory.forms import ExemplarForm
@@ -36,6 +38,16 @@ def share(units: float, quotas: Quotas, costs: Mapping[str, float]) -> list[int]
     return [int(number * factor + ROUNDING) for _, number in quotas]
 
 
+def moved_boundaries(before: Sequence[int], after: Sequence[int]) -> list[int]:
+    """The numbers of exemplars in each form when a class's share shrinks from `before` to `after`.
+
+    The boundaries between forms only move towards the start of the list: of 2 real exemplars and 6 edge maps, a share
+    of 1 and 3 leaves 1 and 3; of 2 and 1, a share of 1 and 4 leaves 1 and 2, as there are but three.
+    """
+    ends = np.minimum(np.cumsum(before), np.cumsum(after))
+    return np.diff(ends, prepend=0).tolist()
+
+
 def check_budget(quotas: Quotas, budget: float | None, costs: Mapping[str, float]) -> None:
     """Raises UserError, with the arithmetic, if the quotas cost more than the budget.
 
@@ -58,17 +70,15 @@ def check_bytes(quotas: Quotas, budget: int, sizes: Mapping[str, int], index: in
     quotas: a number may be FILL; sizes: typical bytes of an exemplar, by form; index: bytes of a class beside its
     exemplars; least: exemplars that the method needs.
     """
-    asked = [(form, number) for form, number in quotas if number]
+    wanted_quotas = [(form, number) for form, number in quotas if number]
     needed, rest = index, least
-    for form, number in asked:
+    for form, number in wanted_quotas:
         # of a form that fills the rest, only what the method needs
         count = min(number, max(rest, 0)) if number == FILL else number
         needed += count * sizes[form]
         rest -= number
     if needed > budget:
-        words = [
-            f"{'at least ' * (n == FILL)}{least if n == FILL else n} {form} x {sizes[form]:,}" for form, n in asked
-        ]
+        words = [f"{f'at least {least}' if n == FILL else n} {form} x {sizes[form]:,}" for form, n in wanted_quotas]
         words.append(f"{index:,} for the class's text and index")
         raise UserError(
             f"over the memory budget of a class: {' + '.join(words)} = {needed:,} bytes > {budget:,}, by the median of "
@@ -81,10 +91,10 @@ def check_smallest(images: Sequence[Sequence[Path]], budget: int, shares: Sequen
 
     images: of each class; shares: of each class without exemplars.
     """
-    sizes = [min(image.stat().st_size for image in of_class) for of_class in images]
+    sizes = [min(image.stat().st_size for image in class_images) for class_images in images]
     smallest = [share.plus(REAL, Row(size, (0, 0), 0)).bytes for share, size in zip(shares, sizes, strict=True)]
     if (enough := max(smallest, default=0)) > budget:
-        too_large = [of_class for of_class, size in zip(images, smallest, strict=True) if size > budget]
+        too_large = [class_images for class_images, size in zip(images, smallest, strict=True) if size > budget]
         raise UserError(
             f"{too_large[0][0].parent}: not one image fits in memory_bytes_per_class = {budget:,}. "
             f"Raise it to at least {enough}, or take a form that needs fewer bytes (syn_form)."
@@ -141,9 +151,13 @@ def warn_of_small_classes(sizes: Mapping[str, int], quotas: Quotas) -> None:
     if short:
         count, label = short[0]
         more = f" ({len(short)} classes are smaller than that)" if len(short) > 1 else ""
-        asked = " + ".join(f"{number} {form}" for form, number in quotas if number != FILL)
+        numbers = " + ".join(f"{number} {form}" for form, number in quotas if number != FILL)
         log.warning(
-            "class %r has %d train images, fewer than %s exemplars%s: it keeps what it has.", label, count, asked, more
+            "class %r has %d train images, fewer than %s exemplars%s: it keeps what it has.",
+            label,
+            count,
+            numbers,
+            more,
         )
 
 

@@ -1,7 +1,9 @@
 """The exemplar memory: which images of a class are kept, in which form, and what they cost."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,37 @@ import torch
 from utils.data.items import REAL, Item
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory.budget import ROUNDING, Quotas, fitting, share
+from utils.memory.budget import ROUNDING, Quotas, fitting, moved_boundaries, share
 from utils.memory.forms import ExemplarForm
-from utils.memory.report import report
+from utils.memory.report import FormReport, MemoryReport
 from utils.memory.selection import SELECTIONS, select
 from utils.memory.share import ClassShare, row_of
 
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class ClassExemplars:
+    """images: of a class's exemplars, in order of choice; counts: how many of them each quota holds; empty_share: what
+    the class takes in the memory's file without them; units: its budget, where that is not its share of the total.
+    """
+
+    images: list[Path]
+    counts: list[int]
+    empty_share: ClassShare
+    units: float | None = None
+
+    def cut(self, counts: Sequence[int]) -> None:
+        """Keep the start of the images, `counts` of them in each form as far as there are images."""
+        ends = np.minimum(np.cumsum(counts), len(self.images))
+        self.counts = np.diff(ends, prepend=0).tolist()
+        del self.images[sum(self.counts) :]
+
+
 class ExemplarMemory:
-    """The exemplars of all classes seen.  Each class has one list of images in order of choice, cut by quotas.
+    """The exemplars of all classes seen.  `update` adds classes; all else reads what there is.
+
+    Each class has one list of images in order of choice, cut by quotas.
 
     paths: the dataset's folders; quotas: (form, exemplars of a class) in order, such as [("real", 18), ("edges", 48)];
     forms: what each form costs and keeps, by name; budget: units per class, None for no limit; copies: K, the pictures
@@ -34,8 +56,7 @@ class ExemplarMemory:
     fits in its form passes to the next one, and the last are dropped.  A class thus holds what it would hold had it
     been given its present share at once.
 
-    chosen_copies: image -> the numbers of the K copies that are read, where these are not 0 ... K-1.  They take a few
-    bits, which are not counted.
+    chosen_copies: image -> the numbers of the K copies that are read, where these are not 0 ... K-1.
 
     With a budget in bytes, a quota's number is the most that a class keeps in that form: in order of choice, exemplars
     are kept until the next one no longer fits.  What counts is the class's part of the memory's file
@@ -71,67 +92,103 @@ class ExemplarMemory:
         self.seed = seed
         self._class_budget = budget
         self._nb_classes = 1  # that share the total
-        self._own: dict[int, float] = {}  # units of classes that were given other than their share
-        self._images: dict[int, list[Path]] = {}  # in order of choice
-        self._counts: dict[int, list[int]] = {}  # how many of them each quota holds
+        self.classes: dict[int, ClassExemplars] = {}  # by target
         self._units: dict[tuple[str, Path], float | None] = {}  # of exemplars that have been made
-        self.empty_shares: dict[int, ClassShare] = {}  # of each class without its exemplars
         self.file_bytes: dict[tuple[str, str], int] = {}  # of images by class and name, which may be gone by now
         self.chosen_copies: dict[Path, tuple[int, ...]] = {}
 
-    def add_class(
+    def update(
         self,
-        target: int,
-        images: Sequence[Path],
-        features: np.ndarray | torch.Tensor,
-        units: float | None = None,
+        classes: Mapping[int, Sequence[Path]],
+        features: Sequence[np.ndarray | torch.Tensor],
+        units: Callable[[int], float | None] = lambda target: None,
     ) -> None:
-        """Choose a class's exemplars.
+        """Choose the exemplars of new classes, for which the classes in memory make room where all share a total.
 
-        images: the class's train images, n of them; features: n x d, in the same order.  A class of fewer images than
-        the quotas ask for keeps all.  With a total, call `make_room` first; units: in place of the class's share of
-        it, until room is made again.
+        classes: target -> its train images, n of them; features: of each class, n x d, in the same order; units: of a
+        target, its budget in place of its share of the total until the next update, None for the share.
+        A class of fewer images than the quotas ask for keeps all.  What has not been made of an exemplar is estimated:
+        `enforce_budget`, once it has been made, drops what takes more.
+        Raises UserError where not one exemplar of a class fits its budget in bytes.
         """
-        if target in self._images:
-            raise ValueError(f"class {target} is in memory already")
-        if len(images) != len(features):
-            raise ValueError(f"{len(images)} images, {len(features)} features")
-        if units is not None:
-            self._own[target] = units
-        counts = self._numbers(images, units)
-        chosen = [images[i] for i in self.select(target, features, min(sum(counts), len(images)))]
-        self.file_bytes |= {name_of(image): image.stat().st_size for image in chosen}
-        label = images[0].parent.name if images else ""
-        self.empty_shares[target] = ClassShare.empty(
-            target, label, self.paths.class_texts([label])[label], self.forms_in_use
-        )
-        if self.bytes_budget is not None:
-            counts = fitting(chosen, self.quotas, self.forms, self.empty_shares[target], self.bytes_budget)
-        self._keep(target, chosen, counts)
+        if known := classes.keys() & self.classes.keys():
+            raise ValueError(f"class {min(known)} is in memory already")
+        self._nb_classes = max(len(self.classes) + len(classes), 1)
+        if self.total is not None:
+            for target, exemplars in self.classes.items():
+                exemplars.units = None
+                exemplars.cut(moved_boundaries(exemplars.counts, self._share(exemplars.images)))
+                self._drop_excess(target)
+        for (target, images), rows in zip(classes.items(), features, strict=True):
+            if len(images) != len(rows):
+                raise ValueError(f"{len(images)} images, {len(rows)} features")
+            own_units = units(target)
+            counts = self._share(images, own_units)
+            chosen = [images[i] for i in self.select(target, rows, min(sum(counts), len(images)))]
+            self.file_bytes |= {name_of(image): image.stat().st_size for image in chosen}
+            label = images[0].parent.name if images else ""
+            empty = ClassShare.empty(target, label, self.paths.class_texts([label])[label], self.forms_in_use)
+            if self.bytes_budget is not None:
+                counts = fitting(chosen, self.quotas, self.forms, empty, self.bytes_budget)
+            self.classes[target] = ClassExemplars(chosen, counts, empty, own_units)
+            self.classes[target].cut(counts)
+            self._drop_excess(target)
+
+    def enforce_budget(self) -> None:
+        """Drop the last exemplars of each class that are not real until its true cost is within its budget.
+
+        To be called when what `update` had to estimate has been made.  Warns of a class with a budget of its own.
+        """
+        for target in self.targets:
+            self._drop_excess(target)
+
+    def move(self, train: Path) -> None:
+        """From now on the exemplars' images are those of the same names in another `train` folder."""
+        for exemplars in self.classes.values():
+            exemplars.images = [train.joinpath(*name_of(image)) for image in exemplars.images]
+        self.chosen_copies = {train.joinpath(*name_of(image)): numbers for image, numbers in self.chosen_copies.items()}
+        self._units = {}
+
+    def _share(self, images: Sequence[Path], units: float | None = None) -> list[int]:
+        """How many exemplars of each form a class has at present; the first image tells what each form costs."""
+        if self.total is None or not images:
+            return [number for _, number in self.quotas]
+        costs = self._costs([(form, images[0]) for form in self.forms_in_use])
+        costs_of_forms = dict(zip(self.forms_in_use, costs, strict=True))
+        return share(self.total / self._nb_classes if units is None else units, self.quotas, costs_of_forms)
+
+    def _drop_excess(self, target: int) -> None:
+        """Drop a class's last exemplars that are not real until it is within its budget."""
+        exemplars = self.classes[target]
+        if self.bytes_budget is None:
+            budget = self.budget if exemplars.units is None else exemplars.units
+            if budget is None:
+                return
+            limit, words = budget + ROUNDING, f"{budget:g} units"
+            taken: list[float] = list(accumulate(self._costs(self.of(target)), initial=0.0))
+        else:
+            limit, words = self.bytes_budget, f"{self.bytes_budget:,} bytes"
+            taken = [share.bytes for share in self.shares(target, expected=True)]
+        before, forms = len(exemplars.images), [form for form, _ in self.of(target)]
+        while forms and taken[len(forms)] > limit and forms[-1] != REAL:
+            forms.pop()
+        if len(forms) == before:
+            return
+        label = exemplars.images[0].parent.name
+        del exemplars.images[len(forms) :]
+        exemplars.cut(exemplars.counts)
+        if self.total is None:
+            log.warning(
+                "class %r: the last %d of %d exemplars are dropped, with them it takes more than its %s",
+                label,
+                before - len(forms),
+                before,
+                words,
+            )
 
     def select(self, target: int, features: np.ndarray | torch.Tensor, m: int) -> list[int]:
         """m indices of a class's rows of features in order of choice; the first m - 1 are the choice of m - 1."""
         return select(self.selection, features, m, seed=(self.seed, target))
-
-    def make_room(self, nb_classes: int) -> None:
-        """With a total, share it among `nb_classes` from now on; classes in memory drop what no longer fits."""
-        self._nb_classes = max(nb_classes, 1)
-        if self.total is None:
-            return
-        self._own.clear()
-        for target in self.targets:
-            if images := self._images[target]:
-                before, after = np.cumsum(self._counts[target]), np.cumsum(self._numbers(images))
-                self._keep(target, images, np.diff(np.minimum(before, after), prepend=0).tolist())
-
-    def move(self, train: Path) -> None:
-        """From now on the exemplars' images are those of the same names in another `train` folder."""
-        self._images = {
-            target: [train / image.parent.name / image.name for image in images]
-            for target, images in self._images.items()
-        }
-        self.chosen_copies = {train.joinpath(*name_of(image)): numbers for image, numbers in self.chosen_copies.items()}
-        self._units = {}
 
     @property
     def budget(self) -> float | None:
@@ -140,48 +197,24 @@ class ExemplarMemory:
             return None
         return self._class_budget if self.total is None else self.total / self._nb_classes
 
-    def enforce_budget(self, target: int) -> None:
-        """Drop the last exemplars of a class that are not real until its true cost is within the budget.
-
-        `add_class` does so; call it again after making what was only estimated then.  Warns if the class has a budget
-        of its own.
-        """
-        images, counts, before = self._images[target], self._counts[target], len(self._images[target])
-        budget, in_bytes = self._own.get(target, self.budget), self.bytes_budget is not None
-        shares = self.shares(target, expected=True) if in_bytes else []
-        while (
-            shares[len(images)].bytes > self.bytes_budget
-            if in_bytes
-            else budget is not None and self.units(target) > budget + ROUNDING
-        ):
-            last = max((i for i, count in enumerate(counts) if count), default=0)
-            if self.quotas[last][0] == REAL or not images:
-                break
-            images.pop()
-            counts[last] -= 1
-        if len(images) < before and self.total is None:
-            log.warning(
-                "class %r: the last %d of %d exemplars are dropped, with them it takes more than its %s",
-                images[0].parent.name if images else target,
-                before - len(images),
-                before,
-                f"{self.budget:g} units" if self.bytes_budget is None else f"{self.bytes_budget:,} bytes",
-            )
-
     @property
     def targets(self) -> list[int]:
         """The classes in memory, in target order."""
-        return sorted(self._images)
+        return sorted(self.classes)
 
     def items(self) -> list[Item]:
         """The exemplars as items of a training set, by target, in order of choice; an item's role is its form."""
-        kept = [(image, target, form) for target in self.targets for form, image in self.of(target)]
-        return [Item(image, target, form, self.chosen_copies.get(image, ())) for image, target, form in kept]
+        return [
+            Item(image, target, form, self.chosen_copies.get(image, ()))
+            for target in self.targets
+            for form, image in self.of(target)
+        ]
 
     def of(self, target: int) -> list[tuple[str, Path]]:
         """(form, image) of a class's exemplars in order of choice."""
-        forms = [form for (form, _), count in zip(self.quotas, self._counts[target], strict=True) for _ in range(count)]
-        return list(zip(forms, self._images[target], strict=True))
+        exemplars = self.classes[target]
+        forms = [form for (form, _), count in zip(self.quotas, exemplars.counts, strict=True) for _ in range(count)]
+        return list(zip(forms, exemplars.images, strict=True))
 
     def evaluation_images(self, target: int) -> list[tuple[Path, float]]:
         """The pictures that represent a class's exemplars, with their weights in the class mean of NME.
@@ -202,17 +235,19 @@ class ExemplarMemory:
 
         Raises UserError for a form that has no count in units.
         """
-        units = 0.0
-        for form, image in self.of(target):
-            cost = self.cost(form, image)
-            if cost is None:
+        return sum(self._costs(self.of(target)), start=0.0)
+
+    def _costs(self, exemplars: Sequence[tuple[str, Path]]) -> list[float]:
+        """Units of each (form, image)."""
+        costs = []
+        for form, image in exemplars:
+            if (cost := self.cost(form, image)) is None:
                 raise UserError(f"the form {form!r} has no count in units: set budget_in to bytes.")
-            units += cost
-        return units
+            costs.append(cost)
+        return costs
 
     def cost(self, form: str, image: Path) -> float | None:
-        """Units of an exemplar, None where its form has no such count; asked of the form once the exemplar has been
-        made, and each time before."""
+        """Units of an exemplar, None where its form has no such count.  They are kept once it has been made."""
         if (form, image) not in self._units:
             units = self.forms[form].units(image)
             if form != REAL and self.forms[form].kept_bytes(image) is None:
@@ -225,7 +260,7 @@ class ExemplarMemory:
 
         expected: with what has not been made yet, encoded in memory.
         """
-        shares = [self.empty_shares[target]]
+        shares = [self.classes[target].empty_share]
         for form, image in self.of(target):
             length = (self.forms[form].expected_bytes if expected else self.forms[form].kept_bytes)(image)
             shares.append(shares[-1].plus(form, row_of(form, image, length)))
@@ -236,8 +271,24 @@ class ExemplarMemory:
         return self.shares(target, expected=True)[-1].bytes
 
     def report(self) -> dict[str, Any]:
-        """What the memory takes (`utils.memory.report.report`)."""
-        return report(self)
+        """What the memory takes, as results.json has it (`MemoryReport`)."""
+        exemplars = [exemplar for target in self.targets for exemplar in self.of(target)]
+        costs: dict[str, list[float | None]] = {form: [] for form, _ in self.quotas}
+        for form, image in exemplars:
+            costs[form].append(self.cost(form, image))
+        counted = not any(None in form_costs for form_costs in costs.values())
+        shares = [self.shares(target)[-1] for target in self.targets if self.of(target)]
+        total = self.budget * len(self.targets) if self.total is None and self.budget else self.total
+        return MemoryReport(
+            units=[self.units(target) for target in self.targets] if counted else None,
+            units_budget=self.budget,
+            units_budget_total=total,
+            class_bytes=[self.bytes(target) for target in self.targets],
+            bytes_budget=self.bytes_budget,
+            forms=[FormReport.of(form, costs[form], shares) for form in costs],
+            bytes_names=sum(share.names for share in shares),
+            bytes_if_all_real=sum(self.file_bytes[name_of(image)] for _, image in exemplars),
+        ).to_json()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON and for `torch.load(weights_only=True)`.
@@ -247,20 +298,20 @@ class ExemplarMemory:
         each form holds, its units where they are not its share, each image's chosen copies ([]: all are read), and its
         text.
         """
-        return {
-            "forms": [form for form, _ in self.quotas],
-            "classes": {
-                str(target): {
-                    "images": ["/".join(name_of(image)) for image in self._images[target]],
-                    "file_bytes": [self.file_bytes[name_of(image)] for image in self._images[target]],
-                    "counts": list(self._counts[target]),
-                    **({"units": self._own[target]} if target in self._own else {}),
-                    "copies": [list(self.chosen_copies.get(image, ())) for image in self._images[target]],
-                    "text": self.empty_shares[target].text,
-                }
-                for target in self.targets
-            },
-        }
+        classes: dict[str, dict[str, Any]] = {}
+        for target in self.targets:
+            exemplars = self.classes[target]
+            names = [name_of(image) for image in exemplars.images]
+            classes[str(target)] = {
+                "images": ["/".join(name) for name in names],
+                "file_bytes": [self.file_bytes[name] for name in names],
+                "counts": exemplars.counts,
+                "copies": [list(self.chosen_copies.get(image, ())) for image in exemplars.images],
+                "text": exemplars.empty_share.text,
+            }
+            if exemplars.units is not None:
+                classes[str(target)]["units"] = exemplars.units
+        return {"forms": [form for form, _ in self.quotas], "classes": classes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; the present content is dropped.
@@ -269,46 +320,20 @@ class ExemplarMemory:
         """
         forms = [form for form, _ in self.quotas]
         if state["forms"] != forms:
-            kept, asked = (", ".join(names) for names in (state["forms"], forms))
-            raise UserError(f"the checkpoint's exemplars have the forms {kept}, this run's {asked}.")
+            theirs, ours = (", ".join(names) for names in (state["forms"], forms))
+            raise UserError(f"the checkpoint's exemplars have the forms {theirs}, this run's {ours}.")
         train = self.paths.folder("train")
-        self._images = {
-            int(target): [train / image for image in of_class["images"]]
-            for target, of_class in state["classes"].items()
-        }
-        self._counts = {int(target): list(of_class["counts"]) for target, of_class in state["classes"].items()}
-        self._units, self.file_bytes = {}, {}
-        for of_class in state["classes"].values():
-            names = of_class["images"]  # checkpoints of earlier versions have no bytes
-            sizes = of_class.get("file_bytes") or [(train / name).stat().st_size for name in names]
-            self.file_bytes |= {tuple(name.split("/")): size for name, size in zip(names, sizes, strict=True)}
-        self._own = {int(t): of_class["units"] for t, of_class in state["classes"].items() if "units" in of_class}
-        self.chosen_copies = {
-            self._images[int(target)][i]: tuple(numbers)
-            for target, of_class in state["classes"].items()
-            for i, numbers in enumerate(of_class.get("copies", []))
-            if numbers
-        }
-        for target, of_class in state["classes"].items():
-            labels = {name.partition("/")[0] for name in of_class["images"]}  # earlier versions kept no text
-            label = next(iter(labels), "")
-            text = of_class.get("text") or self.paths.class_texts([label])[label]
-            self.empty_shares[int(target)] = ClassShare.empty(int(target), label, text, self.forms_in_use)
-        self._nb_classes = max(len(self._images), 1)
-
-    def _numbers(self, images: Sequence[Path], units: float | None = None) -> list[int]:
-        """How many exemplars of each form a class has at present; the first image tells what each form costs."""
-        if self.total is None or not images:
-            return [number for _, number in self.quotas]
-        costs = {form: self.cost(form, images[0]) for form, number in self.quotas if number}
-        return share(self.budget if units is None else units, self.quotas, costs)
-
-    def _keep(self, target: int, images: Sequence[Path], counts: Sequence[int]) -> None:
-        """Keep the start of `images`, cut into forms by `counts` as far as there are images."""
-        ends = np.minimum(np.cumsum(counts), len(images))
-        self._images[target] = list(images[: ends[-1] if len(ends) else 0])
-        self._counts[target] = np.diff(ends, prepend=0).tolist()
-        self.enforce_budget(target)
+        self.classes, self._units, self.file_bytes, self.chosen_copies = {}, {}, {}, {}
+        for target, record in state["classes"].items():
+            images = [train / name for name in record["images"]]
+            self.file_bytes |= dict(zip(map(name_of, images), record["file_bytes"], strict=True))
+            self.chosen_copies |= {
+                i: tuple(numbers) for i, numbers in zip(images, record["copies"], strict=True) if numbers
+            }
+            label = images[0].parent.name if images else ""
+            empty = ClassShare.empty(int(target), label, record["text"], self.forms_in_use)
+            self.classes[int(target)] = ClassExemplars(images, list(record["counts"]), empty, record.get("units"))
+        self._nb_classes = max(len(self.classes), 1)
 
 
 def name_of(image: Path) -> tuple[str, str]:

@@ -34,15 +34,11 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True)
 class Exemplar:
-    """form: its name; row: see there; kept: the payload, None where none is kept; name: of its train image, None where
-    the file does not say; ending: of the kept file in an archive of earlier versions, "" in others.
-    """
+    """form: its name; row: see there; payload: what is kept of the image, None where nothing is."""
 
     form: str
     row: Row
-    kept: bytes | None
-    name: str | None = None
-    ending: str = ""
+    payload: bytes | None
 
 
 @dataclass(frozen=True)
@@ -72,11 +68,12 @@ def packed(memory: Memory) -> bytes:
     parts = [MAGIC, varint(len(header)), header]
     for record in memory.classes:
         parts.append(named(record.target, record.label, record.text or record.label))
-        of_forms = {form: [e for e in record.exemplars if e.form == form] for form in memory.forms}
-        for form, exemplars in of_forms.items():
+        by_form = {form: [e for e in record.exemplars if e.form == form] for form in memory.forms}
+        for form, exemplars in by_form.items():
             parts.append(varint(len(exemplars)))
-            parts += [columns(form, [exemplar.row for exemplar in exemplars])] if exemplars else []
-        parts += [exemplar.kept or b"" for exemplars in of_forms.values() for exemplar in exemplars]
+            if exemplars:
+                parts.append(columns(form, [exemplar.row for exemplar in exemplars]))
+        parts += [exemplar.payload or b"" for exemplars in by_form.values() for exemplar in exemplars]
     content = b"".join(parts)
     return content + zlib.crc32(content).to_bytes(4)
 
@@ -87,13 +84,12 @@ def unpacked(content: bytes) -> Memory:
         raise DamagedError("its checksum is wrong")
     reader, classes = _Reader(content[:-4], len(MAGIC)), []
     dataset, forms = _header(reader.part())
-    while reader.place < len(reader.content):
+    while reader.position < len(reader.content):
         target, label = reader.number(), os.fsdecode(reader.part())
         text, rows = reader.part().decode(errors="replace"), []
         for form in forms:
             rows += [(form, row) for row in _rows(reader, form, f"class {label!r}")]
-        kept = [None if row.length is None else reader.take(row.length) for _, row in rows]
-        exemplars = [Exemplar(form, row, payload) for (form, row), payload in zip(rows, kept, strict=True)]
+        exemplars = [Exemplar(form, row, None if row.length is None else reader.take(row.length)) for form, row in rows]
         classes.append(ClassRecord(target, label, text or label, exemplars))
     memory = Memory(dataset, forms, classes)
     check(memory)
@@ -101,23 +97,23 @@ def unpacked(content: bytes) -> Memory:
 
 
 class _Reader:
-    """Reads a file's content from a place on.  Raises DamagedError where it ends too early."""
+    """Reads a file's content from a position on.  Raises DamagedError where it ends too early."""
 
-    def __init__(self, content: bytes, place: int):
-        self.content, self.place = content, place
+    def __init__(self, content: bytes, position: int):
+        self.content, self.position = content, position
 
     def number(self) -> int:
         try:
-            number, self.place = read_varint(self.content, self.place)
+            number, self.position = read_varint(self.content, self.position)
         except ValueError as error:
             raise DamagedError(str(error)) from None
         return number
 
     def take(self, length: int) -> bytes:
-        end = self.place + length
+        end = self.position + length
         if end > len(self.content):
             raise DamagedError(f"it ends {end - len(self.content)} bytes too early")
-        self.place, taken = end, self.content[self.place : end]
+        taken, self.position = self.content[self.position : end], end
         return taken
 
     def part(self) -> bytes:
@@ -147,9 +143,11 @@ def _rows(reader: _Reader, form: str, where: str) -> list[Row]:
         raise DamagedError(f"{where} has {count:,} exemplars of form {form!r}")
     flags = reader.take(1)[0]
     table = []
-    for place in range(1 if form == REAL else COLUMNS):
-        numbers = [reader.number() for _ in range(count if flags >> place & 1 else 1)]
-        table.append(numbers * (count // len(numbers)))
+    for column in range(1 if form == REAL else COLUMNS):
+        if flags >> column & 1:
+            table.append([reader.number() for _ in range(count)])
+        else:
+            table.append([reader.number()] * count)
     if form == REAL:
         return [Row(length - 1 if length else None, (0, 0), 0) for length in table[0]]
     return [Row(length - 1 if length else None, (w, h), bits) for length, w, h, bits in zip(*table, strict=True)]
@@ -170,7 +168,7 @@ def check(memory: Memory) -> None:
         raise DamagedError(f"its dataset and forms are {names!r}")
     if not all(isinstance(settings, dict) for settings in memory.forms.values()):
         raise DamagedError("its forms have no settings")
-    targets, labels = [[getattr(each, key) for each in memory.classes] for key in ("target", "label")]
+    targets, labels = [[getattr(record, key) for record in memory.classes] for key in ("target", "label")]
     if len({*targets}) < len(targets) or len({*labels}) < len(labels):
         raise DamagedError("a class is there twice")
     for record in memory.classes:
@@ -187,12 +185,10 @@ def _check_exemplar(exemplar: Exemplar, where: str, forms: Mapping[str, Any]) ->
     if exemplar.form not in forms:
         raise DamagedError(f"{where} has exemplars of the unknown form {exemplar.form!r}")
     if exemplar.form == REAL:
-        if not exemplar.kept:
+        if not exemplar.payload:
             raise DamagedError(f"{where} has a real exemplar without its picture")
     elif exemplar.row.bits not in BITS or min(width, height) < 1 or width * height > MAX_PIXELS:
         raise DamagedError(f"{where} has an image of {width} x {height} pixels of {exemplar.row.bits} bits")
-    if exemplar.name is not None and not _is_folder_name(exemplar.name):
-        raise DamagedError(f"{where} has an exemplar called {exemplar.name!r}")
 
 
 def _is_folder_name(name: str) -> bool:

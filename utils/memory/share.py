@@ -135,6 +135,6 @@ def columns(form: str, rows: Sequence[Row]) -> bytes:
     """Flags and columns of a form's exemplars, of which there is one at least."""
     numbers = list(zip(*(row.columns(form) for row in rows), strict=True))
     varies = [any(one != other for one, other in pairwise(column)) for column in numbers]
-    flags = sum(1 << place for place, differs in enumerate(varies) if differs)
+    flags = sum(1 << index for index, differs in enumerate(varies) if differs)
     parts = [column if differs else column[:1] for column, differs in zip(numbers, varies, strict=True)]
     return bytes([flags]) + b"".join(varint(number) for part in parts for number in part)
