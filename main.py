@@ -102,7 +102,7 @@ def run(config: Config) -> dict:
     config, paths = dataset_of(config)
     # torch and what needs it are imported here: a config with a mistake, or a missing dataset, is answered at once.
     from compress.exemplars import check_exemplars, exemplar_form
-    from models.method import fresh_backbone, network_input
+    from models.training.method import fresh_backbone, network_input
     from utils.data.cache import open_cache
     from utils.data.classes import DataManager
     from utils.devices import check_compiler, launch
@@ -169,8 +169,8 @@ def dataset_of(config: Config) -> tuple[Config, DatasetPaths]:
 def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, pixels, form, copies) -> dict:
     """One seed's phases.  Returns the results of all seeds so far."""
     from compress.exemplars import costs, quotas
-    from models.run import Run
-    from models.trainer import Trainer
+    from models.training.run import Run
+    from models.training.trainer import Trainer
     from utils.memory.exemplars import ExemplarMemory
     from utils.results.history import History
 
@@ -234,7 +234,7 @@ def gone_images(config: Config, orders: Mapping[int, Any]) -> dict[str, int]:
     orders: the class orders' data; those with gone images get the typical size of a picture from their checkpoints.
     Raises UserError where images of classes are gone that are still to be learned.
     """
-    from models import checkpoint
+    from models.training import checkpoint
 
     numbers = {}
     for seed, data in orders.items():

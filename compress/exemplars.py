@@ -69,14 +69,13 @@ def check_exemplars(config: Config, method: MethodInfo, data, form, fabric, numb
         config = within_budget(config, form, images, data.paths, method.least_exemplars)
     synthetic = config.syn_per_class if method.uses_memory else 0
     if form.deterministic:  # all copies of an image would be equal
-        config = replace(config, augmentations_per_image=1, copies_kept="all")
-    config = with_candidates(config)
+        config = replace(config, augmentations_per_image=1)
     may_be_replaced = config.augmentation_prob > 0 and (
         config.real_per_class != 0 or config.augmentation_scope == "all"
     )
     needs_copies = (synthetic != 0 or may_be_replaced) and images  # else all is done
     from_memory = config.memory_only and method.uses_memory
-    copies, nb_copies = None, config.copy_candidates or config.augmentations_per_image
+    copies, nb_copies = None, config.augmentations_per_image
     if needs_copies and (config.regenerate == "on_demand" or from_memory):
         from compress.on_demand import OnDemand  # imports ControlNet: seconds that other runs need not spend
 
@@ -93,23 +92,6 @@ def check_exemplars(config: Config, method: MethodInfo, data, form, fabric, numb
         ahead = CopiesAhead(data.paths, form, list(itertools.chain(*images)), nb_copies)
         copies = copies or ahead  # with memory_only, new images have theirs ahead, and exemplars get theirs
     return config, copies
-
-
-def with_candidates(config: Config) -> Config:
-    """The config with the number of candidates filled in, from which copies are chosen; None where all are read.
-
-    Raises UserError where there is no choice.
-    """
-    if config.copies_kept == "all":
-        return replace(config, copy_candidates=None)
-    number = config.augmentations_per_image
-    candidates = config.copy_candidates or 2 * number
-    if candidates <= number:
-        raise UserError(
-            f"copy_candidates: {candidates} copies leave no choice for copies_kept={config.copies_kept}, "
-            f"which keeps {number}. Set it above augmentations_per_image."
-        )
-    return replace(config, copy_candidates=candidates)
 
 
 def made_with(config: Config, form, paths: DatasetPaths) -> str:

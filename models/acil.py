@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convs.resnet import ResNet
-from models.method import Method
 from models.networks import GrowingNet, Outputs
-from models.stages import Defaults, Stage
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
 from utils.config.schema import setting
 from utils.config.types import Count, Positive
 

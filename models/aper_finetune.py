@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from convs.heads import CosineHead
 from convs.resnet import ResNet
-from models.method import Method
 from models.networks import GrowingNet, Outputs
-from models.stages import Defaults, Schedule, Stage
+from models.training.method import Method
+from models.training.stages import Defaults, Schedule, Stage
 from utils.config.schema import setting
 
 

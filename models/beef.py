@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from convs.heads import linear_head
 from convs.resnet import ResNet
-from models.method import Method
 from models.networks import GrowingNet, Outputs
-from models.stages import Defaults, Schedule, Stage
+from models.training.method import Method
+from models.training.stages import Defaults, Schedule, Stage
 from utils.config.schema import Config, setting
 from utils.config.types import Count, NonNegative, Positive
 from utils.data.items import Item

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from convs.resnet import ResNet
 from models.losses import distillation
-from models.method import Method
 from models.networks import BiasedNet, Outputs
-from models.stages import Defaults, Stage
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
 from utils.config.schema import setting
 from utils.config.types import Fraction
 from utils.data.items import Item

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 
 from convs.resnet import ResNet
 from models.losses import distillation
-from models.method import Method
 from models.networks import CosineNet, Outputs
-from models.stages import Defaults
+from models.training.method import Method
+from models.training.stages import Defaults
 from utils.config.schema import Config, setting
 from utils.config.types import NonNegative, Number, Positive
 

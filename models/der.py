@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from convs.heads import align_weights
 from convs.resnet import ResNet
 from models.losses import newest_or_old
-from models.method import Method
 from models.networks import ExpandableNet, Outputs, der_net
-from models.stages import Defaults
+from models.training.method import Method
+from models.training.stages import Defaults
 
 
 class DER(Method, name="der"):

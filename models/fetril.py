@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.method import Method
 from models.networks import Outputs
-from models.stages import Defaults, Stage, divergence
+from models.training.method import Method
+from models.training.stages import Defaults, Stage, divergence
 from utils.config.schema import setting
 from utils.data.datasets import Augmentation
 

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from convs.heads import align_weights, grown, linear_head
 from convs.resnet import ResNet
 from models.losses import distillation
-from models.method import Method
 from models.networks import IncrementalNet, Outputs, PartlyFrozenNet
-from models.stages import Defaults, Stage
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
 from utils.config.schema import setting
 from utils.config.types import Count, Fraction, NonNegative, Positive
 from utils.data.items import Item

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.losses import among_new
-from models.method import Method
 from models.networks import Outputs
-from models.stages import Defaults, Stage
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
 from utils.config.schema import Config, setting
 from utils.config.types import Count, NonNegative
 from utils.data.sampler import seed_sequence

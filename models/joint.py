@@ -3,9 +3,9 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.method import Method
 from models.networks import Outputs
-from models.stages import Defaults, Stage
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
 
 
 class Joint(Method, name="joint"):

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convs.resnet import ResNet
-from models.method import Method
 from models.networks import CosineNet, Outputs
-from models.stages import Defaults, Schedule, Stage
+from models.training.method import Method
+from models.training.stages import Defaults, Schedule, Stage
 from utils.config.schema import setting
 from utils.config.types import Count, NonNegative, Positive
 from utils.data.items import Item

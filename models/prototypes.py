@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.method import Method
-from models.stages import Defaults, Schedule
+from models.training.method import Method
+from models.training.stages import Defaults, Schedule
 from utils.config.schema import setting
 from utils.config.types import Count, NonNegative, Positive
 

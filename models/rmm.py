@@ -26,8 +26,8 @@ from torch.utils.data import BatchSampler
 
 from models.foster import FOSTER
 from models.icarl import ICaRL
-from models.method import Method
-from models.run import Run
+from models.training.method import Method
+from models.training.run import Run
 from utils.config.schema import Config, setting
 from utils.config.types import Rates
 from utils.data.batches import ImageSet

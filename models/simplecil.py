@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convs.resnet import ResNet
-from models.method import Method
 from models.networks import CosineNet, Outputs
-from models.stages import Defaults, Stage
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
 
 
 class SimpleCIL(Method, name="simplecil"):

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from convs.blocks import RepConv
 from models.networks import Outputs
 from models.prototypes import PrototypeMethod
-from models.stages import Stage
+from models.training.stages import Stage
 from utils.config.schema import Config, setting
 from utils.config.types import NonNegative
 from utils.data.datasets import Augmentation

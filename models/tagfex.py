@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from convs.heads import align_weights, linear_head
 from convs.resnet import ResNet
 from models.losses import newest_or_old
-from models.method import Method
 from models.networks import ExpandableNet, Outputs
-from models.stages import Defaults, Stage
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
 from utils.config.schema import Config, setting
 from utils.config.types import Count, NonNegative, Positive, Probability
 

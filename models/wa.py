@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from convs.heads import align_weights
 from models.losses import distillation
-from models.method import Method
 from models.networks import Outputs
-from models.stages import Defaults
+from models.training.method import Method
+from models.training.stages import Defaults
 
 
 class WA(Method, name="wa"):

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 from compress.cost import Cost
-from models import METHODS, catalogue
-from models.run import Run
-from models.trainer import Trainer
+from models import catalogue
+from models.training.run import Run
+from models.training.trainer import Trainer
+from tests.methods import METHODS
 from utils.config.read import load_config
 from utils.data.classes import DataManager
 from utils.data.paths import DatasetPaths

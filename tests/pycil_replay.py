@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from compress.cost import Cost
 from convs import BACKBONES, Backbone
-from models import METHODS, catalogue
-from models.method import Method
-from models.run import Run
-from models.stages import Stage
-from models.trainer import Trainer
+from models import catalogue
+from models.training.method import Method
+from models.training.run import Run
+from models.training.stages import Stage
+from models.training.trainer import Trainer
+from tests.methods import METHODS
 from tests.pycil_reference import Pictures, Reference, initial_weight, pycil_name
 from utils.config.read import load_config
 from utils.config.schema import Config, all_keys

@@ -15,11 +15,12 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from compress.share import PATIENCE
-from models import METHODS, checkpoint
-from models.parts import parts
-from models.run import Run
+from models.training import checkpoint
+from models.training.epochs import parts
+from models.training.run import Run
 from tests import processes
 from tests.conftest import asked_for, long_but
+from tests.methods import METHODS
 from tests.shapes import make_shapes
 from tests.test_resume import assert_ends_alike
 from utils import devices

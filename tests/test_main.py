@@ -18,8 +18,8 @@ from compress import on_demand
 from compress.coding.edge_maps import encode
 from compress.cost import Cost
 from compress.options import parse_settings
-from models.epochs import Epochs
-from models.trainer import Trainer
+from models.training.epochs import Epochs
+from models.training.trainer import Trainer
 from tests.conftest import long_but
 from tests.shapes import SHAPES, make_shapes
 from utils.data.classes import DataManager

@@ -14,7 +14,7 @@ from compress.cost import Cost
 from compress.forms import form_named
 from compress.presets import HIGH
 from models import catalogue
-from models.trainer import Trainer
+from models.training.trainer import Trainer
 from tests.conftest import long_but
 from tests.folders import save_noise
 from utils.data import codecs

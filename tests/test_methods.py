@@ -11,10 +11,10 @@ from torch.nn import functional as F
 import main
 from convs import BACKBONES, Backbone
 from convs.resnet import build_backbone
-from models import METHODS
 from models.networks import IncrementalNet
 from tests.digits import make_digits
 from tests.little_trainer import after_phase_0
+from tests.methods import METHODS
 from utils.data.batches import ImageSet
 from utils.data.datasets import dataset_defaults
 from utils.data.images import read_prepared

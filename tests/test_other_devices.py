@@ -8,9 +8,9 @@ from lightning_fabric.plugins import MixedPrecision
 
 from convs.heads import CosineHead
 from models import coil
-from models import run as run_module
-from models.run import Run
-from models.trainer import Trainer
+from models.training import run as run_module
+from models.training.run import Run
+from models.training.trainer import Trainer
 from tests.little_trainer import SHORT, after_phase_0, new_trainer
 from tests.shapes import make_shapes
 

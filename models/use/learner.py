@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import catalogue, checkpoint
-from models.method import network_input
+from models import catalogue
 from models.networks import Outputs
-from models.run import Run
+from models.training import checkpoint
+from models.training.method import network_input
+from models.training.run import Run
 from utils.config.read import load_config
 from utils.config.schema import accelerator
 from utils.data.phases import PhasedClasses, phase_starts

@@ -39,12 +39,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from convs.resnet import build_backbone
-from models import METHODS
 from models.networks import IncrementalNet
-from models.resume import Place
-from models.run import Run
-from models.stages import Schedule, Stage
-from models.trainer import Trainer
+from models.training.resume import Place
+from models.training.run import Run
+from models.training.stages import Schedule, Stage
+from models.training.trainer import Trainer
+from tests.methods import METHODS
 from utils.config.schema import Config
 from utils.data.batches import TrainingSet, batch_loader
 from utils.data.cache import PictureCache

@@ -34,9 +34,6 @@ class ExemplarMemory:
     fits in its form passes to the next one, and the last are dropped.  A class thus holds what it would hold had it
     been given its present share at once.
 
-    chosen_copies: image -> the numbers of the K copies that are read, where these are not 0 ... K-1.  They take a few
-    bits, which are not counted.
-
     With a budget in bytes, a quota's number is the most that a class keeps in that form: in order of choice, exemplars
     are kept until the next one no longer fits.  What counts is the class's part of the memory's file
     (`utils.memory.share`), with its text where a form needs it.
@@ -77,7 +74,6 @@ class ExemplarMemory:
         self._units: dict[tuple[str, Path], float | None] = {}  # of exemplars that have been made
         self.empty_shares: dict[int, ClassShare] = {}  # of each class without its exemplars
         self.file_bytes: dict[tuple[str, str], int] = {}  # of images by class and name, which may be gone by now
-        self.chosen_copies: dict[Path, tuple[int, ...]] = {}
 
     def add_class(
         self,
@@ -130,7 +126,6 @@ class ExemplarMemory:
             target: [train / image.parent.name / image.name for image in images]
             for target, images in self._images.items()
         }
-        self.chosen_copies = {train.joinpath(*name_of(image)): numbers for image, numbers in self.chosen_copies.items()}
         self._units = {}
 
     @property
@@ -175,8 +170,7 @@ class ExemplarMemory:
 
     def items(self) -> list[Item]:
         """The exemplars as items of a training set, by target, in order of choice; an item's role is its form."""
-        kept = [(image, target, form) for target in self.targets for form, image in self.of(target)]
-        return [Item(image, target, form, self.chosen_copies.get(image, ())) for image, target, form in kept]
+        return [Item(image, target, form) for target in self.targets for form, image in self.of(target)]
 
     def of(self, target: int) -> list[tuple[str, Path]]:
         """(form, image) of a class's exemplars in order of choice."""
@@ -193,8 +187,7 @@ class ExemplarMemory:
             if form == REAL:
                 pictures.append((image, 1.0))
             else:
-                numbers = self.chosen_copies.get(image, range(self.copies))
-                pictures += [(self.paths.copy(image, k), 1 / self.copies) for k in numbers]
+                pictures += [(self.paths.copy(image, k), 1 / self.copies) for k in range(self.copies)]
         return pictures
 
     def units(self, target: int) -> float:
@@ -244,8 +237,7 @@ class ExemplarMemory:
 
         forms: their names in the order of the quotas; classes: for each target, as a string, its images in order of
         choice ("<class>/<file>", undecodable bytes escaped as Python does in paths), their bytes as files, how many
-        each form holds, its units where they are not its share, each image's chosen copies ([]: all are read), and its
-        text.
+        each form holds, its units where they are not its share, and its text.
         """
         return {
             "forms": [form for form, _ in self.quotas],
@@ -255,7 +247,6 @@ class ExemplarMemory:
                     "file_bytes": [self.file_bytes[name_of(image)] for image in self._images[target]],
                     "counts": list(self._counts[target]),
                     **({"units": self._own[target]} if target in self._own else {}),
-                    "copies": [list(self.chosen_copies.get(image, ())) for image in self._images[target]],
                     "text": self.empty_shares[target].text,
                 }
                 for target in self.targets
@@ -283,12 +274,6 @@ class ExemplarMemory:
             sizes = of_class.get("file_bytes") or [(train / name).stat().st_size for name in names]
             self.file_bytes |= {tuple(name.split("/")): size for name, size in zip(names, sizes, strict=True)}
         self._own = {int(t): of_class["units"] for t, of_class in state["classes"].items() if "units" in of_class}
-        self.chosen_copies = {
-            self._images[int(target)][i]: tuple(numbers)
-            for target, of_class in state["classes"].items()
-            for i, numbers in enumerate(of_class.get("copies", []))
-            if numbers
-        }
         for target, of_class in state["classes"].items():
             labels = {name.partition("/")[0] for name in of_class["images"]}  # earlier versions kept no text
             label = next(iter(labels), "")

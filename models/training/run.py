@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader
 
 from models.networks import GrowingNet, Outputs
-from models.stages import Stage
+from models.training.stages import Stage
 from utils import log as logs
 from utils.config.schema import Config
 from utils.data.augment import TrainTransform

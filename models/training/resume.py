@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import checkpoint
-from models.run import Run
+from models.training import checkpoint
+from models.training.run import Run
 from utils.cli import signals
 from utils.config.schema import as_dict, differences
 from utils.errors import UserError

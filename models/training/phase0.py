@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import checkpoint
-from models.method import Method
-from models.run import Run
+from models.training import checkpoint
+from models.training.method import Method
+from models.training.run import Run
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The phases of a run: training, exemplars, evaluation, checkpoints.  The epoch loop is `models.epochs`'s."""
+"""The phases of a run: training, exemplars, evaluation, checkpoints.  The epoch loop is `models.training.epochs`'s."""
 
 import copy
 import logging
@@ -13,12 +13,11 @@ from torch import Tensor
 
 from convs.blocks import fold_adapters
 from convs.resnet import nb_parameters
-from models import checkpoint, phase0
-from models.copy_choice import choose_copies
-from models.epochs import Epochs
-from models.method import Method
-from models.resume import Checkpoints, Place
-from models.run import Run
+from models.training import checkpoint, phase0
+from models.training.epochs import Epochs
+from models.training.method import Method
+from models.training.resume import Checkpoints, Place
+from models.training.run import Run
 from utils.errors import UserError
 from utils.memory import archive
 from utils.results.metrics import nearest_mean_scores, phase_metrics
@@ -237,10 +236,7 @@ class Trainer:
         if self.run.copies is None:
             return None
         needed = phase + 1 < self.data.nb_phases or self.config.nme
-        made = self.run.copies.make([image for image in self.shown() if image not in there], with_copies=needed)
-        if needed and self.config.copies_kept != "all":
-            choose_copies(self.run, self.method.evaluated, self.method.describe("choosing copies"))
-        return made
+        return self.run.copies.make([image for image in self.shown() if image not in there], with_copies=needed)
 
     def _archive(self) -> None:
         """Write the exemplars as one file, memory/phaseNN.memory."""

@@ -1,8 +1,8 @@
 """What a method may change: its network, its loss, and what happens before and after phases, stages and steps.
 
 A method is a subclass of `Method` in a file of its own: `class ICaRL(Method, name="icarl")`.  Config keys of its own
-are the fields of a dataclass `Settings` at the top of that file.  `models.trainer` has the phases, `models.epochs` the
-epoch loop.
+are the fields of a dataclass `Settings` at the top of that file.  `models.training.trainer` has the phases,
+`models.training.epochs` the epoch loop.
 
 Everything in a phase but the optimisation steps is done again when a run goes on in the middle of it.  It must depend
 on nothing but the config, the data, the memory, the state after the phase before (`network`, `state`), and what
@@ -21,8 +21,8 @@ from convs import LIBRARIES
 from convs.library import Input, library_backbone, library_input
 from convs.resnet import ResNet, build_backbone
 from models.networks import GrowingNet, IncrementalNet, Outputs
-from models.run import Run
-from models.stages import Defaults, Schedule, Stage
+from models.training.run import Run
+from models.training.stages import Defaults, Schedule, Stage
 from utils.config.schema import Config
 from utils.data.datasets import Augmentation
 from utils.data.items import Item
@@ -90,7 +90,7 @@ class Method(abc.ABC):
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of some images, a scalar.  images: B x 3 x H x W; targets: B, of 0 ... nb_seen - 1.
 
-        A batch may be processed in parts (`models.parts`), so it must be a mean over images, each by itself.
+        A batch may be processed in parts (`accumulate_batches`), so it must be a mean over images, each by itself.
         """
 
     def stages(self) -> Iterable[Stage]:
