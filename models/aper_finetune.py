@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from convs.blocks import FeatureExtractor
 from convs.heads import CosineHead
-from convs.resnet import ResNet
-from models.networks import GrowingNet, Outputs
+from models.networks import GrowingNet, NewBackbone, Outputs
 from models.training.method import Method
 from models.training.stages import Defaults, Schedule, Stage
-from utils.config.schema import setting
+from utils.config.schema import Config, setting
 
 
 @dataclass
@@ -48,7 +48,7 @@ class AperNet(GrowingNet):
     -inf for others.
     """
 
-    def __init__(self, backbone: ResNet):
+    def __init__(self, backbone: FeatureExtractor):
         super().__init__()
         self.width = backbone.feature_dim
         self.extractors = nn.ModuleList([backbone])
@@ -85,14 +85,16 @@ class AperNet(GrowingNet):
 
 
 class APERFinetune(Method, name="aper_finetune"):
+    network: AperNet
     defaults = Defaults(
         epochs=20, lrate=0.005, weight_decay=0.05, init_lr=0.01, init_weight_decay=0.05, scheduler="cosine"
     )
     uses_memory = False
     plain_phase_0 = False
 
-    def build_network(self, backbone: ResNet) -> AperNet:
-        return AperNet(backbone)
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> AperNet:
+        return AperNet(new_backbone())
 
     def schedule(self, *, as_phase_0: bool = False) -> Schedule:
         optimizer = "adamw" if self.settings.optimizer == "adam" else "sgd"

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from convs.blocks import FeatureExtractor
 from convs.heads import linear_head
-from convs.resnet import ResNet
-from models.networks import GrowingNet, Outputs
+from models.networks import GrowingNet, NewBackbone, Outputs
 from models.training.method import Method
 from models.training.stages import Defaults, Schedule, Stage
 from utils.config.schema import Config, setting
@@ -60,7 +60,7 @@ class EnergyNet(GrowingNet):
     forward_: its rows for what is of no class, one for each class; factors, offsets: of the backward rows, in fusion.
     """
 
-    def __init__(self, backbone: ResNet):
+    def __init__(self, backbone: FeatureExtractor):
         super().__init__()
         self.extractors = nn.ModuleList([backbone])
         self.feature_dim = backbone.feature_dim
@@ -130,12 +130,14 @@ class _Width(nn.Module):
 
 
 class BEEF(Method, name="beefiso"):
+    network: EnergyNet
     defaults = Defaults(epochs=170, weight_decay=5e-4, scheduler="cosine")
     plain_phase_0 = False
     phase_0_keys = ("energy_weight",)
 
-    def build_network(self, backbone: ResNet) -> EnergyNet:
-        return EnergyNet(backbone)
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> EnergyNet:
+        return EnergyNet(new_backbone())
 
     def stages(self) -> Iterator[Stage]:
         """`expansion` of the newest module, then `fusion` of the modules on balanced images."""

@@ -14,12 +14,11 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from convs.resnet import ResNet
 from models.losses import distillation
-from models.networks import BiasedNet, Outputs
+from models.networks import BiasedNet, NewBackbone, Outputs
 from models.training.method import Method
 from models.training.stages import Defaults, Stage
-from utils.config.schema import setting
+from utils.config.schema import Config, setting
 from utils.config.types import Fraction
 from utils.data.items import Item
 from utils.errors import UserError
@@ -34,6 +33,7 @@ class Settings:
 
 
 class BiC(Method, name="bic"):
+    network: BiasedNet
     defaults = Defaults(
         epochs=170,
         milestones=(60, 100, 140),
@@ -44,10 +44,11 @@ class BiC(Method, name="bic"):
     keeps_old_network = True
     least_exemplars = 2  # of each class, one is held out
 
-    def build_network(self, backbone: ResNet) -> BiasedNet:
-        network = BiasedNet(backbone)
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> BiasedNet:
+        network = BiasedNet(new_backbone())
         # PyCIL's second stage trains the bias layers alone and leaves the rest in training mode
-        network.frozen_in_eval = self.settings.bias_stage == "paper" or self.config.freeze_backbone
+        network.frozen_in_eval = config.settings.bias_stage == "paper" or config.freeze_backbone
         return network
 
     def stages(self) -> list[Stage]:

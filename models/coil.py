@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from convs.resnet import ResNet
 from models.losses import distillation
-from models.networks import CosineNet, Outputs
+from models.networks import CosineNet, NewBackbone, Outputs
 from models.training.method import Method
 from models.training.stages import Defaults
 from utils.config.schema import Config, setting
@@ -51,12 +50,14 @@ class Settings:
 
 
 class Coil(Method, name="coil"):
+    network: CosineNet
     defaults = Defaults(epochs=160, milestones=(80, 120), weight_decay=5e-4, init_epoch=160, init_milestones=(80, 120))
     keeps_old_network = True
     plain_phase_0 = False
 
-    def build_network(self, backbone: ResNet) -> CosineNet:
-        return CosineNet(backbone)
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> CosineNet:
+        return CosineNet(new_backbone())
 
     def before_training(self) -> None:
         """Initialise the new classifiers by those of the old classes, carried along the plan."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.networks import Outputs
+from models.networks import IncrementalNet, Outputs
 from models.training.method import Method
 from models.training.stages import Defaults, Stage, divergence
 from utils.config.schema import setting
@@ -31,6 +31,7 @@ class Settings:
 
 
 class FeTrIL(Method, name="fetril"):
+    network: IncrementalNet
     defaults = Defaults(epochs=50, lrate=0.05, weight_decay=5e-4, scheduler="cosine")
     uses_memory = False
 

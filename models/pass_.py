@@ -10,9 +10,9 @@ each new class's share of old ones.
 import torch
 from torch import Tensor
 
-from convs.resnet import ResNet
-from models.networks import IncrementalNet, Outputs
+from models.networks import IncrementalNet, NewBackbone, Outputs
 from models.prototypes import PrototypeMethod
+from utils.config.schema import Config
 
 ROTATIONS = 4
 
@@ -32,8 +32,11 @@ class RotationNet(IncrementalNet):
 
 
 class PASS(PrototypeMethod, name="pass"):
-    def build_network(self, backbone: ResNet) -> RotationNet:
-        return RotationNet(backbone)
+    network: RotationNet
+
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> RotationNet:
+        return RotationNet(new_backbone())
 
     def prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Every image in its four rotations, one after another."""

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from convs.blocks import FeatureExtractor
 from convs.heads import align_weights, linear_head
-from convs.resnet import ResNet
 from models.losses import newest_or_old
-from models.networks import ExpandableNet, Outputs
+from models.networks import ExpandableNet, NewBackbone, Outputs
 from models.training.method import Method
 from models.training.stages import Defaults, Stage
 from utils.config.schema import Config, setting
@@ -84,7 +84,7 @@ class Merge(nn.Module):
 class TagFexNet(ExpandableNet):
     """In training mode `maps` are the last ones of the task-agnostic backbone and of the newest extractor."""
 
-    def __init__(self, backbone: ResNet, agnostic: ResNet, settings: Settings):
+    def __init__(self, backbone: FeatureExtractor, agnostic: FeatureExtractor, settings: Settings):
         super().__init__(nn.Sequential(), backbone, backbone.feature_dim)
         width, s = backbone.feature_dim, settings
         self.agnostic, self.settings = agnostic, settings
@@ -129,14 +129,16 @@ class TagFexNet(ExpandableNet):
 
 
 class TagFex(Method, name="tagfex"):
+    network: TagFexNet
     defaults = Defaults(epochs=170, milestones=(80, 120, 150))
     keeps_old_network = True
     plain_phase_0 = False
     needs_stages = True
     phase_0_keys = ("infonce_temp", "contrast_factor")
 
-    def build_network(self, backbone: ResNet) -> TagFexNet:
-        return TagFexNet(backbone, self.backbone(), copy.copy(self.settings))
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> TagFexNet:
+        return TagFexNet(new_backbone(), new_backbone(), copy.copy(config.settings))
 
     def stages(self) -> list[Stage]:
         """In phase 0 what distils and merges has nothing to do, and several processes wait for unused gradients."""

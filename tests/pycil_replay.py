@@ -245,8 +245,8 @@ class FedRun(Run):
         sampler = GivenBatches([indices[e * length : (e + 1) * length] for e in range(epochs)], stage.views)
         return batch_loader(loader.dataset, sampler), sampler
 
-    def predict(self, network: nn.Module, images: Sequence[Path], description: str = ""):
-        outputs = super().predict(network, images, description)
+    def predict(self, network: nn.Module, images: Sequence[Path], description: str = "", loader=None):
+        outputs = super().predict(network, images, description, loader)
         if description.endswith(", evaluating"):
             self.measured.phases[-1]["logits"] = outputs.logits.numpy()
         elif description.endswith(", evaluating the student"):
@@ -401,5 +401,5 @@ def train_with(config: Config, reference: Reference, pictures: Pictures, measure
     )
     folders = (scratch / "checkpoints", scratch / "phase0")
     given = {"reference": reference, "pictures": pictures, "measured": measured}
-    run = FedRun(config, data, memory, launch("cpu", 1), *folders, **given)
+    run = FedRun(config, data, launch("cpu", 1), memory, *folders, **given)
     FedTrainer(fed(METHODS[reference.method], reference, pictures, measured), run).fit()

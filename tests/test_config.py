@@ -9,8 +9,9 @@ import pytest
 from models import catalogue
 from tests.methods import METHODS
 from utils.config import read
-from utils.config.schema import Config, accelerator, as_dict, differences, keys_of
+from utils.config.schema import Config, as_dict, differences, keys_of
 from utils.config.show import help_text, markdown
+from utils.devices import accelerator
 from utils.errors import UserError
 
 KNOWN = {"methods": catalogue.methods(), "backbones": catalogue.backbones()}

@@ -158,11 +158,13 @@ def nb_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def accelerator(device: str) -> tuple[str, int | list[int]]:
-    """Lightning Fabric's (accelerator, devices) of a device's name: auto, cpu, cuda or cuda:N.
+def accelerator(device: str | list[int]) -> tuple[str, int | list[int]]:
+    """Lightning Fabric's (accelerator, devices) of a device's name, auto, cpu, cuda or cuda:N, or of CUDA devices.
 
     Raises UserError for any other name.
     """
+    if isinstance(device, list):
+        return "cuda", device
     kind, _, index = device.partition(":")
     if kind == "cuda" and index.isdecimal():
         return "cuda", [int(index)]

@@ -1,40 +1,33 @@
-"""A run: what a method trains on, with what, and where its results go; and the batches and predictions made from it."""
+"""A run: what a method trains on, with what, and where its results go; its random numbers and batches."""
 
-import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
-
-# isort: split
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
-from models.networks import GrowingNet, Outputs
+from models.networks import ClassifierNet
+from models.training.predictor import Predictor
 from models.training.stages import Stage
-from utils import log as logs
-from utils.config.schema import Config
 from utils.data.augment import TrainTransform
-from utils.data.batches import ImageSet, TrainingSet, batch_loader
-from utils.data.cache import PictureCache
+from utils.data.batches import TrainingSet
 from utils.data.classes import DataManager
 from utils.data.datasets import Augmentation
 from utils.data.items import Item
 from utils.data.sampler import EpochBatchSampler, seed_sequence
-from utils.devices import nb_cores
-from utils.fabric import Fabric
 from utils.memory.exemplars import ExemplarMemory
 from utils.results.history import History
 
+# isort: split
+from lightning_fabric.plugins import MixedPrecision  # after utils.fabric
+
 _NETWORK, _METHOD = 3, 4
 """Streams of random numbers within a step."""
-_ROWS = 4096
-"""How many rows of predictions the processes add up at a time."""
 
 
 class Copies(Protocol):
@@ -57,26 +50,20 @@ class Copies(Protocol):
 
 
 @dataclass
-class Run:
+class Run(Predictor):
     """One class order of an experiment.
 
-    config: checked; data: the classes in their order; memory: the exemplars, empty at first; fabric: devices and
-    precision, launched; folder: of this run's checkpoints; cache: folder of trained phase-0 networks, shared by runs;
-    pixels: decoded images, None where none are kept; copies: of exemplars, None where none are used; history: gets
-    every epoch and phase, None in all processes but the first; initial_weights: false where a checkpoint's weights
-    replace the pretrained ones anyway.
+    memory: the exemplars, empty at first; folder: of this run's checkpoints; cache: folder of trained phase-0 networks,
+    shared by runs; copies: of exemplars, None where none are used; history: gets every epoch and phase, None in all
+    processes but the first.
     """
 
-    config: Config
     data: DataManager
     memory: ExemplarMemory
-    fabric: Fabric
     folder: Path
     cache: Path
-    pixels: PictureCache | None = None
     copies: Copies | None = None
     history: History | None = None
-    initial_weights: bool = True
 
     # Random numbers
 
@@ -100,18 +87,10 @@ class Run:
 
     # Devices
 
-    def to_home(self, network: nn.Module) -> None:
-        """Move a network to its device, in the memory layout it is trained in (sums depend on it in the last bit)."""
-        network.to(device=self.fabric.device, memory_format=torch.channels_last)
-
-    def to_device(self, images: Tensor) -> Tensor:
-        """A loader's images as a network takes them: they travel as bytes and become floats on the device."""
-        return self.data.normalise(self.fabric.to_device(images)).contiguous(memory_format=torch.channels_last)
-
     def reset_gradient_scale(self) -> None:
         """Of 16-mixed: a class order does not begin with the scale that another one has ended with."""
         precision = self.fabric.strategy.precision
-        if getattr(precision, "scaler", None) is not None:
+        if isinstance(precision, MixedPrecision) and precision.scaler is not None:
             precision.scaler = torch.amp.GradScaler(precision.device)
 
     def compiled(self, network: nn.Module) -> nn.Module:
@@ -119,7 +98,7 @@ class Run:
         if not self.config.compile:
             return network
         torch.compiler.reset()  # networks of earlier phases and stages would count against the limit of compilations
-        return torch.compile(network)
+        return cast(nn.Module, torch.compile(network))
 
     def share(self, network: nn.Module) -> None:
         """Give every process the first one's network: each has batch norm statistics of its own."""
@@ -159,100 +138,17 @@ class Run:
         data = self.data
         return data.train_transform if augmentation is None else data.defaults_with(augmentation).train_transform
 
-    def loader(self, dataset: ImageSet | TrainingSet, batches: Iterable[Sequence]) -> DataLoader:
-        """Batches of the keys that `batches` lists."""
-        return batch_loader(dataset, batches, self._nb_workers(), pin_memory=self.fabric.device.type == "cuda")
-
-    def _nb_workers(self) -> int:
-        """None for small images that are cached: making a batch of those takes less time than handing it over."""
-        if self.data.image_kind == "small" and self.pixels is not None:
-            return 0
-        return min(self.config.num_workers, nb_cores())
-
-    # Predictions
-
-    def predict(self, network: GrowingNet, images: Sequence[Path], description: str = "") -> Outputs:
-        """Logits (N x classes) and features (N x D) of images under the test transform, on the CPU, in their order.
-
-        description: of the progress bar, "" for none.  The network is in eval mode afterwards.
-        """
-        logits = torch.zeros(len(images), network.nb_classes)
-        features = torch.zeros(len(images), network.head.in_features)
-        for index, outputs in self._own_outputs(network, self.test_loader(images), description):
-            logits[index] = outputs.logits.to(logits)
-            features[index] = outputs.features.to(features)
-        return Outputs(self._sum_over_processes(logits), self._sum_over_processes(features))
-
-    def features(
-        self,
-        network: GrowingNet,
-        groups: Sequence[Sequence[Path]],
-        description: str = "",
-        loader: DataLoader | None = None,
-    ) -> Iterator[Tensor]:
-        """The features of each group of images, such as a class, N x D each; one group at a time is in memory.
-
-        The images are those of one `predict`, in the same batches.  loader: `test_loader` of them, where they are
-        looked at again and again: its worker processes stay.
-        """
-        size, rank, world_size = network.head.in_features, self.fabric.global_rank, self.fabric.world_size
-        if loader is None:
-            loader = self.test_loader([image for group in groups for image in group])
-        outputs = self._own_outputs(network, loader, description)
-        index, rows = torch.zeros(0, dtype=torch.long), torch.zeros(0, size)  # of this process, not handed on yet
-        for start, end in itertools.pairwise([0, *itertools.accumulate(len(group) for group in groups)]):
-            of_group = torch.zeros(end - start, size)
-            missing = len(range(rank, end, world_size)) - len(range(rank, start, world_size))
-            while True:
-                inside = index < end
-                of_group[index[inside] - start] = rows[inside]
-                missing -= int(inside.sum())
-                index, rows = index[~inside], rows[~inside]
-                if missing == 0:
-                    break
-                index, of_batch = next(outputs)
-                rows = of_batch.features.to(of_group)
-            yield self._sum_over_processes(of_group)
-
     def class_means(
-        self, network: GrowingNet, targets: Iterable[int], description: str = "", loader: DataLoader | None = None
+        self, network: ClassifierNet, targets: Iterable[int], description: str = "", loader: DataLoader | None = None
     ) -> Tensor:
         """The mean feature of each class's exemplars, of unit length: classes x D; zeros for a class without exemplars.
 
-        A synthetic exemplar counts as much as a real one: its copies share its weight.  loader: as for `features`.
+        A synthetic exemplar counts as much as a real one: its copies share its weight.  loader: as for `predict`.
         """
-        shown = [self.memory.evaluation_images(target) for target in targets]
-        groups = [[image for image, _ in of_class] for of_class in shown]
-        features = self.features(network, groups, description, loader)
+        exemplars = [self.memory.evaluation_images(target) for target in targets]
+        images = [[image for image, _ in pictures] for pictures in exemplars]
         means = []
-        for of_class, rows in zip(shown, features, strict=True):
-            weights = torch.tensor([weight for _, weight in of_class])
+        for pictures, rows in zip(exemplars, self.features(network, images, description, loader), strict=True):
+            weights = torch.tensor([weight for _, weight in pictures])
             means.append(weights @ F.normalize(rows) / weights.sum().clamp(min=1e-12))
         return F.normalize(torch.stack(means))
-
-    def test_loader(self, images: Sequence[Path]) -> DataLoader:
-        """(indices, pictures, zeros) of this process's share of the images, by batches in ascending order."""
-        dataset = ImageSet(images, [0] * len(images), self.data.test_transform, self.pixels)
-        own = range(self.fabric.global_rank, len(images), self.fabric.world_size)
-        return self.loader(dataset, BatchSampler(own, self.config.batch_size, drop_last=False))
-
-    def _own_outputs(
-        self, network: GrowingNet, batches: DataLoader, description: str
-    ) -> Iterator[tuple[Tensor, Outputs]]:
-        """(indices, outputs) of the batches of `test_loader`."""
-        fabric = self.fabric
-        network.eval()
-        with logs.progress(len(batches), description, quiet=not (description and fabric.is_global_zero)) as bar:
-            for index, pictures, _ in batches:
-                with torch.no_grad(), fabric.autocast():
-                    outputs = network(self.to_device(pictures))
-                yield index, outputs
-                bar.update()
-
-    def _sum_over_processes(self, rows: Tensor) -> Tensor:
-        """Each process has filled in its own rows of an array of zeros."""
-        if self.fabric.world_size == 1:
-            return rows
-        for some in rows.split(_ROWS):  # not all at once: a device may not have room for a whole test set's
-            some.copy_(self.fabric.all_reduce(some.to(self.fabric.device), reduce_op="sum"))
-        return rows

@@ -339,8 +339,3 @@ def differences(ours: Config | Mapping[str, Any], theirs: Mapping[str, Any]) -> 
             mine, other = (json.dumps(of[name]) if name in of else "not given" for of in (ours, theirs))
             differing.append(f"{name}: {other} -> {mine}")
     return differing
-
-
-def accelerator(device: Any) -> tuple[str, int | list[int]]:
-    """A checked `device` key as Lightning Fabric's (accelerator, devices)."""
-    return ("cuda", device) if isinstance(device, list) else (device, 1)
