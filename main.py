@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: Sequence[str] | None) -> int | None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in use.COMMANDS:
-        return use.run(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0] in use.COMMANDS:
+        return use.run(words)
     parser = argparse.ArgumentParser(
         prog="main.py",
         description="Train a class-incremental learner whose memory holds prompts beside images.",
@@ -69,7 +69,7 @@ def command(argv: Sequence[str] | None) -> int | None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="replaces a key of the config; also --key value"
     )
-    arguments = parser.parse_intermixed_args(cli.options_as_overrides(parser, argv))
+    arguments = parser.parse_intermixed_args(cli.options_as_overrides(parser, words))
     methods, backbones = catalogue.methods(), catalogue.backbones()
     if arguments.help_config:
         print(help_text(methods, backbones))
@@ -90,10 +90,12 @@ def command(argv: Sequence[str] | None) -> int | None:
 def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
     """The names of the methods, backbones, exemplar forms, or datasets: those in a data folder, and published lists."""
     if kind == "datasets":
-        there = datasets(data_dir(folder))
+        on_disk = datasets(data_dir(folder))
         others = {**dict.fromkeys(FETCHED, ""), **{name: f" {len(labels(name))} classes," for name in class_lists()}}
-        to_make = {name: classes for name, classes in others.items() if name not in there}
-        return there + [f"{name}:{known} not there; {curate_command(name)} makes it" for name, known in to_make.items()]
+        to_make = {name: classes for name, classes in others.items() if name not in on_disk}
+        return on_disk + [
+            f"{name}:{known} not there; {curate_command(name)} makes it" for name, known in to_make.items()
+        ]
     if kind == "forms":
         from compress.forms import examples
 
@@ -147,6 +149,7 @@ def prepare(config: Config) -> "Experiment":
         check_compiler(fabric.device)
     if config.phase0_cache:
         check_folder("phase0_cache", Path(config.phase0_cache))
+    assert config.output_dir is not None  # load_config fills it in
     output = Output(config, Path(config.output_dir))
     if fabric.is_global_zero:
         output.claim()
@@ -267,7 +270,8 @@ def gone_images(config: Config, orders: "Mapping[int, DataManager]") -> dict[str
     """
     from models.training import checkpoint
 
-    numbers = {}
+    assert config.output_dir is not None  # load_config fills it in
+    numbers: dict[str, int] = {}
     for seed, data in orders.items():
         folder = seed_folder(Path(config.output_dir), seed) / "checkpoints"
         done = checkpoint.saved_phases(folder)

@@ -78,7 +78,7 @@ class RepConv(nn.Conv2d):
         """Add the adapter to the 3x3 kernel's centre and set it to zero; the function stays the same."""
         assert self.adapter.bias is not None
         self.weight[:, :, 1:2, 1:2] += self.adapter.weight
-        self.bias += self.adapter.bias
+        self.bias.add_(self.adapter.bias)
         self.adapter.weight.zero_()
         self.adapter.bias.zero_()
 

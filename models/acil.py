@@ -10,7 +10,7 @@ anew, which is the same in exact arithmetic.  A checkpoint holds them: buffer_si
 8192.  Settings and schedule are PyCIL's for CIFAR-100.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +79,8 @@ class AnalyticNet(GrowingNet):
         features = self.backbone(x)
         if self.training:
             return Outputs(self.head(features), features)
-        return Outputs(sum(scale * self.logits(features, s) for s, scale in enumerate(self.scales)), features)
+        logits = [scale * self.logits(features, stream) for stream, scale in enumerate(self.scales)]
+        return Outputs(sum(logits[1:], logits[0]), features)
 
 
 class ACIL(Method, name="acil"):
@@ -92,7 +93,7 @@ class ACIL(Method, name="acil"):
     def build_network(cls, new_backbone: NewBackbone, config: Config) -> AnalyticNet:
         return AnalyticNet(new_backbone(), config.settings.buffer_size, [torch.relu])
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> Iterable[Stage]:
         return super().stages() if self.phase == 0 else []
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:

@@ -60,6 +60,10 @@ class EnergyNet(GrowingNet):
     forward_: its rows for what is of no class, one for each class; factors, offsets: of the backward rows, in fusion.
     """
 
+    head: "_Width"
+    forward_: nn.Linear
+    old_weight: Tensor
+
     def __init__(self, backbone: FeatureExtractor):
         super().__init__()
         self.extractors = nn.ModuleList([backbone])
@@ -68,7 +72,6 @@ class EnergyNet(GrowingNet):
         self.sizes: list[int] = []
         self.register_buffer("old_weight", torch.zeros(0, 0))
         self.backward_: nn.Linear | None = None
-        self.forward_: nn.Linear | None = None
 
     def grow(self, nb_new: int) -> None:
         if self.nb_classes:
@@ -101,7 +104,8 @@ class EnergyNet(GrowingNet):
 
     def fused(self) -> tuple[Tensor, Tensor]:
         """(weight, bias) over all features and classes."""
-        weight, bias = self.new_head.weight, self.new_head.bias
+        weight: Tensor = self.new_head.weight
+        bias: Tensor = self.new_head.bias
         if self.backward_ is not None:
             repeats = torch.tensor(self.sizes[:-1], device=weight.device)
             old = (1 + self.factors[:, None]) * self.backward_.weight
@@ -147,6 +151,7 @@ class BEEF(Method, name="beefiso"):
             return
         network = self.network
         fused = [network.factors, network.offsets]
+        assert network.backward_ is not None
         newest = (network.extractors[-1], network.backward_, network.forward_, network.new_head)
         learning = [parameter for module in newest for parameter in module.parameters()]
         yield stage._replace(name="expansion", parameters=learning)

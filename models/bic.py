@@ -8,6 +8,7 @@ statistics move to the held-out images.  `bias_stage: paper` takes it once, with
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,13 +70,14 @@ class BiC(Method, name="bic"):
             ),
         ]
 
-    def split(self, items: list[Item]) -> tuple[list[Item], list[Item]]:
+    def split(self, items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
         """(trained on, held out): of every class as many, split_ratio of the exemplars of the smallest one."""
         fewest = min(Counter(item.target for item in items).values())
         if fewest < 2:
             raise UserError("bic holds images of each class out: it needs at least 2 a class. Raise the budget.")
         share = max(1, int(self.settings.split_ratio * fewest))
-        held, taken = set(), Counter()
+        held: set[int] = set()
+        taken: Counter[int] = Counter()
         for index in self.run.rng(self.phase, "held out").permutation(len(items)).tolist():
             if taken[items[index].target] < share:
                 held.add(index)

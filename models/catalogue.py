@@ -12,11 +12,14 @@ import dataclasses
 import importlib
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convs import BACKBONES, LIBRARIES
 from utils.config.schema import MethodInfo
 from utils.config.show import markdown
+
+if TYPE_CHECKING:
+    from models.training.method import Method
 
 FOLDER = Path(__file__).parent
 _LIGHT = (
@@ -32,12 +35,12 @@ _LIGHT = (
 
 
 class _Class(NamedTuple):
-    """A class statement at a file's top level. constants: its attributes that are plain values."""
+    """A class statement at a file's top level.  facts: those of its attributes that a `MethodInfo` has."""
 
     module: str
     bases: tuple[str, ...]
     method: str | None
-    constants: dict[str, Any]
+    facts: dict[str, Any]
 
 
 @cache
@@ -52,16 +55,14 @@ def methods(folder: Path = FOLDER) -> dict[str, MethodInfo]:
                 settings[file.stem] = _compiled(tree, node, file)
             elif isinstance(node, ast.ClassDef):
                 classes[node.name] = _described(node, file.stem)
-    found = {}
+    infos = {}
     for name, described in classes.items():
         if described.method:
             line = _ancestors(name, classes)
-            own = _joined(list(dict.fromkeys(settings[of.module] for of in line if of.module in settings)))
-            facts = {}
-            for of in line[::-1]:
-                facts |= {key: value for key, value in of.constants.items() if key in MethodInfo._fields[2:]}
-            found[described.method] = MethodInfo(described.method, own, **facts)
-    return dict(sorted(found.items()))
+            own = _joined(list(dict.fromkeys(settings[each.module] for each in line if each.module in settings)))
+            facts = {key: value for each in reversed(line) for key, value in each.facts.items()}
+            infos[described.method] = MethodInfo(described.method, own, **facts)
+    return dict(sorted(infos.items()))
 
 
 @cache
@@ -75,10 +76,10 @@ def class_names(folder: Path = FOLDER) -> dict[str, tuple[str, str]]:
     return places
 
 
-def load(name: str) -> type:
+def load(name: str) -> "type[Method]":
     """The class of a method, imported now."""
-    module, of_class = class_names()[name]
-    return getattr(importlib.import_module(f"models.{module}"), of_class)
+    module, class_name = class_names()[name]
+    return getattr(importlib.import_module(f"models.{module}"), class_name)
 
 
 def backbones() -> tuple[str, ...]:
@@ -87,19 +88,26 @@ def backbones() -> tuple[str, ...]:
 
 
 def _described(node: ast.ClassDef, module: str) -> _Class:
-    named = {keyword.arg: keyword.value for keyword in node.keywords}
-    constants = {}
+    """Raises ValueError for a fact that is no plain value."""
+    facts = {}
     for statement in node.body:
-        target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
-        if isinstance(target, ast.Name) and isinstance(getattr(statement, "value", None), ast.Constant):
-            constants[target.id] = statement.value.value
-    name = named["name"].value if isinstance(named.get("name"), ast.Constant) else None
-    return _Class(module, tuple(ast.unparse(base) for base in node.bases), name, constants)
+        if isinstance(statement, ast.Assign):
+            target, value = statement.targets[0], statement.value
+        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            target, value = statement.target, statement.value
+        else:
+            continue
+        if isinstance(target, ast.Name) and target.id in MethodInfo._field_defaults:
+            facts[target.id] = ast.literal_eval(value)
+    names = [keyword.value for keyword in node.keywords if keyword.arg == "name"]
+    name = ast.literal_eval(names[0]) if names else None
+    return _Class(module, tuple(ast.unparse(base) for base in node.bases), name, facts)
 
 
 def _ancestors(name: str, classes: dict[str, _Class]) -> list[_Class]:
     """A class and those it derives from, nearest first, as far as they are in the folder."""
-    line, waiting = [], [name]
+    line: list[_Class] = []
+    waiting = [name]
     while waiting:
         described = classes.get(waiting.pop(0))
         if described is not None:
@@ -117,8 +125,13 @@ def _joined(settings: list[type]) -> type | None:
 
 def _compiled(tree: ast.Module, node: ast.ClassDef, file: Path) -> type:
     """The class of a `Settings` statement, made from that statement and the file's light imports alone."""
-    imports = [s for s in tree.body if isinstance(s, ast.Import) and all(a.name in _LIGHT for a in s.names)]
-    imports += [s for s in tree.body if isinstance(s, ast.ImportFrom) and s.module in _LIGHT]
+    imports: list[ast.stmt] = []
+    for statement in tree.body:
+        modules = [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else []
+        if isinstance(statement, ast.ImportFrom):
+            modules = [statement.module or ""]
+        if modules and all(module in _LIGHT for module in modules):
+            imports.append(statement)
     namespace: dict[str, Any] = {"__name__": f"models.{file.stem}"}
     code = compile(ast.Module([*imports, node], []), str(file), "exec")
     exec(code, namespace)

@@ -71,9 +71,9 @@ class Coil(Method, name="coil"):
         else:
             old_means = self.exemplar_means()
         plan = self.plan(old_means)
-        *old, new = self.network.head.proxies
+        *earlier, new = self.network.head.proxies
         with torch.no_grad():
-            old = torch.cat(old)
+            old = torch.cat(earlier)
             carried = plan.T @ F.normalize(old)
             self.carried = carried * old.norm(dim=1).mean() / carried.norm(dim=1).mean()
             new.copy_(self.carried)

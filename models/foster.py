@@ -166,6 +166,7 @@ class FOSTER(Method, name="foster"):
     def boosting_loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """Feature boosting: CE of aligned logits + CE of the new backbone alone + lambda KD on the old classes."""
         aligned = F.cross_entropy(outputs.logits / self.weights["boosting"], targets)
+        assert outputs.aux_logits is not None
         enhanced = F.cross_entropy(outputs.aux_logits, targets)
         old_logits = self.pair.old_logits(outputs.features)
         old = distillation(outputs.logits[:, : self.nb_old], old_logits, self.config.T)

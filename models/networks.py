@@ -4,7 +4,7 @@ import abc
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ class ExpandableNet(GrowingNet):
 
     head: nn.Linear
 
-    def __init__(self, shared: nn.Module, extractor: nn.Module, feature_dim: int):
+    def __init__(self, shared: nn.Sequential, extractor: nn.Sequential, feature_dim: int):
         super().__init__()
         self.shared = shared
         self.extractors = nn.ModuleList([extractor])
@@ -176,7 +176,7 @@ class ExpandableNet(GrowingNet):
         self.head = grown(before, self.feature_dim * len(self.extractors), self.nb_classes)
 
     def first_phase_modules(self) -> tuple[nn.Module, nn.Module]:
-        return joined(self.shared, self.extractors[0]), self.head
+        return joined(self.shared, cast(nn.Sequential, self.extractors[0])), self.head
 
     def backbones(self) -> list[nn.Module]:
         return [self.shared, self.extractors]

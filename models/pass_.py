@@ -7,6 +7,8 @@ As in PyCIL, the logits of evaluation are those of unrotated classes, and a step
 each new class's share of old ones.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,7 @@ class PASS(PrototypeMethod, name="pass"):
         replayed = self.classification(self.network.head(self.augmented), labels)
         return classification + self.settings.lambda_fkd * kept + self.settings.lambda_proto * replayed
 
-    def measure(self, features: list[Tensor]) -> None:
+    def measure(self, features: Sequence[Tensor]) -> None:
         """The mean variance of each new class's features."""
         # a single image has no spread
         variances = torch.stack([rows.var(dim=0, correction=min(1, len(rows) - 1)).mean() for rows in features])

@@ -4,6 +4,8 @@ The backbone learns in phase 0 alone, or not at all where it is pretrained; a cl
 Phase 0 learns a cosine head with a scale.  Its rows then give way to the means, and the scale stays, as in PyCIL.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,7 +26,7 @@ class SimpleCIL(Method, name="simplecil"):
     def build_network(cls, new_backbone: NewBackbone, config: Config) -> CosineNet:
         return CosineNet(new_backbone())
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> Iterable[Stage]:
         return super().stages() if self.phase == 0 else []
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:

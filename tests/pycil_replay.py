@@ -127,11 +127,15 @@ def fed(method: type[Method], reference: Reference, pictures: Pictures, measured
     class Fed(method):
         # What it is given
 
-        def backbone(self):
-            backbone = super().backbone()
-            for name, parameter in backbone.named_parameters():
-                parameter.data.copy_(initial_weight(pycil_name(name, self.config.convnet_type), parameter.shape))
-            return backbone
+        @classmethod
+        def build_network(cls, new_backbone, config):
+            def given_backbone():
+                backbone = new_backbone()
+                for name, parameter in backbone.named_parameters():
+                    parameter.data.copy_(initial_weight(pycil_name(name, config.convnet_type), parameter.shape))
+                return backbone
+
+            return super().build_network(given_backbone, config)
 
         def image_counts(self, items) -> Tensor:
             """FOSTER's: PyCIL has a constant in place of the new classes' images where the dataset is "cifar100"."""

@@ -230,10 +230,17 @@ class EpochLog:
         left = seconds_left(self.run, self.method, seconds / items, (self.epochs - number) * items)
         self.bar.set_postfix_str(f"epoch {number}, loss {loss:.3f}, run {logs.clock(left)}", refresh=False)
         if self.run.history:
-            curves = {"learning_rate": rate, "loss": loss, "accuracy": accuracy, "seconds": seconds}
             epoch = training.first_epoch + number
-            where = (self.method.phase, training.stage.name, epoch)
-            self.run.history.epoch(*where, step=self.epochs_before + epoch, **curves)
+            self.run.history.epoch(
+                self.method.phase,
+                training.stage.name,
+                epoch,
+                step=self.epochs_before + epoch,
+                learning_rate=rate,
+                loss=loss,
+                accuracy=accuracy,
+                seconds=seconds,
+            )
 
 
 def seconds_left(run: Run, method: Method, for_an_image: float, images: int) -> float:

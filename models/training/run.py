@@ -85,6 +85,21 @@ class Run(Predictor):
         seeds = seed_sequence(self.config.model_seed, phase, epoch, _METHOD, step, self.fabric.global_rank)
         return torch.Generator(self.fabric.device).manual_seed(int(seeds.generate_state(1)[0]))
 
+    # Images with copies
+
+    def exemplars_with_copies(self) -> list[Path]:
+        """The exemplars whose copies are read."""
+        replaced = self.config.augmentation_prob > 0
+        return [item.image for item in self.memory.items() if replaced or item.regenerated]
+
+    def new_images_with_copies(self, phase: int) -> list[Path]:
+        """A phase's new images, where training reads copies of them that are made on demand."""
+        c = self.config
+        replaced = c.augmentation_prob > 0 and c.augmentation_scope == "all"
+        if self.copies is None or c.regenerate != "on_demand" or not replaced:
+            return []
+        return [item.image for item in self.data.new_items(phase)]
+
     # Devices
 
     def reset_gradient_scale(self) -> None:

@@ -86,7 +86,7 @@ class Trainer:
             **results,
             "training": training,
             "copies_on_demand": None if copies is None and not made else (copies or 0) + made,
-            "copies": self.run.copies.summary(self.exemplars_with_copies()) if self.run.copies else None,
+            "copies": self.run.copies.summary(self.run.exemplars_with_copies()) if self.run.copies else None,
             "seconds": {**seconds, "total": now - start},
         }
 
@@ -120,10 +120,10 @@ class Trainer:
             self._load_phase(done)
         began_with = within or done or {}
         if len(self.records) < self.data.nb_phases and began_with.get("copies") and self.run.copies:
-            images = self.exemplars_with_copies()
+            images = self.run.exemplars_with_copies()
             if within is not None:
                 self.make_new_copies(len(self.records))
-                images += self.new_images_with_copies(len(self.records))
+                images += self.run.new_images_with_copies(len(self.records))
             self.run.copies.check(began_with["copies"], images)
         return within
 
@@ -158,7 +158,7 @@ class Trainer:
     def _copies_state(self, new_images: Sequence[Path] = ()) -> dict[str, Any] | None:
         if self.run.copies is None:
             return None
-        return self.run.copies.state([*self.exemplars_with_copies(), *new_images])
+        return self.run.copies.state([*self.run.exemplars_with_copies(), *new_images])
 
     # Training
 
@@ -183,7 +183,7 @@ class Trainer:
         trainings = [record["training"] for record in self.records]
         stages = [done for training in trainings for done in training.get("stages", [training])]
         self.epochs.epochs_before = sum(done["epochs"] for done in stages)
-        self.epochs.copies_state = self._copies_state(self.new_images_with_copies(phase))
+        self.epochs.copies_state = self._copies_state(self.run.new_images_with_copies(phase))
         for number, stage in enumerate(method.stages()):
             method.before_stage(stage)
             if number >= len(place.stages):
@@ -202,7 +202,7 @@ class Trainer:
         method, memory = self.method, self.run.memory
         if not method.uses_memory:
             return None
-        finished = frozenset(self.exemplars_with_copies())
+        finished = frozenset(self.run.exemplars_with_copies())
         memory.make_room(method.nb_seen)
         targets = self.data.phase_targets(method.phase)
         images = [self.data.train_images(target) for target in targets]
@@ -215,11 +215,6 @@ class Trainer:
             self._take_from_archive(method.phase)
         return self.make_copies(method.phase, finished)
 
-    def exemplars_with_copies(self) -> list[Path]:
-        """The exemplars whose copies are read."""
-        replaced = self.config.augmentation_prob > 0
-        return [item.image for item in self.run.memory.items() if replaced or item.regenerated]
-
     def make_kept_files(self, finished: Collection[Path] = ()) -> None:
         """Make what is missing of the files that are kept of exemplars, and drop exemplars that do not fit then.
 
@@ -227,7 +222,8 @@ class Trainer:
         """
         if self.run.copies is None:
             return
-        self.run.copies.make(self._without(finished), with_copies=False)
+        exemplars = [image for image in self.run.exemplars_with_copies() if image not in finished]
+        self.run.copies.make(exemplars, with_copies=False)
         for target in self.run.memory.targets:  # edge maps cost what they cost
             self.run.memory.enforce_budget(target)
 
@@ -239,22 +235,12 @@ class Trainer:
         if self.run.copies is None:
             return None
         needed = phase + 1 < self.data.nb_phases or self.config.nme
-        return self.run.copies.make(self._without(finished), with_copies=needed)
-
-    def _without(self, finished: Collection[Path]) -> list[Path]:
-        return [image for image in self.exemplars_with_copies() if image not in finished]
-
-    def new_images_with_copies(self, phase: int) -> list[Path]:
-        """A phase's new images, where training reads copies of them that are made on demand."""
-        c = self.config
-        replaced = c.augmentation_prob > 0 and c.augmentation_scope == "all"
-        if self.run.copies is None or c.regenerate != "on_demand" or not replaced:
-            return []
-        return [item.image for item in self.data.new_items(phase)]
+        exemplars = [image for image in self.run.exemplars_with_copies() if image not in finished]
+        return self.run.copies.make(exemplars, with_copies=needed)
 
     def make_new_copies(self, phase: int) -> int:
         """Make what is missing of the copies of a phase's new images.  Returns the number of copies made."""
-        images = self.new_images_with_copies(phase)
+        images = self.run.new_images_with_copies(phase)
         return (self.run.copies.make(images, with_copies=True) or 0) if self.run.copies and images else 0
 
     def _archive(self) -> None:
