@@ -91,11 +91,12 @@ def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
     """The names of the methods, backbones, exemplar forms, or datasets: those in a data folder, and published lists."""
     if kind == "datasets":
         on_disk = datasets(data_dir(folder))
-        others = {**dict.fromkeys(FETCHED, ""), **{name: f" {len(labels(name))} classes," for name in class_lists()}}
-        to_make = {name: classes for name, classes in others.items() if name not in on_disk}
-        return on_disk + [
-            f"{name}:{known} not there; {curate_command(name)} makes it" for name, known in to_make.items()
-        ]
+        sizes = {
+            **dict.fromkeys(FETCHED, ""),
+            **{name: f" {len(labels(name) or ())} classes," for name in class_lists()},
+        }
+        missing = [name for name in sizes if name not in on_disk]
+        return [*on_disk, *(f"{name}:{sizes[name]} not there; {curate_command(name)} makes it" for name in missing)]
     if kind == "forms":
         from compress.forms import examples
 

@@ -76,7 +76,8 @@ def export(learner: Learner, file: Path) -> list[Path]:
     if missing:
         raise UserError(f"export needs {' and '.join(missing)}: pip install onnx onnxscript")
     said = description(learner)
-    learner.network.to(device="cpu", memory_format=torch.contiguous_format)
+    learner.network.to("cpu")
+    learner.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
