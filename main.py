@@ -14,9 +14,9 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,10 +34,14 @@ from utils.errors import UserError
 from utils.results import report
 from utils.results.output import Output, seed_folder
 
-log = logging.getLogger("main")
+if TYPE_CHECKING:
+    from compress.training.exemplars import ExemplarPlan
+    from utils.data.cache import PictureCache
+    from utils.data.classes import DataManager
+    from utils.data.datasets import NetworkInput
+    from utils.fabric import Fabric
 
-CLASS_KEYS = ("shuffle", "init_cls", "increment", "class_order", "class_sort", "augmentation", "val_per_class")
-"""Keys that decide which classes a phase has and how their images are read."""
+log = logging.getLogger("main")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: Sequence[str] | None) -> int | None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in use.COMMANDS:
-        return use.run(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0] in use.COMMANDS:
+        return use.run(words)
     parser = argparse.ArgumentParser(
         prog="main.py",
         description="Train a class-incremental learner whose memory holds prompts beside images.",
@@ -66,7 +70,7 @@ def command(argv: Sequence[str] | None) -> int | None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="replaces a key of the config; also --key value"
     )
-    arguments = parser.parse_intermixed_args(cli.options_as_overrides(parser, argv))
+    arguments = parser.parse_intermixed_args(cli.options_as_overrides(parser, words))
     methods, backbones = catalogue.methods(), catalogue.backbones()
     if arguments.help_config:
         print(help_text(methods, backbones))
@@ -87,10 +91,13 @@ def command(argv: Sequence[str] | None) -> int | None:
 def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
     """The names of the methods, backbones, exemplar forms, or datasets: those in a data folder, and published lists."""
     if kind == "datasets":
-        there = datasets(data_dir(folder))
-        others = {**dict.fromkeys(FETCHED, ""), **{name: f" {len(labels(name))} classes," for name in class_lists()}}
-        to_make = {name: classes for name, classes in others.items() if name not in there}
-        return there + [f"{name}:{known} not there; {curate_command(name)} makes it" for name, known in to_make.items()]
+        on_disk = datasets(data_dir(folder))
+        sizes = {
+            **dict.fromkeys(FETCHED, ""),
+            **{name: f" {len(labels(name) or ())} classes," for name in class_lists()},
+        }
+        missing = [name for name in sizes if name not in on_disk]
+        return [*on_disk, *(f"{name}:{sizes[name]} not there; {curate_command(name)} makes it" for name in missing)]
     if kind == "forms":
         from compress.forms import examples
 
@@ -98,14 +105,30 @@ def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
     return catalogue.methods() if kind == "methods" else catalogue.backbones()
 
 
-def run(config: Config) -> dict:
+def run(config: Config) -> dict[str, Any]:
     """The experiment.  Returns what it writes to results.json (`utils.results.report` describes it)."""
+    experiment = prepare(config)
+    try:
+        for seed in experiment.orders:
+            experiment.run(seed)
+    except KeyboardInterrupt as stop:
+        began = any(experiment.output.folder.glob("seed*/checkpoints/*.pt"))
+        going_on = "goes on from the last checkpoint" if began else "begins anew"
+        stop.going_on = f"the same command {going_on}"  # type: ignore[attr-defined]  # `utils.cli` says so
+        raise
+    experiment.fabric.barrier()  # wait until rank 0 has written: an early exit looks like a crash to the others
+    file = experiment.output.folder / "results.json"
+    log.info("\n%s\n\nresults: %s", report.table({config.model_name: experiment.results}), file)
+    return experiment.results
+
+
+def prepare(config: Config) -> "Experiment":
+    """Check what follows from config and data together, and take possession of the output folder."""
     config, paths = dataset_of(config)
     # torch and what needs it are imported here: a config with a mistake, or a missing dataset, is answered at once.
-    from compress.training.exemplars import check_exemplars, exemplar_form
-    from models.method import fresh_backbone, network_input
+    from compress.training.exemplars import plan_exemplars
+    from models.training.method import fresh_backbone, network_input
     from utils.data.cache import open_cache
-    from utils.data.classes import DataManager
     from utils.devices import accelerator, check_compiler, launch
     from utils.results.history import check_loggers
 
@@ -115,24 +138,20 @@ def run(config: Config) -> dict:
         raise UserError(
             f"batch_size {config.batch_size} is less than one image for each of {fabric.world_size} processes."
         )
-    classes = {key: getattr(config, key) for key in CLASS_KEYS}
-    how = {"network_input": network_input(config), "old_may_be_gone": config.memory_only}
-    first = DataManager(paths, seed=config.seed[0], **how, **classes)
-    shuffled = config.shuffle and config.class_order is None
-    orders = {seed: first.reordered(seed) if shuffled else copy.copy(first) for seed in config.seed}
-    any_order = orders[config.seed[0]]
+    orders = class_orders(config, paths, network_input(config))
+    data = orders[config.seed[0]]
     numbers = gone_images(config, orders) if config.memory_only else {}
-    form = exemplar_form(config, any_order)
-    for data in orders.values():
-        data.paths = replace(paths, files=form.files)
-    method = catalogue.methods()[config.model_name]
-    config, copies = check_exemplars(config, method, any_order, form, fabric, numbers)
-    if config.pretrained or any_order.network_input:
-        fresh_backbone(config, any_order)
+    exemplars = plan_exemplars(config, data, catalogue.methods()[config.model_name], fabric, numbers)
+    config = exemplars.config
+    for order in orders.values():
+        order.paths = exemplars.paths
+    if config.pretrained or data.network_input:
+        fresh_backbone(config, data)
     if config.compile:
         check_compiler(fabric.device)
     if config.phase0_cache:
         check_folder("phase0_cache", Path(config.phase0_cache))
+    assert config.output_dir is not None  # load_config fills it in
     output = Output(config, Path(config.output_dir))
     if fabric.is_global_zero:
         output.claim()
@@ -140,21 +159,82 @@ def run(config: Config) -> dict:
     for note in config.notes:
         log.info("%s", note)
 
-    cache = Path(config.phase0_cache) if config.phase0_cache else output.folder / "phase0_cache"
-    prepare = any_order.train_transform.prepare
-    where = Path(os.path.abspath(cache)).parent / "pixel_cache"  # "." has no name that could be replaced
-    expected, images = any_order.decoded_bytes, any_order.folders
-    pixels = open_cache(config.cache, config.cache_gib, where, paths.root, prepare, expected, images)
-    try:
-        for seed, data in orders.items():
-            results = run_class_order(config, data, seed, fabric, output, cache, pixels, form, copies)
-    except KeyboardInterrupt as stop:
-        kept = any(output.folder.glob("seed*/checkpoints/*.pt"))
-        stop.going_on = "the same command " + ("goes on from the last checkpoint" if kept else "begins anew")
-        raise
-    fabric.barrier()  # wait until rank 0 has written: an early exit looks like a crash to the others
-    log.info("\n%s\n\nresults: %s", report.table({config.model_name: results}), output.folder / "results.json")
-    return results
+    phase0_cache = Path(config.phase0_cache) if config.phase0_cache else output.folder / "phase0_cache"
+    folder = Path(os.path.abspath(phase0_cache)).parent / "pixel_cache"  # "." has no name that could be replaced
+    transform, size = data.train_transform.prepare, data.decoded_bytes
+    pixels = open_cache(config.cache, config.cache_gib, folder, paths.root, transform, size, data.folders)
+    return Experiment(config, orders, exemplars, fabric, output, phase0_cache, pixels)
+
+
+@dataclass
+class Experiment:
+    """What the class orders of a run share.
+
+    orders: the data in each class order, by seed; exemplars: what they are; output: the folder of results;
+    phase0_cache: the folder of trained phase-0 networks; pixels: decoded images, None where none are kept.
+    """
+
+    config: Config
+    orders: "Mapping[int, DataManager]"
+    exemplars: "ExemplarPlan"
+    fabric: "Fabric"
+    output: Output
+    phase0_cache: Path
+    pixels: "PictureCache | None"
+    results: dict[str, Any] = field(default_factory=dict)
+    """Of all class orders so far."""
+
+    def run(self, seed: int) -> None:
+        """One class order's phases."""
+        from models.training.run import Run
+        from models.training.trainer import Trainer
+        from utils.results.history import History
+
+        config, data, fabric = self.config, self.orders[seed], self.fabric
+        what = f"{config.dataset}, {config.model_name}, {config.convnet_type}, seed {seed}"
+        log.info("%s: %s", what, phases_in_words(data))
+        method = catalogue.load(config.model_name)
+        if not method.uses_memory and config.syn_per_class:
+            log.info("%s keeps no exemplars: the memory's keys change nothing", config.model_name)
+        folder, memory, copies = self.output.seed_folder(seed), self.exemplars.empty_memory(), self.exemplars.copies
+        with self.output.working_on(seed, alone=fabric.is_global_zero):
+            history = History(folder, loggers=config.logger) if fabric.is_global_zero else None
+            folders = folder / "checkpoints", self.phase0_cache
+            class_order = Run(config, data, fabric, memory, *folders, copies, history, pixels=self.pixels)
+            records = Trainer(method, class_order).fit(after_phase=lambda records: self.write(seed, records))
+            if config.regenerate == "on_demand" and records and records[-1]["copies_on_demand"] is not None:
+                log.info(copies_saved(config, data, records))
+
+    def write(self, seed: int, records: Sequence[dict[str, Any]]) -> None:
+        """Write the records of a class order's phases so far."""
+        data = self.orders[seed]
+        entry = report.run_entry(seed, data.class_names, records, data.nb_phases)
+        warn_of_one_class(records[-1], data.class_names)
+        if self.fabric.is_global_zero:
+            self.results = self.output.write(entry, [record["cnn"]["confusion"] for record in records])
+        else:
+            self.results = report.results({}, [entry])
+
+
+def class_orders(config: Config, paths: DatasetPaths, network_input: "NetworkInput | None") -> "dict[int, DataManager]":
+    """The data in the class order of each seed."""
+    from utils.data.classes import DataManager
+
+    first = DataManager(
+        paths,
+        shuffle=config.shuffle,
+        seed=config.seed[0],
+        init_cls=config.init_cls,
+        increment=config.increment,
+        class_order=config.class_order,
+        class_sort=config.class_sort,
+        augmentation=config.augmentation,
+        val_per_class=config.val_per_class,
+        network_input=network_input,
+        old_may_be_gone=config.memory_only,
+    )
+    shuffled = config.shuffle and config.class_order is None
+    return {seed: first.reordered(seed) if shuffled else copy.copy(first) for seed in config.seed}
 
 
 def dataset_of(config: Config) -> tuple[Config, DatasetPaths]:
@@ -164,51 +244,6 @@ def dataset_of(config: Config) -> tuple[Config, DatasetPaths]:
     paths = DatasetPaths(folder, config.dataset, config.variant)
     check_files(config, paths)
     return config, paths
-
-
-def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, pixels, form, copies) -> dict:
-    """One seed's phases.  Returns the results of all seeds so far."""
-    from compress.training.exemplars import costs, quotas
-    from models.run import Run
-    from models.trainer import Trainer
-    from utils.memory.exemplars import ExemplarMemory
-    from utils.results.history import History
-
-    what = f"{config.dataset}, {config.model_name}, {config.convnet_type}, seed {seed}"
-    log.info("%s: %s", what, phases_in_words(data))
-    method = catalogue.load(config.model_name)
-    if not method.uses_memory and config.syn_per_class:
-        log.info("%s keeps no exemplars: the memory's keys change nothing", config.model_name)
-    memory = ExemplarMemory(
-        data.paths,
-        quotas(config, form),
-        costs(form, data.paths),
-        config.memory_per_class,
-        config.augmentations_per_image,
-        total=None if config.fixed_memory else config.memory_size,
-        bytes_budget=config.memory_bytes_per_class if config.budget_in == "bytes" else None,
-        selection=config.exemplar_selection,
-        seed=config.model_seed,
-    )
-
-    written: dict[int, dict] = {}  # by number of phases
-
-    def write(records: Sequence[dict]) -> dict:
-        if len(records) not in written:
-            entry = report.run_entry(seed, data.class_names, records, data.nb_phases)
-            confusions = [record["cnn"]["confusion"] for record in records]
-            warn_of_one_class(records[-1], data.class_names)
-            written[len(records)] = output.write(entry, confusions) if first else report.results({}, [entry])
-        return written[len(records)]
-
-    first, folder = fabric.is_global_zero, output.seed_folder(seed)
-    with output.working_on(seed, alone=first):
-        history = History(folder, loggers=config.logger) if first else None
-        class_order = Run(config, data, memory, fabric, folder / "checkpoints", cache, pixels, copies, history)
-        records = Trainer(method, class_order).fit(after_phase=write)
-        if config.regenerate == "on_demand" and records and records[-1]["copies_on_demand"] is not None:
-            log.info(copies_saved(config, data, records))
-        return write(records)
 
 
 def warn_of_one_class(record: Mapping[str, Any], class_names: Sequence[str]) -> None:
@@ -228,15 +263,16 @@ def warn_of_one_class(record: Mapping[str, Any], class_names: Sequence[str]) -> 
             )
 
 
-def gone_images(config: Config, orders: Mapping[int, Any]) -> dict[str, int]:
+def gone_images(config: Config, orders: "Mapping[int, DataManager]") -> dict[str, int]:
     """Of a run that goes on, where train images of old classes are gone: the numbers of exemplars that it began with.
 
     orders: the class orders' data; those with gone images get the typical size of a picture from their checkpoints.
     Raises UserError where images of classes are gone that are still to be learned.
     """
-    from models import checkpoint
+    from models.training import checkpoint
 
-    numbers = {}
+    assert config.output_dir is not None  # load_config fills it in
+    numbers: dict[str, int] = {}
     for seed, data in orders.items():
         folder = seed_folder(Path(config.output_dir), seed) / "checkpoints"
         done = checkpoint.saved_phases(folder)
@@ -257,7 +293,7 @@ def check_folder(key: str, folder: Path) -> None:
         raise UserError(f"{key}: {folder} can't be written to.")
 
 
-def copies_saved(config: Config, data, records: Sequence[dict]) -> str:
+def copies_saved(config: Config, data: "DataManager", records: Sequence[dict]) -> str:
     """Such as "copies on demand: 320 made, against 4,000 of all train images made ahead (92.0 % saved)"."""
     made = sum(record["copies_on_demand"] for record in records)
     ahead = config.augmentations_per_image * sum(len(data.train_images(target)) for target in range(data.nb_classes))
@@ -265,11 +301,11 @@ def copies_saved(config: Config, data, records: Sequence[dict]) -> str:
     return f"copies on demand: {made:,} made, against {ahead:,} of all train images made ahead ({saved})"
 
 
-def phases_in_words(data) -> str:
+def phases_in_words(data: "DataManager") -> str:
     """Such as "11 phases of 51, 5, ..., 5 classes"."""
     sizes = [str(len(data.phase_targets(phase))) for phase in range(data.nb_phases)]
-    shown = sizes if len(sizes) <= 4 else [*sizes[:2], "...", sizes[-1]]
-    return f"{len(sizes)} phase{'s' * (len(sizes) > 1)} of {', '.join(shown)} classes"
+    listed = sizes if len(sizes) <= 4 else [*sizes[:2], "...", sizes[-1]]
+    return f"{len(sizes)} phase{'' if len(sizes) == 1 else 's'} of {', '.join(listed)} classes"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,12 @@ import torchvision_compat  # noqa: F401  (before torchvision: lets a CUDA wheel 
 from torchvision.models.resnet import BasicBlock, Bottleneck  # isort: skip
 
 
+class FeatureExtractor(nn.Sequential):
+    """A backbone: B x 3 x S x S, normalised -> features B x `feature_dim`."""
+
+    feature_dim: int
+
+
 class LinearBasicBlock(BasicBlock):
     """A BasicBlock without its last ReLU, so that features are signed and cosines use their whole range.
 
@@ -57,10 +63,12 @@ class RepConv(nn.Conv2d):
     section 3.2.
     """
 
+    bias: nn.Parameter
+
     def __init__(self, conv: nn.Conv2d):
-        size = conv.in_channels, conv.out_channels
-        super().__init__(*size, 3, conv.stride, padding=1)
-        self.adapter = nn.Conv2d(*size, 1, conv.stride)
+        stride = conv.stride[0]
+        super().__init__(conv.in_channels, conv.out_channels, 3, stride, padding=1)
+        self.adapter = nn.Conv2d(conv.in_channels, conv.out_channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.adapter(x)
@@ -68,8 +76,9 @@ class RepConv(nn.Conv2d):
     @torch.no_grad()
     def fold(self) -> None:
         """Add the adapter to the 3x3 kernel's centre and set it to zero; the function stays the same."""
+        assert self.adapter.bias is not None
         self.weight[:, :, 1:2, 1:2] += self.adapter.weight
-        self.bias += self.adapter.bias
+        self.bias.add_(self.adapter.bias)
         self.adapter.weight.zero_()
         self.adapter.bias.zero_()
 

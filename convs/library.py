@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+from convs.blocks import FeatureExtractor
 from convs.pretrained import cached_file, read_weights
 
 
@@ -32,8 +33,8 @@ class Input(NamedTuple):
     mode: str
 
 
-class LibraryBackbone(nn.Sequential):
-    """B x 3 x S x S, normalised -> features B x `feature_dim`: a library's network without its classifier."""
+class LibraryBackbone(FeatureExtractor):
+    """A library's network without its classifier."""
 
     def __init__(self, network: nn.Module, feature_dim: int):
         super().__init__()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from convs import BACKBONES, Backbone
-from convs.blocks import BLOCKS, EXTRAS
+from convs.blocks import BLOCKS, EXTRAS, FeatureExtractor
 from convs.pretrained import load_pretrained
 
 
@@ -29,7 +29,7 @@ class PadShortcut(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.extra_channels))
 
 
-class ResNet(nn.Sequential):
+class ResNet(FeatureExtractor):
     """B x 3 x H x W, normalised -> features B x `feature_dim`.
 
     row: its description; stem: "7x7" (stride 2, then a pool), "3x3" (stride 1, then a pool) or "small" (3x3, stride 1,
@@ -73,7 +73,7 @@ def _stage(row: Backbone, number: int, channels: int) -> tuple[nn.Sequential, in
     block, linear = BLOCKS[row.block]
     width, stride = row.widths[number], 1 if number == 0 else 2
     outgoing = width * block.expansion
-    shortcut = None
+    shortcut: nn.Module | None = None
     if stride != 1 or channels != outgoing:
         if row.shortcut == "pad":
             shortcut = PadShortcut(outgoing - channels)
@@ -91,26 +91,21 @@ def _stage(row: Backbone, number: int, channels: int) -> tuple[nn.Sequential, in
 def build_backbone(
     convnet_type: str,
     image_kind: str,
-    *,
-    init_cls: int,
-    increment: int,
+    stem: str = "3x3",
     pretrained: bool | str = False,
-    stem: str | None = None,
     weights: bool = True,
 ) -> ResNet:
     """A run's backbone, freshly initialised from torch's random state, or with torchvision's weights.
 
-    convnet_type: a name of `BACKBONES`; image_kind: "small" (32x32) or "large"; stem: for large images, "7x7" or "3x3";
-    None takes 7x7 where all phases are equally large and 3x3 where phase 0 is larger, as PyCIL does.  torchvision's
-    weights are for 7x7; pretrained: true for those in torch's cache, or a file; weights: false builds the network that
-    they fit and leaves them out.
+    convnet_type: a name of `BACKBONES`; image_kind: "small" (32x32) or "large"; stem: for large images, "7x7" or "3x3",
+    where the backbone's row has none.  torchvision's weights are for 7x7; pretrained: true for those in torch's cache,
+    or a file; weights: false builds the network that they fit and leaves them out.
     Raises ValueError for an unknown name or where no weights fit, FileNotFoundError where they are not on disk.
     """
     if convnet_type not in BACKBONES:
         raise ValueError(f"unknown convnet_type {convnet_type!r}; known: {', '.join(BACKBONES)}")
     row = BACKBONES[convnet_type]
-    by_phases = "7x7" if init_cls == increment else "3x3"
-    stem = "7x7" if pretrained else stem or row.stem or by_phases
+    stem = "7x7" if pretrained else row.stem or stem
     backbone = ResNet(row, "small" if row.cifar or image_kind == "small" else stem)
     if pretrained:
         if row.weights is None:

@@ -105,9 +105,9 @@ def refusal(point: Point) -> str | None:
 
 def _as_asked(config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
     """A finished run's config without what main.py fills in by itself, when it knows the data and the form."""
-    by_main = [key for key in ("real_per_class", "syn_per_class", "copy_candidates") if config[key] in (None, "fill")]
+    by_main = [key for key in ("real_per_class", "syn_per_class") if config[key] in (None, "fill")]
     if _is_deterministic(config["syn_form"]):
-        by_main += ["augmentations_per_image", "copies_kept"]
+        by_main.append("augmentations_per_image")
     return {**done, **{key: config[key] for key in by_main}}
 
 

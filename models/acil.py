@@ -10,18 +10,18 @@ anew, which is the same in exact arithmetic.  A checkpoint holds them: buffer_si
 8192.  Settings and schedule are PyCIL's for CIFAR-100.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convs.resnet import ResNet
-from models.method import Method
-from models.networks import GrowingNet, Outputs
-from models.stages import Defaults, Stage
-from utils.config.schema import setting
+from convs.blocks import FeatureExtractor
+from models.networks import GrowingNet, NewBackbone, Outputs
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
+from utils.config.schema import Config, setting
 from utils.config.types import Count, Positive
 
 
@@ -40,7 +40,16 @@ class AnalyticNet(GrowingNet):
     In training mode the logits are those of `head`, which knows the classes of phase 0 alone.
     """
 
-    def __init__(self, backbone: ResNet, size: int, activations: Sequence[Callable], scales: Sequence[float] = (1.0,)):
+    head: nn.Linear
+    projection: Tensor
+
+    def __init__(
+        self,
+        backbone: FeatureExtractor,
+        size: int,
+        activations: Sequence[Callable[[Tensor], Tensor]],
+        scales: Sequence[float] = (1.0,),
+    ):
         super().__init__()
         self.backbone, self.activations, self.scales = backbone, activations, scales
         self.register_buffer("projection", torch.empty(size, backbone.feature_dim, dtype=torch.float64))
@@ -49,13 +58,13 @@ class AnalyticNet(GrowingNet):
             self.register_buffer(f"weight{stream}", torch.zeros(size, 0, dtype=torch.float64))
 
     def grow(self, nb_new: int) -> None:
-        if self.head is None:
+        if not self.nb_classes:
             self.head = nn.Linear(self.backbone.feature_dim, nb_new, bias=False)
         self.nb_classes += nb_new
         for stream in range(len(self.activations)):
             setattr(self, f"weight{stream}", F.pad(getattr(self, f"weight{stream}"), (0, nb_new)))
 
-    def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
+    def first_phase_modules(self) -> tuple[nn.Module, nn.Module]:
         return self.backbone, self.head
 
     def hidden(self, features: Tensor, stream: int) -> Tensor:
@@ -70,18 +79,21 @@ class AnalyticNet(GrowingNet):
         features = self.backbone(x)
         if self.training:
             return Outputs(self.head(features), features)
-        return Outputs(sum(scale * self.logits(features, s) for s, scale in enumerate(self.scales)), features)
+        logits = [scale * self.logits(features, stream) for stream, scale in enumerate(self.scales)]
+        return Outputs(sum(logits[1:], logits[0]), features)
 
 
 class ACIL(Method, name="acil"):
+    network: AnalyticNet
     defaults = Defaults(epochs=1, init_epoch=160, init_milestones=(120, 140))
     uses_memory = False
     plain_phase_0 = False
 
-    def build_network(self, backbone: ResNet) -> AnalyticNet:
-        return AnalyticNet(backbone, self.settings.buffer_size, [torch.relu])
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> AnalyticNet:
+        return AnalyticNet(new_backbone(), config.settings.buffer_size, [torch.relu])
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> Iterable[Stage]:
         return super().stages() if self.phase == 0 else []
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ weight decay of 0.05 in its config and 1e-8 for the end of the cosine.
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from convs.blocks import FeatureExtractor
 from convs.heads import CosineHead
-from convs.resnet import ResNet
-from models.method import Method
-from models.networks import GrowingNet, Outputs
-from models.stages import Defaults, Schedule, Stage
-from utils.config.schema import setting
+from models.networks import GrowingNet, NewBackbone, Outputs
+from models.training.method import Method
+from models.training.stages import Defaults, Schedule, Stage
+from utils.config.schema import Config, setting
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Settings:
 
 class ClassMeans(nn.Module):
     """Logits by cosine similarity to class means, which are kept as a buffer; features B x D -> B x classes."""
+
+    means: Tensor
 
     def __init__(self, in_features: int):
         super().__init__()
@@ -48,7 +51,9 @@ class AperNet(GrowingNet):
     -inf for others.
     """
 
-    def __init__(self, backbone: ResNet):
+    head: ClassMeans
+
+    def __init__(self, backbone: FeatureExtractor):
         super().__init__()
         self.width = backbone.feature_dim
         self.extractors = nn.ModuleList([backbone])
@@ -68,14 +73,15 @@ class AperNet(GrowingNet):
         self.nb_classes += nb_new
         self.head.means = F.pad(self.head.means, (0, 0, 0, nb_new))
 
-    def first_phase_modules(self) -> tuple[nn.Module, CosineHead]:
+    def first_phase_modules(self) -> tuple[nn.Module, nn.Module]:
+        assert self.learner is not None
         return self.extractors[0], self.learner
 
     def backbones(self) -> list[nn.Module]:
         return [self.extractors]
 
     def forward(self, x: Tensor) -> Outputs:
-        if self.training:
+        if self.training and self.learner is not None:
             features = self.extractors[-1](x)
             logits = self.learner(features)
             old = self.nb_classes - logits.shape[1]
@@ -85,20 +91,22 @@ class AperNet(GrowingNet):
 
 
 class APERFinetune(Method, name="aper_finetune"):
+    network: AperNet
     defaults = Defaults(
         epochs=20, lrate=0.005, weight_decay=0.05, init_lr=0.01, init_weight_decay=0.05, scheduler="cosine"
     )
     uses_memory = False
     plain_phase_0 = False
 
-    def build_network(self, backbone: ResNet) -> AperNet:
-        return AperNet(backbone)
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> AperNet:
+        return AperNet(new_backbone())
 
     def schedule(self, *, as_phase_0: bool = False) -> Schedule:
-        optimizer = "adamw" if self.settings.optimizer == "adam" else "sgd"
-        return super().schedule(as_phase_0=as_phase_0)._replace(optimizer=optimizer, floor=1e-8)
+        schedule = super().schedule(as_phase_0=as_phase_0)._replace(floor=1e-8)
+        return schedule._replace(optimizer="adamw") if self.settings.optimizer == "adam" else schedule
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> Iterable[Stage]:
         """In phase 1 the copy is tuned on the new classes alone."""
         return super().stages() if self.phase <= 1 else []
 

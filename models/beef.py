@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from convs.blocks import FeatureExtractor
 from convs.heads import linear_head
-from convs.resnet import ResNet
-from models.method import Method
-from models.networks import GrowingNet, Outputs
-from models.stages import Defaults, Schedule, Stage
+from models.networks import GrowingNet, NewBackbone, Outputs
+from models.training.method import Method
+from models.training.stages import Defaults, Schedule, Stage
 from utils.config.schema import Config, setting
 from utils.config.types import Count, NonNegative, Positive
 from utils.data.items import Item
@@ -60,7 +60,11 @@ class EnergyNet(GrowingNet):
     forward_: its rows for what is of no class, one for each class; factors, offsets: of the backward rows, in fusion.
     """
 
-    def __init__(self, backbone: ResNet):
+    head: "_Width"
+    forward_: nn.Linear
+    old_weight: Tensor
+
+    def __init__(self, backbone: FeatureExtractor):
         super().__init__()
         self.extractors = nn.ModuleList([backbone])
         self.feature_dim = backbone.feature_dim
@@ -68,7 +72,6 @@ class EnergyNet(GrowingNet):
         self.sizes: list[int] = []
         self.register_buffer("old_weight", torch.zeros(0, 0))
         self.backward_: nn.Linear | None = None
-        self.forward_: nn.Linear | None = None
 
     def grow(self, nb_new: int) -> None:
         if self.nb_classes:
@@ -101,7 +104,8 @@ class EnergyNet(GrowingNet):
 
     def fused(self) -> tuple[Tensor, Tensor]:
         """(weight, bias) over all features and classes."""
-        weight, bias = self.new_head.weight, self.new_head.bias
+        weight: Tensor = self.new_head.weight
+        bias: Tensor = self.new_head.bias
         if self.backward_ is not None:
             repeats = torch.tensor(self.sizes[:-1], device=weight.device)
             old = (1 + self.factors[:, None]) * self.backward_.weight
@@ -130,12 +134,14 @@ class _Width(nn.Module):
 
 
 class BEEF(Method, name="beefiso"):
+    network: EnergyNet
     defaults = Defaults(epochs=170, weight_decay=5e-4, scheduler="cosine")
     plain_phase_0 = False
     phase_0_keys = ("energy_weight",)
 
-    def build_network(self, backbone: ResNet) -> EnergyNet:
-        return EnergyNet(backbone)
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> EnergyNet:
+        return EnergyNet(new_backbone())
 
     def stages(self) -> Iterator[Stage]:
         """`expansion` of the newest module, then `fusion` of the modules on balanced images."""
@@ -145,6 +151,7 @@ class BEEF(Method, name="beefiso"):
             return
         network = self.network
         fused = [network.factors, network.offsets]
+        assert network.backward_ is not None
         newest = (network.extractors[-1], network.backward_, network.forward_, network.new_head)
         learning = [parameter for module in newest for parameter in module.parameters()]
         yield stage._replace(name="expansion", parameters=learning)

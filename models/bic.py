@@ -8,18 +8,18 @@ statistics move to the held-out images.  `bias_stage: paper` takes it once, with
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from convs.resnet import ResNet
 from models.losses import distillation
-from models.method import Method
-from models.networks import BiasedNet, Outputs
-from models.stages import Defaults, Stage
-from utils.config.schema import setting
+from models.networks import BiasedNet, NewBackbone, Outputs
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
+from utils.config.schema import Config, setting
 from utils.config.types import Fraction
 from utils.data.items import Item
 from utils.errors import UserError
@@ -34,6 +34,7 @@ class Settings:
 
 
 class BiC(Method, name="bic"):
+    network: BiasedNet
     defaults = Defaults(
         epochs=170,
         milestones=(60, 100, 140),
@@ -44,10 +45,11 @@ class BiC(Method, name="bic"):
     keeps_old_network = True
     least_exemplars = 2  # of each class, one is held out
 
-    def build_network(self, backbone: ResNet) -> BiasedNet:
-        network = BiasedNet(backbone)
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> BiasedNet:
+        network = BiasedNet(new_backbone())
         # PyCIL's second stage trains the bias layers alone and leaves the rest in training mode
-        network.frozen_in_eval = self.settings.bias_stage == "paper" or self.config.freeze_backbone
+        network.frozen_in_eval = config.settings.bias_stage == "paper" or config.freeze_backbone
         return network
 
     def stages(self) -> list[Stage]:
@@ -68,13 +70,14 @@ class BiC(Method, name="bic"):
             ),
         ]
 
-    def split(self, items: list[Item]) -> tuple[list[Item], list[Item]]:
+    def split(self, items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
         """(trained on, held out): of every class as many, split_ratio of the exemplars of the smallest one."""
         fewest = min(Counter(item.target for item in items).values())
         if fewest < 2:
             raise UserError("bic holds images of each class out: it needs at least 2 a class. Raise the budget.")
         share = max(1, int(self.settings.split_ratio * fewest))
-        held, taken = set(), Counter()
+        held: set[int] = set()
+        taken: Counter[int] = Counter()
         for index in self.run.rng(self.phase, "held out").permutation(len(items)).tolist():
             if taken[items[index].target] < share:
                 held.add(index)

@@ -13,12 +13,15 @@ import importlib
 from collections import ChainMap
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convs import BACKBONES, LIBRARIES
 from utils.config.schema import MethodInfo
 from utils.config.show import markdown
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from models.training.method import Method
 
 FOLDER = Path(__file__).parent
 _LIGHT = (
@@ -79,7 +82,7 @@ def _classes(folder: Path) -> dict[str, _Class]:
     return classes
 
 
-def load(name: str) -> type:
+def load(name: str) -> "type[Method]":
     """The class of a method, imported now."""
     module, class_name = class_names()[name]
     return getattr(importlib.import_module(f"models.{module}"), class_name)
@@ -126,7 +129,13 @@ def _joined(settings: list[type]) -> type | None:
 
 def _compiled(tree: ast.Module, node: ast.ClassDef, file: Path) -> type:
     """The class of a `Settings` statement, made from that statement and the file's light imports alone."""
-    imports = [s for s in tree.body if isinstance(s, ast.ImportFrom) and s.module in _LIGHT]
+    imports: list[ast.stmt] = []
+    for statement in tree.body:
+        modules = [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else []
+        if isinstance(statement, ast.ImportFrom):
+            modules = [statement.module or ""]
+        if modules and all(module in _LIGHT for module in modules):
+            imports.append(statement)
     namespace: dict[str, Any] = {"__name__": f"models.{file.stem}"}
     code = compile(ast.Module([*imports, node], []), str(file), "exec")
     exec(code, namespace)

@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from convs.resnet import ResNet
 from models.losses import distillation
-from models.method import Method
-from models.networks import CosineNet, Outputs
-from models.stages import Defaults
+from models.networks import CosineNet, NewBackbone, Outputs
+from models.training.method import Method
+from models.training.stages import Defaults
 from utils.config.schema import Config, setting
 from utils.config.types import NonNegative, Number, Positive
 
@@ -51,12 +50,14 @@ class Settings:
 
 
 class Coil(Method, name="coil"):
+    network: CosineNet
     defaults = Defaults(epochs=160, milestones=(80, 120), weight_decay=5e-4, init_epoch=160, init_milestones=(80, 120))
     keeps_old_network = True
     plain_phase_0 = False
 
-    def build_network(self, backbone: ResNet) -> CosineNet:
-        return CosineNet(backbone)
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> CosineNet:
+        return CosineNet(new_backbone())
 
     def before_training(self) -> None:
         """Initialise the new classifiers by those of the old classes, carried along the plan."""
@@ -70,9 +71,9 @@ class Coil(Method, name="coil"):
         else:
             old_means = self.exemplar_means()
         plan = self.plan(old_means)
-        *old, new = self.network.head.proxies
+        *earlier, new = self.network.head.proxies
         with torch.no_grad():
-            old = torch.cat(old)
+            old = torch.cat(earlier)
             carried = plan.T @ F.normalize(old)
             self.carried = carried * old.norm(dim=1).mean() / carried.norm(dim=1).mean()
             new.copy_(self.carried)

@@ -7,18 +7,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convs.heads import align_weights
-from convs.resnet import ResNet
 from models.losses import newest_or_old
-from models.method import Method
-from models.networks import ExpandableNet, Outputs, der_net
-from models.stages import Defaults
+from models.networks import ExpandableNet, NewBackbone, Outputs, der_net
+from models.training.method import Method
+from models.training.stages import Defaults
+from utils.config.schema import Config
 
 
 class DER(Method, name="der"):
+    network: ExpandableNet
     defaults = Defaults(epochs=170, milestones=(80, 120, 150))
 
-    def build_network(self, backbone: ResNet) -> ExpandableNet:
-        return der_net(backbone)
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> ExpandableNet:
+        return der_net(new_backbone())
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """CE over all classes + CE of the auxiliary head, whose class 0 is every old class."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convs.resnet import ResNet
 from models.acil import ACIL, AnalyticNet
-from utils.config.schema import setting
+from models.networks import NewBackbone
+from utils.config.schema import Config, setting
 from utils.config.types import NonNegative, Positive
 
 
@@ -23,9 +23,12 @@ class Settings:
 
 
 class DSAL(ACIL, name="ds-al"):
-    def build_network(self, backbone: ResNet) -> AnalyticNet:
-        scales = (1.0, self.settings.compensation_ratio)
-        return AnalyticNet(backbone, self.settings.buffer_size, [torch.relu, torch.tanh], scales)
+    network: AnalyticNet
+
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> AnalyticNet:
+        scales = (1.0, config.settings.compensation_ratio)
+        return AnalyticNet(new_backbone(), config.settings.buffer_size, [torch.relu, torch.tanh], scales)
 
     def add(self, features: Tensor, one_hot: Tensor) -> None:
         """The second stream learns the residual of the first one as it is with these images, on the new classes."""

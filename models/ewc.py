@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.losses import among_new, quadratic_penalty
-from models.method import Method
 from models.networks import Outputs
-from models.parts import parts
-from models.stages import Defaults, Stage
+from models.training.epochs import parts
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
 from utils.config.schema import Config, setting
 from utils.config.types import NonNegative
 

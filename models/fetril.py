@@ -10,7 +10,7 @@ machine on features of unit length, is trained beside the head in each phase and
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.method import Method
-from models.networks import Outputs
-from models.stages import Defaults, Stage, divergence
+from models.networks import IncrementalNet, Outputs
+from models.training.method import Method
+from models.training.stages import Defaults, Stage, divergence
 from utils.config.schema import setting
 from utils.data.datasets import Augmentation
 
@@ -31,6 +31,7 @@ class Settings:
 
 
 class FeTrIL(Method, name="fetril"):
+    network: IncrementalNet
     defaults = Defaults(epochs=50, lrate=0.05, weight_decay=5e-4, scheduler="cosine")
     uses_memory = False
 
@@ -38,7 +39,7 @@ class FeTrIL(Method, name="fetril"):
     def augmentation(self) -> Augmentation | None:
         return "autoaugment" if self.config.augmentation not in ("pycil", "none") else None
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> Iterable[Stage]:
         return super().stages() if self.phase == 0 else []
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
@@ -59,10 +60,10 @@ class FeTrIL(Method, name="fetril"):
         moved = [features[near] - new[near] + mean for near, mean in zip(nearest, old, strict=True)]
         self.state["means"] = torch.cat([old, new])
         targets = [*range(self.nb_old, self.nb_seen), *range(self.nb_old)]
-        labels = [torch.full((len(rows),), t) for t, rows in zip(targets, [*features, *moved], strict=True)]
-        rows, labels = torch.cat([*features, *moved]), torch.cat(labels)
-        self.train_head(rows, labels)
-        self.svm = linear_svm(rows, labels) if self.settings.svm else None
+        everything = [*features, *moved]
+        labels = [torch.full((len(rows),), t) for t, rows in zip(targets, everything, strict=True)]
+        self.train_head(torch.cat(everything), torch.cat(labels))
+        self.svm = linear_svm(torch.cat(everything), torch.cat(labels)) if self.settings.svm else None
 
     def further_scores(self, images: Sequence[Path], outputs: Outputs) -> dict[str, Tensor]:
         if self.svm is None:

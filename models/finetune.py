@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from models.losses import among_new
-from models.method import Method
 from models.networks import Outputs
-from models.stages import Defaults
+from models.training.method import Method
+from models.training.stages import Defaults
 
 
 class Finetune(Method, name="finetune"):

@@ -19,22 +19,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from convs.blocks import FeatureExtractor
 from convs.heads import align_weights, grown, linear_head
-from convs.resnet import ResNet
 from models.losses import distillation
-from models.method import Method
-from models.networks import IncrementalNet, Outputs, PartlyFrozenNet
-from models.stages import Defaults, Stage
-from utils.config.schema import setting
+from models.networks import ClassifierNet, GrowingNet, IncrementalNet, NewBackbone, Outputs
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
+from utils.config.schema import Config, setting
 from utils.config.types import Count, Fraction, NonNegative, Positive
 from utils.data.items import Item
 
 
-class Pair(PartlyFrozenNet):
+class Pair(ClassifierNet):
     """A frozen network and a second backbone that starts from its weights.
 
     `head` reads the features of both, old ones first; `aux_head` reads the second backbone's alone.
     """
+
+    head: nn.Linear
 
     def __init__(self, old: IncrementalNet, nb_new: int):
         super().__init__()
@@ -54,13 +56,13 @@ class Pair(PartlyFrozenNet):
         return self.old.head(features[:, : self.old.head.in_features])
 
 
-class FosterNet(PartlyFrozenNet):
+class FosterNet(GrowingNet):
     """The student, and from phase 1 on the pair, which is the network that is evaluated.
 
     compressing: in training mode, whether the student learns, and not the pair.
     """
 
-    def __init__(self, backbone: ResNet):
+    def __init__(self, backbone: FeatureExtractor):
         super().__init__()
         self.student = IncrementalNet(backbone)
         self.pair: Pair | None = None
@@ -72,19 +74,16 @@ class FosterNet(PartlyFrozenNet):
         return self.student if self.pair is None else self.pair
 
     @property
-    def head(self) -> nn.Linear:
+    def head(self) -> nn.Linear:  # type: ignore[override]
         return self.evaluated.head
-
-    @property
-    def nb_classes(self) -> int:
-        return self.student.nb_classes
 
     def grow(self, nb_new: int) -> None:
         if self.nb_classes:
             self.pair = Pair(self.student, nb_new)
         self.student.grow(nb_new)
+        self.nb_classes = self.student.nb_classes
 
-    def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
+    def first_phase_modules(self) -> tuple[nn.Module, nn.Module]:
         return self.student.first_phase_modules()
 
     def backbones(self) -> list[nn.Module]:
@@ -111,16 +110,24 @@ class Settings:
 
 
 class FOSTER(Method, name="foster"):
+    network: FosterNet
     defaults = Defaults(epochs=170, weight_decay=5e-4, scheduler="cosine")
 
-    def build_network(self, backbone: ResNet) -> FosterNet:
-        return FosterNet(backbone)
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> FosterNet:
+        return FosterNet(new_backbone())
+
+    @property
+    def pair(self) -> Pair:
+        """From phase 1 on."""
+        assert self.network.pair is not None
+        return self.network.pair
 
     def stages(self) -> list[Stage]:
         (stage,) = super().stages()
         if self.phase == 0:
             return [stage]
-        counts, pair = self.image_counts(stage.items), self.network.pair
+        counts, pair = self.image_counts(stage.items), self.pair
         s = self.settings
         self.weights = {
             name: self.fabric.to_device(effective_number_weights(counts, beta))
@@ -142,17 +149,16 @@ class FOSTER(Method, name="foster"):
         return torch.bincount(torch.tensor([item.target for item in items]), minlength=self.nb_seen)
 
     def before_stage(self, stage: Stage) -> None:
-        pair = self.network.pair
         self.network.compressing = stage.name == "compression"
         if stage.name == "boosting" and self.settings.oofc == "az":
             # The new classes' weights on old features are zero; without gradients they stay so.
-            weight = pair.head.weight
+            weight = self.pair.head.weight
             learns = torch.ones_like(weight)
-            learns[self.nb_old :, : pair.old.head.in_features] = 0
+            learns[self.nb_old :, : self.pair.old.head.in_features] = 0
             weight.data.mul_(learns)
             weight.register_hook(lambda gradient: gradient * learns)
         elif stage.name == "compression" and self.settings.is_teacher_wa:
-            self.align(pair.head)
+            self.align(self.pair.head)
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs.logits, targets)
@@ -160,15 +166,16 @@ class FOSTER(Method, name="foster"):
     def boosting_loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """Feature boosting: CE of aligned logits + CE of the new backbone alone + lambda KD on the old classes."""
         aligned = F.cross_entropy(outputs.logits / self.weights["boosting"], targets)
+        assert outputs.aux_logits is not None
         enhanced = F.cross_entropy(outputs.aux_logits, targets)
-        old_logits = self.network.pair.old_logits(outputs.features)
+        old_logits = self.pair.old_logits(outputs.features)
         old = distillation(outputs.logits[:, : self.nb_old], old_logits, self.config.T)
         return aligned + enhanced + self.settings.lambda_okd * old
 
     def compression_loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """Balanced distillation: the pair's probabilities, reweighted towards classes of few images."""
         with torch.no_grad():
-            taught = self.network.pair(images).logits
+            taught = self.pair(images).logits
         return distillation(outputs.logits, taught, self.config.T, self.weights["compression"])
 
     def after_training(self) -> None:
@@ -180,10 +187,6 @@ class FOSTER(Method, name="foster"):
             return {}
         student = self.run.predict(self.network.student, images, self.describe("evaluating the student"))
         return {"student": student.logits}
-
-    @property
-    def evaluated(self) -> IncrementalNet | Pair:
-        return self.network.evaluated
 
     @torch.no_grad()
     def align(self, head: nn.Linear) -> None:

@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.losses import among_new
-from models.method import Method
 from models.networks import Outputs
-from models.stages import Defaults, Stage
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
 from utils.config.schema import Config, setting
 from utils.config.types import Count, NonNegative
 from utils.data.sampler import seed_sequence
+from utils.fabric import all_reduce
 
 _MEMORY = 2
 """The stream of random numbers that draws exemplars."""
@@ -80,10 +81,11 @@ class GEM(Method, name="gem"):
         if not self.memory_gradients:
             return
         weights = self.weights()
-        memory = self.fabric.all_reduce(torch.stack(self.memory_gradients), reduce_op="mean")
-        step = projected(flat([weight.grad for weight in weights]), memory, self.settings.gem_margin)
-        for weight, part in zip(weights, step.split([weight.numel() for weight in weights]), strict=True):
-            weight.grad.copy_(part.view_as(weight))
+        memory = all_reduce(self.fabric, torch.stack(self.memory_gradients), "mean")
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        step = projected(flat(gradients), memory, self.settings.gem_margin)
+        for gradient, part in zip(gradients, step.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def pictures(self, targets: range) -> tuple[Tensor, Tensor]:
         """The exemplars of some classes as a training set shows them in its first epoch."""

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.losses import distillation
-from models.method import Method
 from models.networks import Outputs
-from models.stages import Defaults
+from models.training.method import Method
+from models.training.stages import Defaults
 
 
 class ICaRL(Method, name="icarl"):

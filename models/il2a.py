@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convs.heads import linear_head
-from convs.resnet import ResNet
-from models.networks import IncrementalNet, Outputs
+from models.networks import IncrementalNet, NewBackbone, Outputs
 from models.prototypes import PrototypeMethod
-from utils.config.schema import setting
+from utils.config.schema import Config, setting
 from utils.config.types import NonNegative
 
 MIXTURES = 4
@@ -39,7 +38,7 @@ class PairsNet(IncrementalNet):
 
     def grow(self, nb_new: int) -> None:
         """The rows of classes stay; those of the last phase's pairs give way to the present one's."""
-        known, old = self.nb_classes, self.head
+        known, old = self.nb_classes, self.head if self.nb_classes else None
         self.nb_classes += nb_new
         self.head = linear_head(self.backbone.feature_dim, self.nb_classes + nb_new * (nb_new - 1) // 2)
         if old is not None:
@@ -54,8 +53,11 @@ class PairsNet(IncrementalNet):
 
 
 class IL2A(PrototypeMethod, name="il2a"):
-    def build_network(self, backbone: ResNet) -> PairsNet:
-        return PairsNet(backbone)
+    network: PairsNet
+
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> PairsNet:
+        return PairsNet(new_backbone())
 
     def before_training(self) -> None:
         super().before_training()

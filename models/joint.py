@@ -3,12 +3,13 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.method import Method
-from models.networks import Outputs
-from models.stages import Defaults, Stage
+from models.networks import IncrementalNet, Outputs
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
 
 
 class Joint(Method, name="joint"):
+    network: IncrementalNet
     defaults = Defaults(epochs=200)
     uses_memory = False
     reads_old_images = True
@@ -20,7 +21,7 @@ class Joint(Method, name="joint"):
 
     def before_stage(self, stage: Stage) -> None:
         if self.phase > 0:
-            fresh = self.build_network(self.backbone())
+            fresh = self.fresh_network(self.config, self.data)
             fresh.grow(self.nb_seen)
             if self.config.freeze_backbone:
                 fresh.backbone = self.network.backbone

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.losses import among_new, distillation
-from models.method import Method
 from models.networks import Outputs
-from models.stages import Defaults
+from models.training.method import Method
+from models.training.stages import Defaults
 from utils.config.schema import setting
 from utils.config.types import NonNegative
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from convs.resnet import ResNet
 from models.der import DER
-from models.networks import ExpandableNet, memo_net
+from models.networks import ExpandableNet, NewBackbone, memo_net
+from utils.config.schema import Config
 
 
 @dataclass
@@ -26,5 +27,8 @@ class MEMO(DER, name="memo"):
     stem = "7x7"
     needs_stages = True
 
-    def build_network(self, backbone: ResNet) -> ExpandableNet:
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> ExpandableNet:
+        backbone = new_backbone()
+        assert isinstance(backbone, ResNet)  # needs_stages
         return memo_net(backbone)

@@ -3,14 +3,18 @@
 import abc
 import copy
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from convs.blocks import FeatureExtractor
 from convs.heads import BiasLayer, CosineHead, grown, linear_head
 from convs.resnet import ResNet, joined, split
+
+NewBackbone = Callable[[], FeatureExtractor]
+"""Returns a fresh backbone at each call."""
 
 
 class Outputs(NamedTuple):
@@ -23,15 +27,31 @@ class Outputs(NamedTuple):
     maps: Sequence[Tensor] = ()
 
 
-class PartlyFrozenNet(nn.Module):
-    """A network of which parts may be frozen, by `requires_grad`."""
+class Head(Protocol):
+    """Features B x in_features -> logits."""
+
+    in_features: int
+
+    def __call__(self, features: Tensor) -> Tensor: ...
+
+
+class ClassifierNet(nn.Module):
+    """B x 3 x H x W -> `Outputs`.  Parts may be frozen, by `requires_grad`."""
+
+    nb_classes: int = 0
+    head: Head
+    backbone: FeatureExtractor
+    frozen_in_eval: bool = True
+    """Whether frozen parts stay in evaluation mode, with their batch norm statistics, while others are trained."""
+
+    @property
+    def nb_features(self) -> int:
+        """D of the features."""
+        return self.head.in_features
 
     def backbones(self) -> list[nn.Module]:
         """The modules with what `freeze_backbone` and `backbone_lrate` are about: all but heads and the like."""
         return [self.backbone]
-
-    frozen_in_eval = True
-    """Whether frozen parts stay in evaluation mode, with their batch norm statistics, while others are trained."""
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -44,35 +64,38 @@ class PartlyFrozenNet(nn.Module):
         return self
 
 
-class GrowingNet(PartlyFrozenNet, abc.ABC):
-    """What all growing networks have in common: how many classes they know, and a head that reads the features."""
+class GrowingNet(ClassifierNet, abc.ABC):
+    """A network that learns more classes from phase to phase."""
 
-    def __init__(self):
-        super().__init__()
-        self.nb_classes = 0
-        self.head: nn.Linear | CosineHead | None = None
+    @property
+    def evaluated(self) -> ClassifierNet:
+        """The network that predicts, chooses exemplars, and whose parameters are counted."""
+        return self
 
     @abc.abstractmethod
     def grow(self, nb_new: int) -> None:
         """Make room for `nb_new` more classes, before a phase.  Draws fresh weights from torch's random state."""
 
     @abc.abstractmethod
-    def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
+    def first_phase_modules(self) -> tuple[nn.Module, nn.Module]:
         """(backbone, head) after phase 0, with the names that the backbone had before it became part of a method."""
 
 
 class IncrementalNet(GrowingNet):
     """One backbone and one linear head that grows: what most methods learn."""
 
-    def __init__(self, backbone: ResNet):
+    head: nn.Linear
+
+    def __init__(self, backbone: FeatureExtractor):
         super().__init__()
         self.backbone = backbone
 
     def grow(self, nb_new: int) -> None:
+        before = self.head if self.nb_classes else None
         self.nb_classes += nb_new
-        self.head = grown(self.head, self.backbone.feature_dim, self.nb_classes)
+        self.head = grown(before, self.backbone.feature_dim, self.nb_classes)
 
-    def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
+    def first_phase_modules(self) -> tuple[nn.Module, nn.Module]:
         return self.backbone, self.head
 
     def forward(self, x: Tensor) -> Outputs:
@@ -83,7 +106,7 @@ class IncrementalNet(GrowingNet):
 class BiasedNet(IncrementalNet):
     """An IncrementalNet whose logits pass through one bias layer for each later phase's classes (BiC)."""
 
-    def __init__(self, backbone: ResNet):
+    def __init__(self, backbone: FeatureExtractor):
         super().__init__(backbone)
         self.bias_layers = nn.ModuleList()
         self.sizes: list[int] = []
@@ -102,7 +125,9 @@ class BiasedNet(IncrementalNet):
 class CosineNet(GrowingNet):
     """One backbone, whose stages' outputs are shown, and a cosine head with one or several proxies a class."""
 
-    def __init__(self, backbone: ResNet, nb_proxies: int = 1):
+    head: CosineHead
+
+    def __init__(self, backbone: FeatureExtractor, nb_proxies: int = 1):
         super().__init__()
         self.backbone = backbone
         self.head = CosineHead(backbone.feature_dim, nb_proxies)
@@ -111,11 +136,11 @@ class CosineNet(GrowingNet):
         self.nb_classes += nb_new
         self.head.grow(nb_new)
 
-    def first_phase_modules(self) -> tuple[nn.Module, CosineHead]:
+    def first_phase_modules(self) -> tuple[nn.Module, nn.Module]:
         return self.backbone, self.head
 
     def forward(self, x: Tensor) -> Outputs:
-        if not hasattr(self.backbone, "feature_maps"):  # a library's
+        if not isinstance(self.backbone, ResNet):  # a library's
             features = self.backbone(x)
             return Outputs(self.head(features), features)
         maps = self.backbone.feature_maps(x)
@@ -131,7 +156,9 @@ class ExpandableNet(GrowingNet):
     `aux_head` tells the new classes and one "old" class apart by the newest extractor's features alone.
     """
 
-    def __init__(self, shared: nn.Module, extractor: nn.Module, feature_dim: int):
+    head: nn.Linear
+
+    def __init__(self, shared: nn.Sequential, extractor: nn.Sequential, feature_dim: int):
         super().__init__()
         self.shared = shared
         self.extractors = nn.ModuleList([extractor])
@@ -139,16 +166,17 @@ class ExpandableNet(GrowingNet):
         self.aux_head: nn.Linear | None = None
 
     def grow(self, nb_new: int) -> None:
-        if self.nb_classes > 0:
+        before = self.head if self.nb_classes else None
+        if before is not None:
             newest = copy.deepcopy(self.extractors[-1])
             self.extractors[-1].requires_grad_(False).eval()
             self.extractors.append(newest)
             self.aux_head = linear_head(self.feature_dim, nb_new + 1)
         self.nb_classes += nb_new
-        self.head = grown(self.head, self.feature_dim * len(self.extractors), self.nb_classes)
+        self.head = grown(before, self.feature_dim * len(self.extractors), self.nb_classes)
 
-    def first_phase_modules(self) -> tuple[nn.Module, nn.Linear]:
-        return joined(self.shared, self.extractors[0]), self.head
+    def first_phase_modules(self) -> tuple[nn.Module, nn.Module]:
+        return joined(self.shared, cast(nn.Sequential, self.extractors[0])), self.head
 
     def backbones(self) -> list[nn.Module]:
         return [self.shared, self.extractors]
@@ -161,7 +189,7 @@ class ExpandableNet(GrowingNet):
         return Outputs(self.head(features), features, self.aux_head(parts[-1]) if self.aux_head is not None else None)
 
 
-def der_net(backbone: ResNet) -> ExpandableNet:
+def der_net(backbone: FeatureExtractor) -> ExpandableNet:
     """A whole backbone a phase, nothing shared."""
     return ExpandableNet(nn.Sequential(), backbone, backbone.feature_dim)
 

@@ -7,12 +7,14 @@ As in PyCIL, the logits of evaluation are those of unrotated classes, and a step
 each new class's share of old ones.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from convs.resnet import ResNet
-from models.networks import IncrementalNet, Outputs
+from models.networks import IncrementalNet, NewBackbone, Outputs
 from models.prototypes import PrototypeMethod
+from utils.config.schema import Config
 
 ROTATIONS = 4
 
@@ -32,8 +34,11 @@ class RotationNet(IncrementalNet):
 
 
 class PASS(PrototypeMethod, name="pass"):
-    def build_network(self, backbone: ResNet) -> RotationNet:
-        return RotationNet(backbone)
+    network: RotationNet
+
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> RotationNet:
+        return RotationNet(new_backbone())
 
     def prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Every image in its four rotations, one after another."""
@@ -65,7 +70,7 @@ class PASS(PrototypeMethod, name="pass"):
         replayed = self.classification(self.network.head(self.augmented), labels)
         return classification + self.settings.lambda_fkd * kept + self.settings.lambda_proto * replayed
 
-    def measure(self, features: list[Tensor]) -> None:
+    def measure(self, features: Sequence[Tensor]) -> None:
         """The mean variance of each new class's features."""
         # a single image has no spread
         variances = torch.stack([rows.var(dim=0, correction=min(1, len(rows) - 1)).mean() for rows in features])

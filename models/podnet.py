@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convs.resnet import ResNet
-from models.method import Method
-from models.networks import CosineNet, Outputs
-from models.stages import Defaults, Schedule, Stage
-from utils.config.schema import setting
+from models.networks import CosineNet, NewBackbone, Outputs
+from models.training.method import Method
+from models.training.stages import Defaults, Schedule, Stage
+from utils.config.schema import Config, setting
 from utils.config.types import Count, NonNegative, Positive
 from utils.data.items import Item
 
@@ -39,14 +38,16 @@ class Settings:
 
 
 class PODNet(Method, name="podnet"):
+    network: CosineNet
     defaults = Defaults(epochs=160, weight_decay=5e-4, init_epoch=160, scheduler="cosine")
     keeps_old_network = True
     plain_phase_0 = False
     needs_stages = True
     phase_0_keys = ("nca",)
 
-    def build_network(self, backbone: ResNet) -> CosineNet:
-        return CosineNet(backbone, self.settings.nb_proxy)
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> CosineNet:
+        return CosineNet(new_backbone(), config.settings.nb_proxy)
 
     def stages(self) -> Iterator[Stage]:
         """`training`, then `balanced`: both of all but the old classes' proxies."""

@@ -6,14 +6,15 @@ values are those of PyCIL's PASS, IL2A and SSRE, which train all phases alike, b
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.method import Method
-from models.stages import Defaults, Schedule
+from models.networks import IncrementalNet
+from models.training.method import Method
+from models.training.stages import Defaults, Schedule
 from utils.config.schema import setting
 from utils.config.types import Count, NonNegative, Positive
 
@@ -29,41 +30,37 @@ class Settings:
     gamma: Positive = setting(0.1, "factor of each of these decays", source="PyCIL")
 
 
+INITIAL = {
+    "epochs": "init_epoch",
+    "lrate": "init_lr",
+    "milestones": "init_milestones",
+    "weight_decay": "init_weight_decay",
+}
+"""Keys of later phases, and the same of phase 0."""
+
+
 class PrototypeMethod(Method):
-    defaults = Defaults(
-        epochs=101,
-        milestones=(45, 90),
-        lrate=0.001,
-        weight_decay=2e-4,
-        init_epoch=101,
-        init_milestones=(45, 90),
-        init_lr=0.001,
-        init_weight_decay=2e-4,
-    )
+    network: IncrementalNet
+    defaults = Defaults(epochs=101, milestones=(45, 90), lrate=0.001)
     uses_memory = False
     keeps_old_network = True
     plain_phase_0 = False
-    phase_0_keys: Sequence[str] = ("temp",)
+    phase_0_keys = ("temp",)
 
     def schedule(self, *, as_phase_0: bool = False) -> Schedule:
-        """Adam.  Of phase 0, what the config leaves null is as in later phases; PyCIL has one schedule for all."""
-        c, s = self.config, self.settings
-        later = self.defaults.schedule(c, phase_0=False)
-        schedule, given = later, c.milestones
+        """Adam.  PyCIL has one schedule for all phases; what the config says of phase 0 replaces it there."""
+        c, s, lr_key = self.config, self.settings, "lrate"
         if as_phase_0 or self.phase == 0:
-            schedule = self.defaults.schedule(c, phase_0=True)
-            given = c.milestones if c.init_milestones is None else c.init_milestones
-            if c.init_epoch is None:
-                schedule = schedule._replace(epochs=later.epochs)
-            if c.init_lr is None:
-                schedule = schedule._replace(lr=later.lr, lr_key=later.lr_key)
-            if c.init_weight_decay is None:
-                schedule = schedule._replace(weight_decay=later.weight_decay)
-            if c.init_milestones is None:
-                schedule = schedule._replace(milestones=later.milestones, decay=later.decay)
-        if given is None and c.scheduler != "cosine":
+            initial = {key: value for key, name in INITIAL.items() if (value := getattr(c, name)) is not None}
+            if "milestones" in initial:
+                initial["lrate_decay"] = c.init_lr_decay
+            if "lrate" in initial:
+                lr_key = "init_lr"
+            c = replace(c, **initial)
+        schedule = self.defaults.schedule(c, phase_0=False)
+        if c.milestones is None and c.scheduler != "cosine":
             schedule = schedule._replace(milestones=(*range(s.step_size, schedule.epochs, s.step_size),), decay=s.gamma)
-        return schedule._replace(optimizer="adam")
+        return schedule._replace(optimizer="adam", lr_key=lr_key)
 
     def before_training(self) -> None:
         """From phase 1 on PyCIL passes each batch through the network twice, which moves the running statistics of

@@ -7,9 +7,9 @@ Psychological Review 1990.
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.method import Method
 from models.networks import Outputs
-from models.stages import Defaults
+from models.training.method import Method
+from models.training.stages import Defaults
 
 
 class Replay(Method, name="replay"):

@@ -12,7 +12,6 @@ classes are hard is measured after phase 0 with batch norm in training mode, so 
 running statistics move.  The memory is always one for all classes, of memory_size units.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,8 @@ from torch.utils.data import BatchSampler
 
 from models.foster import FOSTER
 from models.icarl import ICaRL
-from models.method import Method
-from models.run import Run
+from models.training.method import Method
+from models.training.run import Run
 from utils.config.schema import Config, setting
 from utils.config.types import Rates
 from utils.data.batches import ImageSet
@@ -115,18 +114,19 @@ class RMM(Method):
         self.state["images"] = [*self.state.get("images", []), *(len(self.data.train_images(t)) for t in targets)]
         self.memory.total = self.units(self.phase)
         losses = [self.mean_loss(self.data.train_images(target), target) for target in targets]
-        self.hard = {t: loss > np.median(losses) for t, loss in zip(targets, losses, strict=True)}
+        self.hard = {t: bool(loss > np.median(losses)) for t, loss in zip(targets, losses, strict=True)}
 
     def units(self, phase: int) -> int:
         """The memory after a phase: memory_size and, for what the next one gives up, as many units as images.
 
         One less than there are images, as in PyCIL, but at least one for each class.
         """
-        seen, rate = len(self.data.seen_targets(phase)), self.m_rate(phase)
+        seen, rate, size = len(self.data.seen_targets(phase)), self.m_rate(phase), self.config.memory_size
+        assert size is not None  # Settings.check
         if rate == 0:
-            return self.units(phase - 1) if phase else self.config.memory_size
+            return self.units(phase - 1) if phase else size
         later = len(self.data.phase_targets(min(1, self.data.nb_phases - 1)))
-        wanted = self.config.memory_size + int(rate * later * self.images_per_class())
+        wanted = size + int(rate * later * self.images_per_class())
         return min(max(sum(self.state["images"][:seen]) - 1, seen), wanted)
 
     def images_per_class(self) -> int:
@@ -137,7 +137,13 @@ class RMM(Method):
     def exemplar_units(self, target: int) -> float:
         """Level 2.  At least a unit, so that no class is without exemplars."""
         rate = at(self.settings.c_rate_list, self.phase)
-        return float(max(1, int(math.floor(self.memory.budget) * (1 + (-rate if self.hard[target] else rate)))))
+        more = -rate if self.hard[target] else rate
+        return float(max(1, int(self.equal_share() * (1 + more))))
+
+    def equal_share(self) -> int:
+        """Whole units of a class, were all equal."""
+        assert self.memory.budget is not None  # the memory has a total
+        return int(self.memory.budget)
 
     def mean_loss(self, images: Sequence[Path], target: int) -> float:
         """Cross-entropy of a class's images."""
@@ -159,11 +165,10 @@ class RMM(Method):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
-        if self.memory is not None:  # a network that is used, and not trained on, has none
-            if "images" not in self.state:  # a checkpoint of an earlier version
-                seen = self.data.seen_targets(state["phase"])
-                self.state["images"] = [len(self.data.train_images(target)) for target in seen]
-            self.memory.total = self.units(state["phase"])
+        if "images" not in self.state:  # a checkpoint of an earlier version
+            seen = self.data.seen_targets(state["phase"])
+            self.state["images"] = [len(self.data.train_images(target)) for target in seen]
+        self.memory.total = self.units(state["phase"])
 
 
 class RMMICaRL(RMM, ICaRL, name="rmm-icarl"):
@@ -181,7 +186,7 @@ class RMMFOSTER(RMM, FOSTER, name="rmm-foster"):
         """As in PyCIL, each old class counts its equal share of the memory, whatever level 2 has given it."""
         counts = super().image_counts(items)
         if self.config.syn_per_class == 0:
-            counts[: self.nb_old] = int(self.memory.budget)
+            counts[: self.nb_old] = self.equal_share()
         return counts
 
 

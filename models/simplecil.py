@@ -4,25 +4,29 @@ The backbone learns in phase 0 alone, or not at all where it is pretrained; a cl
 Phase 0 learns a cosine head with a scale.  Its rows then give way to the means, and the scale stays, as in PyCIL.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convs.resnet import ResNet
-from models.method import Method
-from models.networks import CosineNet, Outputs
-from models.stages import Defaults, Stage
+from models.networks import CosineNet, NewBackbone, Outputs
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
+from utils.config.schema import Config
 
 
 class SimpleCIL(Method, name="simplecil"):
+    network: CosineNet
     defaults = Defaults(epochs=1, init_lr=0.01, scheduler="cosine")
     uses_memory = False
     plain_phase_0 = False
 
-    def build_network(self, backbone: ResNet) -> CosineNet:
-        return CosineNet(backbone)
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> CosineNet:
+        return CosineNet(new_backbone())
 
-    def stages(self) -> list[Stage]:
+    def stages(self) -> Iterable[Stage]:
         return super().stages() if self.phase == 0 else []
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:

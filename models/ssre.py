@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from convs.blocks import RepConv
-from models.networks import Outputs
+from models.networks import IncrementalNet, Outputs
 from models.prototypes import PrototypeMethod
-from models.stages import Stage
+from models.training.stages import Stage
 from utils.config.schema import Config, setting
 from utils.config.types import NonNegative
 from utils.data.datasets import Augmentation
@@ -45,7 +45,8 @@ class Settings:
 
 
 class SSRE(PrototypeMethod, name="ssre"):
-    defaults = PrototypeMethod.defaults._replace(weight_decay=5e-4, init_weight_decay=5e-4)
+    network: IncrementalNet
+    defaults = PrototypeMethod.defaults._replace(weight_decay=5e-4)
 
     def stages(self) -> list[Stage]:
         (stage,) = super().stages()

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from convs.blocks import FeatureExtractor
 from convs.heads import align_weights, linear_head
 from convs.resnet import ResNet
 from models.losses import newest_or_old
-from models.method import Method
-from models.networks import ExpandableNet, Outputs
-from models.stages import Defaults, Stage
+from models.networks import ExpandableNet, NewBackbone, Outputs
+from models.training.method import Method
+from models.training.stages import Defaults, Stage
 from utils.config.schema import Config, setting
 from utils.config.types import Count, NonNegative, Positive, Probability
 
@@ -84,7 +85,7 @@ class Merge(nn.Module):
 class TagFexNet(ExpandableNet):
     """In training mode `maps` are the last ones of the task-agnostic backbone and of the newest extractor."""
 
-    def __init__(self, backbone: ResNet, agnostic: ResNet, settings: Settings):
+    def __init__(self, backbone: FeatureExtractor, agnostic: FeatureExtractor, settings: Settings):
         super().__init__(nn.Sequential(), backbone, backbone.feature_dim)
         width, s = backbone.feature_dim, settings
         self.agnostic, self.settings = agnostic, settings
@@ -120,23 +121,29 @@ class TagFexNet(ExpandableNet):
     def forward(self, x: Tensor) -> Outputs:
         if not self.training:
             return super().forward(x)
-        specific = self.extractors[-1].feature_maps(x)[-1]
+        newest_extractor, agnostic = self.extractors[-1], self.agnostic
+        assert isinstance(newest_extractor, ResNet)  # needs_stages
+        assert isinstance(agnostic, ResNet)
+        specific = newest_extractor.feature_maps(x)[-1]
         newest = specific.mean(dim=(2, 3))
         features = torch.cat([*(extractor(x) for extractor in self.extractors[:-1]), newest], dim=1)
         aux_logits = None if self.aux_head is None else self.aux_head(newest)
-        maps = (self.agnostic.feature_maps(x)[-1], specific)
+        maps = (agnostic.feature_maps(x)[-1], specific)
         return Outputs(self.head(features), features, aux_logits, maps)
 
 
 class TagFex(Method, name="tagfex"):
+    network: TagFexNet
+    old_network: TagFexNet | None
     defaults = Defaults(epochs=170, milestones=(80, 120, 150))
     keeps_old_network = True
     plain_phase_0 = False
     needs_stages = True
     phase_0_keys = ("infonce_temp", "contrast_factor")
 
-    def build_network(self, backbone: ResNet) -> TagFexNet:
-        return TagFexNet(backbone, self.backbone(), copy.copy(self.settings))
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> TagFexNet:
+        return TagFexNet(new_backbone(), new_backbone(), copy.copy(config.settings))
 
     def stages(self) -> list[Stage]:
         """In phase 0 what distils and merges has nothing to do, and several processes wait for unused gradients."""
@@ -157,6 +164,7 @@ class TagFex(Method, name="tagfex"):
         contrast = info_nce(embedding, embedding, s.infonce_temp)
         if self.old_network is None:
             return classification + s.contrast_factor * contrast
+        assert outputs.aux_logits is not None
         auxiliary = F.cross_entropy(outputs.aux_logits, newest_or_old(targets, self.nb_old))
         kept = self.old_network.projector(network.predictor(features))
         with torch.no_grad():

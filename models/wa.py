@@ -8,12 +8,13 @@ from torch.nn import functional as F
 
 from convs.heads import align_weights
 from models.losses import distillation
-from models.method import Method
-from models.networks import Outputs
-from models.stages import Defaults
+from models.networks import IncrementalNet, Outputs
+from models.training.method import Method
+from models.training.stages import Defaults
 
 
 class WA(Method, name="wa"):
+    network: IncrementalNet
     defaults = Defaults(epochs=170, milestones=(60, 100, 140))
     keeps_old_network = True
 

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 from compress.training.cost import Cost
-from models import METHODS, catalogue
-from models.run import Run
-from models.trainer import Trainer
+from models import catalogue
+from models.training.run import Run
+from models.training.trainer import Trainer
+from tests.methods import METHODS
 from utils.config.read import load_config
 from utils.data.classes import DataManager
 from utils.data.paths import DatasetPaths
@@ -46,7 +47,7 @@ def new_trainer(paths: DatasetPaths, folder: Path, method: str, *, exemplars: in
     data = DataManager(paths, shuffle=False, seed=1, init_cls=2, increment=2)
     total = None if checked.fixed_memory else checked.memory_size
     memory = ExemplarMemory(paths, [("real", exemplars)], {"real": Cost(None, paths)}, None, 0, total=total)
-    return Trainer(METHODS[method], Run(checked, data, memory, launch("cpu", 1), folder / "run", folder))
+    return Trainer(METHODS[method], Run(checked, data, launch("cpu", 1), memory, folder / "run", folder))
 
 
 def after_phase_0(paths: DatasetPaths, folder: Path, method: str, **values) -> Trainer:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from models import METHODS
+from tests.methods import METHODS
 from tests.pycil_reference import Pictures, Reference, runs_of
 from tests.pycil_replay import Measured, Unlike, float64, train
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from compress.training.cost import Cost
 from convs import BACKBONES, Backbone
-from models import METHODS, catalogue
-from models.method import Method
-from models.run import Run
-from models.stages import Stage
-from models.trainer import Trainer
+from models import catalogue
+from models.training.method import Method
+from models.training.run import Run
+from models.training.stages import Stage
+from models.training.trainer import Trainer
+from tests.methods import METHODS
 from tests.pycil_reference import Pictures, Reference, initial_weight, pycil_name
 from utils.config.read import load_config
 from utils.config.schema import Config, all_keys
@@ -126,11 +127,15 @@ def fed(method: type[Method], reference: Reference, pictures: Pictures, measured
     class Fed(method):
         # What it is given
 
-        def backbone(self):
-            backbone = super().backbone()
-            for name, parameter in backbone.named_parameters():
-                parameter.data.copy_(initial_weight(pycil_name(name, self.config.convnet_type), parameter.shape))
-            return backbone
+        @classmethod
+        def build_network(cls, new_backbone, config):
+            def given_backbone():
+                backbone = new_backbone()
+                for name, parameter in backbone.named_parameters():
+                    parameter.data.copy_(initial_weight(pycil_name(name, config.convnet_type), parameter.shape))
+                return backbone
+
+            return super().build_network(given_backbone, config)
 
         def image_counts(self, items) -> Tensor:
             """FOSTER's: PyCIL has a constant in place of the new classes' images where the dataset is "cifar100"."""
@@ -244,8 +249,8 @@ class FedRun(Run):
         sampler = GivenBatches([indices[e * length : (e + 1) * length] for e in range(epochs)], stage.views)
         return batch_loader(loader.dataset, sampler), sampler
 
-    def predict(self, network: nn.Module, images: Sequence[Path], description: str = ""):
-        outputs = super().predict(network, images, description)
+    def predict(self, network: nn.Module, images: Sequence[Path], description: str = "", loader=None):
+        outputs = super().predict(network, images, description, loader)
         if description.endswith(", evaluating"):
             self.measured.phases[-1]["logits"] = outputs.logits.numpy()
         elif description.endswith(", evaluating the student"):
@@ -400,5 +405,5 @@ def train_with(config: Config, reference: Reference, pictures: Pictures, measure
     )
     folders = (scratch / "checkpoints", scratch / "phase0")
     given = {"reference": reference, "pictures": pictures, "measured": measured}
-    run = FedRun(config, data, memory, launch("cpu", 1), *folders, **given)
+    run = FedRun(config, data, launch("cpu", 1), memory, *folders, **given)
     FedTrainer(fed(METHODS[reference.method], reference, pictures, measured), run).fit()

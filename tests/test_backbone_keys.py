@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from models import METHODS
 from tests.conftest import long_but
 from tests.little_trainer import SHORT, keys_of, new_trainer
+from tests.methods import METHODS
 from tests.shapes import make_shapes
 
 RATE = 1.25e-3  # of the backbone; no method has it of its own

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import main
-from models.trainer import Trainer
+from models.training.trainer import Trainer
 from tests.folders import save_noise
 from tests.shapes import make_shapes
 from utils import devices

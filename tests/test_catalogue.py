@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from models import METHODS, catalogue
+from models import catalogue
+from tests.methods import METHODS
 from tests.shapes import make_shapes
 from utils.config.read import load_config
 from utils.config.schema import as_dict

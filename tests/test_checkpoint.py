@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models import checkpoint
-from models.resume import Checkpoints
+from models.training import checkpoint
+from models.training.resume import Checkpoints
 from tests.folders import save_picture
 from utils.errors import UserError
 

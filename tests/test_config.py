@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from models import METHODS, catalogue
+from models import catalogue
+from tests.methods import METHODS
 from utils.config import read
 from utils.config.schema import Config, as_dict, differences, keys_of
 from utils.config.show import help_text, markdown

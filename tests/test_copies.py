@@ -14,8 +14,8 @@ import main
 from compress.presets import LOW
 from compress.training import copies
 from compress.training.copies import CopiesAhead
-from models import checkpoint as checkpoints
-from models.trainer import Trainer
+from models.training import checkpoint as checkpoints
+from models.training.trainer import Trainer
 from tests.little_run import command, little_dataset, tree
 from tests.regenerating import edges
 from tests.shapes import make_shapes

@@ -15,11 +15,12 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from compress.share import PATIENCE
-from models import METHODS, checkpoint
-from models.parts import parts
-from models.run import Run
+from models.training import checkpoint
+from models.training.epochs import parts
+from models.training.run import Run
 from tests import processes
 from tests.conftest import asked_for, long_but
+from tests.methods import METHODS
 from tests.shapes import make_shapes
 from tests.test_resume import assert_ends_alike
 from utils import devices
@@ -200,7 +201,7 @@ def test_the_parts_of_all_processes_weigh_as_much_as_the_batch(number, nb_proces
             assert torch.equal(torch.cat([piece.images for piece in pieces]), index)
             mean += sum(piece.share * losses[piece.images].mean() for piece in pieces) / nb_processes
             whole |= set(index.tolist())
-            assert sum(piece.count for piece in pieces) == sampler.sizes(step)[0]
+            assert sum(piece.size for piece in pieces) == sampler.sizes(step)[0]
         assert len(whole) == samplers[0].sizes(step)[1]
         assert mean.item() == pytest.approx(losses[sorted(whole)].mean().item())
 
@@ -210,7 +211,7 @@ def test_a_process_without_an_image_of_its_own_weighs_nothing():
     assert sampler.sizes(0) == (4, 8)
     assert sampler.sizes(1) == (0, 1)
     (only,) = parts(torch.zeros(1, 3, 2, 2), torch.zeros(1), 3, sampler.sizes(1), 2)
-    assert (only.count, only.share, only.last) == (0, 0.0, True)
+    assert (only.size, only.share, only.last) == (0, 0.0, True)
 
 
 def test_processes_wait_for_each_other_for_days(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from convs.heads import align_weights, grown, linear_head
 from models.foster import FosterNet
 from models.networks import BiasedNet, CosineNet, IncrementalNet, der_net, memo_net
-from models.stages import Schedule, learning_only
+from models.training.stages import Schedule, learning_only
 from tests.test_networks import backbone
 
 

@@ -7,7 +7,7 @@ import struct
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from models.resume import Checkpoints
+from models.training.resume import Checkpoints
 from tests.test_main import data_dir, results, train  # noqa: F401  (fixtures)
 from utils.results import history, report
 from utils.results.history import History

@@ -12,7 +12,7 @@ import main
 from compress import run as compress
 from compress.forms import form_named, pixels
 from compress.presets import HIGH
-from models.trainer import Trainer
+from models.training.trainer import Trainer
 from tests.folders import save_noise
 from utils.data.images import read_image
 from utils.data.paths import DatasetPaths

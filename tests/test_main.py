@@ -18,8 +18,8 @@ from compress.coding.edge_maps import encode
 from compress.options import parse_settings
 from compress.training import on_demand
 from compress.training.cost import Cost
-from models.epochs import Epochs
-from models.trainer import Trainer
+from models.training.epochs import Epochs
+from models.training.trainer import Trainer
 from tests.conftest import long_but
 from tests.shapes import SHAPES, make_shapes
 from utils.data.classes import DataManager
@@ -379,7 +379,7 @@ def test_a_phase_0_cache_here(train, tmp_path, monkeypatch, capsys):
     def stop(*_):
         raise UserError("before the first phase")
 
-    monkeypatch.setattr(main, "run_class_order", stop)
+    monkeypatch.setattr(main.Experiment, "run", stop)
     assert train(phase0_cache=".", cache="disk", syn_per_class=0, augmentation_prob=0) == 2
     assert "before the first phase" in capsys.readouterr().err
     assert [file.suffix for file in (tmp_path / "pixel_cache").iterdir()] == [".pixels"]  # beside it
@@ -405,7 +405,7 @@ def test_what_a_stopped_run_says(train, tmp_path, monkeypatch, capsys, kept):
             (folder / "unfinished.pt").touch()
         raise Stopped(signal.SIGTERM)
 
-    monkeypatch.setattr(main, "run_class_order", stop)
+    monkeypatch.setattr(main.Experiment, "run", stop)
     assert train(syn_per_class=0, augmentation_prob=0) == 143
     how = "goes on from the last checkpoint" if kept else "begins anew"
     assert capsys.readouterr().err.splitlines()[-1] == f"stopped; the same command {how}"

@@ -304,7 +304,7 @@ def test_the_state_goes_through_json_and_torch_and_moves_with_the_data(paths, tm
     assert state["forms"] == ["real", "edges"]
     chosen = [f"a b/{image.name}" for image in expected_images(paths, "a b", 0)]
     sizes = [image.stat().st_size for image in expected_images(paths, "a b", 0)]
-    kept = {"images": chosen, "file_bytes": sizes, "counts": [R, S], "copies": [[]] * (R + S), "text": "a b"}
+    kept = {"images": chosen, "file_bytes": sizes, "counts": [R, S], "text": "a b"}
     assert state["classes"]["0"] == kept
     torch.save(state, tmp_path / "state.pt")
     for copy in (json.loads(json.dumps(state)), torch.load(tmp_path / "state.pt", weights_only=True)):

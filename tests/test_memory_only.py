@@ -13,7 +13,7 @@ from compress.forms import form_named
 from compress.presets import HIGH
 from compress.training.cost import Cost
 from models import catalogue
-from models.trainer import Trainer
+from models.training.trainer import Trainer
 from tests.conftest import long_but
 from tests.folders import save_noise
 from utils.data.images import image_bits, read_image

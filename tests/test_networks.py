@@ -1,6 +1,7 @@
 """Backbones against torchvision's, and against the published ones' equations."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from torch.nn import functional as F
 from convs import BACKBONES
 from convs.blocks import AttendedBatchNorm, RepConv, fold_adapters
 from convs.resnet import build_backbone, joined, nb_parameters, split
+from models.training.method import fresh_backbone
 
 
-def backbone(name="resnet8", kind="small", init_cls=2, increment=2, pretrained=False, stem=None):
-    phases = {"init_cls": init_cls, "increment": increment}
-    return build_backbone(name, kind, **phases, pretrained=pretrained, stem=stem)
+def backbone(name="resnet8", kind="small", stem="7x7", pretrained=False):
+    return build_backbone(name, kind, stem, pretrained)
 
 
 def torchvision_model(name):
@@ -191,7 +192,7 @@ def test_pretrained_weights_come_from_torch_s_cache(name, base, file, tmp_path, 
     torch.manual_seed(1)
     theirs = torchvision_model(base)
     torch.save(theirs.state_dict(), folder / file)
-    ours = backbone(name, "large", init_cls=5, increment=2, pretrained=True).state_dict()
+    ours = backbone(name, "large", "3x3", pretrained=True).state_dict()
     assert ours["conv1.weight"].shape == (64, 3, 7, 7), "torchvision's stem, though phase 0 is the largest"
     expected = {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
     assert expected.keys() <= ours.keys()
@@ -229,7 +230,10 @@ def test_pretrained_weights_that_are_not_there_or_are_others(tmp_path, monkeypat
     ],
 )
 def test_stems(name, kind, increment, kernel, stride, pool):
-    net = backbone(name, kind, init_cls=2, increment=increment)
+    config = SimpleNamespace(
+        convnet_type=name, init_cls=2, increment=increment, pretrained=False, freeze_backbone=False
+    )
+    net = fresh_backbone(config, SimpleNamespace(image_kind=kind))
     assert net.conv1.kernel_size == (kernel, kernel)
     assert net.conv1.stride == (stride, stride)
     assert hasattr(net, "maxpool") == pool

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import main
-from models import METHODS
 from tests.conftest import long_but
 from tests.little_trainer import SHORT, after_phase_0, new_trainer
+from tests.methods import METHODS
 from tests.shapes import make_shapes
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError

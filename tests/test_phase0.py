@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision import models
 
-from models import phase0
+from models.training import phase0
 from tests.conftest import long_but
 from tests.folders import make_dataset
 from tests.little_trainer import after_phase_0

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models import METHODS
 from tests import pycil_parity
 from tests.conftest import long_but
+from tests.methods import METHODS
 from tests.pycil_reference import Pictures, Reference, runs_of
 
 FOLDER = Path(__file__).parent / "reference"

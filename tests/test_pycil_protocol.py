@@ -8,8 +8,9 @@ import torch
 from sklearn.svm import LinearSVC
 
 from convs import BACKBONES, Backbone
-from models import catalogue, phase0
+from models import catalogue
 from models.foster import effective_number_weights
+from models.training import phase0
 from tests.little_trainer import SHORT, new_trainer
 from tests.shapes import make_shapes
 from utils.config.read import load_config

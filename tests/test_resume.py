@@ -16,8 +16,8 @@ import torch
 from torch.optim import SGD
 
 import main
-from models import checkpoint, resume
-from models.trainer import Trainer
+from models.training import checkpoint, resume
+from models.training.trainer import Trainer
 from tests import forks
 from tests.conftest import long_but
 from tests.digits import make_digits

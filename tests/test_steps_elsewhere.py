@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from models import METHODS
-from models.run import Run
+from models.training.run import Run
 from tests.conftest import long_but
 from tests.little_trainer import SHORT, keys_of, new_trainer
+from tests.methods import METHODS
 from tests.other_device import DEVICE, Elsewhere, other_device
 from tests.shapes import make_shapes
 
@@ -19,8 +19,8 @@ def paths(tmp_path_factory):
 @pytest.fixture
 def trained(paths, tmp_path, monkeypatch):
     """Three phases of a method.  -> (its trainer, the records of its phases)."""
-    monkeypatch.setattr("models.phase0.load", lambda *_: None)
-    monkeypatch.setattr("models.phase0.save", lambda *_: None)
+    monkeypatch.setattr("models.training.phase0.load", lambda *_: None)
+    monkeypatch.setattr("models.training.phase0.save", lambda *_: None)
 
     def call(method, device):
         keys = {**SHORT, **keys_of(method), "batch_size": 4, "init_lr": 0.01, "lrate": 0.01, "nme": True}

@@ -13,11 +13,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 import main
-from models import METHODS
 from models.use import export
 from models.use.learner import Learner
 from tests.conftest import long_but
 from tests.little_trainer import SHORT, keys_of
+from tests.methods import METHODS
 from tests.shapes import SHAPES, make_shapes
 from utils.data.augment import Normalise, SmallTest
 from utils.data.augment_large import LargeTest

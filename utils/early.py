@@ -12,7 +12,7 @@ from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.results.output import Output
 
-PLANNED = ("real_per_class", "syn_per_class", "augmentations_per_image", "copies_kept", "copy_candidates")
+PLANNED = ("real_per_class", "syn_per_class", "augmentations_per_image")
 """Keys whose values in a run's record may be those that its plan of exemplars has come to."""
 
 

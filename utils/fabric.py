@@ -6,6 +6,9 @@ two monitors that this project does not use.  Import Fabric from here.
 
 import importlib
 import sys
+from typing import cast
+
+from torch import Tensor
 
 if "torchmetrics" not in sys.modules:
     sys.modules["torchmetrics"] = None  # type: ignore[assignment]  # "not installed", for the time of this import
@@ -16,4 +19,7 @@ if "torchmetrics" not in sys.modules:
 
 from lightning_fabric import Fabric
 
-__all__ = ["Fabric"]
+
+def all_reduce(fabric: Fabric, tensor: Tensor, op: str) -> Tensor:
+    """Fabric's, of one tensor.  op: "sum", "mean" or "max"."""
+    return cast(Tensor, fabric.all_reduce(tensor, reduce_op=op))

@@ -1,25 +1,27 @@
 """What a config asks of its exemplars: their form, how many of each a class keeps, and their copies."""
 
-import itertools
 import shlex
 import statistics
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from compress.forms import form_named
+from compress.forms import Form, form_named
 from compress.options import parse_settings
 from compress.presets import PRESETS
 from compress.records import recorded_options
-from compress.training.copies import CopiesAhead
+from compress.training.copies import Copies, CopiesAhead
 from compress.training.cost import Cost
 from utils.config.schema import Config, MethodInfo
+from utils.data.classes import DataManager
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
+from utils.fabric import Fabric
 from utils.memory.budget import FILL, check_budget, check_bytes, check_smallest, check_total, warn_of_small_classes
+from utils.memory.exemplars import ExemplarMemory
 from utils.memory.share import ClassShare, Row
 
 
-def exemplar_form(config: Config, data):
+def exemplar_form(config: Config, data: DataManager) -> Form:
     """The form in which exemplars that are not real are kept: as it is on disk, where copies were made ahead."""
     options, resolution = config.regenerate_options, data.defaults.resolution
     try:
@@ -38,81 +40,107 @@ def exemplar_form(config: Config, data):
     return form
 
 
-def quotas(config: Config, form) -> list[tuple[str, int]]:
+def quotas(config: Config, form: Form) -> list[tuple[str, int]]:
     """How many exemplars a class has in each form, in order of choice."""
     numbers = (FILL if config.real_per_class is None else config.real_per_class), config.syn_per_class
     return [("real", numbers[0]), (form.name, FILL if numbers[1] == "fill" else numbers[1])]
 
 
-def costs(form, paths: DatasetPaths) -> dict:
+def costs(form: Form, paths: DatasetPaths) -> dict[str, Cost]:
     """What exemplars cost and keep, by form."""
     return {"real": Cost(None, paths), form.name: Cost(form, paths)}
 
 
-def check_exemplars(config: Config, method: MethodInfo, data, form, fabric, numbers: Mapping[str, int]):
+@dataclass(frozen=True)
+class ExemplarPlan:
+    """What the exemplars of a run are, decided before any training.
+
+    config: with the numbers of exemplars filled in that were left to the budget; form: of those that are not real;
+    paths: the dataset, with the form's files; quotas: (form, exemplars of a class) in order of choice; costs: what
+    exemplars cost and keep, by form; copies: made ahead or to be made on demand, None where none is needed.
+    """
+
+    config: Config
+    form: Form
+    paths: DatasetPaths
+    quotas: list[tuple[str, int]]
+    costs: dict[str, Cost]
+    copies: Copies | None
+
+    def empty_memory(self) -> ExemplarMemory:
+        c = self.config
+        return ExemplarMemory(
+            self.paths,
+            self.quotas,
+            self.costs,
+            c.memory_per_class,
+            c.augmentations_per_image,
+            total=None if c.fixed_memory else c.memory_size,
+            bytes_budget=c.memory_bytes_per_class if c.budget_in == "bytes" else None,
+            selection=c.exemplar_selection,
+            seed=c.model_seed,
+        )
+
+
+def plan_exemplars(
+    config: Config, data: DataManager, method: MethodInfo, fabric: Fabric, numbers: Mapping[str, int] | None = None
+) -> ExemplarPlan:
     """Make sure, before any work, that the exemplars can be chosen, fit the budget and have, or can get, their copies.
 
     numbers: of exemplars, where this has been checked before, by a run that goes on.
-    Returns the config with real_per_class filled in, and the copies, made ahead or to be made on demand; None where
-    none is needed.
     """
     if config.memory_only and method.reads_old_images:
         raise UserError(f"memory_only: {method.name} trains on all images of old classes. Set it to false.")
-    images = [of_class for target in range(data.nb_classes) if (of_class := data.train_images(target))]
-    fewest = min(images, key=len, default=())
+    form = exemplar_form(config, data)
+    paths = replace(data.paths, files=form.files)
+    images = [class_images for target in range(data.nb_classes) if (class_images := data.train_images(target))]
+    fewest = min(images, key=len, default=[])
     if method.uses_memory and data.nb_phases > 1 and fewest and len(fewest) < method.least_exemplars:
         needs = f"{config.model_name} needs at least {method.least_exemplars} train images of each class"
         raise UserError(f"{fewest[0].parent} has {len(fewest)}: {needs}. Add images, or take the class away.")
     if numbers:
         config = replace(config, **numbers)
     elif method.uses_memory:
-        config = within_budget(config, form, images, data.paths, method.least_exemplars)
-    synthetic = config.syn_per_class if method.uses_memory else 0
+        config = within_budget(config, form, images, paths, method.least_exemplars)
     if form.deterministic:  # all copies of an image would be equal
-        config = replace(config, augmentations_per_image=1, copies_kept="all")
-    config = with_candidates(config)
+        config = replace(config, augmentations_per_image=1)
+    copies = find_copies(config, data, form, paths, method.uses_memory, fabric)
+    return ExemplarPlan(config, form, paths, quotas(config, form), costs(form, paths), copies)
+
+
+def find_copies(
+    config: Config, data: DataManager, form: Form, paths: DatasetPaths, uses_memory: bool, fabric: Fabric
+) -> Copies | None:
+    """The copies that a run reads; None where it reads none.  paths: the dataset, with the form's files."""
+    images = [image for target in range(data.nb_classes) for image in data.train_images(target)]
     may_be_replaced = config.augmentation_prob > 0 and (
         config.real_per_class != 0 or config.augmentation_scope == "all"
     )
-    needs_copies = (synthetic != 0 or may_be_replaced) and images  # else all is done
-    from_memory = config.memory_only and method.uses_memory
-    copies, nb_copies = None, config.copy_candidates or config.augmentations_per_image
-    if needs_copies and (config.regenerate == "on_demand" or from_memory):
+    has_synthetic = uses_memory and config.syn_per_class != 0
+    if not images or not (has_synthetic or may_be_replaced):
+        form.release()
+        return None
+    from_memory = config.memory_only and uses_memory
+    copies: Copies | None = None
+    if config.regenerate == "on_demand" or from_memory:
         from compress.training.on_demand import OnDemand  # imports ControlNet: seconds that other runs need not spend
 
         copies = OnDemand(
-            data.paths,
-            config.regenerate_options if config.regenerate == "on_demand" else made_with(config, form, data.paths),
+            paths,
+            config.regenerate_options if config.regenerate == "on_demand" else made_with(config, form, paths),
             resolution=data.defaults.resolution,
             form=form.name,
-            copies=nb_copies,
+            copies=config.augmentations_per_image,
             fabric=fabric,
         )
     form.release()
-    if needs_copies and config.regenerate == "ahead" and (not from_memory or may_be_replaced):
-        ahead = CopiesAhead(data.paths, form, list(itertools.chain(*images)), nb_copies)
+    if config.regenerate == "ahead" and (not from_memory or may_be_replaced):
+        ahead = CopiesAhead(paths, form, images, config.augmentations_per_image)
         copies = copies or ahead  # with memory_only, new images have theirs ahead, and exemplars get theirs
-    return config, copies
+    return copies
 
 
-def with_candidates(config: Config) -> Config:
-    """The config with the number of candidates filled in, from which copies are chosen; None where all are read.
-
-    Raises UserError where there is no choice.
-    """
-    if config.copies_kept == "all":
-        return replace(config, copy_candidates=None)
-    number = config.augmentations_per_image
-    candidates = config.copy_candidates or 2 * number
-    if candidates <= number:
-        raise UserError(
-            f"copy_candidates: {candidates} copies leave no choice for copies_kept={config.copies_kept}, "
-            f"which keeps {number}. Set it above augmentations_per_image."
-        )
-    return replace(config, copy_candidates=candidates)
-
-
-def made_with(config: Config, form, paths: DatasetPaths) -> str:
+def made_with(config: Config, form: Form, paths: DatasetPaths) -> str:
     """The options that give the copies that were made ahead once more.  Raises UserError where they are unknown."""
     options = recorded_options(paths.folder("copies"))
     if not options and form.needs_model:

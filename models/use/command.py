@@ -69,7 +69,7 @@ def _predict(learner, options: argparse.Namespace) -> int:
     """Exit code 1 where some pictures can't be read: they are listed and left out."""
     from models.use.predict import header, pictures_of, rows
 
-    table, broken = io.StringIO(), []
+    table, broken = io.StringIO(), list[str]()
     writer = csv.writer(table if options.output else sys.stdout, lineterminator="\n")
     for row in itertools.chain([header(learner)], rows(learner, pictures_of(options.images), broken)):
         writer.writerow(row if options.output else map(cli.visible, row))

@@ -31,7 +31,7 @@ def evaluate(learner: Learner, place: Path | None) -> dict[str, Any]:
     images = [image for of_class in pictures.values() for image in of_class]
     if not images:
         raise UserError(f"--data: {root} has no pictures of {names[0]!r} or another class of this network.")
-    outputs = learner.run.predict(learner.network, images, "evaluating")
+    outputs = learner.predictor.predict(learner.network, images, "evaluating")
     targets = torch.tensor([target for target, name in enumerate(names) for _ in pictures[name]])
     ends = learner.data.phase_starts[1 : learner.phase + 2]
 

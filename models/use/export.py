@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from models.use.learner import Learner
 from utils.data.augment import SmallTest
+from utils.data.augment_large import LargeTest
 from utils.data.images import write_atomically
 from utils.errors import UserError
 from utils.results.show import printable
@@ -57,11 +58,12 @@ def description(learner: Learner) -> dict[str, Any]:
 def transform(learner: Learner) -> dict[str, Any]:
     """The transform of evaluation, as the JSON says it."""
     test, normalise = learner.data.test_transform, learner.data.normalise
-    if isinstance(test, SmallTest):
+    if isinstance(test, LargeTest):
+        told = {"resize": test.resize, "not_resized_from": test.resize, "interpolation": test.mode, "crop": test.side}
+    else:
+        assert isinstance(test, SmallTest)
         side = test.prepare.side
         told = {"resize": side, "not_resized_from": side * 7 // 8, "interpolation": "bilinear", "crop": side}
-    else:
-        told = {"resize": test.resize, "not_resized_from": test.resize, "interpolation": test.mode, "crop": test.side}
     return {"channels": "RGB", **told, "mean": list(normalise.mean), "std": list(normalise.std)}
 
 
@@ -74,7 +76,8 @@ def export(learner: Learner, file: Path) -> list[Path]:
     if missing:
         raise UserError(f"export needs {' and '.join(missing)}: pip install onnx onnxscript")
     said = description(learner)
-    learner.network.to(device="cpu", memory_format=torch.contiguous_format)
+    learner.network.to("cpu")
+    learner.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -88,7 +91,9 @@ def export(learner: Learner, file: Path) -> list[Path]:
             dynamo=True,
             verbose=False,
         )
+    assert program is not None  # dynamo=True
+    model = program.model_proto.SerializeToString()
     beside = file.with_name(file.name + ".json")
-    write_atomically(file, lambda out: out.write(program.model_proto.SerializeToString()))
+    write_atomically(file, lambda out: out.write(model))
     write_atomically(beside, lambda out: out.write((json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()))
     return [file, beside]

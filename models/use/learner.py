@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import catalogue, checkpoint
-from models.method import network_input
+from models import catalogue
 from models.networks import Outputs
-from models.run import Run
+from models.training import checkpoint
+from models.training.method import network_input
+from models.training.predictor import Predictor
 from utils.config.read import load_config
 from utils.data.phases import PhasedClasses, phase_starts
 from utils.devices import accelerator, launch
@@ -29,7 +30,7 @@ class Learner:
 
     `network` maps normalised pictures to `models.networks.Outputs`; `class_names` are those of its logits, in order;
     `class_means` (classes x D) are the nearest-mean classifier's, None where the run has none; `data` has the
-    transforms, and `run` makes predictions (`Run.predict`).
+    transforms; `predictor` makes predictions.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Learner:
         state = checkpoint.load(path, checkpoint.AFTER_PHASE)
         if "picture_size" not in state:
             raise UserError(f"{path} was written by an earlier version, which did not keep the pictures' size.")
-        names = {"methods": catalogue.methods(), "backbones": catalogue.backbones()}
-        config = self.config = load_config(folder / "config.json", [f"device={device}"], **names)
+        methods, backbones = catalogue.methods(), catalogue.backbones()
+        overrides = [f"device={device}"]
+        config = self.config = load_config(folder / "config.json", overrides, methods=methods, backbones=backbones)
         on_gpu = torch.cuda.is_available() and config.device != "cpu"
         precision = "32-true" if config.precision == "16-mixed" and not on_gpu else config.precision
         fabric = launch(*accelerator(config.device), precision)
@@ -60,13 +62,12 @@ class Learner:
             config.augmentation,
             network_input(config),
         )
-        self.run = Run(config, self.data, None, fabric, path.parent, path.parent, initial_weights=False)
-        method = catalogue.load(config.model_name)(self.run)
-        method.phase = self.phase
+        self.predictor = Predictor(config, self.data, fabric)
         with checkpoint.fitting(path):
-            method.restore(state)
-        self.network = method.evaluated.eval()
-        self.class_means: torch.Tensor | None = state.get("class_means")
+            network = catalogue.load(config.model_name).trained_network(config, self.data, state)
+        self.predictor.network_to_device(network)
+        self.network = network.evaluated.eval()
+        self.class_means: Tensor | None = state.get("class_means")
         self.by_means = classifier == "nme"
         if self.by_means and self.class_means is None:
             raise UserError(f"--classifier nme: {path} has no class means ({config.model_name}, nme={config.nme}).")
@@ -82,7 +83,7 @@ class Learner:
     def confidences(self, outputs: Outputs) -> Tensor:
         """Of the classifier, B x classes, float32: softmax of the logits, or cosines to the class means (-1 for a class
         that has none)."""
-        if not self.by_means:
+        if not self.by_means or self.class_means is None:
             return outputs.logits.float().softmax(dim=1)
         means = self.class_means.to(outputs.features)
         cosines = F.normalize(outputs.features) @ means.T

@@ -38,7 +38,7 @@ def rows(learner: Learner, images: Sequence[Path], broken: list[str]) -> Iterato
 
     broken: gets a message for each picture that can't be read, which has no row.
     """
-    run, names = learner.run, learner.class_names
+    predictor, names = learner.predictor, learner.class_names
     prepare, size = learner.data.test_transform.prepare, learner.config.batch_size
 
     def read(path: Path) -> np.ndarray | str:
@@ -55,8 +55,8 @@ def rows(learner: Learner, images: Sequence[Path], broken: list[str]) -> Iterato
             good = [(path, picture) for path, picture in read_ones if not isinstance(picture, str)]
             if not good:
                 continue
-            pictures = run.to_device(learner.data.test_transform([picture for _, picture in good]))
-            with torch.inference_mode(), run.fabric.autocast():
+            pictures = predictor.to_device(learner.data.test_transform([picture for _, picture in good]))
+            with torch.inference_mode(), predictor.fabric.autocast():
                 outputs = learner.network(pictures)
             best = learner.confidences(outputs).cpu().topk(min(SHOWN, len(names)))
             for (path, _), values, classes in zip(good, best.values.tolist(), best.indices.tolist(), strict=True):

@@ -154,8 +154,8 @@ def run_ours(checkout: Path, folder: Path, name: str, epochs: int, workers: int 
     sys.path[0] = str(ROOT)
     import main
     from models import catalogue
-    from models.method import Method
-    from models.trainer import Trainer
+    from models.training.method import Method
+    from models.training.trainer import Trainer
     from utils.config.schema import keys_of
 
     meter = Meter()

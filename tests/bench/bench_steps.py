@@ -9,7 +9,7 @@ Two copies of test pictures, which neither the generator nor the classifier has 
 
 --train adds what counts: the average incremental accuracy of main.py (the head's) with copies made on demand, mean and
 standard error over --orders, and its difference from the first setting, paired by class order.  A setting is options of
-compress/run.py, with or without keys of main.py: "--sampler ddim --steps 4", "--steps 20 copies_kept=agree",
+compress/run.py, with or without keys of main.py: "--sampler ddim --steps 4", "--steps 20 augmentation_prob=0.4",
 "syn_per_class=0".  What is finished is kept in --output, so a study that was killed goes on when it is started again.
 There are also table.md, table.csv and figure.png.
 

@@ -39,12 +39,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from convs.resnet import build_backbone
-from models import METHODS
 from models.networks import IncrementalNet
-from models.resume import Place
-from models.run import Run
-from models.stages import Schedule, Stage
-from models.trainer import Trainer
+from models.training.resume import Place
+from models.training.run import Run
+from models.training.stages import Schedule, Stage
+from models.training.trainer import Trainer
+from tests.methods import METHODS
 from utils.config.schema import Config
 from utils.data.batches import TrainingSet, batch_loader
 from utils.data.cache import PictureCache
@@ -189,7 +189,7 @@ def measure_training(data: DataManager, items: Sequence[Item], name: str, option
         config = Config(dataset=name, init_cls=10, increment=10, model_name="finetune", convnet_type=convnet)
         config.batch_size, config.num_workers, config.checkpoint_every = options.batch_size, workers, 0.0
         memory = ExemplarMemory(data.paths, [], {}, None, 0)
-        trainer = Trainer(METHODS["finetune"], Run(config, data, memory, fabric, folder, folder, cache))
+        trainer = Trainer(METHODS["finetune"], Run(config, data, fabric, memory, folder, folder, pixels=cache))
         trainer.start_phase(0)
         stage = Stage("training", items, Schedule(1, 0.01, (), 0.1, 5e-4))
 
@@ -200,7 +200,7 @@ def measure_training(data: DataManager, items: Sequence[Item], name: str, option
         return epoch
 
     def theirs(workers: int) -> Callable[[], int]:
-        network = IncrementalNet(build_backbone(convnet, data.image_kind, init_cls=10, increment=10))
+        network = IncrementalNet(build_backbone(convnet, data.image_kind, "7x7"))
         network.grow(data.nb_classes)
         network.to(fabric.device)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)

@@ -8,8 +8,11 @@ PYCIL_ONLY: dict[str, tuple[tuple | None, str]] = {
     "min_lr": ((0,), "the cosine ends at 0"),
     "warmup": ((0,), "the learning rate starts at its full height"),
     "t_max": (None, "the cosine ends with the last epoch"),
+    "copies_kept": (("all",), "all copies are read"),
+    "copy_candidates": ((None,), "all copies are read"),
 }
-"""Keys of PyCIL's files that are no keys here: the values that mean what happens anyway (None: all), and why.
+"""Keys of PyCIL's files, or of earlier versions, that are no keys here: the values that mean what happens anyway
+(None: all), and why.
 
 A method's `Settings` may have a class variable `pycil_only` like this."""
 

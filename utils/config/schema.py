@@ -164,12 +164,6 @@ class Config:
     syn_form: Text = setting(
         "edges", "form in which synthetic exemplars are kept: edges, text, webp:10@64, ... (compress/run.py --form)"
     )
-    copies_kept: Literal["all", "agree", "boundary"] = setting(
-        "all",
-        "which K of an exemplar's candidates are read: agree: those that the classifier of its phase agrees with most; "
-        "boundary: those nearest its boundary; all: there are no others",
-    )
-    copy_candidates: Count | None = setting(None, "copies_kept: copies of each exemplar to choose K from; null: 2 K")
     regenerate_options: Text = setting(
         "", 'on_demand: settings, model and machine, as options of compress/run.py: "--model tiny --steps 10"'
     )
@@ -317,6 +311,10 @@ def as_dict(config: Config) -> dict[str, Any]:
     return {**values, **own}
 
 
+REMOVED = {"copies_kept": "all", "copy_candidates": None}
+"""Keys that earlier versions had, each with the value that means what happens now."""
+
+
 def differences(ours: Config | Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The keys that may change a run's numbers and in which a config and an older one differ, with both values.
 
@@ -328,6 +326,7 @@ def differences(ours: Config | Mapping[str, Any], theirs: Mapping[str, Any]) -> 
     if isinstance(ours, Config):
         keys |= keys_of(type(ours.settings)) if ours.settings is not None else {}
         ours = as_dict(ours)
+    theirs = {key: value for key, value in theirs.items() if key not in REMOVED or value != REMOVED[key]}
     theirs = {**{name: key.default for name, key in keys.items() if key.default is not REQUIRED}, **theirs}
     lines = []
     for name in {**ours, **theirs}:

@@ -93,7 +93,6 @@ class TrainingSet(Batched):
         chances = {NEW: augmentation_prob if augmentation_scope == "all" else 0.0, REAL: augmentation_prob}
         self._copy_prob = np.array([chances.get(item.role, 1.0) for item in items])
         self._targets = np.array([item.target for item in items], np.int64)
-        self._numbers = {i: item.copies for i, item in enumerate(items) if item.copies}
         self._seeds = (model_seed, phase)
         self._seen: dict[tuple[int, int], np.ndarray] = {}
         copied = {item.image.parent: item.image for item in items if chances.get(item.role, 1.0) > 0}
@@ -125,9 +124,7 @@ class TrainingSet(Batched):
         if (picture := self._seen.get((index, number))) is not None:
             return picture
         image = self.images[index]
-        path: str | Path = image
-        if number != _ITSELF:
-            path = self.paths.copy(Path(image), self._numbers[index][number] if index in self._numbers else number)
+        path = image if number == _ITSELF else self.paths.copy(Path(image), number)
         if self.pixels is None:
             return read_prepared(path, self.transform.prepare)
         picture, kept = self.pixels.read(path)

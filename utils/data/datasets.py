@@ -78,11 +78,16 @@ class NetworkInput(Protocol):
     channel; mode: of resizing, "bilinear" or "bicubic".
     """
 
-    side: int
-    resize: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    mode: str
+    @property
+    def side(self) -> int: ...
+    @property
+    def resize(self) -> int: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+    @property
+    def mode(self) -> str: ...
 
 
 def known(name: str) -> Known:

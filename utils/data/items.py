@@ -16,14 +16,12 @@ class Item:
     """One entry of a phase's training set.
 
     image: the train image; target: the index of its class in the class order; role: "new" for an image of the phase's
-    new classes, else the form in which the exemplar is kept: "real" for the image itself, "edges", ...; copies: numbers
-    of the K copies that are read, () for 0 ... K-1.
+    new classes, else the form in which the exemplar is kept: "real" for the image itself, "edges", ...
     """
 
     image: Path
     target: int
     role: str
-    copies: tuple[int, ...] = ()
 
     @property
     def regenerated(self) -> bool:

@@ -56,8 +56,6 @@ class ExemplarMemory:
     fits in its form passes to the next one, and the last are dropped.  A class thus holds what it would hold had it
     been given its present share at once.
 
-    chosen_copies: image -> the numbers of the K copies that are read, where these are not 0 ... K-1.
-
     With a budget in bytes, a quota's number is the most that a class keeps in that form: in order of choice, exemplars
     are kept until the next one no longer fits.  What counts is the class's part of the memory's file
     (`utils.memory.share`), with its text where a form needs it.
@@ -95,7 +93,6 @@ class ExemplarMemory:
         self.classes: dict[int, ClassExemplars] = {}  # by target
         self._units: dict[tuple[str, Path], float | None] = {}  # of exemplars that have been made
         self.file_bytes: dict[tuple[str, str], int] = {}  # of images by class and name, which may be gone by now
-        self.chosen_copies: dict[Path, tuple[int, ...]] = {}
 
     def update(
         self,
@@ -146,7 +143,6 @@ class ExemplarMemory:
         """From now on the exemplars' images are those of the same names in another `train` folder."""
         for exemplars in self.classes.values():
             exemplars.images = [train.joinpath(*name_of(image)) for image in exemplars.images]
-        self.chosen_copies = {train.joinpath(*name_of(image)): numbers for image, numbers in self.chosen_copies.items()}
         self._units = {}
 
     def _share(self, images: Sequence[Path], units: float | None = None) -> list[int]:
@@ -204,11 +200,7 @@ class ExemplarMemory:
 
     def items(self) -> list[Item]:
         """The exemplars as items of a training set, by target, in order of choice; an item's role is its form."""
-        return [
-            Item(image, target, form, self.chosen_copies.get(image, ()))
-            for target in self.targets
-            for form, image in self.of(target)
-        ]
+        return [Item(image, target, form) for target in self.targets for form, image in self.of(target)]
 
     def of(self, target: int) -> list[tuple[str, Path]]:
         """(form, image) of a class's exemplars in order of choice."""
@@ -226,8 +218,7 @@ class ExemplarMemory:
             if form == REAL:
                 pictures.append((image, 1.0))
             else:
-                numbers = self.chosen_copies.get(image, range(self.copies))
-                pictures += [(self.paths.copy(image, k), 1 / self.copies) for k in numbers]
+                pictures += [(self.paths.copy(image, k), 1 / self.copies) for k in range(self.copies)]
         return pictures
 
     def units(self, target: int) -> float:
@@ -295,8 +286,7 @@ class ExemplarMemory:
 
         forms: their names in the order of the quotas; classes: for each target, as a string, its images in order of
         choice ("<class>/<file>", undecodable bytes escaped as Python does in paths), their bytes as files, how many
-        each form holds, its units where they are not its share, each image's chosen copies ([]: all are read), and its
-        text.
+        each form holds, its units where they are not its share, and its text.
         """
         classes: dict[str, dict[str, Any]] = {}
         for target in self.targets:
@@ -306,7 +296,6 @@ class ExemplarMemory:
                 "images": ["/".join(name) for name in names],
                 "file_bytes": [self.file_bytes[name] for name in names],
                 "counts": exemplars.counts,
-                "copies": [list(self.chosen_copies.get(image, ())) for image in exemplars.images],
                 "text": exemplars.empty_share.text,
             }
             if exemplars.units is not None:
@@ -323,13 +312,10 @@ class ExemplarMemory:
             theirs, ours = (", ".join(names) for names in (state["forms"], forms))
             raise UserError(f"the checkpoint's exemplars have the forms {theirs}, this run's {ours}.")
         train = self.paths.folder("train")
-        self.classes, self._units, self.file_bytes, self.chosen_copies = {}, {}, {}, {}
+        self.classes, self._units, self.file_bytes = {}, {}, {}
         for target, record in state["classes"].items():
             images = [train / name for name in record["images"]]
             self.file_bytes |= dict(zip(map(name_of, images), record["file_bytes"], strict=True))
-            self.chosen_copies |= {
-                i: tuple(numbers) for i, numbers in zip(images, record["copies"], strict=True) if numbers
-            }
             label = images[0].parent.name if images else ""
             empty = ClassShare.empty(int(target), label, record["text"], self.forms_in_use)
             self.classes[int(target)] = ClassExemplars(images, list(record["counts"]), empty, record.get("units"))

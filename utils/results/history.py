@@ -83,7 +83,7 @@ class History:
         self._write()
 
     def phase(self, record: Mapping[str, Any]) -> None:
-        """Add what a finished phase came to: the record that `models.trainer.Trainer.evaluate` describes."""
+        """Add what a finished phase came to: the record that `models.training.trainer.Trainer.evaluate` describes."""
         phase = record["phase"]
         if any(int(row["phase"]) > phase for row in self.rows):
             self.rows = [row for row in self.rows if int(row["phase"]) <= phase]

@@ -1,8 +1,8 @@
 """What a method may change: its network, its loss, and what happens before and after phases, stages and steps.
 
 A method is a subclass of `Method` in a file of its own: `class ICaRL(Method, name="icarl")`.  Config keys of its own
-are the fields of a dataclass `Settings` at the top of that file.  `models.trainer` has the phases, `models.epochs` the
-epoch loop.
+are the fields of a dataclass `Settings` at the top of that file.  `models.training.trainer` has the phases,
+`models.training.epochs` the epoch loop.
 
 Everything in a phase but the optimisation steps is done again when a run goes on in the middle of it.  It must depend
 on nothing but the config, the data, the memory, the state after the phase before (`network`, `state`), and what
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from convs import LIBRARIES
-from convs.library import Input, library_backbone, library_input
-from convs.resnet import ResNet, build_backbone
-from models.networks import GrowingNet, IncrementalNet, Outputs
-from models.run import Run
-from models.stages import Defaults, Schedule, Stage
+from convs.blocks import FeatureExtractor
+from convs.library import library_backbone, library_input
+from convs.resnet import build_backbone
+from models.networks import ClassifierNet, GrowingNet, IncrementalNet, NewBackbone, Outputs
+from models.training.run import Run
+from models.training.stages import Defaults, Schedule, Stage
 from utils.config.schema import Config
-from utils.data.datasets import Augmentation
+from utils.data.datasets import Augmentation, NetworkInput
 from utils.data.items import Item
 from utils.data.phases import PhasedClasses
 from utils.errors import UserError
@@ -34,11 +35,13 @@ from utils.errors import UserError
 class Method(abc.ABC):
     """A method in a run.
 
-    run: what it has.  `phase` is the present one, with classes 0 ... nb_old - 1 from earlier phases and nb_new new
-    ones, nb_seen in all.  `epoch` and `step` are those of the present stage and epoch, `images_in_step` the images of
-    that step, over all parts and processes, before `prepare`.
+    run: what it has.  `network` is what it trains.  `phase` is the present one, with classes 0 ... nb_old - 1 from
+    earlier phases and nb_new new ones, nb_seen in all.  `epoch` and `step` are those of the present stage and epoch,
+    `images_in_step` the images of that step, over all parts and processes, before `prepare`.
     """
 
+    network: GrowingNet
+    old_network: GrowingNet | None = None
     name: ClassVar[str] = ""
     """What a config's `model_name` calls the method."""
     defaults: ClassVar[Defaults]
@@ -72,25 +75,39 @@ class Method(abc.ABC):
         self.nb_old = self.nb_new = self.nb_seen = 0
         self.epoch = self.step = 0
         self.images_in_step = 1
-        self.old_network: GrowingNet | None = None
         self.state: dict[str, Any] = {}
         """What is carried on to the next phase: tensors and plain values, changed in `after_training` alone."""
         self.within_phase: dict[str, Any] = {}
         """What training has worked out and a restart within the phase needs: tensors and plain values."""
         run.seed_torch(0)
-        self.network = self.build_network(self.backbone())
+        self.network = self.fresh_network(run.config, run.data)
+
+    # The network
+
+    @classmethod
+    def build_network(cls, new_backbone: NewBackbone, config: Config) -> GrowingNet:
+        """The network around a fresh backbone, before it knows any class."""
+        return IncrementalNet(new_backbone())
+
+    @classmethod
+    def fresh_network(cls, config: Config, data: PhasedClasses, *, weights: bool = True) -> GrowingNet:
+        """Before it knows any class.  weights: as for `fresh_backbone`."""
+        return cls.build_network(lambda: fresh_backbone(config, data, cls.stem, weights=weights), config)
+
+    @classmethod
+    def trained_network(cls, config: Config, data: PhasedClasses, state: Mapping[str, Any]) -> GrowingNet:
+        """The network of a finished phase, from its checkpoint, on the CPU."""
+        network = cls.fresh_network(config, data, weights=False)
+        load_network(network, data, state)
+        return network
 
     # Hooks
-
-    def build_network(self, backbone: ResNet) -> GrowingNet:
-        """The network around a fresh backbone, before it knows any class."""
-        return IncrementalNet(backbone)
 
     @abc.abstractmethod
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of some images, a scalar.  images: B x 3 x H x W; targets: B, of 0 ... nb_seen - 1.
 
-        A batch may be processed in parts (`models.parts`), so it must be a mean over images, each by itself.
+        A batch may be processed in parts (`accumulate_batches`), so it must be a mean over images, each by itself.
         """
 
     def stages(self) -> Iterable[Stage]:
@@ -155,13 +172,9 @@ class Method(abc.ABC):
     # For their use
 
     @property
-    def evaluated(self) -> GrowingNet:
+    def evaluated(self) -> ClassifierNet:
         """The network that predicts, chooses exemplars, and whose parameters are counted."""
-        return self.network
-
-    def backbone(self) -> ResNet:
-        """A fresh one."""
-        return fresh_backbone(self.config, self.data, self.stem, weights=self.run.initial_weights)
+        return self.network.evaluated
 
     def schedule(self, *, as_phase_0: bool = False) -> Schedule:
         """The present phase's, from the config and `defaults`."""
@@ -169,6 +182,7 @@ class Method(abc.ABC):
 
     def old_outputs(self, images: Tensor) -> Outputs:
         """The outputs of the frozen network of before this phase: logits are B x nb_old."""
+        assert self.old_network is not None
         with torch.no_grad(), self.fabric.autocast():
             return self.old_network(images)
 
@@ -178,10 +192,8 @@ class Method(abc.ABC):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up the network and `state` of a finished phase, from its checkpoint."""
-        for phase in range(state["phase"] + 1):
-            self.network.grow(len(self.data.phase_targets(phase)))
-        self.network.load_state_dict(state["network"])
-        self.run.to_home(self.network)
+        load_network(self.network, self.data, state)
+        self.run.network_to_device(self.network)
         self.state = state["method"]
 
     def describe(self, purpose: str) -> str:
@@ -189,26 +201,36 @@ class Method(abc.ABC):
         return f"phase {self.phase} ({self.phase + 1} of {self.data.nb_phases}), {purpose}"
 
 
-def fresh_backbone(c: Config, data: PhasedClasses, stem: str | None = None, *, weights: bool = True) -> ResNet:
+def load_network(network: GrowingNet, data: PhasedClasses, state: Mapping[str, Any]) -> None:
+    """Fill a fresh network with the weights of a finished phase.  state: its checkpoint."""
+    for phase in range(state["phase"] + 1):
+        network.grow(len(data.phase_targets(phase)))
+    network.load_state_dict(state["network"])
+
+
+def fresh_backbone(
+    c: Config, data: PhasedClasses, stem: str | None = None, *, weights: bool = True
+) -> FeatureExtractor:
     """A run's backbone before training.  Raises UserError where pretrained weights are asked for and not there.
 
+    stem: for large images; None: 7x7 where all phases are equally large and 3x3 where phase 0 is larger, as PyCIL does;
     weights: whether pretrained weights are loaded, where the config asks for them.
     """
-    increments = c.increment if isinstance(c.increment, list) else [c.increment]
-    unequal = [increment for increment in increments if increment != c.init_cls]
-    phases = {"init_cls": c.init_cls, "increment": [*unequal, c.init_cls][0]}
-    options = {"pretrained": c.pretrained, "weights": weights}
+    backbone: FeatureExtractor
     try:
         if c.convnet_type.startswith(LIBRARIES):
-            backbone = library_backbone(c.convnet_type, c.image_size, **options)
+            backbone = library_backbone(c.convnet_type, c.image_size, c.pretrained, weights)
         else:
-            backbone = build_backbone(c.convnet_type, data.image_kind, **phases, stem=stem, **options)
+            increments = c.increment if isinstance(c.increment, list) else [c.increment]
+            equal = all(increment == c.init_cls for increment in increments)
+            stem = stem or ("7x7" if equal else "3x3")
+            backbone = build_backbone(c.convnet_type, data.image_kind, stem, c.pretrained, weights)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{'pretrained' if c.pretrained else 'convnet_type'}: {error}.") from None
     return backbone.requires_grad_(not c.freeze_backbone)
 
 
-def network_input(c: Config) -> Input | None:
+def network_input(c: Config) -> NetworkInput | None:
     """What a library's backbone takes; None for those whose input the dataset decides.  Raises UserError."""
     if not c.convnet_type.startswith(LIBRARIES):
         return None

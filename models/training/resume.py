@@ -10,18 +10,18 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models import checkpoint
-from models.run import Run
+from models.training import checkpoint
+from models.training.run import Run
 from utils.cli import signals
 from utils.config.schema import as_dict, differences
 from utils.errors import UserError
-from utils.fabric import Fabric
+from utils.fabric import Fabric, all_reduce
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Place:
             "stages": self.stages,
             "epoch": self.epoch,
             "step": self.step,
-            "sums": fabric.all_gather(sums).reshape(-1, 3).cpu(),
+            "sums": cast(Tensor, fabric.all_gather(sums)).reshape(-1, 3).cpu(),
             "seconds": time.perf_counter() - self.began,
         }
 
@@ -99,12 +99,17 @@ class StepClock:
         if self.fabric.world_size > 1:
             if self.steps < self.next_look and not last:
                 return False, 0
-            said = [passed if self.fabric.global_rank == 0 else 0.0, signal]
-            said = torch.tensor(said, dtype=torch.float64, device=self.fabric.device)
-            passed, signal = self.fabric.all_reduce(said, reduce_op="max").tolist()
-            self.next_look = self.steps + min(self.steps, max(1, int(self.steps / max(passed, 1e-9))))
+            passed, signal = self._agree(passed, signal)
+            steps_a_second = int(self.steps / max(passed, 1e-9))
+            self.next_look = self.steps + min(self.steps, max(1, steps_a_second))
         limit = min(self.seconds, 60.0) if last else self.seconds
-        return self.seconds > 0 and passed >= limit, int(signal)
+        return self.seconds > 0 and passed >= limit, signal
+
+    def _agree(self, passed: float, signal: int) -> tuple[float, int]:
+        """The seconds that have passed for the first process, and a signal that any process has got."""
+        own = torch.tensor([passed if self.fabric.global_rank == 0 else 0.0, signal], dtype=torch.float64)
+        passed, largest = all_reduce(self.fabric, own.to(self.fabric.device), "max").tolist()
+        return passed, int(largest)
 
 
 class Checkpoints:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from models import checkpoint
-from models.method import Method
-from models.run import Run
+from models.training import checkpoint
+from models.training.method import Method
+from models.training.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,9 @@ def path_of(run: Run, method: Method) -> Path:
     To be called by all processes before the training, while the network has its initial weights.
     """
     # Found by one process for all: listing the data takes a while.
-    return run.fabric.broadcast(_path(run, method) if run.fabric.is_global_zero else None)
+    path = run.fabric.broadcast(_path(run, method) if run.fabric.is_global_zero else None)
+    assert path is not None
+    return path
 
 
 def _path(run: Run, method: Method) -> Path:

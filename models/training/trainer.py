@@ -1,4 +1,4 @@
-"""The phases of a run: training, exemplars, evaluation, checkpoints.  The epoch loop is `models.epochs`'s."""
+"""The phases of a run: training, exemplars, evaluation, checkpoints.  The epoch loop is `models.training.epochs`'s."""
 
 import copy
 import logging
@@ -13,12 +13,11 @@ from torch import Tensor
 
 from convs.blocks import fold_adapters
 from convs.resnet import nb_parameters
-from models import checkpoint, phase0
-from models.copy_choice import choose_copies
-from models.epochs import Epochs
-from models.method import Method
-from models.resume import Checkpoints, Place
-from models.run import Run
+from models.training import checkpoint, phase0
+from models.training.epochs import Epochs
+from models.training.method import Method
+from models.training.resume import Checkpoints, Place
+from models.training.run import Run
 from utils.errors import UserError
 from utils.memory import archive
 from utils.results.metrics import nearest_mean_scores, phase_metrics
@@ -50,9 +49,11 @@ class Trainer:
     def fit(self, after_phase: Callable[[list[dict[str, Any]]], Any] | None = None) -> list[dict[str, Any]]:
         """Train every phase that is not done yet.  Returns the records of all, in order.
 
-        after_phase: called with the records so far when a phase is done and safe on disk.
+        after_phase: called with the records so far when a phase is done and safe on disk, and where all were before.
         """
         within = self.load()
+        if after_phase and len(self.records) == self.data.nb_phases:
+            after_phase(self.records)
         for phase in range(len(self.records), self.data.nb_phases):
             record = self.do_phase(phase, within)
             self.records.append(record)
@@ -68,7 +69,7 @@ class Trainer:
     def do_phase(self, phase: int, within: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """One phase's record.  within: the checkpoint within the phase, None to start at its beginning."""
         start = time.perf_counter()
-        made = make_new_copies(self.run, phase)
+        made = self.make_new_copies(phase)
         self.start_phase(phase)
         training = self.train(within)
         self.run.seed_torch(phase + 1)  # whether the training was done here, or before the run was killed
@@ -85,7 +86,7 @@ class Trainer:
             **results,
             "training": training,
             "copies_on_demand": None if copies is None and not made else (copies or 0) + made,
-            "copies": self.run.copies and self.run.copies.summary(self.shown()),
+            "copies": self.run.copies.summary(self.run.exemplars_with_copies()) if self.run.copies else None,
             "seconds": {**seconds, "total": now - start},
         }
 
@@ -105,7 +106,7 @@ class Trainer:
     def grow(self, nb_new: int) -> None:
         """Make room for new classes in the network, on its device."""
         self.method.network.grow(nb_new)
-        self.run.to_home(self.method.network)
+        self.run.network_to_device(self.method.network)
 
     # Checkpoints
 
@@ -119,10 +120,10 @@ class Trainer:
             self._load_phase(done)
         began_with = within or done or {}
         if len(self.records) < self.data.nb_phases and began_with.get("copies") and self.run.copies:
-            images = self.shown()
+            images = self.run.exemplars_with_copies()
             if within is not None:
-                make_new_copies(self.run, len(self.records))
-                images += new_images_with_copies(self.run, len(self.records))
+                self.make_new_copies(len(self.records))
+                images += self.run.new_images_with_copies(len(self.records))
             self.run.copies.check(began_with["copies"], images)
         return within
 
@@ -135,7 +136,7 @@ class Trainer:
         if len(self.records) < self.data.nb_phases and method.uses_memory:
             if self.config.memory_only:
                 self._take_from_archive(state["phase"])
-            self.make_kept()  # what was deleted since then
+            self.make_kept_files()  # what was deleted since then
             self.make_copies(state["phase"])
 
     def save_phase(self) -> None:
@@ -155,7 +156,9 @@ class Trainer:
         self.epochs.clock.restart()
 
     def _copies_state(self, new_images: Sequence[Path] = ()) -> dict[str, Any] | None:
-        return self.run.copies and self.run.copies.state([*self.shown(), *new_images])
+        if self.run.copies is None:
+            return None
+        return self.run.copies.state([*self.run.exemplars_with_copies(), *new_images])
 
     # Training
 
@@ -180,7 +183,7 @@ class Trainer:
         trainings = [record["training"] for record in self.records]
         stages = [done for training in trainings for done in training.get("stages", [training])]
         self.epochs.epochs_before = sum(done["epochs"] for done in stages)
-        self.epochs.copies_state = self._copies_state(new_images_with_copies(self.run, phase))
+        self.epochs.copies_state = self._copies_state(self.run.new_images_with_copies(phase))
         for number, stage in enumerate(method.stages()):
             method.before_stage(stage)
             if number >= len(place.stages):
@@ -199,45 +202,43 @@ class Trainer:
         method, memory = self.method, self.run.memory
         if not method.uses_memory:
             return None
-        there = frozenset(self.shown())
+        finished = frozenset(self.run.exemplars_with_copies())
         targets = self.data.phase_targets(method.phase)
         images = [self.data.train_images(target) for target in targets]
         features = self.run.features(method.evaluated, images, method.describe("choosing exemplars"))
         memory.update(dict(zip(targets, images, strict=True)), features, method.exemplar_units)
-        self.make_kept(there)
+        self.make_kept_files(finished)
         self._archive()
         if self.config.memory_only:
             self._take_from_archive(method.phase)
-        return self.make_copies(method.phase, there)
+        return self.make_copies(method.phase, finished)
 
-    def shown(self) -> list[Path]:
-        """The exemplars of which copies are looked at."""
-        replaced = self.config.augmentation_prob > 0
-        return [item.image for item in self.run.memory.items() if replaced or item.regenerated]
+    def make_kept_files(self, finished: Collection[Path] = ()) -> None:
+        """Make what is missing of the files that are kept of exemplars, and drop exemplars that do not fit then.
 
-    def make_kept(self, there: Collection[Path] = ()) -> None:
-        """Make what is missing of the exemplars' kept files, and drop exemplars for which there is no room then.
-
-        there: exemplars that have theirs.
+        finished: exemplars that have theirs.
         """
-        memory, copies = self.run.memory, self.run.copies
-        if copies is None:
+        if self.run.copies is None:
             return
-        copies.make([image for image in self.shown() if image not in there], with_copies=False)
-        memory.enforce_budget()  # edge maps cost what they cost
+        exemplars = [image for image in self.run.exemplars_with_copies() if image not in finished]
+        self.run.copies.make(exemplars, with_copies=False)
+        self.run.memory.enforce_budget()  # edge maps cost what they cost
 
-    def make_copies(self, phase: int, there: Collection[Path] = ()) -> int | None:
+    def make_copies(self, phase: int, finished: Collection[Path] = ()) -> int | None:
         """Make what is missing of the exemplars' copies, where these are read again.
 
-        there: exemplars that have theirs.  Returns the number of copies made, None where all are made ahead.
+        finished: exemplars that have theirs.  Returns the number of copies made, None where all are made ahead.
         """
         if self.run.copies is None:
             return None
         needed = phase + 1 < self.data.nb_phases or self.config.nme
-        made = self.run.copies.make([image for image in self.shown() if image not in there], with_copies=needed)
-        if needed and self.config.copies_kept != "all":
-            choose_copies(self.run, self.method.evaluated, self.method.describe("choosing copies"))
-        return made
+        exemplars = [image for image in self.run.exemplars_with_copies() if image not in finished]
+        return self.run.copies.make(exemplars, with_copies=needed)
+
+    def make_new_copies(self, phase: int) -> int:
+        """Make what is missing of the copies of a phase's new images.  Returns the number of copies made."""
+        images = self.run.new_images_with_copies(phase)
+        return (self.run.copies.make(images, with_copies=True) or 0) if self.run.copies and images else 0
 
     def _archive(self) -> None:
         """Write the exemplars as one file, memory/phaseNN.memory."""
@@ -291,25 +292,9 @@ class Trainer:
         method, memory, parts = self.method, record["memory"], []
         for key, name in CLASSIFIERS.items():
             if (metrics := record.get(key)) is not None:
-                of_old = "" if metrics["old"] is None else f"old {metrics['old']:.1f}, new {metrics['new']:.1f}, "
-                parts.append(f"{name} {metrics['top1']:.1f} % ({of_old}top-5 {metrics['top5']:.1f})")
+                old = "" if metrics["old"] is None else f"old {metrics['old']:.1f}, new {metrics['new']:.1f}, "
+                parts.append(f"{name} {metrics['top1']:.1f} % ({old}top-5 {metrics['top5']:.1f})")
         units = "" if memory["units_total"] is None else f"{memory['units_total']:.1f} units, "
         parts.append(f"memory {units}{memory['bytes_total']:,} bytes")
         parts.append(f"{record['seconds']['total']:.1f} s")
         log.info("%s: %s", method.describe(f"{method.nb_seen} classes"), "; ".join(parts))
-
-
-def new_images_with_copies(run: Run, phase: int) -> list[Path]:
-    """A phase's new images, where training reads copies of them that are made on demand."""
-    c = run.config
-    if run.copies is None or c.regenerate != "on_demand":
-        return []
-    if c.augmentation_prob == 0 or c.augmentation_scope != "all":
-        return []
-    return [item.image for item in run.data.new_items(phase)]
-
-
-def make_new_copies(run: Run, phase: int) -> int:
-    """Make what is missing of the copies of a phase's new images.  Returns the number of copies made."""
-    images = new_images_with_copies(run, phase)
-    return (run.copies.make(images, with_copies=True) or 0) if images else 0

@@ -1,0 +1,1 @@
+"""What trains a method: its base class, the phases, the epoch loop, and checkpoints."""
