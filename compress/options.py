@@ -185,13 +185,14 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     machine.add_argument(
         "--model",
         default="sd15",
-        help="sd15, tiny, a checkpoint's path (a .yaml beside it is its config), a diffusers folder, or another "
-        "generator's name [sd15]",
+        help="sd15, tiny, a checkpoint's path (a .yaml beside it is its config), a folder in diffusers' layout, "
+        "diffusers:FOLDER_OR_NAME for any other pipeline, or another generator's name [sd15]",
     )
     machine.add_argument(
         "--base",
         metavar="FILE",
-        help="Stable Diffusion 1.5's weights, for a --model that holds a control network alone",
+        help="Stable Diffusion 1.5's weights (a diffusers: model's pipeline), for a --model that holds a control network "
+        "only",
     )
     machine.add_argument(
         "--lora",

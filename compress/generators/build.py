@@ -4,11 +4,12 @@ import gc
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from compress.forms import Form
-from compress.generators import Direct, Generator, generators
+from compress.generators import Direct, Generator, generator_named
 from compress.generators.controlnet import PictureGenerator
 from compress.job import Machine
 from compress.presets import Preset
@@ -78,8 +79,9 @@ def download(spec: str) -> None:
 
 def fingerprint(machine: Machine) -> str:
     """The fingerprint of the model's weights, without loading them.  Raises UserError where they can't be used."""
-    if machine.model in generators():
-        return generators()[machine.model].fingerprint
+    if kind := generator_named(machine.model):
+        made_by = kind.fingerprint
+        return made_by(machine) if callable(made_by) else made_by
     try:
         return weights_fingerprint(machine.model, machine.base, _loras(machine), machine.decoder)
     except ModelError as error:
@@ -121,8 +123,8 @@ def make_generator(form: Form, machine: Machine, device: torch.device, precision
     """The generator of a form's copies, with its model loaded where it needs one."""
     if not form.needs_model:
         return Direct()
-    if machine.model in generators():
-        return generators()[machine.model](form.preset, machine, device)
+    if kind := generator_named(machine.model):
+        return kind(form.preset, replace(machine, precision=precision), device)
     return PictureGenerator(
         form.preset,
         load(machine, device, precision),
@@ -136,7 +138,7 @@ def make_generator(form: Form, machine: Machine, device: torch.device, precision
 
 def warn_of_settings(form: Form, machine: Machine, texts: Mapping[str, str]) -> None:
     """Log what a user might not expect of the settings.  texts: of the classes, by label."""
-    if not form.needs_model or machine.model in generators():
+    if not form.needs_model or generator_named(machine.model):
         return
     sampling = form.preset.sampling
     if sampling.guidance == 0:
