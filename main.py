@@ -49,7 +49,7 @@ def command(argv: Sequence[str] | None) -> int | None:
     if argv and argv[0] in use.COMMANDS:
         return use.run(argv)
     parser = argparse.ArgumentParser(
-        prog="main.py",
+        prog=cli.program("main.py"),
         description="Train a class-incremental learner whose memory holds prompts beside images.",
         epilog="Using a trained network: main.py predict | evaluate | export RUN (--help says more).",
         allow_abbrev=False,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from compress.forms import Form, examples, form_named
 from compress.job import Data, Job, Machine
 from compress.presets import FAST, PRESETS, SAMPLERS
+from utils import cli
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
 
@@ -80,7 +81,7 @@ def parse_settings(text: str, resolution: str, form: str = "edges") -> tuple[For
 def parser() -> argparse.ArgumentParser:
     """All options with their meanings."""
     parser = _Parser(
-        prog="compress/run.py",
+        prog=cli.program("compress/run.py"),
         description="Store train images in an exemplar form (edge map + class label) and regenerate copies from it.",
         epilog="Exit codes: 0 done; 1 some images failed, listed at the end; 2 the command is wrong; 130 interrupted.",
         allow_abbrev=False,

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +65,15 @@ class Epochs:
         with learning_only(self.method.network, stage.parameters):
             training = self._set_up(stage, place)
             epochs, loss, accuracy = stage.schedule.epochs, 0.0, 0.0
+            losses: list[float] = []
             steps = len(training.sampler)
             done, quiet = place.epoch * steps + place.step, not self.fabric.is_global_zero
             bar = logs.progress(epochs * steps, training.name, done=done, quiet=quiet, rate=False)
             with bar, signals.delayed():
                 for _ in range(place.epoch, epochs):
                     loss, accuracy = self._epoch(training, bar)
+                    losses.append(loss)
+            warn_of_rising_loss(training.name, losses)
             if not all(bool(parameter.isfinite().all()) for parameter in self.method.network.parameters()):
                 raise self._diverged(training, f"a weight is not finite after epoch {epochs}")
         self.run.share(self.method.network)
@@ -205,3 +209,15 @@ class Epochs:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         optimizer._opt_called = True  # at an epoch's end the scheduler comes first, and rightly so: no warning
+
+
+def warn_of_rising_loss(name: str, losses: Sequence[float]) -> None:
+    """Say so where a stage of three epochs or more ends with a larger loss than its first epoch's.
+
+    losses: means of the epochs that this process has trained.
+    """
+    if len(losses) > 2 and losses[-1] > max(losses[0], 0.0):
+        log.warning(
+            "%s: the loss rose from %.3f to %.3f: a lower learning rate may help (see epochs.csv)",
+            *(name, losses[0], losses[-1]),
+        )
