@@ -53,7 +53,7 @@ def run(job: Job, action: Action) -> int:
         by_first(fabric, lambda: download(job.machine.model))
     todo = together(fabric, lambda: find_work(fabric, job, images, action))
     if fabric.is_global_zero:
-        warn_of_settings(job.form, job.machine, todo.records.copies.texts)
+        warn_of_settings(job.form, job.machine, todo.records.copies.texts, images)
         report_plan(todo, f"{job.data.paths.dataset}, {job.form.preset.name} resolution")
     if action.dry_run:
         return dry_run(job, todo, fabric)

@@ -2,9 +2,11 @@
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 
 import torch
 
@@ -19,6 +21,7 @@ from ControlNet.cldm.download import download_sd15
 from ControlNet.cldm.model import Lora, ModelError, load_model, weights_fingerprint
 from ControlNet.ldm.schedule import ddim_timesteps
 from ControlNet.ldm.text import MAX_LENGTH, nb_tokens
+from utils.data.images import image_bits
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -136,10 +139,18 @@ def make_generator(form: Form, machine: Machine, device: torch.device, precision
     )
 
 
-def warn_of_settings(form: Form, machine: Machine, texts: Mapping[str, str]) -> None:
-    """Log what a user might not expect of the settings.  texts: of the classes, by label."""
+def warn_of_settings(form: Form, machine: Machine, texts: Mapping[str, str], images: Iterable[Path] = ()) -> None:
+    """Log what a user might not expect of the settings.
+
+    texts: of the classes, by label; images: train images, of which the first one stands for all.
+    """
     if not form.needs_model or generator_named(machine.model):
         return
+    if machine.model == "tiny" and any(map(_is_no_digit, islice(images, 1))):
+        log.warning(
+            "--model tiny has seen handwritten digits only: its copies of colour or large pictures show nothing of them. "
+            "Take --model sd15 or a model of your own (docs/own_controlnet.md)"
+        )
     sampling = form.preset.sampling
     if sampling.guidance == 0:
         log.warning(
@@ -152,6 +163,14 @@ def warn_of_settings(form: Form, machine: Machine, texts: Mapping[str, str]) -> 
             *(sampling.steps, count, sampling.steps),
         )
     warn_of_long_prompts(form.preset, texts)
+
+
+def _is_no_digit(image: Path) -> bool:
+    try:
+        width, height, bits_per_pixel = image_bits(image)
+    except OSError:  # the run itself will list it
+        return False
+    return bits_per_pixel == 24 or min(width, height) > 64
 
 
 def warn_of_long_prompts(preset: Preset, texts: Mapping[str, str]) -> None:
