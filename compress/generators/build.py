@@ -148,7 +148,7 @@ def warn_of_settings(form: Form, machine: Machine, texts: Mapping[str, str], ima
         return
     if machine.model == "tiny" and any(map(_is_no_digit, islice(images, 1))):
         log.warning(
-            "--model tiny has seen handwritten digits only: its copies of colour or large pictures show nothing of them. "
+            "--model tiny has seen handwritten digits only: its copies of colour or large pictures show nothing. "
             "Take --model sd15 or a model of your own (docs/own_controlnet.md)"
         )
     sampling = form.preset.sampling
