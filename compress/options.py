@@ -192,7 +192,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     machine.add_argument(
         "--base",
         metavar="FILE",
-        help="Stable Diffusion 1.5's weights (a diffusers: model's pipeline) for a --model that holds a control network "
+        help="Stable Diffusion 1.5's weights (a diffusers: model's pipeline) for a --model that is a control network "
         "only",
     )
     machine.add_argument(

@@ -184,7 +184,7 @@ def test_copies_are_made_resumed_and_kept_apart_from_another_pipelines(name, fol
     assert settings["model"] == fingerprint(Machine(model=f"diffusers:{folders[name]}"))
     code, out, err = compress(ARCHITECTURES[name](tmp_path / "other", seed=1))
     assert code == 2
-    assert "model Stable" in err
+    assert "made with other settings: model" in err
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -264,7 +264,7 @@ def test_a_fingerprint_tells_pipelines_apart_and_ignores_versions(folders, tmp_p
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({**index, "_diffusers_version": "0.1"}, indent=8))
     assert of(copy) == of(folders["sd15"])
-    assert of(folders["sd15"]).startswith("StableDiffusionControlNetPipeline.")
+    assert of(folders["sd15"]).endswith(".StableDiffusionControlNetPipeline")
     config = copy / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "steps_offset": 0}))
     assert of(copy) != of(folders["sd15"])

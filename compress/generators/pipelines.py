@@ -67,14 +67,14 @@ class PipelineGenerator(Halving):
 
     @staticmethod
     def fingerprint(machine: Machine) -> str:
-        """Identifies a pipeline: its class and a digest of its configs and weights.  Raises UserError where it is not
+        """Identifies a pipeline: a digest of its configs and weights, and its class.  Raises UserError where it is not
         on this machine."""
         folders = _folders(machine)
         digest = hashlib.sha256()
         for folder in folders:
             for part in _parts(folder):
                 _add_part(digest, part, folder)
-        return f"{'+'.join(_class_name(folder) for folder in folders)}.{digest.hexdigest()[:16]}"
+        return f"{digest.hexdigest()[:16]}.{'+'.join(_class_name(folder) for folder in folders)}"
 
     @torch.inference_mode()
     def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray | NoPicture]:
