@@ -284,6 +284,11 @@ def test_a_pipeline_that_is_not_there_is_named(model, words, tmp_path):
         fingerprint(Machine(model=model.format(tmp_path=tmp_path)))
 
 
+def test_a_pipeline_that_is_not_ours_is_pointed_to_diffusers(folders):
+    with pytest.raises(UserError, match=r"\ndiffusers may run it: --model diffusers:"):
+        fingerprint(Machine(model=str(folders["sdxl"])))
+
+
 def test_without_diffusers_the_package_is_named(folders, compress, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     code, _, err = compress(folders["sd15"])

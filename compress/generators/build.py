@@ -88,7 +88,13 @@ def fingerprint(machine: Machine) -> str:
     try:
         return weights_fingerprint(machine.model, machine.base, _loras(machine), machine.decoder)
     except ModelError as error:
-        raise UserError(str(error)) from error
+        raise _refused(machine, error) from error
+
+
+def _refused(machine: Machine, error: ModelError) -> UserError:
+    """The error of a model that can't be used; a whole pipeline of diffusers' may run by diffusers."""
+    is_pipeline = (Path(machine.model).expanduser() / "model_index.json").is_file()
+    return UserError(f"{error}" + f"\ndiffusers may run it: --model diffusers:{machine.model}" * is_pipeline)
 
 
 def _loras(machine: Machine) -> list[Lora]:
@@ -102,7 +108,7 @@ def load(machine: Machine, device: torch.device, precision: str) -> ControlLDM:
         dtype = PRECISIONS.get(precision, torch.float32)
         return load_model(machine.model, home, dtype, machine.base, _loras(machine), machine.decoder)
     except ModelError as error:
-        raise UserError(str(error)) from error
+        raise _refused(machine, error) from error
     except torch.OutOfMemoryError as error:
         raise UserError(f"the model does not fit on {device}: use --low-memory or --precision bf16.") from error
 
