@@ -10,7 +10,7 @@ import pkgutil
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -52,13 +52,13 @@ class Direct:
 
 
 @cache
-def generators() -> dict[str, type]:
+def generators() -> dict[str, type[Any]]:
     """The generators beside ControlNet, by the names that `--model` gives them."""
     modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
     return {name: made for module in modules for name, made in getattr(module, "GENERATORS", {}).items()}
 
 
-def generator_named(model: str) -> type | None:
+def generator_named(model: str) -> type[Any] | None:
     """The class that `--model` names by NAME or NAME:WHAT_IT_LOADS; None for ControlNet's weights."""
     return generators().get(model.partition(":")[0])
 
