@@ -206,7 +206,7 @@ def test_one_at_a_time_and_four_at_a_time_are_equal_within_rounding(name, folder
     assert np.abs(made[4][0] - made[4][1]).max() > 2
 
 
-@pytest.mark.parametrize("form", ["edges+webp:10@16", "text", "thumb"])
+@pytest.mark.parametrize("form", ["edges+webp:10@16", "text", "thumb:40@8"])
 def test_forms_with_and_without_edge_map_and_start(form, folders, paths, compress):
     """By the pipeline's relatives for image to image and for text alone."""
     code, out, err = compress(folders["sdxl"], "--form", form, "--batch-size", "4", "--start-strength", "0.3")
