@@ -240,7 +240,7 @@ def test_settings_of_our_own_model_are_refused(options, words, folders, compress
 
 def test_a_control_network_steers_the_pipeline_of_base(folders, paths, compress, tmp_path):
     """Its copies are those of the whole pipeline."""
-    assert compress(folders["sd15"])[0] == 0
+    assert compress(folders["sd15"], "--replace")[0] == 0  # edge maps too, as below
     whole = copies(paths)
     code, _, err = compress(folders["sd15"] / "controlnet")
     assert (code, "--base" in err) == (2, True)
