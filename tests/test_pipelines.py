@@ -15,7 +15,7 @@ import torchvision_compat  # noqa: F401
 from compress import run
 from compress.forms import Condition, Request
 from compress.generators import NoPicture, pipelines
-from compress.generators.build import fingerprint
+from compress.generators.build import fingerprint, load
 from compress.job import Machine
 from compress.presets import LOW
 from ControlNet.ldm.text import FrozenCLIPEmbedder
@@ -286,7 +286,7 @@ def test_a_pipeline_that_is_not_there_is_named(model, words, tmp_path):
 
 def test_a_pipeline_that_is_not_ours_is_pointed_to_diffusers(folders):
     with pytest.raises(UserError, match=r"\ndiffusers may run it: --model diffusers:"):
-        fingerprint(Machine(model=str(folders["sdxl"])))
+        load(Machine(model=str(folders["sdxl"])), torch.device("cpu"), "fp32")
 
 
 def test_without_diffusers_the_package_is_named(folders, compress, monkeypatch):
