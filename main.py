@@ -54,7 +54,7 @@ def command(argv: Sequence[str] | None) -> int | None:
     if words and words[0] in use.COMMANDS:
         return use.run(words)
     parser = argparse.ArgumentParser(
-        prog="main.py",
+        prog=cli.program("main.py"),
         description="Train a class-incremental learner whose memory holds prompts beside images.",
         epilog="Using a trained network: main.py predict | evaluate | export RUN (--help says more).",
         allow_abbrev=False,
@@ -78,7 +78,8 @@ def command(argv: Sequence[str] | None) -> int | None:
         values = dict(override.partition("=")[::2] for override in arguments.overrides)
         print(cli.visible("\n".join(what_there_is(arguments.list, values.get("data_dir")))))
     elif arguments.config is None:
-        raise UserError("no config: python main.py --config exps/config.json [key=value ...]")
+        file = next((word for word in arguments.overrides if word.endswith(".json")), "exps/config.json")
+        raise UserError(f"no config: python main.py --config {file} [key=value ...]")
     else:
         config = load_config(arguments.config, arguments.overrides, methods=methods, backbones=backbones)
         if arguments.show_config:

@@ -9,6 +9,7 @@ from compress.forms import Form, examples, form_named
 from compress.job import Data, Job, Machine
 from compress.presets import FAST, PRESETS
 from compress.settings import SETTINGS, at_least_one, finite
+from utils import cli
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
 
@@ -80,7 +81,7 @@ def parse_settings(text: str, resolution: str, form: str = "edges") -> tuple[For
 def parser() -> argparse.ArgumentParser:
     """All options with their meanings."""
     parser = _Parser(
-        prog="compress/run.py",
+        prog=cli.program("compress/run.py"),
         description="Store train images in an exemplar form (edge map + class label) and regenerate copies from it.",
         epilog="Exit codes: 0 done; 1 some images failed, listed at the end; 2 the command is wrong; 130 interrupted.",
         allow_abbrev=False,
@@ -156,13 +157,14 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     machine.add_argument(
         "--model",
         default="sd15",
-        help="sd15, tiny, a checkpoint's path (a .yaml beside it is its config), a diffusers folder, or another "
-        "generator's name [sd15]",
+        help="sd15, tiny, a checkpoint's path (a .yaml beside it is its config), a folder in diffusers' layout, "
+        "diffusers:FOLDER_OR_NAME for any other pipeline, or another generator's name [sd15]",
     )
     machine.add_argument(
         "--base",
         metavar="FILE",
-        help="Stable Diffusion 1.5's weights, for a --model that holds a control network alone",
+        help="Stable Diffusion 1.5's weights (a diffusers: model's pipeline) for a --model that is a control network "
+        "only",
     )
     machine.add_argument(
         "--lora",

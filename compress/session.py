@@ -55,7 +55,7 @@ def run(job: Job, action: Action) -> int:
         return DONE if (is_well and not empty) or not fabric.is_global_zero else SOME_FAILED
     todo = together(fabric, lambda: find_work(fabric, job, expected, images, action))
     if fabric.is_global_zero:
-        warn_of_settings(job.form, job.machine, job.data.paths.class_texts())
+        warn_of_settings(job.form, job.machine, job.data.paths.class_texts(), images)
         report_plan(todo, f"{job.data.paths.dataset}, {job.form.preset.name} resolution")
     if action.dry_run:
         return dry_run(job, todo, fabric)

@@ -59,6 +59,8 @@ def main() -> None:
     image = cv2.imread(options.picture) if options.picture else digit()
     if image is None:
         parser.error(f"can't read {options.picture} as an image")
+    if options.picture and MODEL == "tiny":
+        print("the bundled model knows handwritten digits only; sd15 knows photographs (docs/experiment.md)")
     edges = CannyDetector()(resize_image(HWC3(image), SHORTER_SIDE))  # the prompt: this and the text
     pictures = copies(load_model(MODEL), edges, options.text, seeds=[0, 1, 2, 3])
     options.out.mkdir(parents=True, exist_ok=True)

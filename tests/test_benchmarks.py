@@ -12,7 +12,7 @@ from compress.presets import HIGH
 from ControlNet.cldm.model import load_model
 from tests.bench import bench_controlnet as bench
 from tests.bench import bench_herding, bench_pycil
-from tests.bench.bench_memory import Tracker
+from tests.bench.bench_memory import Tracker, der_peak
 
 DDIM = HIGH.changed(size=64, sampler="ddim", steps=20)
 
@@ -128,3 +128,13 @@ def test_memory_is_counted_as_long_as_it_is_alive():
         both = torch.cat([second, view])
         del both
     assert (tracker.weights, tracker.peak) == (2_000_000, 2_000_000 + 40_000 + 20_000 + 30_000)
+
+
+def test_a_phase_of_der_takes_its_extractors_and_little_else():
+    """Weights, gradients and momentum of the newest extractor, and what its backward pass needs of a batch."""
+    first, later = (der_peak("resnet18", 64, 2, phase) for phase in (0, 2))
+    weights = first[0]
+    assert later[0] == pytest.approx(3 * weights, rel=0.01)
+    assert first[1] > 3 * weights
+    assert 2 * weights <= later[1] - first[1] < 2.2 * weights
+    assert der_peak("resnet18", 64, 16, 0)[1] - first[1] > 7 * (first[1] - 3 * weights) / 2

@@ -13,10 +13,10 @@ import pytest
 
 from tests import forks
 from tests.conftest import long_but
-from tests.folders import make_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+BEFORE = PAGE.partition("\n## ")[0]
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.M | re.S))
 BLOCK = re.compile(r"^```(.*?)\n(.*?)^```$", flags=re.M | re.S)
 MOST_LINES = 30
@@ -47,25 +47,45 @@ def put(folder: Path, kind: str, file: str, text: str) -> None:
 QUICK = ("A form", "A method")
 
 
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """(kind, file, text) of each block: a file's content, or commands ("sh") without a file."""
+    return [(*info.partition(" ")[::2], text) for info, text in BLOCK.findall(page)]
+
+
+def follow(page: str, folder: Path) -> set[str]:
+    """Write the files of a part of the page and run its commands.  Returns the files."""
+    files = [block for block in blocks(page) if block[0] != "sh"]
+    for block in files:
+        put(folder, *block)
+    for command in [line for kind, _, text in blocks(page) if kind == "sh" for line in text.splitlines()]:
+        python, *words = shlex.split(command)
+        assert python == "python"
+        done = forks.run(words, cwd=folder, env={"ESCORT_DATA_DIR": str(folder / "data")})
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return {file for _, file, _ in files}
+
+
+def changed(folder: Path, before: dict[str, bytes]) -> set[str]:
+    after = source_files(folder)
+    return {name for name in {*before, *after} if before.get(name) != after.get(name)}
+
+
 @pytest.mark.parametrize("section", long_but(SECTIONS, *QUICK))
 def test_example_runs_and_touches_only_the_files_that_it_names(section, tmp_path):
     copy_project(tmp_path)
-    make_dataset(tmp_path / "data", ("apple", "pear", "plum", "fig"), train=6, test=2)
-    for info, text in BLOCK.findall(PAGE.partition("\n## ")[0]):
-        put(tmp_path, *info.split(), text)
+    follow(BEFORE, tmp_path)
     before = source_files(tmp_path)
-    blocks = [(*info.partition(" ")[::2], text) for info, text in BLOCK.findall(SECTIONS[section])]
-    files = [block for block in blocks if block[0] != "sh"]
-    commands = [line for kind, _, text in blocks if kind == "sh" for line in text.splitlines()]
-    assert sum(text.count("\n") for *_, text in files) <= MOST_LINES
-    assert commands
-    for block in files:
-        put(tmp_path, *block)
-    for command in commands:
-        python, *words = shlex.split(command)
-        assert python == "python"
-        done = forks.run(words, cwd=tmp_path, env={"ESCORT_DATA_DIR": str(tmp_path / "data")})
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    after = source_files(tmp_path)
-    touched = {name for name in {*before, *after} if before.get(name) != after.get(name)}
-    assert touched == {file for _, file, _ in files}
+    text = SECTIONS[section]
+    assert sum(text.count("\n") for kind, _, text in blocks(text) if kind != "sh") <= MOST_LINES
+    assert any(kind == "sh" for kind, *_ in blocks(text))
+    files = follow(text, tmp_path)
+    assert changed(tmp_path, before) == files
+
+
+@pytest.mark.long
+def test_the_page_works_as_typed_in_one_folder(tmp_path):
+    copy_project(tmp_path)
+    before = source_files(tmp_path)
+    files = follow(BEFORE, tmp_path).union(*(follow(section, tmp_path) for section in SECTIONS.values()))
+    assert changed(tmp_path, before) == files
+    assert len(list((tmp_path / "outputs").glob("*/results.json"))) == 5

@@ -18,7 +18,7 @@ from compress.coding.edge_maps import encode
 from compress.options import parse_settings
 from compress.training import on_demand
 from compress.training.cost import Cost
-from models.training.epochs import Epochs
+from models.training.epochs import Epochs, warn_of_rising_loss
 from models.training.trainer import Trainer
 from tests.conftest import long_but
 from tests.shapes import SHAPES, make_shapes
@@ -393,6 +393,16 @@ def test_one_class_for_all_is_said(caplog):
     caplog.clear()
     main.warn_of_one_class({"phase": 0, "cnn": {"confusion": [[5]]}, "nme": None}, ["cat"])
     main.warn_of_one_class({"phase": 3, "cnn": two, "nme": two}, ["cat", "dog"])
+    assert not caplog.records
+
+
+def test_a_loss_that_rose_is_said(caplog):
+    warn_of_rising_loss("phase 1", [18.6, 30.2, 25.9])
+    (record,) = caplog.records
+    assert "phase 1: the loss rose from 18.600 to 25.900" in record.getMessage()
+    caplog.clear()
+    for losses in ([], [1.0], [1.0, 2.0], [2.0, 3.0, 1.9], [-2.0, -1.0, -1.5]):
+        warn_of_rising_loss("phase 1", losses)
     assert not caplog.records
 
 

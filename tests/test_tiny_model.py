@@ -10,6 +10,10 @@ from lightning_fabric.plugins.precision import MixedPrecision
 from omegaconf import OmegaConf
 from PIL import Image
 
+from compress.forms import form_named
+from compress.generators.build import warn_of_settings
+from compress.job import Machine
+from compress.presets import HIGH
 from ControlNet import train as trainer
 from ControlNet.cldm.model import BUNDLED, MODELS_FOLDER, load_model, load_state_dict
 from ControlNet.ldm.patch_autoencoder import PatchAutoencoder
@@ -377,3 +381,14 @@ def test_a_teacher_that_can_not_be_is_answered_in_a_line(folder, distilling, arg
     assert trainer.main([*distilling, given]) == 2
     assert words in capsys.readouterr().err
     assert (folder / "teacher.safetensors").read_bytes() == known
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "model", "said"),
+    [("L", 28, "tiny", False), ("RGB", 32, "tiny", True), ("L", 100, "tiny", True), ("RGB", 32, "sd15", False)],
+)
+def test_pictures_that_it_can_not_draw_are_named(mode, size, model, said, tmp_path, caplog):
+    image = tmp_path / "a.png"
+    Image.new(mode, (size, size)).save(image)
+    warn_of_settings(form_named("edges", HIGH), Machine(model=model), {}, [image])
+    assert ("has seen handwritten digits only" in caplog.text) == said

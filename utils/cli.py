@@ -111,6 +111,12 @@ def run(command: Callable[[], int | None], *, stopped: str = "the same command g
         return shared_code
 
 
+def program(script: str) -> str:
+    """What help calls a command: the name that pip installed it by, where it was started so, else its script's."""
+    name = Path(sys.argv[0]).stem
+    return name if name.startswith("escort") else script
+
+
 SPINS = "20000"
 """How often a thread of torch on a CPU looks whether the others have finished, before it sleeps."""
 

@@ -65,6 +65,9 @@ class Codebook(Form):
         return words if self.atoms == 1 else math.comb(words, self.atoms) * 2**self.atoms
 
     def using(self, machine: Any) -> "Codebook":
+        from compress.generators import check_encodes  # imports torch, which --help does not need
+
+        check_encodes(self.name, machine.model, "encode")
         return replace(self, machine=machine)
 
     def settings(self) -> dict[str, Any]:
@@ -93,8 +96,6 @@ class Codebook(Form):
     def encode_batch(self, pictures: Sequence[np.ndarray], texts: Sequence[str], generator: Any) -> list[bytes]:
         if not self.coded:
             return [b""] * len(pictures)
-        if not hasattr(generator, "encode"):
-            raise UserError(f"the form {self.name} needs a --model that encodes: sd15, tiny or a ControlNet's weights.")
         codes = {"coded": self.coded, "bits": self.bits, "atoms": self.atoms, "candidates": CANDIDATES}
         return [self.packed(code) for code in generator.encode(pictures, texts, **codes)]
 

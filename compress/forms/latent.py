@@ -57,6 +57,9 @@ class Latent(Form):
     deterministic = True
 
     def using(self, machine) -> "Latent":
+        from compress.generators import check_encodes  # imports torch, which --help does not need
+
+        check_encodes(self.name, machine.model)
         return replace(self, model=machine.model, base=machine.base)
 
     def settings(self) -> dict[str, Any]:

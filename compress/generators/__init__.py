@@ -1,7 +1,8 @@
 """What turns requests for copies into pictures.
 
 One file each, found by being in this folder.  ControlNet's has the models that `build` loads.  Another generator's
-module has a table GENERATORS: the name that `--model` gives it -> a class that follows `Generator`.
+module has a table GENERATORS: the NAME of `--model NAME` or `--model NAME:WHAT_IT_LOADS` -> a class that follows
+`Generator`.
 """
 
 import importlib
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from compress.forms import Request
+from utils.errors import UserError
 
 
 class NoPicture(OSError):
@@ -24,8 +26,9 @@ class Generator(Protocol):
     """What makes copies.
 
     batch_size: requests that are generated together.  A class in GENERATORS is called with (preset, machine, device),
-    and has a string `fingerprint`: copies are recorded under it, so it must change when the pictures do.  A method
-    `close`, where it has one, is called when all copies are made.
+    where the machine's precision is the one to compute in, and has a `fingerprint`, a string or a static method that
+    returns one for a machine: copies are recorded under it, so it must change when the pictures do.  A method `close`,
+    where it has one, is called when all copies are made.
     One that can also encode pictures has `encode`, as `PictureGenerator` has.
     """
 
@@ -49,10 +52,22 @@ class Direct:
 
 
 @cache
-def generators() -> dict[str, Any]:
+def generators() -> dict[str, type[Any]]:
     """The generators beside ControlNet, by the names that `--model` gives them."""
     modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
     return {name: made for module in modules for name, made in getattr(module, "GENERATORS", {}).items()}
+
+
+def generator_named(model: str) -> type[Any] | None:
+    """The class that `--model` names by NAME or NAME:WHAT_IT_LOADS; None for ControlNet's weights."""
+    return generators().get(model.partition(":")[0])
+
+
+def check_encodes(form_name: str, model: str, method: str | None = None) -> None:
+    """Raises UserError unless `--model` names ControlNet's weights or, where a method is given, a class that has it."""
+    kind = generator_named(model)
+    if kind is not None and not (method and hasattr(kind, method)):
+        raise UserError(f"the form {form_name} needs a --model that encodes: sd15, tiny or a ControlNet's weights.")
 
 
 def group(request: Request) -> Hashable:

@@ -2,14 +2,17 @@
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from compress.forms import Form
-from compress.generators import Direct, Generator, generators
+from compress.generators import Direct, Generator, generator_named
 from compress.generators.controlnet import PictureGenerator
 from compress.job import Machine
 from compress.options import PRECISIONS
@@ -21,6 +24,7 @@ from ControlNet.cldm.download import download_sd15
 from ControlNet.cldm.model import Lora, ModelError, load_model, weights_fingerprint
 from ControlNet.ldm.schedule import ddim_timesteps
 from ControlNet.ldm.text import MAX_LENGTH, nb_tokens
+from utils.data.images import image_bits
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -80,12 +84,20 @@ def download(spec: str) -> None:
 
 def model_fingerprint(machine: Machine) -> str:
     """The fingerprint of the model's weights, without loading them.  Raises UserError where they can't be used."""
-    if machine.model in generators():
-        return generators()[machine.model].fingerprint
+    if kind := generator_named(machine.model):
+        made_by = kind.fingerprint
+        return made_by(machine) if callable(made_by) else made_by
     try:
         return weights_fingerprint(machine.model, machine.base, _loras(machine), machine.decoder)
     except ModelError as error:
-        raise UserError(str(error)) from error
+        raise _refused(machine, error) from error
+
+
+def _refused(machine: Machine, error: ModelError) -> UserError:
+    """The error of a model that can't be used; a whole pipeline of diffusers' may run by diffusers."""
+    if (Path(machine.model).expanduser() / "model_index.json").is_file():
+        return UserError(f"{error}\ndiffusers may run it: --model diffusers:{machine.model}")
+    return UserError(str(error))
 
 
 def recipe_of(form: Form, machine: Machine, device: torch.device, without_weights: bool = False) -> Recipe:
@@ -115,7 +127,7 @@ def load(machine: Machine, device: torch.device, precision: str) -> ControlLDM:
         dtype = DTYPES.get(precision, torch.float32)
         return load_model(machine.model, home, dtype, machine.base, _loras(machine), machine.decoder)
     except ModelError as error:
-        raise UserError(str(error)) from error
+        raise _refused(machine, error) from error
     except torch.OutOfMemoryError as error:
         raise UserError(f"the model does not fit on {device}: use --low-memory or --precision bf16.") from error
 
@@ -142,9 +154,9 @@ def make_generator(form: Form, machine: Machine, device: torch.device, precision
     """
     if not form.needs_model:
         return Direct()
-    if machine.model in generators():
-        return generators()[machine.model](form.preset, machine, device)
     assert precision is not None
+    if kind := generator_named(machine.model):
+        return kind(form.preset, replace(machine, precision=precision), device)
     return PictureGenerator(
         form.preset,
         load(machine, device, precision),
@@ -156,10 +168,18 @@ def make_generator(form: Form, machine: Machine, device: torch.device, precision
     )
 
 
-def warn_of_settings(form: Form, machine: Machine, texts: Mapping[str, str]) -> None:
-    """Log what a user might not expect of the settings.  texts: of the classes, by label."""
-    if not form.needs_model or machine.model in generators():
+def warn_of_settings(form: Form, machine: Machine, texts: Mapping[str, str], images: Iterable[Path] = ()) -> None:
+    """Log what a user might not expect of the settings.
+
+    texts: of the classes, by label; images: train images, of which the first one stands for all.
+    """
+    if not form.needs_model or generator_named(machine.model):
         return
+    if machine.model == "tiny" and any(map(_is_no_digit, islice(images, 1))):
+        log.warning(
+            "--model tiny has seen handwritten digits only: its copies of colour or large pictures show nothing. "
+            "Take --model sd15 or a model of your own (docs/own_controlnet.md)"
+        )
     sampling = form.preset.sampling
     if sampling.guidance == 0:
         log.warning(
@@ -172,6 +192,14 @@ def warn_of_settings(form: Form, machine: Machine, texts: Mapping[str, str]) -> 
             *(sampling.steps, count, sampling.steps),
         )
     warn_of_long_prompts(form.preset, texts)
+
+
+def _is_no_digit(image: Path) -> bool:
+    try:
+        width, height, bits_per_pixel = image_bits(image)
+    except OSError:  # the run itself will list it
+        return False
+    return bits_per_pixel == 24 or min(width, height) > 64
 
 
 def warn_of_long_prompts(preset: Preset, texts: Mapping[str, str]) -> None:

@@ -30,7 +30,53 @@ MOST_BAD = 8
 log = logging.getLogger(__name__)
 
 
-class PictureGenerator:
+class Halving:
+    """A generator that halves a batch that does not fit the device's memory until it does, and those that follow.
+
+    batch_size: pictures at a time; device: where they are made; low_memory: whether it is as small as it can be.
+    """
+
+    batch_size: int
+    device: torch.device
+    low_memory: bool
+
+    def _in_parts(self, batch: Sequence, size: tuple[int, int], function: Callable[[Sequence], list]) -> list:
+        """The function's results for a batch, of as many items at a time as fit.  size: of the pictures."""
+        done: list[np.ndarray | NoPicture] = []
+        batch_size_before = self.batch_size
+        while len(done) < len(batch):
+            part = batch[len(done) : len(done) + self.batch_size]
+            try:
+                done += function(part)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.batch_size == 1:
+                    raise UserError(self._too_large(size)) from error
+                self.batch_size //= 2
+            else:
+                continue
+            # Not within `except`: there the error's traceback still holds the tensors that did not fit.
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if self.batch_size < batch_size_before:
+            log.warning(
+                "%d pictures of %d x %d pixels at a time don't fit on %s: %d at a time from now on (--batch-size)",
+                *(batch_size_before, *size, self.device, self.batch_size),
+            )
+        return done
+
+    def _too_large(self, size: tuple[int, int]) -> str:
+        height, width = size
+        mend = "use a smaller --size" if self.low_memory else "use --low-memory, --precision bf16 or a smaller --size"
+        return f"not even one picture of {height} x {width} pixels fits on {self.device}: {mend}."
+
+    def _filled(self, batch: Sequence) -> list:
+        """A batch of batch_size items, the last one repeated."""
+        return [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
+
+
+class PictureGenerator(Halving):
     """Makes the pictures of copies.
 
     preset: the settings; model: a ControlLDM as `ControlNet.cldm.model.load_model` returns it; batch_size: copies
@@ -95,37 +141,6 @@ class PictureGenerator:
         pairs = list(zip(pictures, texts, strict=True))
         return self._in_parts(pairs, pictures[0].shape[:2], lambda part: self._codes(part, **codes))
 
-    def _in_parts(self, batch: Sequence, size: tuple[int, int], function: Callable[[Sequence], list]) -> list:
-        """The function's results for a batch, of as many items at a time as fit.  size: of the pictures."""
-        done: list[np.ndarray | NoPicture] = []
-        batch_size_before = self.batch_size
-        while len(done) < len(batch):
-            part = batch[len(done) : len(done) + self.batch_size]
-            try:
-                done += function(part)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self.batch_size == 1:
-                    raise UserError(self._too_large(size)) from error
-                self.batch_size //= 2
-            else:
-                continue
-            # Not within `except`: there the error's traceback still holds the tensors that did not fit.
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        if self.batch_size < batch_size_before:
-            log.warning(
-                "%d pictures of %d x %d pixels at a time don't fit on %s: %d at a time from now on (--batch-size)",
-                *(batch_size_before, *size, self.device, self.batch_size),
-            )
-        return done
-
-    def _too_large(self, size: tuple[int, int]) -> str:
-        height, width = size
-        mend = "use a smaller --size" if self.low_memory else "use --low-memory, --precision bf16 or a smaller --size"
-        return f"not even one picture of {height} x {width} pixels fits on {self.device}: {mend}."
-
     def close(self) -> None:
         """Let go of the model, which is not needed any more."""
         if self.model is not None:
@@ -177,9 +192,6 @@ class PictureGenerator:
         else:
             advice = "use --precision fp32"
         return f"in {self.model.dtype} the model's picture holds values that are no numbers: {advice}"
-
-    def _filled(self, batch: Sequence) -> list:
-        return [*batch, *[batch[-1]] * (self.batch_size - len(batch))]
 
     def _noise(self, requests: Sequence[Request], shape: tuple[int, ...]) -> tuple[torch.Tensor, Noise]:
         """(the initial noise, B x shape; the noise of the steps): of each request's own, or of the walk of its code."""

@@ -44,9 +44,9 @@ class OnDemand(Copies):
             self.recipe = fabric.broadcast(build.recipe_of(made_form, machine, fabric.device))
         except UserError as error:
             raise UserError(f"regenerate_options: {error}") from error
-        if fabric.is_global_zero:
-            build.warn_of_settings(made_form, machine, paths.class_texts())
         some = [image for label in paths.classes() for image in paths.images(label)[:1]]
+        if fabric.is_global_zero:
+            build.warn_of_settings(made_form, machine, paths.class_texts(), some)
         todo = self._plan(paths, some, with_copies=True)
         self.made_by = by_settings(todo.records.copies.wanted(label) for label in paths.classes())
         self._forget()

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -66,11 +66,14 @@ class Epochs:
         no images, and where training diverges.
         """
         loss, accuracy = 0.0, 0.0
+        losses: list[float] = []
         with learning_only(self.method.network, stage.parameters):
             training = self._set_up(stage, place)
             with EpochLog(self.run, self.method, training, self.epochs_before) as progress, signals.delayed():
                 for _ in range(place.epoch, stage.schedule.epochs):
                     loss, accuracy = self._epoch(training, progress)
+                    losses.append(loss)
+            warn_of_rising_loss(training.name, losses)
             if not all(bool(parameter.isfinite().all()) for parameter in self.method.network.parameters()):
                 raise self._diverged(training, f"a weight is not finite after epoch {stage.schedule.epochs}")
         self.run.share(self.method.network)
@@ -250,6 +253,18 @@ def seconds_left(run: Run, method: Method, for_an_image: float, images: int) -> 
     exemplars = len(run.memory.items()) * len(phases)
     epochs = method.defaults.schedule(run.config, phase_0=False).epochs
     return for_an_image * (images + (new + exemplars) * epochs)
+
+
+def warn_of_rising_loss(name: str, losses: Sequence[float]) -> None:
+    """Say so where a stage of three epochs or more ends with a larger loss than its first epoch's.
+
+    losses: means of the epochs that this process has trained.
+    """
+    if len(losses) > 2 and losses[-1] > max(losses[0], 0.0):
+        log.warning(
+            "%s: the loss rose from %.3f to %.3f: a lower learning rate may help (see epochs.csv)",
+            *(name, losses[0], losses[-1]),
+        )
 
 
 class Part(NamedTuple):

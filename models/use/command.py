@@ -41,7 +41,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"main.py {command}", description=COMMANDS[command], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog=f"{cli.program('main.py')} {command}", description=COMMANDS[command], allow_abbrev=False
+    )
     parser.add_argument("run", type=cli.path, metavar="RUN", help="output folder of the run")
     if command == "predict":
         pictures = "a picture, or a folder of them"

@@ -1,10 +1,12 @@
-"""GPU memory that copies take at full size, estimated without a GPU: on the meta device, whose tensors are counted.
+"""GPU memory of copies at full size and of DER's phases, estimated on the meta device, whose tensors are counted.
 
     python tests/bench/bench_memory.py [--size 512] [--batch-sizes 1,4,16] [--precisions bf16,fp16] [--device cuda]
+    python tests/bench/bench_memory.py --der resnet18 [--size 224] [--batch-sizes 64,128] [--device cuda]
 
 With --device cuda the same is measured there, with random weights.
 
-Counted are weights and all tensors that are alive at a time in guided sampling with an edge map and in decoding.
+Counted are weights and all tensors that are alive at a time: of copies in guided sampling with an edge map and in
+decoding; of DER, phases of 10 classes each, in two steps of SGD with momentum in float32.
 Attention is taken to run in a fused kernel (without N x N scores).  Not counted: CUDA's context (about half a GB), the
 workspaces of cuDNN and cuBLAS, and what the allocator can't use because it is in pieces.
 """
@@ -12,7 +14,9 @@ workspaces of cuDNN and cuBLAS, and what the allocator can't use because it is i
 import argparse
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -22,6 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from compress.generators.controlnet import PictureGenerator
 from compress.presets import HIGH
 from ControlNet.cldm.model import MODELS_FOLDER, create_model
+from convs.resnet import build_backbone
+from models.der import DER
+from models.networks import der_net
 from tests.test_gpu_path import DTYPES, Strict, on_meta, requests
 
 
@@ -84,14 +91,57 @@ def measured(size: int, batch_size: int, precision: str, device: str) -> tuple[i
     return weights, torch.cuda.max_memory_allocated(device)
 
 
+PHASES = (0, 1, 2, 4, 9)
+CLASSES = 10
+"""Of each of DER's phases."""
+
+
+def der_peak(backbone: str, size: int, batch_size: int, phase: int, device: str = "meta") -> tuple[int, int]:
+    """(bytes of the weights, most bytes alive) in two training steps of a phase of DER: counted, or a GPU's."""
+    is_meta = device == "meta"
+    with torch.device(device):
+        network = der_net(build_backbone(backbone, "large", init_cls=CLASSES, increment=CLASSES)).to(device)
+        for _ in range(phase + 1):
+            network.grow(CLASSES)
+        network.to(device).train()
+        images = torch.empty(batch_size, 3, size, size)
+        targets = torch.zeros(batch_size, dtype=torch.long)
+        optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+        if not is_meta:
+            weights = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        with Tracker(network) if is_meta else nullcontext() as tracker:
+            for _ in range(2):
+                optimizer.zero_grad()
+                outputs = network(images)
+                loss = DER.loss(SimpleNamespace(nb_old=CLASSES * phase), outputs, images, targets)
+                loss.backward()
+                optimizer.step()
+    return (tracker.weights, tracker.peak) if is_meta else (weights, torch.cuda.max_memory_allocated(device))
+
+
+def print_der(backbone: str, size: int, batch_sizes: list[int], device: str) -> None:
+    print(f"| {backbone}, {size} x {size} | weights | {' | '.join(f'batch {each}' for each in batch_sizes)} |")
+    print("|---" * (len(batch_sizes) + 2) + "|")
+    for phase in PHASES:
+        found = [der_peak(backbone, size, each, phase, device) for each in batch_sizes]
+        cells = [f"{found[0][0] / 1e9:.2f} GB", *(f"{most / 1e9:.1f} GB" for _, most in found)]
+        print(f"| phase {phase}, {phase + 1} extractor{'s' if phase else ''} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--size", type=int, default=512, help="of the pictures [512]")
-    parser.add_argument("--batch-sizes", default="1,4,16")
+    parser.add_argument("--size", type=int, help="of the pictures [512; of DER 224]")
+    parser.add_argument("--batch-sizes", help="[1,4,16; of DER 64,128]")
+    parser.add_argument("--der", metavar="BACKBONE", help="training DER with this backbone, in place of copies")
     parser.add_argument("--precisions", default="bf16,fp16")
     parser.add_argument("--device", help="cuda or cuda:N, to measure there")
     options = parser.parse_args()
-    sizes = [int(size) for size in options.batch_sizes.split(",")]
+    options.size = options.size or (224 if options.der else 512)
+    sizes = [int(size) for size in (options.batch_sizes or ("64,128" if options.der else "1,4,16")).split(",")]
+    if options.der:
+        print_der(options.der, options.size, sizes, options.device or "meta")
+        return
     print(f"| {options.size} x {options.size} | weights | {' | '.join(f'batch {size}' for size in sizes)} |")
     print("|---" * (len(sizes) + 2) + "|")
     for precision in options.precisions.split(","):
