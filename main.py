@@ -30,8 +30,8 @@ from utils.config.show import help_text
 from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
 from utils.data.published import FETCHED, class_lists, curate_command, labels
 from utils.errors import UserError
-from utils.results import report
 from utils.results.output import Output, seed_folder
+from utils.results.records import CLASSIFIERS, ClassOrder, ResultsFile
 
 log = logging.getLogger("main")
 
@@ -97,11 +97,13 @@ def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
     return catalogue.methods() if kind == "methods" else catalogue.backbones()
 
 
-def run(config: Config) -> dict:
-    """The experiment.  Returns what it writes to results.json (`utils.results.report` describes it)."""
+def run(config: Config) -> ResultsFile:
+    """The experiment.  Returns what it writes to results.json."""
     config, paths = dataset_of(config)
     # torch and what needs it are imported here: a config with a mistake, or a missing dataset, is answered at once.
     from compress.exemplars import check_exemplars, exemplar_form
+    from exps.report.page import write_page
+    from exps.report.screen import table
     from models.method import fresh_backbone, network_input
     from utils.data.cache import open_cache
     from utils.data.classes import DataManager
@@ -132,7 +134,7 @@ def run(config: Config) -> dict:
         check_compiler(fabric.device)
     if config.phase0_cache:
         check_folder("phase0_cache", Path(config.phase0_cache))
-    output = Output(config, Path(config.output_dir))
+    output = Output(config, Path(config.output_dir), write_page)
     if fabric.is_global_zero:
         output.claim()
     logs.start(output.folder / "log.txt", quiet=not fabric.is_global_zero)
@@ -152,7 +154,8 @@ def run(config: Config) -> dict:
         stop.going_on = "the same command " + ("goes on from the last checkpoint" if kept else "begins anew")
         raise
     fabric.barrier()  # wait until rank 0 has written: an early exit looks like a crash to the others
-    log.info("\n%s\n\nresults: %s", report.table({config.model_name: results}), output.folder / "results.json")
+    shown = table({config.model_name: (output.folder, results.compared())})
+    log.info("\n%s\n\nresults: %s", shown, output.folder / "results.json")
     return results
 
 
@@ -166,7 +169,7 @@ def dataset_of(config: Config) -> tuple[Config, DatasetPaths]:
     return config, paths
 
 
-def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, pixels, form, copies) -> dict:
+def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path, pixels, form, copies) -> ResultsFile:
     """One seed's phases.  Returns the results of all seeds so far."""
     from compress.exemplars import costs, quotas
     from models.run import Run
@@ -191,14 +194,15 @@ def run_class_order(config, data, seed: int, fabric, output: Output, cache: Path
         seed=config.model_seed,
     )
 
-    written: dict[int, dict] = {}  # by number of phases
+    written: dict[int, ResultsFile] = {}  # by number of phases
 
-    def write(records: Sequence[dict]) -> dict:
+    def write(records: Sequence[dict]) -> ResultsFile:
         if len(records) not in written:
-            entry = report.run_entry(seed, data.class_names, records, data.nb_phases)
-            confusions = [record["cnn"]["confusion"] for record in records]
+            order = ClassOrder.of_training(seed, data.class_names, records, data.nb_phases)
+            have = [c for c in CLASSIFIERS if all(record.get(c) is not None for record in records)]
+            confusions = {c: [record[c]["confusion"] for record in records] for c in have}
             warn_of_one_class(records[-1], data.class_names)
-            written[len(records)] = output.write(entry, confusions) if first else report.results({}, [entry])
+            written[len(records)] = output.write(order, confusions) if first else ResultsFile.of({}, [order])
         return written[len(records)]
 
     first, folder = fabric.is_global_zero, output.seed_folder(seed)

@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 
 import main
-from compress import gallery, measure, quality
+from compress import measure, quality
 from compress import run as compress
 from ControlNet import train as controlnet
 from exps import compare, pareto
+from exps.report import command as report
+from exps.report import gallery
 from utils import cli
 from utils import log as logs
 from utils.curate import command as curate
 from utils.errors import UserError
 from utils.memory import __main__ as memory
-from utils.results import report
 
 ROOT = Path(__file__).parent.parent
 

@@ -25,7 +25,7 @@ from models.use.learner import Learner
 from utils.data.augment import SmallTest
 from utils.data.images import write_atomically
 from utils.errors import UserError
-from utils.results.show import printable
+from utils.results.files import printable
 
 OPSET = 18
 

@@ -1,6 +1,6 @@
 """Draws what prompts keep and what comes back from them: image | edge map | copies, a row a class.
 
-python -m compress.gallery --data-dir data --dataset Food101 --copies 5 exemplars.png
+python -m exps.report.gallery --data-dir data --dataset Food101 --copies 5 exemplars.png
 """
 
 import argparse
@@ -15,11 +15,11 @@ from PIL import Image
 from compress.forms.edges import Edges, read
 from compress.presets import HIGH
 from compress.records import recorded_settings
+from exps.report.screen import drawn
 from utils import cli
 from utils.data.images import image_bits, read_image, write_atomically
 from utils.data.paths import DatasetPaths, data_dir, find_dataset
 from utils.errors import UserError
-from utils.results.show import drawn
 
 
 def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: int = 20) -> None:
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m compress.gallery", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m exps.report.gallery", description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", help="folder of all datasets (default: $ESCORT_DATA_DIR, else ./data)")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--variant", metavar="NAME", default="", help="copies that --keep-apart NAME made")
