@@ -78,7 +78,7 @@ class Row:
     @property
     def is_comparable(self) -> bool:
         """Whether the row may be the best: a form that leaves bytes of a budget unused has no advantage by that."""
-        return not self.unequal or self.entry.budget is not None
+        return not self.unequal or (self.entry.budget is not None and not self.entry.results.unfinished)
 
 
 def table_rows(compared: Sequence[Entry]) -> list[Row]:
@@ -95,8 +95,11 @@ def table_rows(compared: Sequence[Entry]) -> list[Row]:
 
 
 def _cell(entry: Entry, compared: Sequence[Entry]) -> Cell:
+    if entry.results.unfinished:
+        return Cell(entry, None, None)
     reference = reference_of(entry, compared)
-    codecs = [e for e in compared if e.is_codec and (e.method, e.budget) == (entry.method, entry.budget)]
+    same = [e for e in compared if (e.method, e.budget, e.results.unfinished) == (entry.method, entry.budget, 0)]
+    codecs = [e for e in same if e.is_codec]
     codec = max(codecs, key=lambda e: e.averages.average_incremental_accuracy.mean, default=None)
     return Cell(
         entry,
@@ -106,6 +109,8 @@ def _cell(entry: Entry, compared: Sequence[Entry]) -> Cell:
 
 
 def _unequal(entry: Entry, reference: Entry | None) -> str:
+    if phases := entry.results.unfinished:
+        return f"not comparable: {phases} phase{'s' if phases > 1 else ''} done"
     used = entry.bytes_per_class
     if entry.budget is not None:
         return f"uses {used:,.0f} of {entry.budget:,} bytes" if used < FEW * entry.budget else ""

@@ -155,7 +155,8 @@ def areas(line: Sequence[Entry], budgets: Sequence[int]) -> dict[int, float]:
 
 def reference_of(entry: Entry, compared: Sequence[Entry]) -> Entry | None:
     """What an entry is compared with: real exemplars of its method at its budget, else the first run of its method."""
-    same = [e for e in compared if e.method == entry.method and e.config["dataset"] == entry.config["dataset"]]
+    finished = [e for e in compared if not e.results.unfinished]
+    same = [e for e in finished if e.method == entry.method and e.config["dataset"] == entry.config["dataset"]]
     if entry.budget is not None:
         same = [other for other in same if other.budget == entry.budget]
     real = sorted((other for other in same if other.form == REAL), key=lambda other: other.probability)

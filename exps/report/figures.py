@@ -1,7 +1,7 @@
 """The page's figures: line charts as SVG, written here since importing matplotlib takes longer than all of a page."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -44,8 +44,9 @@ class Look:
 
 
 class Looks:
-    """How lines are drawn on one page: a colour a form, a dash pattern and a marker a method, so that both can be read
-    off, and mean the same in all figures.
+    """How lines are drawn on one page: a colour and a marker for each form, a dash pattern for each method, so that
+    both
+    can be read off, and mean the same in all figures.
 
     lines: (method, form) of the page; a form that is not among them has its colour from when it is first drawn.
     """
@@ -57,13 +58,14 @@ class Looks:
     def look(self, method: str, form: str) -> Look:
         if form not in self.forms:
             self.forms.append(form)
-        m, f = self.methods.index(method), self.forms.index(form)
-        m += f // len(COLOURS)  # a colour comes again with another marker
-        marker = f if len(self.methods) == 1 else m
-        return Look(COLOURS[f % len(COLOURS)], DASHES[m % len(DASHES)], MARKERS[marker % len(MARKERS)])
+        f, dash = self.forms.index(form), self.methods.index(method) % len(DASHES)
+        return Look(COLOURS[f % len(COLOURS)], DASHES[dash], MARKERS[f % len(MARKERS)])
 
-    def label(self, method: str, form: str) -> str:
-        return form if len(self.methods) == 1 else f"{method}, {form}"
+
+def labels(lines: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """(method, form) -> what a figure with these lines calls it: the form, with the method where there are several."""
+    several = len({method for method, _ in lines}) > 1
+    return {(method, form): f"{method}, {form}" if several else form for method, form in lines}
 
 
 def accuracy_limits(compared: Sequence[Entry]) -> tuple[float, float]:
@@ -75,6 +77,7 @@ def accuracy_limits(compared: Sequence[Entry]) -> tuple[float, float]:
 
 def accuracy_over_bytes(lines: Mapping[tuple[str, str], Sequence[Entry]], looks: Looks) -> str:
     """Average incremental accuracy against bytes per class, a line a method and form; bars: standard deviation."""
+    names = labels(lines)
     sizes = sorted({entry.size for line in lines.values() for entry in line})
     averages = [entry.averages.average_incremental_accuracy for line in lines.values() for entry in line]
     low = 10 * math.floor(min(value.mean - value.std for value in averages) / 10)
@@ -85,7 +88,7 @@ def accuracy_over_bytes(lines: Mapping[tuple[str, str], Sequence[Entry]], looks:
     axes.name_y("average incremental accuracy (%)")
     for (method, form), entries in lines.items():
         points = [(math.log(entry.size), entry.averages.average_incremental_accuracy) for entry in entries]
-        titles = [f"{looks.label(method, form)}, {entry.size:,} bytes" for entry in entries]
+        titles = [f"{names[method, form]}, {entry.size:,} bytes" for entry in entries]
         axes.line(points, titles, looks.look(method, form), bars=True)
     return axes.svg("bytes", "Average incremental accuracy against bytes per class") + _legend(lines, looks)
 
@@ -97,6 +100,7 @@ def accuracy_over_phases(
 
     name: of the figure; limits: of the y axis.
     """
+    names = labels(lines)
     seen = sorted({n for entry in lines.values() for n in entry.results.summary.classes_seen})
     axes = _Axes((seen[0], seen[-1]), limits)
     shown = seen[:: math.ceil(len(seen) / 8)]
@@ -105,13 +109,13 @@ def accuracy_over_phases(
     for (method, form), entry in lines.items():
         top1, classes = entry.averages.top1, entry.results.summary.classes_seen
         points = [(n, Spread(mean=m, std=s)) for n, m, s in zip(classes, top1.mean, top1.std, strict=True)]
-        titles = [f"{looks.label(method, form)}, {n} classes" for n in classes]
+        titles = [f"{names[method, form]}, {n} classes" for n in classes]
         axes.line(points, titles, looks.look(method, form), band=len(lines) <= 6)  # more bands hide each other
     return axes.svg(name, "Top-1 accuracy against classes seen") + _legend(lines, looks)
 
 
 def _legend(lines: Mapping[tuple[str, str], object], looks: Looks) -> str:
-    items = [f"<li>{looks.look(*line).swatch()} {escape(looks.label(*line))}</li>" for line in lines]
+    items = [f"<li>{looks.look(*line).swatch()} {escape(name)}</li>" for line, name in labels(lines).items()]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
