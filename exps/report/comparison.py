@@ -82,7 +82,7 @@ class Row:
 
 
 def table_rows(compared: Sequence[Entry]) -> list[Row]:
-    """A row for each run, by method and budget, the best by its first classifier first."""
+    """A row for each run, by method and budget; the best by its first classifier first, what is not comparable last."""
     by_run: dict[str, list[Entry]] = {}
     for entry in compared:
         by_run.setdefault(entry.name, []).append(entry)
@@ -91,7 +91,9 @@ def table_rows(compared: Sequence[Entry]) -> list[Row]:
         cells = {entry.classifier: _cell(entry, compared) for entry in entries}
         rows.append(Row(entries[0], cells, _unequal(entries[0], reference_of(entries[0], compared))))
     rows = [_with_best(row, rows) for row in rows]
-    return sorted(rows, key=lambda row: (row.group[0], row.group[1] or 0, -row.first.average.mean))
+    return sorted(
+        rows, key=lambda row: (row.group[0], row.group[1] or 0, not row.is_comparable, -row.first.average.mean)
+    )
 
 
 def _cell(entry: Entry, compared: Sequence[Entry]) -> Cell:
