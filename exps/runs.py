@@ -19,7 +19,8 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 MAIN, COMPRESS = ("main.py",), ("compress/run.py",)
 MEASURE = ("-m", "compress.measure")
-Input, Output = TypeVar("Input"), TypeVar("Output")
+Input = TypeVar("Input")
+Output = TypeVar("Output")
 
 PATIENCE = 60.0
 """Seconds that a command has for its checkpoint after SIGTERM, before it is killed."""

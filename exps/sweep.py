@@ -244,7 +244,9 @@ class Plan:
 
     def known(self, failed: Collection[str] = ()) -> tuple[list[Point], bool]:
         """The points that can be carried out by now, and whether more follow (`exps.grid.Points`)."""
-        validated, tested, more = [], [], False
+        validated: list[Point] = []
+        tested: list[Point] = []
+        more = False
         for method, row, budget in self.cells:
             candidates = [c for c in row.candidates if "error" not in self.measures["forms"][c.keys["syn_form"]]]
             if len(candidates) > 1:

@@ -87,7 +87,7 @@ def test_unfinished_runs_as_far_as_they_are(command, tmp_path):
         ("[]", "no results.json"),
         ('{"config": {}}', "runs: Field required"),
         ('{"config": {}, "runs": {}}', "runs: "),
-        ('{"config": {}, "runs": [{}]}', "runs.0.seed: Field required"),
+        ('{"config": {}, "runs": [{}]}', "runs.0.cnn: Field required"),
         ('{"config": {}, "runs": [], "runs": []}', "runs is given 2 times"),
         (b"\xff", "not in UTF-8"),
         (None, "can't be read"),

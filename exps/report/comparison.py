@@ -169,9 +169,9 @@ def _sentence(best: Cell, second: Cell) -> str:
 def as_cells(rows: Sequence[Row], *, bold: bool) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of the table as text.  bold: the best of a column in Markdown's asterisks."""
 
-    def figure(cell: Cell | None, key: str) -> str:
-        text = mean_std(cell and getattr(cell, key))
-        return f"**{text}**" if bold and cell and key in cell.best else text
+    def figure(cell: Cell, key: str) -> str:
+        text = mean_std(getattr(cell, key))
+        return f"**{text}**" if bold and key in cell.best else text
 
     used = [c for c in WORDS if any(c in row.cells for row in rows)]
     differences = [title for c in used for title in (WORDS[c], "- real", "- codec")]
@@ -185,8 +185,7 @@ def as_cells(rows: Sequence[Row], *, bold: bool) -> tuple[list[str], list[list[s
         line = [entry.model, label, f"{entry.probability:g}", budget, kept]
         for classifier in used:
             cell = row.cells.get(classifier)
-            pairs = [str(pair or "") for pair in (cell.to_real, cell.to_codec)] if cell else ["-", "-"]
-            line += [figure(cell, "average"), *pairs]
+            line += [figure(cell, "average"), str(cell.to_real or ""), str(cell.to_codec or "")] if cell else ["-"] * 3
         lines.append([*line, figure(row.first, "last"), figure(row.first, "forgetting"), str(row.n)])
     return header, lines
 

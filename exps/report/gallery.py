@@ -67,6 +67,7 @@ def _picture(path: Path) -> Image.Image:
 def _edge_map(paths: DatasetPaths, image: Path) -> np.ndarray:
     """HxWx3 uint8.  A coded map's size follows from the image's and the recorded settings."""
     label, kept = image.parent.name, paths.find_edge_map(image)
+    assert kept is not None, "looked for by the caller"
     recorded = recorded_settings(paths.folder("kept"), [label])[label] or {}
     names = {each.name for each in fields(HIGH)}
     form = Edges(replace(HIGH, **{name: value for name, value in recorded.items() if name in names}))

@@ -20,7 +20,7 @@ from exps.report import comparison, figures, pictures
 from exps.report.entries import REAL, Entry, Runs, areas, config_differences, entries, lines
 from exps.report.tables import mean_std, paired
 from utils.results.files import write_text
-from utils.results.records import CLASSIFIERS, Spread, load_results
+from utils.results.records import Classifier, Spread, load_results
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -85,7 +85,7 @@ def page(
 def _template() -> Template:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["mean_std"] = mean_std
-    environment.globals |= {"words": comparison.WORDS, "legend": comparison.LEGEND, "names": CLASSIFIERS}
+    environment.globals |= {"words": comparison.WORDS, "legend": comparison.LEGEND}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
@@ -132,13 +132,13 @@ def phase_figures(compared: Sequence[Entry], looks: figures.Looks) -> list[tuple
 
     All have the same range of accuracies.
     """
-    groups: dict[tuple[int | None, str], dict[tuple[str, str], Entry]] = {}
+    groups: dict[tuple[int | None, Classifier], dict[tuple[str, str], Entry]] = {}
     for entry in compared:
         alike = [e for e in compared if (e.budget, e.method, e.line) == (entry.budget, entry.method, entry.line)]
         form = entry.line if len(alike) == 1 else f"{entry.line}: {entry.name}"
         groups.setdefault((entry.budget, entry.classifier), {})[entry.method, form] = entry
     limits = figures.accuracy_limits(compared)
-    budgets, classifiers = ({group[part] for group in groups} for part in (0, 1))
+    budgets, classifiers = {budget for budget, _ in groups}, {classifier for _, classifier in groups}
     panels = []
     for (budget, classifier), group in groups.items():
         parts = [f"{budget:,} bytes per class"] if budget and len(budgets) > 1 else []

@@ -83,7 +83,7 @@ def form_rows(compared: Sequence[Entry], most: int = 4) -> tuple[list[str], list
         if any(kept or copy.is_file() for kept, copy in files):
             titles += [f"{form}: kept", f"{form}: comes back"]
             for image, row, (kept, copy) in zip(first, rows, files, strict=True):
-                size = kept and kept.stat().st_size
+                size = kept.stat().st_size if kept else None
                 row.append(_thumbnail(kept, size, f"{image.parent.name}: {form}, kept"))
                 row.append(_thumbnail(copy if copy.is_file() else None, None, f"{image.parent.name}: {form}, copy"))
     return (titles, rows) if len(titles) > 1 else ([], [])

@@ -63,7 +63,7 @@ def run(table: Table, row: Row, overrides: Sequence[str], *, only_print: bool) -
         return 0
     if code := follow(MAIN, *arguments):
         return code
-    results = shlex.quote(str(Path(config.output_dir) / "results.json"))
+    results = shlex.quote(str(Path(config.output_dir or "") / "results.json"))
     print(f"to keep its numbers: python -m exps.reproduce --record {results}")
     return 0
 

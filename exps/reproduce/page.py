@@ -58,7 +58,7 @@ def _note(table: Table, row: Row, entry: Mapping[str, Any]) -> str:
 
 def listing(tables: Sequence[Table], records: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows at 80 columns: published average and last accuracy, and recorded ones where there are any."""
-    lines = []
+    lines: list[str] = []
     for table in tables:
         lines += [*([""] if lines else []), *textwrap.wrap(table.title, WIDTH)]
         several = len(table.protocols) > 1
@@ -67,12 +67,11 @@ def listing(tables: Sequence[Table], records: Mapping[str, Mapping[str, Any]]) -
         for row in table.rows:
             entry = records.get(row.name)
             what = f"{row.dataset}, {row.protocol}" if several else row.method
-            rows.append(
-                (row.name, what, _pair(row.average, row.last), entry and _pair(entry["average"], entry["last"]))
-            )
-        if not any(recorded for *_, recorded in rows):
-            rows, header = [row[:3] for row in rows], header[:3]
-        lines.append(columns(header, [[cell or "" for cell in row] for row in rows], WIDTH, left=2))
+            recorded = _pair(entry["average"], entry["last"]) if entry else ""
+            rows.append([row.name, what, _pair(row.average, row.last), recorded])
+        if not any(row[-1] for row in rows):
+            rows, header = [row[:-1] for row in rows], header[:-1]
+        lines.append(columns(header, rows, WIDTH, left=2))
     return "\n".join(lines)
 
 

@@ -16,11 +16,14 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
 from utils.results.files import write_csv
 from utils.results.records import Phase
+
+if TYPE_CHECKING:
+    from tensorboardX.event_file_writer import EventsWriter
 
 COLUMNS = ("phase", "stage", "epoch", "learning_rate", "loss", "train_accuracy", "seconds")
 _CURVES = ("learning_rate", "loss", "train_accuracy", "seconds")
@@ -43,7 +46,7 @@ class History:
         self._step = 0  # the last epoch's
         self.rows = self._read()
         self._phase: int | None = None  # whose event file is open
-        self._events = None
+        self._events: EventsWriter | None = None
 
     def epoch(
         self,
@@ -138,6 +141,7 @@ class History:
                 self._add(first_step + int(row["epoch"]), {f"train/{key}": float(row[key]) for key in _CURVES})
 
     def _add(self, step: int, values: Mapping[str, float]) -> None:
+        assert self._events is not None, "opened"
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 

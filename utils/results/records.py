@@ -7,7 +7,7 @@ later versions are read and written again as they are.
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from annotated_types import MinLen
@@ -28,6 +28,23 @@ class Record(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         return self.model_dump(exclude_unset=True)
+
+
+Figures = TypeVar("Figures")
+
+
+class ByClassifier(Record, Generic[Figures]):
+    """Something of each classifier; None, or not set, where it is not used."""
+
+    cnn: Figures
+    nme: Figures | None = None
+    student: Figures | None = None
+    svm: Figures | None = None
+
+    @property
+    def classifiers(self) -> dict[Classifier, Figures]:
+        """Those that are used."""
+        return {name: figures for name in CLASSIFIERS if (figures := getattr(self, name)) is not None}
 
 
 class Metrics(Record):
@@ -105,15 +122,11 @@ class Seconds(Record):
     total: float = 0.0
 
 
-class Phase(Record):
+class Phase(ByClassifier[Metrics]):
     """One phase.  parameters: of all of the network; copies_on_demand: number made, None where all were made ahead."""
 
     phase: int = 0
     classes_seen: int
-    cnn: Metrics
-    nme: Metrics | None = None
-    student: Metrics | None = None
-    svm: Metrics | None = None
     memory: Memory
     parameters: int
     training: Training
@@ -145,7 +158,7 @@ class OverPhases(Record):
     per_class: dict[str, list[float | None]] = {}
 
 
-class ClassOrder(Record):
+class ClassOrder(ByClassifier[OverPhases]):
     """One class order.  class_names: in the order of learning; memory: after the last phase; seconds_reused: what the
     training of the reused network of phase 0 had taken, not in seconds."""
 
@@ -153,10 +166,6 @@ class ClassOrder(Record):
     finished: bool
     class_names: list[str]
     phases: Annotated[list[Phase], MinLen(1)]
-    cnn: OverPhases
-    nme: OverPhases | None
-    student: OverPhases | None = None
-    svm: OverPhases | None = None
     memory: Memory
     seconds: float
     seconds_reused: float
@@ -167,28 +176,28 @@ class ClassOrder(Record):
     ) -> "ClassOrder":
         """records: the trainer's, of the phases that are done; nb_phases: of all."""
         phases = [Phase.of_training(record, class_names) for record in records]
-        further = [name for name in ("student", "svm") if any(getattr(phase, name) is not None for phase in phases)]
-        return cls(
-            seed=seed,
-            finished=len(phases) == nb_phases,
-            class_names=list(class_names),
-            phases=phases,
-            memory=phases[-1].memory,
-            seconds=sum(phase.seconds.total for phase in phases),
-            seconds_reused=sum(phase.training.seconds for phase in phases if phase.training.reused),
-            **{name: _over_phases(phases, name, class_names) for name in ("cnn", "nme", *further)},
+        further = {name for phase in phases for name in phase.classifiers} - {"cnn", "nme"}
+        return cls.model_validate(
+            {
+                "seed": seed,
+                "finished": len(phases) == nb_phases,
+                "class_names": list(class_names),
+                "phases": phases,
+                **{name: _over_phases(phases, name, class_names) for name in ("cnn", "nme", *further)},
+                "memory": phases[-1].memory,
+                "seconds": sum(phase.seconds.total for phase in phases),
+                "seconds_reused": sum(phase.training.seconds for phase in phases if phase.training.reused),
+            }
         )
 
 
 def _over_phases(phases: Sequence[Phase], classifier: str, class_names: Sequence[str]) -> OverPhases | None:
-    """None where a phase has no such classifier; FOSTER's student in phase 0 is the network itself."""
-    by_phase = [
-        metrics if metrics is not None or classifier == "nme" else phase.cnn
-        for phase in phases
-        for metrics in (getattr(phase, classifier),)
-    ]
-    if None in by_phase:
+    """None where nearest means are not used; where another classifier is not, the head stands in, as in phase 0 for
+    FOSTER's student."""
+    found = [getattr(phase, classifier) for phase in phases]
+    if classifier == "nme" and None in found:
         return None
+    by_phase: list[Metrics] = [metrics or phase.cnn for metrics, phase in zip(found, phases, strict=True)]
     top1 = [metrics.top1 for metrics in by_phase]
     per_phase = [metrics.per_phase for metrics in by_phase]
     curves = itertools.zip_longest(*(metrics.per_class.values() for metrics in by_phase))
@@ -208,12 +217,6 @@ class Spread(Record):
     mean: float
     std: float
 
-    @classmethod
-    def of(cls, values: Sequence[float | None]) -> "Spread | None":
-        if (curve := Curve.of([None if value is None else [value] for value in values])) is None:
-            return None
-        return cls(mean=curve.mean[0], std=curve.std[0])
-
 
 class Curve(Record):
     """The same by phase."""
@@ -221,13 +224,14 @@ class Curve(Record):
     mean: list[float]
     std: list[float]
 
-    @classmethod
-    def of(cls, curves: Sequence[Sequence[float] | None]) -> "Curve | None":
-        if any(curve is None for curve in curves):
-            return None
-        array = np.asarray(curves, dtype=float)
-        std = array.std(axis=0, ddof=1) if len(array) > 1 else np.zeros(array.shape[1:])
-        return cls(mean=array.mean(axis=0).tolist(), std=std.tolist())
+
+def _spread(values: Sequence[Any]) -> dict[str, Any] | None:
+    """Of numbers, or of curves of equal length; None where one is None."""
+    if any(value is None for value in values):
+        return None
+    array = np.asarray(values, dtype=float)
+    std = array.std(axis=0, ddof=1) if len(array) > 1 else np.zeros(array.shape[1:])
+    return {"mean": array.mean(axis=0).tolist(), "std": std.tolist()}
 
 
 class Averages(Record):
@@ -241,23 +245,16 @@ class Averages(Record):
 
     @classmethod
     def of(cls, orders: Sequence[OverPhases | None]) -> "Averages | None":
-        finished = [order for order in orders if order is not None]
-        if len(finished) < len(orders):
+        if None in orders:
             return None
-        keys = ("average_incremental_accuracy", "forgetting", "forgetting_in_tens", "backward_transfer")
-        figures = {key: Spread.of([getattr(order, key) for order in finished]) for key in keys}
-        return cls.model_validate({**figures, "top1": Curve.of([order.top1 for order in finished])})
+        return cls.model_validate({key: _spread([getattr(order, key) for order in orders]) for key in cls.model_fields})
 
 
-class Summary(Record):
+class Summary(ByClassifier[Averages]):
     """Over class orders (seeds).  seconds: with the training of phase 0 also where a network was reused."""
 
     seeds: list[int]
     classes_seen: list[int]
-    cnn: Averages
-    nme: Averages | None
-    student: Averages | None = None
-    svm: Averages | None = None
     units: Spread | None
     bytes: Spread
     seconds: Spread
@@ -271,16 +268,11 @@ class Summary(Record):
                 "seeds": [order.seed for order in orders],
                 "classes_seen": [phase.classes_seen for phase in orders[0].phases],
                 **{name: Averages.of([getattr(order, name) for order in orders]) for name in names},
-                "units": Spread.of([order.memory.units_total for order in orders]),
-                "bytes": Spread.of([order.memory.bytes_total for order in orders]),
-                "seconds": Spread.of([order.seconds + order.seconds_reused for order in orders]),
+                "units": _spread([order.memory.units_total for order in orders]),
+                "bytes": _spread([order.memory.bytes_total for order in orders]),
+                "seconds": _spread([order.seconds + order.seconds_reused for order in orders]),
             }
         )
-
-    @property
-    def classifiers(self) -> dict[Classifier, Averages]:
-        """Those that all class orders have."""
-        return {name: averages for name in CLASSIFIERS if (averages := getattr(self, name)) is not None}
 
 
 class ResultsFile(Record):
