@@ -7,7 +7,7 @@ The file is a config that names everything but the method, for all methods; or i
     methods    an object: the name of each method of the table, and main.py's keys that it alone has, as {}
 Each run is main.py's, in <output>/<method>-<real or mix>: a finished run
 of the same settings is reused, a killed one goes on, one of other settings is named and left alone.  A method that
-keeps no exemplars runs once.  The table, in Markdown, has top-1 accuracy in percent, mean ± standard deviation over the
+keeps no exemplars runs once.  The table has top-1 accuracy in percent, mean ± standard deviation over the
 config's seeds; it is written to <output>/table.md too.  A method whose config main.py refuses is named, and the others
 are run.  The same command in several processes or on several machines shares the runs.
 """
