@@ -189,9 +189,8 @@ def test_a_signal_ends_the_runs_at_once_with_their_checkpoints(tmp_path, number)
     files = [tmp_path / f"{i}.txt" for i in range(2)]
     code = (
         "import sys; from exps import runs; from utils import cli\n"
-        "todo = {name: [name] for name in sys.argv[2:]}\n"
         "runs.MAIN = (sys.argv[1],)\n"
-        "sys.exit(cli.run(lambda: runs.side_by_side(todo, 2) and 1))"
+        "sys.exit(cli.run(lambda: len(runs.for_each(sys.argv[2:], lambda file: runs.call(runs.MAIN, file), 2))))"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "sleeper.py"), *map(str, files)]
     sweep = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True, text=True)

@@ -32,22 +32,22 @@ def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: i
     texts = paths.class_texts()
     rows = []
     for label in list(texts)[:most_classes]:
-        image = next((image for image in paths.images(label) if paths.find_edge_map(image)), None)
+        image = next((image for image in paths.images(label) if paths.find_kept(image)), None)
         if image is not None:
             rows.append((texts[label], image))
     if not rows:
-        raise UserError(f"{paths.folder('edge_maps')} has no edge maps yet: run compress/run.py first.")
-    there = [[copy for k in range(copies) if (copy := paths.copy(image, k)).is_file()] for _, image in rows]
-    if copies and not any(there):
-        raise UserError(f"{paths.folder('exemplars')} has no copies yet: run compress/run.py first, or set --copies 0.")
-    columns = ["image", "edge map", *(f"copy {k}" for k in range(max(map(len, there))))]
+        raise UserError(f"{paths.folder('kept')} has no edge maps yet: run compress/run.py first.")
+    existing = [[copy for k in range(copies) if (copy := paths.copy(image, k)).is_file()] for _, image in rows]
+    if copies and not any(existing):
+        raise UserError(f"{paths.folder('copies')} has no copies yet: run compress/run.py first, or set --copies 0.")
+    columns = ["image", "edge map", *(f"copy {k}" for k in range(max(map(len, existing))))]
     figure = Figure(figsize=(1.1 * len(columns) + 0.6, 1.1 * len(rows) + 0.3), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for axes, title in zip(grid[0], columns, strict=True):
         axes.set_title(title, fontsize=9)
-    for row, (text, image), of_image in zip(grid, rows, there, strict=True):
+    for row, (text, image), copy_files in zip(grid, rows, existing, strict=True):
         row[0].set_ylabel(drawn(text), fontsize=9)
-        pictures = [_picture(image), _edge_map(paths, image), *map(_picture, of_image)]
+        pictures = [_picture(image), _edge_map(paths, image), *map(_picture, copy_files)]
         for axes, picture in zip(row, pictures, strict=False):
             axes.imshow(picture)
             axes.set_xticks([])
@@ -66,7 +66,7 @@ def _picture(path: Path) -> Image.Image:
 
 def _edge_map(paths: DatasetPaths, image: Path) -> np.ndarray:
     """HxWx3 uint8.  A coded map's size follows from the image's and the recorded settings."""
-    label, kept = image.parent.name, paths.find_edge_map(image)
+    label, kept = image.parent.name, paths.find_kept(image)
     assert kept is not None, "looked for by the caller"
     recorded = recorded_settings(paths.folder("kept"), [label])[label] or {}
     names = {each.name for each in fields(HIGH)}

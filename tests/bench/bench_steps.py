@@ -41,7 +41,7 @@ from compress.forms import pixels
 from compress.generators import build
 from compress.measures import batch, edges_found, predicted, trained
 from compress.options import parse_settings
-from exps.runs import side_by_side
+from exps.runs import MAIN, call, for_each, last_words, threads
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.results.files import write_json, write_text
@@ -178,7 +178,7 @@ class Training:
 
     def carry_out(self) -> None:
         """Make the runs that are not finished; one first, which trains phase 0 for all.  Exits where one fails."""
-        todo = [setting for setting in self.settings if not self.scores(setting)]
+        todo, jobs = [setting for setting in self.settings if not self.scores(setting)], self.options.jobs
         for part in (todo[-1:], todo[:-1]):
             runs = {}
             for setting in part:
@@ -186,7 +186,9 @@ class Training:
                 where = [f"output_dir={folder}", f"variant={folder.name}", f"data_dir={self.output / 'data'}"]
                 where += [f"phase0_cache={self.output / 'phase0_cache'}"]
                 runs[setting.text] = [*self.keys(setting), *where]
-            if failed := side_by_side(runs, self.options.jobs):
+            done = for_each(runs.values(), lambda words: call(MAIN, *words, **threads(jobs)), jobs)
+            failed = {name: last_words(run) for name, run in zip(runs, done, strict=True) if run.returncode}
+            if failed:
                 raise SystemExit("\n".join(f"{name}: {words}" for name, words in failed.items()))
 
 
