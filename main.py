@@ -31,8 +31,8 @@ from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
 from utils.data.published import FETCHED, class_lists, curate_command, labels
 from utils.early import check_files
 from utils.errors import UserError
-from utils.results import report
 from utils.results.output import Output, seed_folder
+from utils.results.records import CLASSIFIERS, ClassOrder, ResultsFile
 
 if TYPE_CHECKING:
     from compress.training.exemplars import ExemplarPlan
@@ -106,8 +106,10 @@ def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
     return catalogue.methods() if kind == "methods" else catalogue.backbones()
 
 
-def run(config: Config) -> dict[str, Any]:
-    """The experiment.  Returns what it writes to results.json (`utils.results.report` describes it)."""
+def run(config: Config) -> ResultsFile:
+    """The experiment.  Returns what it writes to results.json."""
+    from exps.report.screen import table
+
     experiment = prepare(config)
     try:
         for seed in experiment.orders:
@@ -118,9 +120,10 @@ def run(config: Config) -> dict[str, Any]:
         stop.going_on = f"the same command {going_on}"  # type: ignore[attr-defined]  # `utils.cli` says so
         raise
     experiment.fabric.barrier()  # wait until rank 0 has written: an early exit looks like a crash to the others
-    file = experiment.output.folder / "results.json"
-    log.info("\n%s\n\nresults: %s", report.table({config.model_name: experiment.results}), file)
-    return experiment.results
+    folder, results = experiment.output.folder, experiment.results
+    shown = table({config.model_name: (folder, results.compared())})
+    log.info("\n%s\n\nresults: %s", shown, folder / "results.json")
+    return results
 
 
 def prepare(config: Config) -> "Experiment":
@@ -128,6 +131,7 @@ def prepare(config: Config) -> "Experiment":
     config, paths = dataset_of(config)
     # torch and what needs it are imported here: a config with a mistake, or a missing dataset, is answered at once.
     from compress.training.exemplars import plan_exemplars
+    from exps.report.page import write_page
     from models.training.method import fresh_backbone, network_input
     from utils.data.cache import open_cache
     from utils.devices import accelerator, check_compiler, launch
@@ -153,7 +157,7 @@ def prepare(config: Config) -> "Experiment":
     if config.phase0_cache:
         check_folder("phase0_cache", Path(config.phase0_cache))
     assert config.output_dir is not None  # load_config fills it in
-    output = Output(config, Path(config.output_dir))
+    output = Output(config, Path(config.output_dir), write_page)
     if fabric.is_global_zero:
         output.claim()
     logs.start(output.folder / "log.txt", quiet=not fabric.is_global_zero)
@@ -182,7 +186,7 @@ class Experiment:
     output: Output
     phase0_cache: Path
     pixels: "PictureCache | None"
-    results: dict[str, Any] = field(default_factory=dict)
+    results: ResultsFile = field(default_factory=lambda: ResultsFile.of({}, []))
     """Of all class orders so far."""
 
     def run(self, seed: int) -> None:
@@ -209,12 +213,14 @@ class Experiment:
     def write(self, seed: int, records: Sequence[dict[str, Any]]) -> None:
         """Write the records of a class order's phases so far."""
         data = self.orders[seed]
-        entry = report.run_entry(seed, data.class_names, records, data.nb_phases)
+        order = ClassOrder.of_training(seed, data.class_names, records, data.nb_phases)
         warn_of_one_class(records[-1], data.class_names)
-        if self.fabric.is_global_zero:
-            self.results = self.output.write(entry, [record["cnn"]["confusion"] for record in records])
-        else:
-            self.results = report.results({}, [entry])
+        if not self.fabric.is_global_zero:
+            self.results = ResultsFile.of({}, [order])
+            return
+        measured = [name for name in CLASSIFIERS if all(record.get(name) is not None for record in records)]
+        confusions = {name: [record[name]["confusion"] for record in records] for name in measured}
+        self.results = self.output.write(order, confusions)
 
 
 def class_orders(config: Config, paths: DatasetPaths, network_input: "NetworkInput | None") -> "dict[int, DataManager]":

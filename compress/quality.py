@@ -33,7 +33,7 @@ from compress.settings import at_least_one
 from utils import cli
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
-from utils.results import report
+from utils.results.files import write_json
 
 SIDE = 32
 """Pixels a side that the classifier sees."""
@@ -237,7 +237,7 @@ def command(arguments: Sequence[str] | None) -> int:
     if options.json:
         made_by = recorded_settings(paths.folder("copies"), measures["classes"])
         about = {"dataset": paths.dataset, "form": form.name, "variant": paths.variant, "made_by": made_by}
-        report.write_json(options.json, {**about, **measures})
+        write_json(options.json, {**about, **measures})
     return 0
 
 

@@ -7,7 +7,7 @@ The file is a config that names everything but the method, for all methods; or i
     methods    an object: the name of each method of the table, and main.py's keys that it alone has, as {}
 Each run is main.py's, in <output>/<method>-<real or mix>: a finished run
 of the same settings is reused, a killed one goes on, one of other settings is named and left alone.  A method that
-keeps no exemplars runs once.  The table, in Markdown, has top-1 accuracy in percent, mean ± standard deviation over the
+keeps no exemplars runs once.  The table has top-1 accuracy in percent, mean ± standard deviation over the
 config's seeds; it is written to <output>/table.md too.  A method whose config main.py refuses is named, and the others
 are run.  The same command in several processes or on several machines shares the runs.
 """
@@ -17,18 +17,20 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from exps.grid import carry_out
+from exps.grid import finish
 from exps.points import Point, checked_config, finished
+from exps.report.entries import Entry, entries
+from exps.report.tables import columns, markdown, mean_std
 from exps.runs import at_least_one
 from models import catalogue
 from utils import cli
 from utils.config.read import read_json
 from utils.config.schema import as_dict
 from utils.errors import UserError
-from utils.results import report
-from utils.results.show import curves
+from utils.results.files import write_text
+from utils.results.records import Results
 
 MEMORIES = {
     "real": ("real_per_class=null", "syn_per_class=0", "augmentation_prob=0"),  # null: as many as the budget holds
@@ -69,33 +71,22 @@ def point_of(file: Path, method: str, memory: str, overrides: Sequence[str], out
     return Point(f"{method}, {memory}", output / f"{method}-{memory}", config, ("--config", str(file), *words), phase0)
 
 
-def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """Markdown.  results: memory -> method -> results.json.  A classifier by nearest means has a row of its own."""
-    columns = ("average", "forgetting", "s")
-    header = ["method", *(f"{memory}: {column}" for memory in MEMORIES for column in columns)]
-    lines: dict[str, dict[str, tuple]] = {}
-    for memory, of_memory in results.items():
-        for name, (summary, classifier) in curves(of_memory).items():
-            metrics = summary[classifier]
-            values = (metrics["average_incremental_accuracy"], metrics["forgetting"], summary["seconds"])
-            lines.setdefault(name, {})[memory] = values
-    rows = [header, ["---"] * len(header)]
-    for name in sorted(lines):
-        row = [name]
-        for memory in MEMORIES:
-            if (values := lines[name].get(memory)) is None:
-                row += [""] * len(columns)
-                continue
-            row += [_cell(value, digits) for value, digits in zip(values, (1, 1, 0), strict=True)]
-        rows.append(row)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def table(results: Mapping[str, Mapping[str, Results]]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows).  results: memory -> method -> results.  A classifier by nearest means has a row of its own."""
+    lines: dict[str, dict[str, Entry]] = {}
+    for memory, by_method in results.items():
+        for entry in entries({method: (Path(), of_method) for method, of_method in by_method.items()}):
+            lines.setdefault(entry.title, {})[memory] = entry
+    header = ["method", *(f"{memory}: {title}" for memory in MEMORIES for title in ("average", "forgetting", "s"))]
+    rows = [[name, *(cell for m in MEMORIES for cell in _cells(lines[name].get(m)))] for name in sorted(lines)]
+    return header, rows
 
 
-def _cell(value: Mapping[str, float] | None, digits: int) -> str:
-    if value is None:
-        return "-"
-    spread = f" ± {value['std']:.{digits}f}" if digits and value["std"] > 0 else ""
-    return f"{value['mean']:,.{digits}f}{spread}"
+def _cells(entry: Entry | None) -> list[str]:
+    if entry is None:
+        return ["", "", ""]
+    averages, seconds = entry.averages, entry.results.summary.seconds
+    return [mean_std(averages.average_incremental_accuracy), mean_std(averages.forgetting), f"{seconds.mean:,.0f}"]
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -120,23 +111,19 @@ def compare(options: argparse.Namespace) -> int:
     if not points:
         raise UserError(next(iter(refused.values())))
     wanted = [point for (memory, _), point in points.items() if options.only in (None, memory)]
-    outcome = carry_out(lambda failed: (wanted, False), options.jobs)
-    failed = {**refused, **outcome.failed}
-    if outcome.elsewhere:
-        print(f"other processes work on {len(outcome.elsewhere)} runs, and write the table when they are done:")
-        print(*(f"  {task}" for task in outcome.elsewhere), sep="\n")
-    else:
-        results: dict[str, dict[str, Mapping]] = {memory: {} for memory in MEMORIES}
+
+    def write() -> None:
+        results: dict[str, dict[str, Results]] = {memory: {} for memory in MEMORIES}
         for (memory, method), point in points.items():
             if (done := finished(point)) is not None:
                 results[memory][method] = done
         if any(results.values()):
-            text = table(results)
-            print(text)
-            report.write_text(output / "table.md", text + "\n")
-    for name, words in failed.items():
-        print(f"{name}: {words}", file=sys.stderr)
-    return 1 if failed else 0
+            cells = table(results)
+            print(columns(*cells))
+            write_text(output / "table.md", markdown(*cells) + "\n")
+
+    problems = [f"{name}: {words}" for name, words in refused.items()]
+    return finish(lambda failed: (wanted, False), options.jobs, write, problems)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

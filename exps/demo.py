@@ -40,7 +40,7 @@ def demo(seeds: list[int]) -> None:
     where, copies = f"--dataset {config['dataset']}", config["augmentations_per_image"]
     run("-m utils.curate digits")
     run(f"compress/run.py {where} --limit 2 --seeds {copies} {settings}")
-    run(f"-m compress.gallery {where} --copies {copies} {OUTPUT / 'exemplars.png'}")
+    run(f"-m exps.report.gallery {where} --copies {copies} {OUTPUT / 'exemplars.png'}")
     forms = ",".join(dict.fromkeys([*sweep.kept, "webp:5@14", "edges@14"]))
     budget = ",".join(map(str, sweep.budgets))
     run(f"-m exps.pareto --dry-run {where} --budgets {budget} --forms {forms} --settings='{settings}'")

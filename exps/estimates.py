@@ -1,6 +1,5 @@
 """How long a sweep will take and what it will write, from short measurements."""
 
-import csv
 import json
 import math
 import tempfile
@@ -9,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from exps.points import Point
+from exps.report.tables import columns
 from exps.runs import MAIN, call, last_words
 from exps.sweep import Candidate, Plan, Sweep, made_ahead
-from utils.errors import UserError
-from utils.results import report
+from utils.results.files import write_json
+from utils.results.records import load_results
 
 
 def exemplars(
@@ -40,54 +40,21 @@ def training_seconds(keys: Mapping[str, Any]) -> tuple[float, float, int]:
     with tempfile.TemporaryDirectory() as folder:
         short = {"init_epoch": 1, "epochs": 1, "init_milestones": [], "milestones": [], "seed": keys["seed"][:1]}
         whole_file, short_file = Path(folder) / "whole.json", Path(folder) / "short.json"
-        report.write_json(whole_file, keys)
-        report.write_json(short_file, {**keys, **short})
+        write_json(whole_file, keys)
+        write_json(short_file, {**keys, **short})
         whole = call(MAIN, "--config", str(whole_file), "--show-config")
         done = call(MAIN, "--config", str(short_file), f"output_dir={folder}/out", f"phase0_cache={folder}/cache")
         if done.returncode or whole.returncode:
             print(f"the time of {keys['model_name']} is unknown: {last_words(done if done.returncode else whole)}")
             return math.nan, math.nan, 0
-        (run,) = report.load_results(Path(folder) / "out")["runs"]
+        (order,) = load_results(Path(folder) / "out").runs
         epochs = json.loads(whole.stdout)
-        phases = [phase["seconds"] for phase in run["phases"]]
-        other = [seconds["total"] - seconds["train"] for seconds in phases]
-        first = phases[0]["train"] * epochs["init_epoch"]
-        later = sum(seconds["train"] for seconds in phases[1:]) * epochs["epochs"] + sum(other)
+        phases = [phase.seconds for phase in order.phases]
+        other = sum(seconds.total - seconds.train for seconds in phases)
+        first = phases[0].train * epochs["init_epoch"]
+        later = sum(seconds.train for seconds in phases[1:]) * epochs["epochs"] + other
         size = sum(file.stat().st_size for file in (Path(folder) / "out").rglob("*") if file.is_file())
         return first, later, size
-
-
-def class_order_hours(config: Mapping[str, Any]) -> tuple[float, list[str]]:
-    """(hours of one class order here, what they leave out), from a run with two epochs of each kind.
-
-    config: main.py's, checked and whole.  Raises UserError where that run fails.
-    """
-    epochs = [key for key, value in config.items() if key in ("epochs", "init_epoch") or key.endswith("_epochs")]
-    short = {key: min(2, config[key]) for key in epochs}
-    short |= {"init_milestones": [], "milestones": [], "seed": config["seed"][:1], "prefix": "", "compile": False}
-    notes = []
-    if config["syn_per_class"] or config["augmentation_prob"]:
-        short |= {"real_per_class": None, "syn_per_class": 0, "augmentation_prob": 0.0}
-        notes.append("without copies, which compress/run.py --dry-run tells")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "short.json"
-        report.write_json(file, {**config, **short, "output_dir": f"{folder}/out", "phase0_cache": f"{folder}/cache"})
-        done = call(MAIN, "--config", str(file))
-        if done.returncode:
-            raise UserError(last_words(done))
-        (run,) = report.load_results(Path(folder) / "out")["runs"]
-        seconds = sum(phase["seconds"]["total"] - phase["seconds"]["train"] for phase in run["phases"])
-        (log,) = Path(folder).rglob("epochs.csv")
-        with log.open(newline="") as lines:
-            rows = list(csv.DictReader(lines))
-    later = ["epochs", *(key for key in epochs if key not in ("epochs", "init_epoch"))]
-    for phase in {row["phase"] for row in rows}:
-        last = {row["stage"]: float(row["seconds"]) for row in rows if row["phase"] == phase}  # the second epoch's
-        keys = ["init_epoch"] if phase == "0" else later
-        if len(keys) != len(last):
-            keys = [keys[0]] * len(last)
-        seconds += sum(config[key] * each for key, each in zip(keys, last.values(), strict=True))
-    return seconds / 3600, notes
 
 
 HEADER = ("form", "p", "bytes each", "budget", "R + S", "bytes per class", "units per class", "copies", "disk, MB")
@@ -101,7 +68,8 @@ def tell(plan: Plan, known: Sequence[Point], todo: Sequence[Point]) -> None:
         f"{sweep.config['dataset']}: {classes} classes of at least {most} train images, {real_bytes:,.0f} bytes each "
         f"(means of {measures['images']} images)\n"
     )
-    rows, made = [HEADER], {}
+    rows: list[tuple[str, ...]] = []
+    made: dict[str, tuple[int, int]] = {}  # form -> copies, images
     for candidate in sweep.candidates:
         if "error" in measures["forms"][candidate.keys["syn_form"]]:
             continue
@@ -109,10 +77,7 @@ def tell(plan: Plan, known: Sequence[Point], todo: Sequence[Point]) -> None:
             rows.append(_row(plan, candidate, budget))
         form, images, number = _copies(plan, candidate)
         made[form] = max(made.get(form, (0, 0)), (images * number, images))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for cells in rows:
-        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
-        print("  ".join(padded).rstrip())
+    print(columns(HEADER, rows))
     print(
         "\nR + S: real exemplars and those of the form. 1 unit: the raw bits of one real image; -: not in the paper.\n"
         "Copies: of all train images where p is above 0, else of the chosen exemplars; all runs share them."

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from exps.gpus import gpu
 from exps.points import Point, Task, done_orders, refusal, results_of
 from exps.runs import MAIN, call, last_words, pool_of, threads
-from utils.results import report
+from utils.results.files import write_json, write_text
 
 BUSY = "another process is working on"
 """main.py's words where another process, such as one of a sweep that was killed, works on a class order."""
@@ -126,8 +126,8 @@ class Grid:
     def _has_phase_0(self, task: Task) -> bool:
         """Whether a run with the same phase 0 has trained it: this one can take its network."""
         alike = [point for point in self.known if point.phase0 is not None and point.phase0 == task.point.phase0]
-        found = [results for point in alike if (results := results_of(point)) is not None]
-        return any(entry["seed"] == task.seed and entry["phases"] for of in found for entry in of["runs"])
+        orders = [order for point in alike if (results := results_of(point)) for order in results.runs]
+        return any(order.seed == task.seed for order in orders)
 
     def _phase_0_is_trained_by_another(self, task: Task) -> bool:
         if task.point.phase0 is None:
@@ -144,7 +144,7 @@ class Grid:
         """In a thread: main.py for one class order."""
         (task.folder / FAILED).unlink(missing_ok=True)
         if task.point.keys is not None:
-            report.write_json(task.point.folder / "point.json", task.point.keys)
+            write_json(task.point.folder / "point.json", task.point.keys)
         words = [*task.point.arguments, f"seed=[{task.seed}]", f"output_dir={task.point.folder}"]
         with gpu(task.point.config.get("device")) as variables:
             return call(MAIN, *words, **threads(self.jobs), **variables)
@@ -163,13 +163,30 @@ class Grid:
             elif BUSY not in result.stderr:
                 words = last_words(result) if result.returncode else "it ended, but its results are of another config"
                 self.failed_tasks[task] = words
-                report.write_text(task.folder / FAILED, words)
+                write_text(task.folder / FAILED, words)
             claim.close()
 
 
 def carry_out(points: Points, jobs: int) -> Outcome:
     """Carry out a grid's tasks together with the other processes that do so."""
     return Grid(points, jobs).carry_out()
+
+
+def finish(points: Points, jobs: int, write: Callable[[], None], problems: list[str]) -> int:
+    """Carry out a grid, then write its table, unless other processes still work on its runs.  Returns the exit code.
+
+    problems: what can't be done; what fails is added, and all are printed at the end.
+    """
+    outcome = carry_out(points, jobs)
+    problems += [f"{name}: {words}" for name, words in outcome.failed.items()]
+    if outcome.elsewhere:
+        print(f"other processes work on {len(outcome.elsewhere)} runs, and write the table when they are done:")
+        print(*(f"  {task}" for task in outcome.elsewhere), sep="\n")
+    else:
+        write()
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
 
 
 def watch(points: Points, running: Callable[[], bool], seconds: float) -> None:
@@ -188,8 +205,8 @@ def _show(bar: tqdm, tasks: Sequence[Task], running: Collection[Task]) -> None:
     bar.n = sum(task.seed in done_orders(task.point) for task in tasks)
     parts = []
     for task in running:
-        entries = (results_of(task.point) or {"runs": []})["runs"]
-        phases = sum(len(entry["phases"]) for entry in entries if entry["seed"] == task.seed)
+        results = results_of(task.point)
+        phases = sum(len(order.phases) for order in (results.runs if results else ()) if order.seed == task.seed)
         parts.append(f"{task}: {phases} phase{'s' * (phases != 1)} done")
     bar.set_postfix_str("; ".join(sorted(parts)), refresh=False)
     bar.update(0)

@@ -36,18 +36,18 @@ from pathlib import Path
 from filelock import FileLock
 
 from exps.estimates import tell
-from exps.grid import carry_out
+from exps.grid import finish
 from exps.points import Point, finished, refusal, results_of
+from exps.report.comparison import as_cells, as_markdown, notes, table_rows, verdict
+from exps.report.entries import entries
+from exps.report.tables import columns
 from exps.runs import COMPRESS, at_least_one, call, for_each, last_words, measured, threads
 from exps.submit import submit
 from exps.sweep import REAL, Candidate, Plan, Row, Sweep, check, made_ahead, read
 from utils import cli
 from utils.data.paths import data_dir, find_dataset
 from utils.errors import UserError
-from utils.results import report
-from utils.results.comparison import markdown, rows_of, verdict
-from utils.results.entries import entries
-from utils.results.history import write_csv
+from utils.results.files import write_csv, write_text
 
 
 def encode(plan: Plan, todo: Sequence[Point], jobs: int) -> dict[str, str]:
@@ -87,8 +87,8 @@ def encode(plan: Plan, todo: Sequence[Point], jobs: int) -> dict[str, str]:
 def over_budget(point: Point) -> str | None:
     """What is wrong where a run kept more bytes than its budget, which no run should."""
     results, budget = results_of(point), point.config["memory_bytes_per_class"]
-    phases = [phase for run in results["runs"] for phase in run["phases"]]
-    most = max((phase["memory"].get("bytes_per_class_max") or 0 for phase in phases), default=0)
+    phases = [phase for order in (results.runs if results else ()) for phase in order.phases]
+    most = max((phase.memory.bytes_per_class_max or 0 for phase in phases), default=0)
     return f"a class took {most:,} bytes of {budget:,}" if most > budget else None
 
 
@@ -102,28 +102,27 @@ COLUMNS = (
 def write(plan: Plan, done: Sequence[Point], problems: Sequence[str]) -> str:
     """Write table.md, table.csv and report.html of the finished runs.  Returns the table, and what it says."""
     sweep = plan.sweep
-    contents = {point.name: (point.folder, finished(point)) for point in done}
+    runs = {point.name: (point.folder, results) for point in done if (results := finished(point))}
     labels = {point.name: _label(plan, point) for point in done}
-    compared = entries(contents, labels)
+    compared = entries(runs, labels)
     cells = []
     for entry in compared:
-        for run in entry.runs:
-            scores, memory = run[entry.classifier], run["memory"]
-            score = [scores["average_incremental_accuracy"], scores["top1"][-1], scores["forgetting"]]
-            kept = [memory["bytes_total"], memory["nb_real"], memory["nb_synthetic"], run["seconds"]]
-            first = [entry.model, entry.classifier, entry.label, entry.probability, entry.budget, run["seed"]]
-            cells.append([*first, *score, *kept])
+        for order in entry.orders:
+            scores, memory = getattr(order, entry.classifier), order.memory
+            first = [entry.model, entry.classifier, entry.label, entry.probability, entry.budget, order.seed]
+            score = [scores.average_incremental_accuracy, scores.top1[-1], scores.forgetting]
+            cells.append([*first, *score, memory.bytes_total, memory.nb_real, memory.nb_synthetic, order.seconds])
     write_csv(sweep.output / "table.csv", COLUMNS, cells)
-    rows = rows_of(compared)
-    table, conclusion = markdown(rows), "\n".join(f"- {line}" for line in verdict(rows))
-    report.write_text(sweep.output / "table.md", f"{conclusion}\n\n{table}\n")
-    from utils.results.page import page  # imports Jinja2 and matplotlib
+    rows = table_rows(compared)
+    conclusion = "\n".join(f"- {line}" for line in verdict(rows))
+    write_text(sweep.output / "table.md", f"{conclusion}\n\n{as_markdown(rows)}\n")
+    from exps.report.page import page  # imports Jinja2
 
     title = f"Exemplar forms at equal bytes: {sweep.config['dataset']}, {', '.join(sweep.methods)}"
     missing = [f"Missing: {problem}" for problem in problems]
     file = sweep.output / "report.html"
-    report.write_text(file, page(contents, title, [*_notes(plan), *missing], labels=labels, file=file))
-    return f"{table}\n\n{conclusion}"
+    write_text(file, page(runs, title, [*_notes(plan), *missing], labels=labels, file=file))
+    return "\n\n".join([columns(*as_cells(rows, bold=False), left=2), *notes(rows), conclusion])
 
 
 def _label(plan: Plan, point: Point) -> str:
@@ -177,22 +176,15 @@ def pareto(options: argparse.Namespace) -> int:
         found, more = plan.known(failed)
         return [p for p in found if not (p.config["syn_form"] in unmade and p.config["regenerate"] == "ahead")], more
 
-    outcome = carry_out(points, options.jobs)
-    problems += [f"{name}: {words}" for name, words in outcome.failed.items()]
-    if outcome.elsewhere:
-        print(f"other processes work on {len(outcome.elsewhere)} runs, and write the page when they are done:")
-        print(*(f"  {task}" for task in outcome.elsewhere), sep="\n")
-    else:
+    def write_finished() -> None:
         done = [point for point in plan.tested() if finished(point) is not None]
-        for point in list(done):
-            if wrong := over_budget(point):
-                problems.append(f"{point}: {wrong}")
-                done.remove(point)
-        if done:
+        wrong = {point: words for point in done if (words := over_budget(point))}
+        problems.extend(f"{point}: {words}" for point, words in wrong.items())
+        if done := [point for point in done if point not in wrong]:
             print(write(plan, done, problems))
             print(f"\n{sweep.output}/: report.html, table.md, table.csv", file=sys.stderr)
-    print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
-    return 1 if problems else 0
+
+    return finish(points, options.jobs, write_finished, problems)
 
 
 def _budget_only(options: argparse.Namespace) -> int:

@@ -14,8 +14,9 @@ from utils.config.read import load_config
 from utils.config.schema import Config, as_dict, differences
 from utils.data.paths import data_dir
 from utils.errors import UserError
-from utils.results import report
+from utils.results.files import write_json
 from utils.results.output import seed_folder
+from utils.results.records import ClassOrder, Results, ResultsFile, load_results
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,14 @@ def checked_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The whole config that main.py makes of some keys.  Raises UserError that lists what is wrong."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
-        report.write_json(file, keys)
+        write_json(file, keys)
         try:
             return as_dict(checked_config(file))
         except UserError as error:
             raise UserError(str(error).replace(f"{file}: ", "")) from None
 
 
-def results_of(point: Point) -> Mapping[str, Any] | None:
+def results_of(point: Point) -> Results | None:
     """A point's results.json; None where it has no finished phase or can't be read."""
     file = point.folder / "results.json"
     try:
@@ -83,8 +84,8 @@ def results_of(point: Point) -> Mapping[str, Any] | None:
 
 
 @lru_cache(maxsize=2048)
-def _results(file: Path, time_ns: int, size: int) -> Mapping[str, Any]:
-    return report.load_results(file)
+def _results(file: Path, time_ns: int, size: int) -> Results:
+    return load_results(file)
 
 
 def refusal(point: Point) -> str | None:
@@ -92,7 +93,7 @@ def refusal(point: Point) -> str | None:
     results = results_of(point)
     if results is None:
         return None
-    done = _as_asked(point.config, results["config"])
+    done = _as_asked(point.config, results.config)
     differing = differences(point.config, done)
     if (own := data_dir(point.config.get("data_dir"))) != (other := data_dir(done.get("data_dir"))):
         differing.append(f"data_dir: {other} -> {own}")
@@ -120,17 +121,17 @@ def _is_deterministic(form: str) -> bool:
         return False
 
 
-def done_orders(point: Point) -> dict[int, Mapping[str, Any]]:
-    """The entries of results.json of the class orders that are asked for and finished."""
+def done_orders(point: Point) -> dict[int, ClassOrder]:
+    """The class orders that are asked for and finished, by seed."""
     results = results_of(point)
     if results is None or refusal(point):
         return {}
-    return {entry["seed"]: entry for entry in results["runs"] if entry["finished"] and entry["seed"] in point.seeds}
+    return {order.seed: order for order in results.runs if order.finished and order.seed in point.seeds}
 
 
-def finished(point: Point) -> Mapping[str, Any] | None:
+def finished(point: Point) -> Results | None:
     """Results of exactly the class orders that are asked for; None where one is not finished or the config differs."""
-    done = done_orders(point)
-    if len(done) < len(set(point.seeds)):
+    done, results = done_orders(point), results_of(point)
+    if results is None or len(done) < len(set(point.seeds)):
         return None
-    return report.results(results_of(point)["config"], [done[seed] for seed in sorted(done)])
+    return ResultsFile.of(results.config, [done[seed] for seed in sorted(done)]).compared()

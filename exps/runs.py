@@ -7,19 +7,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from utils import log as logs
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN, COMPRESS = ("main.py",), ("compress/run.py",)
 MEASURE = ("-m", "compress.measure")
-Input, Output = TypeVar("Input"), TypeVar("Output")
+Input = TypeVar("Input")
+Output = TypeVar("Output")
 
 PATIENCE = 60.0
 """Seconds that a command has for its checkpoint after SIGTERM, before it is killed."""
@@ -161,21 +161,3 @@ def for_each(values: Iterable[Input], function: Callable[[Input], Output], jobs:
     """A function's results, in the values' order; each call waits for a command, `jobs` (one a core) at a time."""
     with pool_of(jobs or nb_cores()) as pool:
         return list(pool.map(function, values))
-
-
-def side_by_side(todo: Mapping[Hashable, Sequence[str]], jobs: int) -> dict[Hashable, str]:
-    """Run main.py with each value's arguments, `jobs` at a time, sharing the cores equally.
-
-    Returns the last words of what failed, by key.
-    """
-    failed = {}
-    with pool_of(jobs) as pool, logs.progress(len(todo), "runs") as bar:
-        futures = {pool.submit(call, MAIN, *arguments, **threads(jobs)): key for key, arguments in todo.items()}
-        waiting: set[Future] = set(futures)
-        while waiting:
-            done, waiting = wait(waiting, timeout=1, return_when="FIRST_COMPLETED")
-            for future in done:
-                if (result := future.result()).returncode:
-                    failed[futures[future]] = last_words(result)
-                bar.update()
-    return failed

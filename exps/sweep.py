@@ -5,7 +5,6 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from exps.points import Point, checked_keys, finished
@@ -245,7 +244,9 @@ class Plan:
 
     def known(self, failed: Collection[str] = ()) -> tuple[list[Point], bool]:
         """The points that can be carried out by now, and whether more follow (`exps.grid.Points`)."""
-        validated, tested, more = [], [], False
+        validated: list[Point] = []
+        tested: list[Point] = []
+        more = False
         for method, row, budget in self.cells:
             candidates = [c for c in row.candidates if "error" not in self.measures["forms"][c.keys["syn_form"]]]
             if len(candidates) > 1:
@@ -271,10 +272,10 @@ class Plan:
         for candidate, point in points.items():
             if (results := finished(point)) is None:
                 return None
-            classifier = self.sweep.tune_by if results["summary"].get(self.sweep.tune_by) else "cnn"
-            orders = [run[classifier]["average_incremental_accuracy"] for run in results["runs"]]
-            scores[candidate] = fmean(orders)
-        return max(scores, key=scores.get, default=None)
+            classifiers = results.summary.classifiers
+            averages = classifiers["nme" if self.sweep.tune_by == "nme" and "nme" in classifiers else "cnn"]
+            scores[candidate] = averages.average_incremental_accuracy.mean
+        return max(scores, key=lambda candidate: scores[candidate], default=None)
 
     def _validation(self, method: str, row: Row, candidate: Candidate, budget: int) -> Point:
         name = f"{method}, {candidate}, {budget:,} bytes, validation"

@@ -10,7 +10,8 @@ from filelock import FileLock, Timeout
 
 from exps import grid, points
 from utils.config.read import read_json
-from utils.results import report
+from utils.results.files import write_json
+from utils.results.records import ClassOrder, ResultsFile, read_results
 
 KEYS = {"dataset": "D", "init_cls": 2, "increment": 2, "convnet_type": "resnet8", "model_name": "replay"}
 
@@ -21,7 +22,7 @@ def point(folder: Path, name: str = "a", phase0=None, **keys) -> points.Point:
     return points.Point(name, folder / name, points.checked_keys(keys), arguments, phase0, keys)
 
 
-def entry(seed: int, top1: float = 80.0, nme: float | None = None, phases: int = 2) -> dict:
+def entry(seed: int, top1: float = 80.0, nme: float | None = None, phases: int = 2) -> ClassOrder:
     """A finished class order's part of results.json."""
     names = [f"c{i}" for i in range(2 * phases)]
 
@@ -38,17 +39,17 @@ def entry(seed: int, top1: float = 80.0, nme: float | None = None, phases: int =
         record |= {"parameters": 5, "copies_on_demand": None}
         record["training"] = {"seconds": 1.0, "reused": False, "loss": 0.5, "accuracy": 99.0}
         records.append({**record, "seconds": {"total": 2.0, "train": 1.0}})
-    return report.run_entry(seed, names, records, phases)
+    return ClassOrder.of_training(seed, names, records, phases)
 
 
-def write(point: points.Point, *entries: dict, config=None) -> None:
+def write(point: points.Point, *entries: ClassOrder, config=None) -> None:
     """results.json of these class orders beside those that are there."""
     point.folder.mkdir(parents=True, exist_ok=True)
     file = point.folder / "results.json"
     with FileLock(point.folder / ".results.lock"):
-        before = read_json(file)["runs"] if file.is_file() else []
-        new = {one["seed"]: one for one in (*before, *entries)}
-        report.write_json(file, report.results(config or point.config, [new[seed] for seed in sorted(new)]))
+        before = read_results(file).runs if file.is_file() else []
+        new = {one.seed: one for one in (*before, *entries)}
+        write_json(file, ResultsFile.of(config or point.config, [new[seed] for seed in sorted(new)]).to_json())
 
 
 def fake_main(log: Path, seconds: float, fails: str = ""):

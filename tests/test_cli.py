@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 import main
-from compress import gallery, measure, quality
+from compress import measure, quality
 from compress import run as compress
 from ControlNet import train as controlnet
 from exps import compare, pareto
+from exps.report import command as report
+from exps.report import gallery
 from utils import cli
 from utils import log as logs
 from utils.curate import command as curate
@@ -23,7 +25,6 @@ from utils.errors import UserError
 from utils.memory import __main__ as memory
 from utils.memory.packed import ClassRecord, Exemplar, Memory, packed
 from utils.memory.share import Row
-from utils.results import report
 
 ROOT = Path(__file__).parent.parent
 

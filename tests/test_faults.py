@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 
 import main
-from compress import gallery, quality
+from compress import quality
 from compress import run as compress
+from exps.report import command as report
+from exps.report import gallery
 from tests import processes
 from tests.folders import make_dataset, save_picture
 from tests.little_run import command, little_dataset
 from utils.curate import command as curate
 from utils.data.paths import DatasetPaths
 from utils.memory import __main__ as memory
-from utils.results import report
 
 CONFIG = {
     **{"dataset": "Toy", "init_cls": 2, "increment": 1, "model_name": "replay", "convnet_type": "resnet8"},

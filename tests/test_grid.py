@@ -13,7 +13,7 @@ import pytest
 from exps import grid, points, runs
 from tests import grid_stub
 from tests.grid_stub import entry, fake_main, point, write
-from utils.results import report
+from utils.results.records import load_results
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +52,7 @@ def test_results_of_another_config_are_refused_each_time(stub, tmp_path, changed
         assert said in outcome.failed["a"]
         assert not calls
         assert points.finished(other) is None
-    assert points.finished(point(tmp_path, **before))["summary"]["seeds"] == [1, 2]
+    assert points.finished(point(tmp_path, **before)).summary.seeds == [1, 2]
 
 
 def test_what_main_fills_in_is_no_other_config(tmp_path):
@@ -68,8 +68,8 @@ def test_only_the_class_orders_that_are_asked_for_count(stub, tmp_path):
     asked = point(tmp_path)
     write(asked, entry(1, 80.0), entry(2, 70.0), entry(5, 10.0))
     done = points.finished(asked)
-    assert done["summary"]["seeds"] == [1, 2]
-    assert done["summary"]["cnn"]["average_incremental_accuracy"]["mean"] == pytest.approx(75.0)
+    assert done.summary.seeds == [1, 2]
+    assert done.summary.cnn.average_incremental_accuracy.mean == pytest.approx(75.0)
     assert stub(asked)[1] == []
     assert points.finished(point(tmp_path, seed=[1, 3])) is None
 
@@ -189,9 +189,8 @@ def test_a_signal_ends_the_runs_at_once_with_their_checkpoints(tmp_path, number)
     files = [tmp_path / f"{i}.txt" for i in range(2)]
     code = (
         "import sys; from exps import runs; from utils import cli\n"
-        "todo = {name: [name] for name in sys.argv[2:]}\n"
         "runs.MAIN = (sys.argv[1],)\n"
-        "sys.exit(cli.run(lambda: runs.side_by_side(todo, 2) and 1))"
+        "sys.exit(cli.run(lambda: len(runs.for_each(sys.argv[2:], lambda file: runs.call(runs.MAIN, file), 2))))"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "sleeper.py"), *map(str, files)]
     sweep = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True, text=True)
@@ -280,5 +279,5 @@ def test_results_are_read_again_when_they_change(tmp_path):
     assert points.done_orders(asked).keys() == {1}
     write(asked, entry(2))
     assert points.done_orders(asked).keys() == {1, 2}
-    assert report.load_results(asked.folder)["summary"]["seeds"] == [1, 2]
+    assert load_results(asked.folder).summary.seeds == [1, 2]
     assert grid_stub.KEYS["dataset"] == asked.config["dataset"]

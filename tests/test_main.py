@@ -117,7 +117,7 @@ def test_every_method_learns_and_reports(train, tmp_path, method, capsys):
     assert run["cnn"]["average_incremental_accuracy"] == pytest.approx(sum(top1) / 3)
     assert written["summary"]["cnn"]["top1"]["mean"] == pytest.approx(top1)
     assert json.loads((out / "config.json").read_text())["model_name"] == method
-    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
     log = (out / "log.txt").read_text()
     assert "phase 2 (3 of 3), 6 classes" in log
     assert "epoch 10/10" in log

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from utils.results import report
+from exps.report import command
+from utils.results.files import write_json
 from utils.results.metrics import (
     average_incremental_accuracy,
     backward_transfer,
@@ -14,6 +15,8 @@ from utils.results.metrics import (
     nearest_mean_scores,
     phase_metrics,
 )
+from utils.results.output import write_confusion
+from utils.results.records import ClassOrder, ResultsFile
 
 # Three classes, the last one new; images of class 0: 2, class 1: 1, class 2: 3.
 TARGETS = torch.tensor([0, 0, 1, 2, 2, 2])
@@ -99,12 +102,12 @@ def entry(seed, first, second, nme=None):
         }
         for phase, (top1, per_phase) in enumerate([(first, [first]), (second, [second - 10, second + 10])])
     ]
-    return report.run_entry(seed, ["a", "b", "c"], records, 2)
+    return ClassOrder.of_training(seed, ["a", "b", "c"], records, 2)
 
 
 def test_results_over_seeds():
     config = {"dataset": "D", "model_name": "der", "convnet_type": "resnet8"}
-    results = report.results(config, [entry(1, 80.0, 60.0), entry(2, 90.0, 66.0)])
+    results = ResultsFile.of(config, [entry(1, 80.0, 60.0), entry(2, 90.0, 66.0)]).to_json()
     summary = results["summary"]
     assert summary["seeds"] == [1, 2]
     assert summary["classes_seen"] == [2, 3]
@@ -123,23 +126,23 @@ def test_results_over_seeds():
 
 def test_table_plot_and_command(tmp_path, capsys):
     config = {"dataset": "D", "model_name": "icarl", "convnet_type": "resnet8"}
-    one = report.results(config, [entry(1, 80.0, 60.0)])
-    two = report.results(config, [entry(1, 80.0, 64.0, nme=50.0), entry(2, 90.0, 68.0, nme=52.0)])
+    one = ResultsFile.of(config, [entry(1, 80.0, 60.0)])
+    two = ResultsFile.of(config, [entry(1, 80.0, 64.0, nme=50.0), entry(2, 90.0, 68.0, nme=52.0)])
     for name, results in (("real", one), ("escort", two)):
-        report.write_json(tmp_path / name / "results.json", results)
+        write_json(tmp_path / name / "results.json", results.to_json())
     png = tmp_path / "accuracy.png"
-    assert report.main([str(tmp_path / "real"), f"ours={tmp_path / 'escort'}", "--plot", str(png)]) == 0
+    assert command.main([str(tmp_path / "real"), f"ours={tmp_path / 'escort'}", "--plot", str(png)]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert [row.split("  ")[0] for row in rows[2 : rows.index("")]] == ["real", "ours (CNN)", "ours (NME)"]
     assert "60.0" in rows[2]
     assert "66.0 ± 2.8" in rows[3]
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert report.main([str(tmp_path / "nothing")]) == 2
+    assert command.main([str(tmp_path / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err
 
 
 def test_confusion_csv(tmp_path):
-    report.write_confusion(tmp_path / "c.csv", [[1, 2], [3, 4]], ["a,b", "c", "later"])
+    write_confusion(tmp_path / "c.csv", [[1, 2], [3, 4]], ["a,b", "c", "later"])
     assert (tmp_path / "c.csv").read_text() == 'true \\ predicted,"a,b",c\n"a,b",1,2\nc,3,4\n'
 
 

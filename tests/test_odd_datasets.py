@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 import main
-from compress import gallery, measure, quality
+from compress import measure, quality
 from compress import run as compress
+from exps.report import command as report
+from exps.report import gallery
 from tests.folders import save_noise
 from utils.data.paths import DatasetPaths
 from utils.memory import __main__ as memory
-from utils.results import report
 
 CONFIG = {
     "dataset": "Odd",

@@ -11,6 +11,7 @@ from tests.test_report import write
 from utils.config.read import load_config
 from utils.errors import UserError
 from utils.results.output import Output
+from utils.results.records import read_results
 
 
 @pytest.fixture
@@ -26,8 +27,8 @@ def finish(config, folder: Path, seed: int) -> dict:
     """One class order, as main.py writes it when it has done all phases."""
     output = Output(config, folder)
     output.claim()
-    (entry,) = json.loads((write(folder.parent / "made", [seed]) / "results.json").read_text())["runs"]
-    return output.write(entry, [[[1, 0], [0, 1]]])
+    (entry,) = read_results(write(folder.parent / "made", [seed]) / "results.json").runs
+    return output.write(entry, {"cnn": [[[1, 0], [0, 1]]]}).to_json()
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -50,9 +51,9 @@ def test_nor_those_of_one_that_began_at_the_same_time(config, tmp_path):
     other = Output(dataclasses.replace(config, epochs=3), tmp_path / "out")  # before the first has written anything
     finish(config, tmp_path / "out", 1)
     before = content(tmp_path / "out")["results.json"]
-    (entry,) = json.loads((write(tmp_path / "made", [2]) / "results.json").read_text())["runs"]
+    (entry,) = read_results(write(tmp_path / "made", [2]) / "results.json").runs
     with pytest.raises(UserError, match="holds another experiment"):
-        other.write(entry, [])
+        other.write(entry, {})
     assert content(tmp_path / "out")["results.json"] == before
 
 

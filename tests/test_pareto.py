@@ -280,6 +280,7 @@ def test_main_with_another_seed_beside_a_sweep(folder, tmp_path):
 @pytest.mark.long
 def test_what_a_budget_holds_by_the_arithmetic(folder, capsys, monkeypatch):
     monkeypatch.setenv("ESCORT_DATA_DIR", str(folder / "data"))
+    monkeypatch.setenv("COLUMNS", "200")
     words = ["--dry-run", "--dataset", "Shapes", "--budgets", "5000", "--settings=--resolution high"]
     assert pareto.main([*words, "--forms", "webp:10@8,edges,text,nosuch"]) == 1
     out, err = capsys.readouterr()

@@ -9,11 +9,13 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from compress import gallery
+from exps.report import command as report
+from exps.report import gallery, screen
 from tests.shapes import make_shapes
 from utils.config.schema import Config
-from utils.results import report, show
+from utils.results.files import write_json
 from utils.results.output import Output
+from utils.results.records import ClassOrder, ResultsFile, load_results
 
 
 def metrics(top1, names):
@@ -40,9 +42,9 @@ def write(folder: Path, seeds=(1,), phases=3, done=3, nme=False, student=False, 
             record |= {"memory": {"units_total": 4.0, "bytes_total": 1234}, "parameters": 5, "copies_on_demand": None}
             record["training"] = {"seconds": 1.0, "reused": False, "loss": 0.5, "accuracy": 99.0}
             records.append({**record, "seconds": {"total": 2.0, "train": 1.0}})
-        entries.append(report.run_entry(seed, names, records, phases))
+        entries.append(ClassOrder.of_training(seed, names, records, phases))
     described = {"dataset": "D", "model_name": "m", "convnet_type": "r", **(config or {})}
-    report.write_json(folder / "results.json", report.results(described, entries))
+    write_json(folder / "results.json", ResultsFile.of(described, entries).to_json())
     return folder
 
 
@@ -71,7 +73,7 @@ def test_unfinished_runs_as_far_as_they_are(command, tmp_path):
     (row,) = [line for line in table.split("\n\n")[0].splitlines() if line.startswith("half")]
     assert "half, unfinished: 2 phases" in row
     assert row.split()[-2:] == ["-", "86.0"] or "86.0" in row
-    report.write_json(tmp_path / "none" / "results.json", {"config": {}, "runs": [], "summary": None})
+    write_json(tmp_path / "none" / "results.json", {"config": {}, "runs": [], "summary": None})
     code, _, said = command(half, tmp_path / "none")
     assert code == 2
     assert "no finished phase" in said
@@ -85,7 +87,7 @@ def test_unfinished_runs_as_far_as_they_are(command, tmp_path):
         ("[]", "no results.json"),
         ('{"config": {}}', "runs: Field required"),
         ('{"config": {}, "runs": {}}', "runs: "),
-        ('{"config": {}, "runs": [{}]}', "runs.0.seed: Field required"),
+        ('{"config": {}, "runs": [{}]}', "runs.0.cnn: Field required"),
         ('{"config": {}, "runs": [], "runs": []}', "runs is given 2 times"),
         (b"\xff", "not in UTF-8"),
         (None, "can't be read"),
@@ -146,20 +148,20 @@ def test_every_classifier_has_a_line(command, tmp_path):
 
 
 def test_80_columns(tmp_path):
-    runs = {f"method {n}": report.load_results(write(tmp_path / f"{n}", (1, 2, 3), 10, 10)) for n in range(3)}
-    text = show.table(runs, width=80)
+    runs = {f"method {n}": (tmp_path, load_results(write(tmp_path / f"{n}", (1, 2, 3), 10, 10))) for n in range(3)}
+    text = screen.table(runs, width=80)
     assert max(map(len, text.splitlines())) <= 80
     for word in ("phase 0", "average", "forgetting", "units", "bytes", "seconds"):
         assert word in text
     assert "transfer" not in text, "minus the forgetting says nothing new"
-    assert "phase 9" in show.table(runs, width=400)
+    assert "phase 9" in screen.table(runs, width=400)
 
 
 def test_a_plot_of_many_runs_with_odd_names(tmp_path):
-    runs = {f"$x_$ {n}": report.load_results(write(tmp_path / f"{n}")) for n in range(18)}
+    runs = {f"$x_$ {n}": (tmp_path, load_results(write(tmp_path / f"{n}"))) for n in range(18)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        show.plot(runs, tmp_path / "plot.png")
+        screen.plot(runs, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size[0] > 1000
 
 
@@ -167,7 +169,7 @@ def test_every_run_is_in_the_legend(tmp_path, monkeypatch):
     """matplotlib leaves out labels that begin with an underscore."""
     drawn, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **o: (drawn.append(figure), save(figure, *a, **o))[1])
-    show.plot({name: report.load_results(write(tmp_path / name)) for name in ("_a", "b")}, tmp_path / "plot.png")
+    screen.plot({name: (tmp_path, load_results(write(tmp_path / name))) for name in ("_a", "b")}, tmp_path / "plot.png")
     assert [text.get_text().strip()[:2] for text in drawn[0].axes[0].get_legend().get_texts()] == ["_a", "b:"]
 
 
@@ -196,34 +198,12 @@ def test_a_gallery_shows_what_there_is(shapes, tmp_path, capsys):
     assert "'-1' is not a whole number of at least 0" in capsys.readouterr().err
 
 
-def test_figures_and_page_are_drawn_once(tmp_path, monkeypatch):
+def test_the_page_is_drawn_once(tmp_path):
     """When the last class order of a run is finished, whichever it is."""
     drawn = []
-    monkeypatch.setattr(report, "plot", lambda runs, file: drawn.append(file.name))
-    monkeypatch.setattr(report, "write_page", lambda folders, file: drawn.append(file.name))
-    monkeypatch.setattr(report, "write_phases", lambda *_: None)
-    config = Config(dataset="D", init_cls=1, increment=1, model_name="der", convnet_type="resnet8", seed=[1, 2])
-    output = Output(config, tmp_path)
-    names = ["a", "b"]
-    records = [
-        {
-            "cnn": {
-                "top1": 50.0,
-                "per_phase": [50.0] * seen,
-                "per_ten": [50.0],
-                "per_class": [50.0] * seen,
-                "confusion": [],
-            },
-            **{"nme": None, "classes_seen": seen, "memory": {"units_total": 1, "bytes_total": 1}},
-            **{"seconds": {"total": 1.0}, "training": {"reused": False}, "parameters": 1},
-        }
-        for seen in (1, 2)
-    ]
-    for seed, phases, expected in (
-        (2, 1, []),
-        (2, 2, []),
-        (1, 1, []),
-        (1, 2, ["accuracy.png", "report.html"]),
-    ):
-        output.write(report.run_entry(seed, names, records[:phases], 2), [[[1]]] * phases)
+    config = Config(dataset="D", init_cls=2, increment=2, model_name="der", convnet_type="resnet8", seed=[1, 2])
+    output = Output(config, tmp_path, drawn.append)
+    for seed, phases, expected in ((2, 1, []), (2, 2, []), (1, 1, []), (1, 2, [tmp_path])):
+        (order,) = load_results(write(tmp_path / "made", [seed], phases=2, done=phases)).runs
+        output.write(order, {})
         assert drawn == expected

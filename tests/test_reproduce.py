@@ -16,7 +16,7 @@ from tests import pycil_reference
 from tests.shapes import make_shapes
 from utils.config.read import load_config
 from utils.config.schema import as_dict
-from utils.results import report
+from utils.results.records import ResultsFile
 
 ROOT = Path(__file__).parent.parent
 ROWS = [row for table in read_tables() for row in table.rows]
@@ -126,17 +126,16 @@ def write_results(path, config, seeds=(1993,), *, finished=True):
     for number, seed in enumerate(seeds):
         curves = {"cnn": [70.0 + number, 30.0 + number], "nme": [80.0 + number, 60.0 + number]}
         memory = {"units_total": 1, "bytes_total": 2}
-        about = {"cnn": {}, "nme": {}, "memory": memory, "training": {}, "seconds": {}, "parameters": 1}
-        phases = [{"classes_seen": 3, **about}, {"classes_seen": 6, **about}]
+        about = {"nme": None, "memory": memory, "training": {}, "seconds": {}, "parameters": 1}
+        phases = [{"classes_seen": 3 + 3 * i, "cnn": {"top1": curves["cnn"][i]}, **about} for i in range(2)]
         run = {"seed": seed, "finished": finished, "class_names": list("abcdef"), "phases": phases, "memory": memory}
         for classifier, top1 in curves.items():
             run[classifier] = {"average_incremental_accuracy": sum(top1) / 2, "forgetting": 1.0, "top1": top1}
             run[classifier] |= {"forgetting_in_tens": 1.0, "backward_transfer": -1.0}
         runs.append({**run, "seconds": 1.0, "seconds_reused": 0.0})
-    content = {"config": {**config, "seed": list(seeds)}, "runs": runs, "summary": None}
-    if finished:
-        content["summary"] = report.summary(runs)
-    path.write_text(json.dumps(content))
+    read = ResultsFile.model_validate({"config": config, "runs": runs, "summary": None})
+    content = ResultsFile.of({**config, "seed": list(seeds)}, read.runs)
+    path.write_text(json.dumps(content.to_json()))
 
 
 @pytest.fixture

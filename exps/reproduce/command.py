@@ -13,7 +13,8 @@ from exps.reproduce.rows import FOLDER, Row, Table, figures, find_row, keep, rea
 from exps.runs import MAIN, ROOT, follow
 from utils import cli
 from utils.errors import UserError
-from utils.results import report
+from utils.results.files import write_text
+from utils.results.records import ResultsFile, load_results
 
 PAGE = ROOT / "docs" / "reproduced.md"
 
@@ -62,22 +63,23 @@ def run(table: Table, row: Row, overrides: Sequence[str], *, only_print: bool) -
         return 0
     if code := follow(MAIN, *arguments):
         return code
-    results = shlex.quote(str(Path(config.output_dir) / "results.json"))
+    results = shlex.quote(str(Path(config.output_dir or "") / "results.json"))
     print(f"to keep its numbers: python -m exps.reproduce --record {results}")
     return 0
 
 
 def record(tables: Sequence[Table], file: Path, note: str) -> int:
     """Keep a run's numbers as those of the rows that it reproduces.  Raises UserError where there is none."""
-    results = report.load_results(file)
-    for row in rows_of(tables, results["config"]):
+    loaded = load_results(file)
+    results = ResultsFile.of(loaded.config, loaded.runs)
+    for row in rows_of(tables, results.config):
         entry = {**figures(results, row), "date": time.strftime("%Y-%m-%d"), "note": note}
         keep(FOLDER, row.name, entry)
         print(f"{row.name}: published {number(row.average) or '-'} / {number(row.last) or '-'}, ", end="")
         print(f"recorded {number(entry['average'])} / {number(entry['last'])}")
     if PAGE.is_file():  # not where the project was installed without its docs
         text = with_records(PAGE.read_text(encoding="utf-8"), tables, read_records(FOLDER))
-        report.write_text(PAGE, text)
+        write_text(PAGE, text)
         print(shown(PAGE))
     return 0
 

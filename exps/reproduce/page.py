@@ -4,7 +4,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from exps.report.tables import columns, markdown, mean_std
 from exps.reproduce.rows import Row, Table, shown
+from utils.results.records import Spread
 
 WIDTH = 80
 HEADING = "## Recorded runs\n"
@@ -22,23 +24,28 @@ def with_records(page: str, tables: Sequence[Table], records: Mapping[str, Mappi
     total = waiting + len(recorded)
     lines = [f"{waiting} of {total} published rows wait for somebody with a GPU: each takes hours or days of one."]
     if recorded:
-        header = ["row", "method, dataset, protocol", "published: average", "last", "recorded: average", "last"]
-        lines += ["", "| " + " | ".join([*header, "config"]) + " |", "|" + "---|" * (len(header) + 1)]
-        lines += [_line(row, records[row.name]) for _, row in recorded]
+        header = [
+            "row",
+            "method, dataset, protocol",
+            "published: average",
+            "last",
+            "recorded: average",
+            "last",
+            "config",
+        ]
+        lines += ["", markdown(header, [_cells(row, records[row.name]) for _, row in recorded])]
         lines += ["", *(_note(table, row, records[row.name]) for table, row in recorded)]
     return page.partition(HEADING)[0] + HEADING + "\n" + "\n".join(lines) + "\n"
 
 
-def _line(row: Row, entry: Mapping[str, Any]) -> str:
+def _cells(row: Row, entry: Mapping[str, Any]) -> list[str]:
     config = " ".join([f"`{shown(row.base)}`", *(f"`{override}`" for override in row.overrides)])
     cells = [f"`{row.name}`", f"{row.method}, {row.dataset}, {row.protocol}", number(row.average), number(row.last)]
-    return "| " + " | ".join([*cells, _recorded(entry, "average"), _recorded(entry, "last"), config]) + " |"
+    return [*cells, _recorded(entry, "average"), _recorded(entry, "last"), config]
 
 
 def _recorded(entry: Mapping[str, Any], key: str) -> str:
-    text = number(entry[key])
-    if (std := entry.get(f"{key}_std")) is not None:
-        text += f" ± {std:.2f}"
+    text = mean_std(Spread(mean=entry[key], std=entry.get(f"{key}_std", 0.0)), 2)
     return f"{text} (NME {entry[f'nme_{key}']:.2f})" if f"nme_{key}" in entry else text
 
 
@@ -51,23 +58,20 @@ def _note(table: Table, row: Row, entry: Mapping[str, Any]) -> str:
 
 def listing(tables: Sequence[Table], records: Mapping[str, Mapping[str, Any]]) -> str:
     """The rows at 80 columns: published average and last accuracy, and recorded ones where there are any."""
-    lines = []
+    lines: list[str] = []
     for table in tables:
         lines += [*([""] if lines else []), *textwrap.wrap(table.title, WIDTH)]
         several = len(table.protocols) > 1
-        rows = [("row", "protocol" if several else "method", "published", "recorded")]
+        header = ["row", "protocol" if several else "method", "published", "recorded"]
+        rows = []
         for row in table.rows:
             entry = records.get(row.name)
             what = f"{row.dataset}, {row.protocol}" if several else row.method
             recorded = _pair(entry["average"], entry["last"]) if entry else ""
-            rows.append((row.name, what, _pair(row.average, row.last), recorded))
-        if not any(recorded for *_, recorded in rows[1:]):
-            rows = [(*cells, "") for *cells, _ in rows]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines += [
-            f"  {name:<{widths[0]}}  {what:<{widths[1]}}  {published:>{widths[2]}}  {recorded:>{widths[3]}}".rstrip()
-            for name, what, published, recorded in rows
-        ]
+            rows.append([row.name, what, _pair(row.average, row.last), recorded])
+        if not any(row[-1] for row in rows):
+            rows, header = [row[:-1] for row in rows], header[:-1]
+        lines.append(columns(header, rows, WIDTH, left=2))
     return "\n".join(lines)
 
 

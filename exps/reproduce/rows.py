@@ -13,11 +13,11 @@ from models import catalogue
 from utils.config.read import load_config, read_json
 from utils.config.schema import Config, differences
 from utils.errors import UserError
-from utils.results import report
+from utils.results.files import write_json
+from utils.results.records import CLASSIFIERS, Classifier, ResultsFile
 
 FOLDER = Path(__file__).parent
 RECORDED = "recorded.json"
-CLASSIFIERS = ("cnn", "nme", "student", "svm")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Row:
     dataset: str
     protocol: str
     config: Mapping[str, Any] = field(default_factory=dict)
-    classifier: str = "cnn"
+    classifier: Classifier = "cnn"
     note: str = ""
 
     @property
@@ -172,27 +172,26 @@ def read_records(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
 def keep(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
     """Put a row's numbers into recorded.json."""
     records = {**read_records(folder), name: dict(entry)}
-    report.write_json(folder / RECORDED, dict(sorted(records.items())))
+    write_json(folder / RECORDED, dict(sorted(records.items())))
 
 
-def figures(results: Mapping[str, Any], row: Row) -> dict[str, Any]:
+def figures(results: ResultsFile, row: Row) -> dict[str, Any]:
     """Average and last accuracy in percent of a row's classifier, and of nearest means, means over class orders.
 
     Raises UserError where no class order is finished, or the method has no such classifier.
     """
-    runs = [run for run in results["runs"] if run["finished"]]
-    summary = report.summary(runs)
-    if summary is None:
+    if results.summary is None:
         raise UserError(f"{row.name} is not finished. The command that started it goes on where it stopped.")
-    if not summary.get(row.classifier):
+    classifiers = results.summary.classifiers
+    if row.classifier not in classifiers:
         raise UserError(f"{row.name}: {row.method} has no accuracy of {row.classifier!r}.")
-    entry: dict[str, Any] = {"seeds": [run["seed"] for run in runs]}
+    seeds = results.summary.seeds
+    entry: dict[str, Any] = {"seeds": seeds}
     for classifier in dict.fromkeys((row.classifier, "nme")):
-        if numbers := summary.get(classifier):
+        if averages := classifiers.get(classifier):
             prefix = "" if classifier == row.classifier else f"{classifier}_"
-            average, last = numbers["average_incremental_accuracy"], numbers["top1"]
-            entry[f"{prefix}average"], entry[f"{prefix}last"] = round(average["mean"], 2), round(last["mean"][-1], 2)
-            if len(runs) > 1:
-                entry[f"{prefix}average_std"] = round(average["std"], 2)
-                entry[f"{prefix}last_std"] = round(last["std"][-1], 2)
+            average, last = averages.average_incremental_accuracy, averages.top1
+            entry |= {f"{prefix}average": round(average.mean, 2), f"{prefix}last": round(last.mean[-1], 2)}
+            if len(seeds) > 1:
+                entry |= {f"{prefix}average_std": round(average.std, 2), f"{prefix}last_std": round(last.std[-1], 2)}
     return entry

@@ -21,7 +21,7 @@ from models.training.run import Run
 from utils.errors import UserError
 from utils.memory import archive
 from utils.results.metrics import nearest_mean_scores, phase_metrics
-from utils.results.show import CLASSIFIERS
+from utils.results.records import CLASSIFIERS
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from utils.data.augment import SmallTest
 from utils.data.augment_large import LargeTest
 from utils.data.images import write_atomically
 from utils.errors import UserError
-from utils.results.show import printable
+from utils.results.files import printable
 
 OPSET = 18
 

@@ -41,10 +41,11 @@ from compress.forms import pixels
 from compress.generators import build
 from compress.options import parse_settings
 from compress.quality import batch, edges_found, predicted, trained
-from exps.runs import side_by_side
+from exps.runs import MAIN, call, for_each, last_words, threads
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.results import report
+from utils.results.files import write_json, write_text
+from utils.results.records import load_results
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = [
@@ -169,15 +170,15 @@ class Training:
     def scores(self, setting: Setting) -> dict[int, float]:
         """Average incremental accuracy by class order, in percent; empty where the run is not finished."""
         try:
-            runs = [run for run in report.load_results(self.folder(setting))["runs"] if run["finished"]]
+            orders = [order for order in load_results(self.folder(setting)).runs if order.finished]
         except UserError:
             return {}
-        scores = {run["seed"]: run["cnn"]["average_incremental_accuracy"] for run in runs}
+        scores = {order.seed: order.cnn.average_incremental_accuracy for order in orders}
         return scores if len(scores) == len(self.options.orders) else {}
 
     def carry_out(self) -> None:
         """Make the runs that are not finished; one first, which trains phase 0 for all.  Exits where one fails."""
-        todo = [setting for setting in self.settings if not self.scores(setting)]
+        todo, jobs = [setting for setting in self.settings if not self.scores(setting)], self.options.jobs
         for part in (todo[-1:], todo[:-1]):
             runs = {}
             for setting in part:
@@ -185,7 +186,9 @@ class Training:
                 where = [f"output_dir={folder}", f"variant={folder.name}", f"data_dir={self.output / 'data'}"]
                 where += [f"phase0_cache={self.output / 'phase0_cache'}"]
                 runs[setting.text] = [*self.keys(setting), *where]
-            if failed := side_by_side(runs, self.options.jobs):
+            done = for_each(runs.values(), lambda words: call(MAIN, *words, **threads(jobs)), jobs)
+            failed = {name: last_words(run) for name, run in zip(runs, done, strict=True) if run.returncode}
+            if failed:
                 raise SystemExit("\n".join(f"{name}: {words}" for name, words in failed.items()))
 
 
@@ -210,7 +213,7 @@ def measured(options: argparse.Namespace, settings: Sequence[Setting]) -> dict[s
         print(f"real test pictures in the right class: {study.real_accuracy:.1f} %", file=sys.stderr)
     for setting in todo:
         rows[setting.text] = study.copies(setting.options)
-        report.write_json(file, {"asked": asked, "rows": rows})
+        write_json(file, {"asked": asked, "rows": rows})
     return {text: tuple(row) for text, row in rows.items()}
 
 
@@ -286,10 +289,10 @@ def main() -> None:
     text = "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *table]) + "\n"
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    report.write_text(output / "table.md", text)
+    write_text(output / "table.md", text)
     lines = io.StringIO()
     csv.writer(lines, lineterminator="\n").writerows([header, *table])
-    report.write_text(output / "table.csv", lines.getvalue())
+    write_text(output / "table.csv", lines.getvalue())
     if training:
         plot(points, output / "figure.png")
     print(text, end="")

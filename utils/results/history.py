@@ -12,27 +12,21 @@ A run that goes on after it was killed repeats epochs; their rows and events are
 import csv
 import hashlib
 import importlib.util
-import io
 import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from utils.data.images import write_atomically
 from utils.errors import UserError
+from utils.results.files import write_csv
+from utils.results.records import Phase
+
+if TYPE_CHECKING:
+    from tensorboardX.event_file_writer import EventsWriter
 
 COLUMNS = ("phase", "stage", "epoch", "learning_rate", "loss", "train_accuracy", "seconds")
 _CURVES = ("learning_rate", "loss", "train_accuracy", "seconds")
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A CSV file in UTF-8, in one piece or not at all.  None is an empty cell."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode("utf-8", "backslashreplace")))
 
 
 class History:
@@ -52,7 +46,7 @@ class History:
         self._step = 0  # the last epoch's
         self.rows = self._read()
         self._phase: int | None = None  # whose event file is open
-        self._events = None
+        self._events: EventsWriter | None = None
 
     def epoch(
         self,
@@ -83,25 +77,24 @@ class History:
         self._write()
 
     def phase(self, record: Mapping[str, Any]) -> None:
-        """Add what a finished phase came to: the record that `models.training.trainer.Trainer.evaluate` describes."""
-        phase = record["phase"]
+        """Add what a finished phase came to.  record: the trainer's."""
+        done = Phase.of_training(record, ())
+        phase = done.phase
         if any(int(row["phase"]) > phase for row in self.rows):
             self.rows = [row for row in self.rows if int(row["phase"]) <= phase]
             self._write()
         if not self.tensorboard and not self._wandb:
             return
-        values = {
-            f"{classifier}/{key}": record[classifier][key]
-            for classifier in ("cnn", "nme")
-            if record[classifier] is not None
+        figures: dict[str, float | None] = {
+            f"{classifier}/{key}": getattr(metrics, key)
+            for classifier, metrics in (("cnn", done.cnn), ("nme", done.nme))
+            if metrics is not None
             for key in ("top1", "top5", "old", "new")
         }
-        if record["memory"]["units_total"] is not None:
-            values["memory/units"] = record["memory"]["units_total"]
-        values["memory/bytes"] = record["memory"]["bytes_total"]
-        values["network/parameters"] = record["parameters"]
-        values |= {f"seconds/{key}": seconds for key, seconds in record["seconds"].items()}
-        values = {tag: value for tag, value in values.items() if value is not None}
+        figures |= {"memory/units": done.memory.units_total, "memory/bytes": done.memory.bytes_total}
+        figures |= {"network/parameters": done.parameters}
+        figures |= {f"seconds/{key}": seconds for key, seconds in done.seconds.to_json().items()}
+        values = {tag: value for tag, value in figures.items() if value is not None}
         if self._wandb:
             self._wandb.log_metrics({**values, "phase": phase}, step=self._step)
         if self.tensorboard:
@@ -148,6 +141,7 @@ class History:
                 self._add(first_step + int(row["epoch"]), {f"train/{key}": float(row[key]) for key in _CURVES})
 
     def _add(self, step: int, values: Mapping[str, float]) -> None:
+        assert self._events is not None, "opened"
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 

@@ -5,24 +5,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from utils.config.read import read_json
 from utils.config.schema import Config, as_dict, differences
 from utils.errors import UserError
-from utils.results import report
+from utils.results.files import write_csv, write_json
+from utils.results.records import Classifier, ClassOrder, ResultsFile, read_results
+
+Matrix = Sequence[Sequence[int]]
+PHASE_COLUMNS = (
+    *("seed", "phase", "classes_seen"),
+    *(f"{classifier}_{key}" for classifier in ("cnn", "nme") for key in ("top1", "top5", "old", "new")),
+    *("units", "bytes", "parameters", "loss", "train_accuracy", "train_seconds", "seconds"),
+)
+"""Of phases.csv.  Accuracies in percent; units and bytes of the exemplar memory; loss and train_accuracy of the last
+training epoch; seconds of training and of the whole phase."""
 
 
 class Output:
     """The folder of one experiment's results.  Several processes may work in it, each on class orders of its own.
 
-    config: the checked config; folder: its output_dir.  Raises UserError where the folder holds results of another
-    experiment or can't be written to.
+    config: the checked config; folder: its output_dir; draw: writes the folder's page, once all class orders of the
+    config are finished.  Raises UserError where the folder holds results of another experiment or can't be written to.
     """
 
-    def __init__(self, config: Config, folder: Path):
-        self.config = config
-        self.folder = folder
+    def __init__(self, config: Config, folder: Path, draw: Callable[[Path], None] | None = None):
+        self.config, self.folder, self.draw = config, folder, draw
         self._check_whose_it_is()
 
     def seed_folder(self, seed: int) -> Path:
@@ -32,7 +42,7 @@ class Output:
     def claim(self) -> None:
         """Make the folder, with the config as used."""
         try:
-            report.write_json(self.folder / "config.json", as_dict(self.config))
+            write_json(self.folder / "config.json", as_dict(self.config))
         except OSError as error:
             raise UserError(f"output_dir: {self.folder} can't be written to ({error.strerror}).") from None
 
@@ -54,44 +64,40 @@ class Output:
         with lock:
             yield
 
-    def write(self, run: Mapping[str, Any], confusions: Sequence[Sequence[Sequence[int]]]) -> dict[str, Any]:
-        """Put a class order's entry of results.json in its place beside those of other class orders.
+    def write(self, order: ClassOrder, confusions: Mapping[Classifier, Sequence[Matrix]]) -> ResultsFile:
+        """Put a class order in its place in results.json, beside the others.
 
-        The figure and the page are drawn when all class orders of this run's config are finished.
-
-        run: `report.run_entry`; confusions: a matrix a phase.  Returns the new content of results.json.
+        confusions: a matrix a phase.  Returns the new content of results.json.
         """
-        for phase, confusion in enumerate(confusions):
-            path = self.seed_folder(run["seed"]) / f"confusion_phase{phase:02d}.csv"
-            report.write_confusion(path, confusion, run["class_names"])
+        for classifier, matrices in confusions.items():
+            for phase, matrix in enumerate(matrices):
+                path = confusion_file(self.folder, order.seed, phase, classifier)
+                write_confusion(path, matrix, order.class_names)
         with FileLock(self.folder / ".results.lock"):
-            others = [other for other in self._runs() if other["seed"] != run["seed"]]
-            runs = sorted([*others, run], key=lambda entry: entry["seed"])
-            config = {**as_dict(self.config), "seed": [entry["seed"] for entry in runs]}
-            content = report.results(config, runs)
-            report.write_json(self.folder / "results.json", content)
-            report.write_phases(self.folder / "phases.csv", runs)
-            finished = {entry["seed"] for entry in runs if entry["finished"]}
-            if finished >= set(self.config.seed):  # once: drawing takes a second
-                report.plot({self.config.model_name: content}, self.folder / "accuracy.png")
-                report.write_page({self.config.model_name: self.folder}, self.folder / "report.html")
+            others = [other for other in self._orders() if other.seed != order.seed]
+            orders = sorted([*others, order], key=lambda one: one.seed)
+            content = ResultsFile.of({**as_dict(self.config), "seed": [one.seed for one in orders]}, orders)
+            write_json(self.folder / "results.json", content.to_json())
+            write_phases(self.folder / "phases.csv", orders)
+            if self.draw and {one.seed for one in orders if one.finished} >= set(self.config.seed):
+                self.draw(self.folder)
         return content
 
-    def _runs(self) -> list[Mapping[str, Any]]:
-        """The entries of results.json.  Raises UserError where they are of another experiment."""
+    def _orders(self) -> list[ClassOrder]:
+        """Those of results.json.  Raises UserError where they are of another experiment."""
         file = self.folder / "results.json"
-        content = _known(report.read_results, file) if file.is_file() else None
-        if not content or not content["runs"]:
+        content: ResultsFile | None = _known(read_results, file) if file.is_file() else None
+        if not content or not content.runs:
             return []
-        self._refuse_another(content["config"])
-        return content["runs"]
+        self._refuse_another(content.config)
+        return content.runs
 
     def _check_whose_it_is(self) -> None:
         file = self.folder / "config.json"
         before = _known(read_json, file) if file.is_file() else None
         if before is not None and any(self.folder.glob("seed*/checkpoints/*.pt")):  # else nothing would be lost
             self._refuse_another(before)
-        self._runs()  # which remain where the checkpoints have been deleted
+        self._orders()  # which remain where the checkpoints have been deleted
 
     def _refuse_another(self, before: Mapping[str, Any]) -> None:
         """Raises UserError where the config of what is in the folder differs from this experiment's."""
@@ -116,6 +122,34 @@ def _known(read: Callable[[Path], Any], file: Path) -> Any:
         return read(file)
     except UserError as error:
         raise UserError(f"{error} Choose another output_dir, or delete that file.") from None
+
+
+def confusion_file(folder: Path, seed: int, phase: int, classifier: Classifier) -> Path:
+    """In a run's folder; the head's has no name of a classifier."""
+    suffix = "" if classifier == "cnn" else f"_{classifier}"
+    return seed_folder(folder, seed) / f"confusion_phase{phase:02d}{suffix}.csv"
+
+
+def write_confusion(path: Path, confusion: Matrix, class_names: Sequence[str]) -> None:
+    """A confusion matrix as CSV: a row a true class, a column a predicted one, counts of test images."""
+    names, rows = list(class_names[: len(confusion)]), np.asarray(confusion).tolist()
+    write_csv(path, ["true \\ predicted", *names], [[name, *row] for name, row in zip(names, rows, strict=True)])
+
+
+def write_phases(path: Path, orders: Sequence[ClassOrder]) -> None:
+    """phases.csv: the figures of results.json for a spreadsheet, a row a phase."""
+    rows = []
+    for order in orders:
+        for phase in order.phases:
+            accuracies = [
+                getattr(metrics, key, None)
+                for metrics in (phase.cnn, phase.nme)
+                for key in ("top1", "top5", "old", "new")
+            ]
+            memory, training, seconds = phase.memory, phase.training, phase.seconds
+            row = [order.seed, phase.phase, phase.classes_seen, *accuracies, memory.units_total, memory.bytes_total]
+            rows.append([*row, phase.parameters, training.loss, training.accuracy, seconds.train, seconds.total])
+    write_csv(path, PHASE_COLUMNS, rows)
 
 
 def check_is_run(folder: Path) -> None:

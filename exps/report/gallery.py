@@ -1,6 +1,6 @@
 """Draws what prompts keep and what comes back from them: image | edge map | copies, a row a class.
 
-python -m compress.gallery --data-dir data --dataset Food101 --copies 5 exemplars.png
+python -m exps.report.gallery --data-dir data --dataset Food101 --copies 5 exemplars.png
 """
 
 import argparse
@@ -15,11 +15,11 @@ from PIL import Image
 from compress.forms.edges import Edges, read
 from compress.presets import HIGH
 from compress.records import recorded_settings
+from exps.report.screen import drawn
 from utils import cli
 from utils.data.images import image_bits, read_image, write_atomically
 from utils.data.paths import DatasetPaths, data_dir, find_dataset
 from utils.errors import UserError
-from utils.results.show import drawn
 
 
 def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: int = 20) -> None:
@@ -37,17 +37,17 @@ def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: i
             rows.append((texts[label], image))
     if not rows:
         raise UserError(f"{paths.folder('kept')} has no edge maps yet: run compress/run.py first.")
-    there = [[copy for k in range(copies) if (copy := paths.copy(image, k)).is_file()] for _, image in rows]
-    if copies and not any(there):
+    existing = [[copy for k in range(copies) if (copy := paths.copy(image, k)).is_file()] for _, image in rows]
+    if copies and not any(existing):
         raise UserError(f"{paths.folder('copies')} has no copies yet: run compress/run.py first, or set --copies 0.")
-    columns = ["image", "edge map", *(f"copy {k}" for k in range(max(map(len, there))))]
+    columns = ["image", "edge map", *(f"copy {k}" for k in range(max(map(len, existing))))]
     figure = Figure(figsize=(1.1 * len(columns) + 0.6, 1.1 * len(rows) + 0.3), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for axes, title in zip(grid[0], columns, strict=True):
         axes.set_title(title, fontsize=9)
-    for row, (text, image), of_image in zip(grid, rows, there, strict=True):
+    for row, (text, image), copy_files in zip(grid, rows, existing, strict=True):
         row[0].set_ylabel(drawn(text), fontsize=9)
-        pictures = [_picture(image), _edge_map(paths, image), *map(_picture, of_image)]
+        pictures = [_picture(image), _edge_map(paths, image), *map(_picture, copy_files)]
         for axes, picture in zip(row, pictures, strict=False):
             axes.imshow(picture)
             axes.set_xticks([])
@@ -67,6 +67,7 @@ def _picture(path: Path) -> Image.Image:
 def _edge_map(paths: DatasetPaths, image: Path) -> np.ndarray:
     """HxWx3 uint8.  A coded map's size follows from the image's and the recorded settings."""
     label, kept = image.parent.name, paths.find_kept(image)
+    assert kept is not None, "looked for by the caller"
     recorded = recorded_settings(paths.folder("kept"), [label])[label] or {}
     names = {each.name for each in fields(HIGH)}
     form = Edges(replace(HIGH, **{name: value for name, value in recorded.items() if name in names}))
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m compress.gallery", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m exps.report.gallery", description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", help="folder of all datasets (default: $ESCORT_DATA_DIR, else ./data)")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--variant", metavar="NAME", default="", help="copies that --keep-apart NAME made")

@@ -1,0 +1,175 @@
+"""Runs as they are compared: an entry for each run and classifier, and what follows from several entries."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.results.records import CLASSIFIERS, Averages, Classifier, ClassOrder, Results, Spread
+
+REAL = "real"
+CODECS = ("jpeg", "webp", "avif", "jxl")
+"""Heads of the names of forms that are pictures of a codec."""
+NEUTRAL = ("output_dir", "phase0_cache", "prefix", "data_dir", "cache", "cache_gib", "num_workers")
+"""Keys of a config that change no number."""
+
+Runs = Mapping[str, tuple[Path, Results]]
+"""Name -> output folder and results."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One classifier of one run.
+
+    name: the run's; folder: where its results.json lies; model: the method, with whatever else distinguishes it from
+    the other entries; method: the same with the classifier, where the run has several; label: what tables call the form
+    of the run's exemplars.
+    """
+
+    name: str
+    folder: Path
+    results: Results
+    classifier: Classifier
+    model: str
+    method: str
+    label: str
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.results.config
+
+    @property
+    def title(self) -> str:
+        """The run's name, with the classifier where it has several."""
+        phases = self.results.unfinished
+        name = f"{self.name}, unfinished: {phases} phase{'s' if phases > 1 else ''}" if phases else self.name
+        return name if self.method == self.model else f"{name} ({CLASSIFIERS[self.classifier]})"
+
+    @property
+    def form(self) -> str:
+        """The form of the exemplars that do not stay as they are; "real" where there are none."""
+        return self.config.get("syn_form", "edges") if self.config.get("syn_per_class") else REAL
+
+    @property
+    def is_codec(self) -> bool:
+        return self.form.partition(":")[0].partition("@")[0] in CODECS
+
+    @property
+    def probability(self) -> float:
+        """p: with which real pictures are replaced by copies in training."""
+        return self.config.get("augmentation_prob") or 0.0
+
+    @property
+    def line(self) -> str:
+        """The form with p, as legends name it."""
+        return f"{self.label}, p = {self.probability:g}" if self.probability else self.label
+
+    @property
+    def orders(self) -> list[ClassOrder]:
+        """The class orders that the summary covers."""
+        return self.results.orders
+
+    @property
+    def averages(self) -> Averages:
+        return self.results.summary.classifiers[self.classifier]
+
+    @property
+    def last(self) -> Spread:
+        """Top-1 accuracy after the last phase, in percent."""
+        top1 = self.averages.top1
+        return Spread(mean=top1.mean[-1], std=top1.std[-1])
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """Average incremental accuracy by class order, in percent."""
+        return {order.seed: getattr(order, self.classifier).average_incremental_accuracy for order in self.orders}
+
+    @property
+    def bytes_per_class(self) -> float:
+        """True bytes that are kept after the last phase, per class, averaged over classes and class orders."""
+        return self.results.summary.bytes.mean / self.results.summary.classes_seen[-1]
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that a class may take; None for a budget in units."""
+        return self.config.get("memory_bytes_per_class") if self.config.get("budget_in") == "bytes" else None
+
+    @property
+    def size(self) -> int:
+        """Where the run stands on the axis of bytes per class: at its budget, or at what it kept."""
+        return self.budget or round(self.bytes_per_class)
+
+
+def entries(runs: Runs, labels: Mapping[str, str] | None = None) -> list[Entry]:
+    """labels: name -> what tables call the form; default: the form's name."""
+    configs = [results.config for _, results in runs.values()]
+    varied = [key for key in ("dataset", "convnet_type") if len({str(config.get(key)) for config in configs}) > 1]
+    listed = []
+    for name, (folder, results) in runs.items():
+        classifiers = results.summary.classifiers
+        model = " ".join(str(results.config.get(key)) for key in ("model_name", *varied))
+        for classifier in classifiers:
+            method = f"{model} ({CLASSIFIERS[classifier]})" if len(classifiers) > 1 else model
+            entry = Entry(name, folder, results, classifier, model, method, "")
+            listed.append(replace(entry, label=(labels or {}).get(name, entry.form)))
+    return listed
+
+
+def lines(compared: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:
+    """(method, form with p) -> its entries by bytes per class: the lines of accuracy against bytes.
+
+    Two runs of the same method, form, p and bytes are told apart by their names.
+    """
+    by_line: dict[tuple[str, str], list[Entry]] = {}
+    for entry in sorted(compared, key=lambda entry: entry.size):
+        alike = [e for e in compared if (e.method, e.line, e.size) == (entry.method, entry.line, entry.size)]
+        form = entry.line if len(alike) == 1 else f"{entry.line}: {entry.name}"
+        by_line.setdefault((entry.method, form), []).append(entry)
+    return by_line
+
+
+def area(points: Sequence[tuple[float, float]]) -> float | None:
+    """The area under accuracy over log bytes, divided by the range of log bytes: a mean accuracy over the budgets.
+
+    points: (bytes, accuracy) in any order.  None for fewer than two different numbers of bytes.
+    """
+    sizes = sorted((math.log(size), score) for size, score in points if size > 0)
+    if len({size for size, _ in sizes}) < 2:
+        return None
+    x, y = np.array(sizes).T
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
+def areas(line: Sequence[Entry], budgets: Sequence[int]) -> dict[int, float]:
+    """Class order -> area under a line's curve over `budgets`; only class orders that have all of them."""
+    scores = {entry.size: entry.scores for entry in line}
+    if len(budgets) < 2 or not set(budgets) <= scores.keys():
+        return {}
+    seeds = set.intersection(*(set(scores[budget]) for budget in budgets))
+    by_seed = {seed: area([(budget, scores[budget][seed]) for budget in budgets]) for seed in sorted(seeds)}
+    return {seed: value for seed, value in by_seed.items() if value is not None}
+
+
+def reference_of(entry: Entry, compared: Sequence[Entry]) -> Entry | None:
+    """What an entry is compared with: real exemplars of its method at its budget, else the first run of its method."""
+    finished = [e for e in compared if not e.results.unfinished]
+    same = [e for e in finished if e.method == entry.method and e.config["dataset"] == entry.config["dataset"]]
+    if entry.budget is not None:
+        same = [other for other in same if other.budget == entry.budget]
+    real = sorted((other for other in same if other.form == REAL), key=lambda other: other.probability)
+    reference = next(iter([*real, *same]), None)
+    return None if reference is entry else reference
+
+
+def config_differences(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """(key, a value a config) of the keys in which configs differ, without those that change no number."""
+    keys = dict.fromkeys(key for config in configs.values() for key in config)
+    rows = [(key, [_text(config.get(key)) for config in configs.values()]) for key in keys if key not in NEUTRAL]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)

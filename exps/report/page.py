@@ -1,0 +1,258 @@
+"""One self-contained HTML page of several runs: figures, tables and pictures, with nothing from elsewhere."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, Template
+
+from exps.report import comparison, figures, pictures
+from exps.report.entries import REAL, Entry, Runs, areas, config_differences, entries, lines
+from exps.report.tables import mean_std, paired
+from utils.results.files import write_text
+from utils.results.records import Classifier, Spread, load_results
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATE = Path(__file__).with_name("page.html")
+FILES = ("report.html", "results.json", "phases.csv", "epochs.csv", "log.txt")
+"""What a run's folder may have that the page links to."""
+PANEL = 24
+"""Most lines of a figure."""
+
+
+def write_page(folder: Path) -> None:
+    """A run's page, report.html in its output folder."""
+    results, file = load_results(folder), folder / "report.html"
+    write_text(file, page({str(results.config["model_name"]): (folder, results)}, file=file))
+
+
+def page(
+    runs: Runs,
+    title: str = "",
+    notes: Sequence[str] = (),
+    *,
+    labels: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> str:
+    """The page's text.
+
+    notes: paragraphs below the title; labels: name -> what the table calls the form; file: where the page will lie,
+    from which it links to the runs' files; None for no links.
+    """
+    compared = entries(runs, labels)
+    by_line = lines(compared)
+    single = len(runs) == 1
+    configs = {name: results.config for name, (_, results) in runs.items()}
+    titles, rows = pictures.form_rows(compared)
+    looks = figures.Looks(list(by_line))
+    table = comparison.table_rows(compared)
+    return _template().render(
+        title=title or _title(compared),
+        notes=notes,
+        verdict=[] if single else comparison.verdict(table),
+        single=single,
+        table=table,
+        classifiers=[c for c in comparison.WORDS if any(c in row.cells for row in table)],
+        several_methods=len({entry.model for entry in compared}) > 1,
+        budgets=len({entry.budget for entry in compared}) > 1,
+        over_bytes=figures.accuracy_over_bytes(by_line, looks) if len({e.size for e in compared}) > 1 else None,
+        over_phases=phase_figures(compared, looks),
+        forgetting=_forgetting(compared),
+        areas=area_table(by_line),
+        details=[_details(row, compared, file) for row in table],
+        forms_titles=titles,
+        forms_rows=rows,
+        memory=_memory_rows(table),
+        provenance=_provenance_groups(compared),
+        config_names=list(configs),
+        differences=config_differences(configs) if not single else [],
+        config=json.dumps(next(iter(configs.values())), indent=2, ensure_ascii=False) if single else None,
+        foot=_foot(runs),
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["mean_std"] = mean_std
+    environment.globals |= {"words": comparison.WORDS, "legend": comparison.LEGEND}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _title(compared: Sequence[Entry]) -> str:
+    """Such as "MNIST, der: edges, p = 0.4"."""
+    subjects = ", ".join(dict.fromkeys(f"{e.config['dataset']}, {e.config['model_name']}" for e in compared))
+    forms = list(dict.fromkeys(entry.line for entry in compared))
+    return f"{subjects}: {forms[0]}" if len(forms) == 1 else subjects
+
+
+def _details(row: comparison.Row, compared: Sequence[Entry], file: Path | None) -> dict[str, Any]:
+    """What unfolds below a run: its files, its accuracy on each class, its confusion matrices."""
+    own = [entry for entry in compared if entry.name == row.entry.name]
+    per_class: dict[str, list[float | None]] = {}
+    for column, entry in enumerate(own):
+        last: dict[str, list[float]] = {}
+        for order in entry.orders:
+            for label, curve in getattr(order, entry.classifier).per_class.items():
+                if curve and curve[-1] is not None:
+                    last.setdefault(label, []).append(curve[-1])
+        for label, values in last.items():
+            per_class.setdefault(label, [None] * len(own))[column] = sum(values) / len(values)
+    matrices = [(comparison.WORDS[entry.classifier], pictures.confusion(entry)) for entry in own]
+    return {
+        "name": row.entry.name,
+        "links": _links(row.entry.folder, file),
+        "classifiers": [comparison.WORDS[entry.classifier] for entry in own],
+        "per_class": sorted(per_class.items()),
+        "confusions": [(word, matrix) for word, matrix in matrices if matrix],
+    }
+
+
+def _links(folder: Path, file: Path | None) -> list[tuple[str, str]]:
+    """(name, address) of a run's files, as seen from the page."""
+    if file is None:
+        return []
+    files = [folder / name for name in FILES if (folder / name).is_file()]
+    others = [other for other in files if other.resolve() != file.resolve()]
+    return [(other.name, Path(os.path.relpath(other, file.parent)).as_posix()) for other in others]
+
+
+def phase_figures(compared: Sequence[Entry], looks: figures.Looks) -> list[tuple[str, str]]:
+    """(title, figure) of accuracy over phases: one for each budget and classifier, and for each PANEL lines.
+
+    All have the same range of accuracies.
+    """
+    groups: dict[tuple[int | None, Classifier], dict[tuple[str, str], Entry]] = {}
+    for entry in compared:
+        alike = [e for e in compared if (e.budget, e.method, e.line) == (entry.budget, entry.method, entry.line)]
+        form = entry.line if len(alike) == 1 else f"{entry.line}: {entry.name}"
+        groups.setdefault((entry.budget, entry.classifier), {})[entry.method, form] = entry
+    limits = figures.accuracy_limits(compared)
+    budgets, classifiers = {budget for budget, _ in groups}, {classifier for _, classifier in groups}
+    panels = []
+    for (budget, classifier), group in groups.items():
+        parts = [f"{budget:,} bytes per class"] if budget and len(budgets) > 1 else []
+        parts += [comparison.WORDS[classifier]] if len(classifiers) > 1 else []
+        for start in range(0, len(group), PANEL):
+            name = f"phases-{budget or 0}-{classifier}-{start}"
+            part = dict(list(group.items())[start : start + PANEL])
+            panels.append((", ".join(parts), figures.accuracy_over_phases(part, name, looks, limits)))
+    return panels
+
+
+def _forgetting(compared: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Rows of bars.  share: of the longest one, in percent."""
+    models, budgets = {entry.model for entry in compared}, {entry.budget for entry in compared}
+    spreads: list[tuple[Entry, str, Spread]] = []
+    for entry in compared:
+        if spread := entry.averages.forgetting:
+            parts = [entry.model] if len(models) > 1 else []
+            parts += [entry.line, *([f"{entry.budget:,} bytes"] if len(budgets) > 1 and entry.budget else [])]
+            spreads.append((entry, ", ".join([*parts, comparison.WORDS[entry.classifier]]), spread))
+    labels = Counter(label for _, label, _ in spreads)
+    longest = max((spread.mean for *_, spread in spreads), default=0) or 1
+    return [
+        {
+            "name": label if labels[label] == 1 else f"{entry.name}: {label}",
+            "spread": spread,
+            "share": max(0.0, 100 * spread.mean / longest),
+        }
+        for entry, label, spread in spreads
+    ]
+
+
+def area_table(by_line: Mapping[tuple[str, str], Sequence[Entry]]) -> list[dict[str, Any]]:
+    """Mean accuracy over the budgets that all lines of a method share, and its difference to real exemplars."""
+    rows = []
+    for method in dict.fromkeys(method for method, _ in by_line):
+        own = {form: line for (m, form), line in by_line.items() if m == method}
+        sizes = [{entry.size for entry in line} for line in own.values() if len({entry.size for entry in line}) > 1]
+        budgets = sorted(set.intersection(*sizes)) if sizes else []
+        by_form = {form: areas(line, budgets) for form, line in own.items()}
+        for form, scores in by_form.items():
+            if scores:
+                against = paired(scores, by_form.get(REAL, {})) if form != REAL else None
+                mean = paired(scores, dict.fromkeys(scores, 0.0))
+                rows.append({"method": method, "form": form, "mean": mean, "against": against, "budgets": budgets})
+    return sorted(rows, key=lambda row: (row["method"], -row["mean"].mean))
+
+
+def _memory_rows(table: Sequence[comparison.Row]) -> list[dict[str, Any]]:
+    """For each run: its name, figures of memory, network and time, and the forms in its memory after the last phase."""
+    rows = []
+    for row in table:
+        order, summary = row.entry.orders[0], row.entry.results.summary
+        forms = [form for form in order.memory.forms if form.exemplars]
+        network = 4 * order.phases[-1].parameters
+        rows.append({"name": row.entry.name, "summary": summary, "network": network, "forms": forms})
+    return rows
+
+
+def _provenance_groups(compared: Sequence[Entry]) -> list[dict[str, Any]]:
+    """What made the copies: for runs with the same provenance their names, what differs from the first group's, and
+    all of it."""
+    groups: dict[tuple, list[str]] = {}
+    for entry in compared:
+        if rows := pictures.provenance(entry):
+            names = groups.setdefault(tuple(rows), [])
+            names += [entry.name] if entry.name not in names else []
+    first = next(iter(groups), ())
+    return [
+        {
+            "names": names,
+            "short": [row for row in rows if row[0] in pictures.ABOUT_GENERATOR]
+            + [row for row in rows if row not in first and row[0] not in pictures.ABOUT_GENERATOR],
+            "all": rows,
+        }
+        for rows, names in groups.items()
+    ]
+
+
+def _foot(runs: Runs) -> dict[str, str]:
+    """What somebody needs who gets only the page: when, from which code, where and by which command it was made."""
+    times = [file.stat().st_mtime for folder, _ in runs.values() if (file := folder / "results.json").is_file()]
+    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(max(times))) if times else "unknown"
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    words = ["-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
+    command = shlex.join(["python", *words, *sys.argv[1:]])
+    return {"results of": made, "version": _version(), "commit": _commit(), "machine": _machine(), "command": command}
+
+
+def _version() -> str:
+    """Of the project: the installed one, or that of its sources."""
+    try:
+        return metadata.version("escort-cil")
+    except metadata.PackageNotFoundError:
+        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        return text.partition('\nversion = "')[2].partition('"')[0]
+
+
+@cache
+def _commit() -> str:
+    try:
+        words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+@cache
+def _machine() -> str:
+    processor = platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as cpus:
+            processor = next((cpu.partition(":")[2].strip() for cpu in cpus if cpu.startswith("model name")), processor)
+    except OSError:
+        pass
+    return f"{platform.system()}, {processor}, {os.cpu_count()} cores, Python {sys.version.split()[0]}"

@@ -1,0 +1,193 @@
+"""The page's pictures: what forms keep and what comes back, confusion matrices; and what made the copies."""
+
+import base64
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from compress.forms import form_named
+from compress.presets import PRESETS
+from exps.report.entries import REAL, Entry
+from utils.data.images import read_image
+from utils.data.paths import DatasetPaths, data_dir, find_dataset
+from utils.errors import UserError
+from utils.results.output import confusion_file
+from utils.results.records import Copies
+
+SIDE = 112
+"""Most pixels of a picture's longer side."""
+MOST_CLASSES = 20
+"""Up to this number, a confusion matrix is a table whose cells say what they count."""
+MODELS = Path(__file__).resolve().parents[2] / "ControlNet" / "models"
+"""Of bundled models, beside which lies what they were trained on."""
+TRAINED_ON = {"sd15": "LAION-5B's captioned pictures (Stable Diffusion 1.5), and edge maps of 3 million pictures"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with what is said of it.  uri: None where there is nothing to show; alt: what it shows."""
+
+    uri: str | None
+    note: str
+    alt: str = ""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A confusion matrix.
+
+    names: of the classes, in order; cells: for each true class (percent, colour) of each predicted one, empty where
+    there are too many classes, of which `uri` is a picture; in_order: whether the order is that of learning.
+    """
+
+    names: list[str]
+    cells: list[list[tuple[str, str]]]
+    uri: str
+    in_order: bool
+
+
+def form_rows(compared: Sequence[Entry], most: int = 4) -> tuple[list[str], list[list[Picture]]]:
+    """What the forms of several runs of one dataset keep: (titles, rows of pictures), a row an image.
+
+    The columns are the image, then for each form what is kept and the first copy.  Shows an image of each of the first
+    classes, as far as files are at hand; no rows where none is, or where the runs have several datasets.
+    """
+    forms = [form for form in dict.fromkeys(entry.form for entry in compared) if form != REAL]
+    datasets = {
+        (data_dir(e.config.get("data_dir")), e.config["dataset"], e.config.get("variant", "")) for e in compared
+    }
+    if not forms or len(datasets) != 1:
+        return [], []
+    folder, dataset, variant = datasets.pop()
+    dataset = find_dataset(folder, dataset)
+    try:
+        form_paths = {
+            form: DatasetPaths(folder, dataset, variant, form_named(form, PRESETS["high"]).files) for form in forms
+        }
+        paths = DatasetPaths(folder, dataset, variant)
+        classes = [images for label in paths.classes()[:most] if (images := paths.images(label))]
+    except UserError:
+        return [], []
+    # Of a class's images the first one of which the most forms have copies: those made on demand are few.
+    first = [max(images, key=lambda i: sum(p.copy(i, 0).is_file() for p in form_paths.values())) for images in classes]
+    titles = ["original"]
+    rows = [[_thumbnail(image, image.stat().st_size, f"{image.parent.name}: original")] for image in first]
+    for form, own in form_paths.items():
+        files = [(own.find_kept(image), own.copy(image, 0)) for image in first]
+        if any(kept or copy.is_file() for kept, copy in files):
+            titles += [f"{form}: kept", f"{form}: comes back"]
+            for image, row, (kept, copy) in zip(first, rows, files, strict=True):
+                size = kept.stat().st_size if kept else None
+                row.append(_thumbnail(kept, size, f"{image.parent.name}: {form}, kept"))
+                row.append(_thumbnail(copy if copy.is_file() else None, None, f"{image.parent.name}: {form}, copy"))
+    return (titles, rows) if len(titles) > 1 else ([], [])
+
+
+def _thumbnail(file: Path | None, size: int | None, alt: str) -> Picture:
+    """size: the bytes that are said of it."""
+    if file is None:
+        return Picture(None, "not there")
+    if size == 0:
+        return Picture(None, "the class's text only")
+    note = "" if size is None else f"{size:,} bytes"
+    try:
+        picture = read_image(file)
+    except OSError:  # a form may keep a code, which its copy shows decoded
+        return Picture(None, f"{note}, coded".strip(", "))
+    picture.thumbnail((SIDE, SIDE))
+    return Picture(_uri(picture, "WEBP", quality=80), note, alt)
+
+
+def _uri(picture: Image.Image, kind: str, **options: Any) -> str:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def confusion(entry: Entry) -> Confusion | None:
+    """The confusion matrix after the last phase, summed over class orders.
+
+    Rows are true classes and columns predicted ones.  Of one class order they are in the order in which they were
+    learnt, so that a column of the last phase shows what the newest classes draw to themselves; of several they are
+    sorted.  None where the files are not at hand.
+    """
+    in_order = len(entry.orders) == 1
+    names = entry.orders[0].class_names[: entry.results.summary.classes_seen[-1]]
+    names = names if in_order else sorted(names)
+    total = np.zeros((len(names), len(names)))
+    for order in entry.orders:
+        try:
+            text = confusion_file(entry.folder, order.seed, len(order.phases) - 1, entry.classifier).read_text("utf-8")
+            header, *rows = csv.reader(io.StringIO(text))
+            counts = np.array([[float(cell) for cell in row[1:]] for row in rows])
+            places = [header[1:].index(name) for name in names]
+            total += counts[np.ix_(places, places)]
+        except (OSError, ValueError, IndexError):
+            return None
+    share = total / np.maximum(total.sum(axis=1, keepdims=True), 1)
+    pale, dark = np.array([247.0, 251, 255]), np.array([8.0, 48, 107])
+    pixels = (pale + np.sqrt(share)[..., None] * (dark - pale)).astype(np.uint8)
+    if len(names) > MOST_CLASSES:
+        return Confusion(names, [], _uri(Image.fromarray(pixels), "PNG", optimize=True), in_order)
+    cells = [
+        [(f"{100 * part:.0f}", f"#{colour.tobytes().hex()}") for part, colour in zip(*row, strict=True)]
+        for row in zip(share, pixels, strict=True)
+    ]
+    return Confusion(names, cells, "", in_order)
+
+
+ABOUT_GENERATOR = ("generator", "generator's bytes", "generator trained on")
+"""Rows of a provenance that say what the generator has seen, and how large it is."""
+
+
+def provenance(entry: Entry) -> list[tuple[str, str]]:
+    """What made the copies that a run used, as (what, value); empty where it used none."""
+    phases = [phase for order in entry.orders for phase in reversed(order.phases)]
+    copies = next((phase.copies for phase in phases if phase.copies), None)
+    if copies is None:
+        return []
+    rows = []
+    for made_by in copies.made_by:
+        if made_by.settings is None:
+            rows.append(("settings", "not recorded"))
+            continue
+        flat = dict(_flat(made_by.settings))
+        rows += [(key, flat[key]) for key in sorted(flat, key=lambda key: (key not in ("model", "precision"), key))]
+    return [*rows, ("copies used", f"{copies.files:,}"), ("digest of copies", copies.digest), *_generator(copies)]
+
+
+def _flat(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    flat = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat += _flat(value)
+        elif value is not None:
+            flat.append((key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return flat
+
+
+def _generator(copies: Copies) -> list[tuple[str, str]]:
+    """The generator's name or file, its bytes, and what it was trained on, as far as these are at hand.
+
+    Nothing for copies that no model made.
+    """
+    settings = [made_by.settings or {} for made_by in copies.made_by]
+    if not any(each.get("model") or each.get("autoencoder") for each in settings):
+        return []
+    if (name := copies.generator) is None:  # results of earlier versions do not tell
+        return [("generator", "not recorded")]
+    bundled = MODELS / f"cldm_{name}.safetensors"
+    file = bundled if bundled.is_file() else Path(name).expanduser()
+    size = f"{file.stat().st_size:,}" if file.is_file() else "about 5,700,000,000" if name == "sd15" else "not at hand"
+    about, notes = TRAINED_ON.get(name, "not recorded"), file.with_suffix(".md")
+    if notes.is_file():
+        paragraphs = notes.read_text(encoding="utf-8").replace("\n\n", "\0").replace("\n", " ").split("\0")
+        about = next((p.removeprefix("**Data.** ") for p in paragraphs if p.startswith("**Data.**")), about)
+    size = f"{size} (not counted in the memory)"
+    return list(zip(ABOUT_GENERATOR, (name, size, about.replace("`", "")), strict=True))
