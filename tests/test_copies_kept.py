@@ -9,6 +9,7 @@ import torch
 import main
 from compress.cost import Cost
 from models import copy_choice, run
+from tests.little_config import train_little
 from tests.shapes import SHAPES, make_shapes, picture
 from utils.data.batches import TrainingSet
 from utils.data.classes import DataManager
@@ -36,10 +37,8 @@ def data_dir(tmp_path_factory):
 def learn(tmp_path, data_dir, monkeypatch):
     """Calls main.py: -> (exit code, the copies that each phase's synthetic exemplars are read as)."""
     config = {
-        **{"dataset": "Shapes", "data_dir": str(data_dir), "init_cls": 4, "increment": 2, "model_name": "replay"},
-        **{"convnet_type": "resnet8", "device": "cpu", "num_workers": 0, "batch_size": 16, "nme": False},
-        **{"memory_per_class": 3, "real_per_class": 1, "syn_per_class": 4, "augmentations_per_image": 2},
-        **{"init_epoch": 12, "epochs": 1, "init_lr": 0.05},
+        **{"init_cls": 4, "batch_size": 16, "nme": False, "memory_per_class": 3, "real_per_class": 1},
+        **{"syn_per_class": 4, "augmentations_per_image": 2, "init_epoch": 12, "init_lr": 0.05},
     }
     shown = []
     real = run.Run.training_set
@@ -47,8 +46,7 @@ def learn(tmp_path, data_dir, monkeypatch):
 
     def call(*overrides, folder="out", **values):
         shown.clear()
-        (tmp_path / "config.json").write_text(json.dumps({**config, "output_dir": str(tmp_path / folder), **values}))
-        code = main.main(["--config", str(tmp_path / "config.json"), *overrides])
+        code = train_little(data_dir, tmp_path / folder, *overrides, **{**config, **values})
         return code, [[item.copies for item in items if item.regenerated] for items in shown]
 
     return call

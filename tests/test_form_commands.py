@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import main
 from compress.cost import Cost
 from compress.forms import form_named
 from compress.generators import build
@@ -15,6 +14,7 @@ from compress.job import Machine
 from compress.presets import HIGH
 from tests.conftest import long_but
 from tests.folders import save_noise
+from tests.little_config import train_little
 from tests.little_run import command, little_dataset, tree
 from utils.data import codecs
 from utils.data.images import read_image
@@ -205,14 +205,10 @@ def test_what_a_form_costs(paths, compress, checkpoint, form):
 
 def train(paths, out, capsys, **values):
     config = {
-        **{"dataset": paths.dataset, "data_dir": str(paths.data_dir), "output_dir": str(out), "model_name": "replay"},
-        **{"convnet_type": "resnet8", "device": "cpu", "init_cls": 1, "increment": 1, "seed": [1], "num_workers": 0},
-        **{"memory_per_class": 2, "real_per_class": 1, "syn_per_class": 1, "augmentations_per_image": 2},
-        **{"init_epoch": 1, "epochs": 1, "augmentation_scope": "exemplars", **values},
+        **{"dataset": paths.dataset, "init_cls": 1, "increment": 1, "seed": [1], "augmentations_per_image": 2},
+        **{"memory_per_class": 2, "real_per_class": 1, "syn_per_class": 1, "augmentation_scope": "exemplars"},
     }
-    file = out.with_suffix(".json")
-    file.write_text(json.dumps(config))
-    return main.main(["--config", str(file)]), capsys.readouterr()
+    return train_little(paths.data_dir, out, **{**config, **values}), capsys.readouterr()
 
 
 @pytest.mark.parametrize("regenerate", long_but(("ahead", "on_demand"), "on_demand"))

@@ -16,6 +16,7 @@ from exps import demo, pareto
 from exps.points import finished
 from exps.sweep import Plan, read
 from tests.grid_stub import entry, write
+from tests.little_config import KEYS
 from tests.shapes import make_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -32,16 +33,10 @@ def folder(tmp_path_factory):
 
 def sweep_file(folder, **changes):
     config = {
-        **{"dataset": "Shapes", "data_dir": str(folder / "data"), "init_cls": 3, "increment": 3},
-        **{
-            "convnet_type": "resnet8",
-            "device": "cpu",
-            "num_workers": 0,
-            "batch_size": 16,
-            "augmentations_per_image": 1,
-        },
-        **{"init_epoch": 1, "epochs": 1, "init_milestones": [], "milestones": []},
+        **{**KEYS, "data_dir": str(folder / "data"), "init_cls": 3, "increment": 3, "batch_size": 16},
+        **{"augmentations_per_image": 1, "init_milestones": [], "milestones": []},
     }
+    del config["model_name"]
     content = {
         **{"config": config, "methods": ["der"], "seeds": [1], "budgets": [2600], "forms": FORMS},
         **{"settings": "--resolution low", **changes},

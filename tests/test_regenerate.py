@@ -21,6 +21,7 @@ from compress.presets import HIGH, LOW
 from ControlNet.cldm.sampler import draw
 from tests.conftest import long_but
 from tests.folders import save_noise
+from tests.little_config import tree
 from tests.little_model import little_model
 from tests.regenerating import Maker
 from utils.data import images
@@ -71,10 +72,6 @@ def model():
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def files_of_classes(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from models import METHODS
 from models.use import export
 from models.use.learner import Learner
 from tests.conftest import long_but
+from tests.little_config import phases, train_little
 from tests.little_trainer import SHORT, keys_of
 from tests.shapes import SHAPES, make_shapes
 from utils.data.augment import Normalise, SmallTest
@@ -46,17 +47,10 @@ def trained(data_dir, tmp_path_factory):
     def call(method: str) -> Path:
         if method not in made:
             folder = tmp_path_factory.mktemp(method)
-            config = {
-                "dataset": "shapes",  # in another case than its folder, as in PyCIL's files
-                "data_dir": str(data_dir),
-                "output_dir": str(folder / "out"),
-                "device": "cpu",
-            }
-            config |= {"init_cls": 2, "increment": 2, "model_name": method, "convnet_type": "resnet8"}
-            config |= {**SHORT, "init_lr": 0.05, "lrate": 0.05, "batch_size": 8, "num_workers": 0}
+            config = {"dataset": "shapes"}  # in another case than its folder, as in PyCIL's files
+            config |= {"model_name": method, **SHORT, "init_lr": 0.05, "lrate": 0.05, "batch_size": 8}
             config |= {"memory_per_class": 2, "keep_checkpoints": 2, "logger": ["csv"], **keys_of(method)}
-            (folder / "config.json").write_text(json.dumps(config))
-            assert main.main(["--config", str(folder / "config.json")]) == 0
+            assert train_little(data_dir, folder / "out", **config) == 0
             made[method] = folder / "out"
         return made[method]
 
@@ -64,7 +58,7 @@ def trained(data_dir, tmp_path_factory):
 
 
 def phase_of(run: Path, phase: int) -> dict:
-    return json.loads((run / "results.json").read_text())["runs"][0]["phases"][phase]
+    return phases(run)[phase]
 
 
 @pytest.mark.parametrize("method", long_but(METHODS, *QUICK))
