@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from compress.cost import Cost
@@ -14,7 +15,7 @@ from compress.job import Machine
 from compress.presets import HIGH
 from tests.conftest import long_but
 from tests.folders import save_noise
-from tests.little_config import train_little
+from tests.little_config import phases, train_little
 from tests.little_run import command, little_dataset, tree
 from utils.data import codecs
 from utils.data.images import read_image
@@ -81,6 +82,39 @@ def test_a_form_is_made_resumed_verified_and_repaired(paths, compress, form, mon
         with Image.open(ours.copy(image, 0)) as copy, Image.open(image) as original:
             assert copy.size == original.size
     assert compress("--form", form, "--quality", "50", "--steps", "2", "--dry-run")[0] == (0 if form in PICTURES else 2)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in QUICK])
+def test_a_form_of_one_image(paths, compress, form):
+    """Those of which the test above is long."""
+    ours, one = of_form(paths, form), ("--form", form, "--classes", "sushi", "--limit", "1")
+    code, out, err = compress(*one)
+    assert (code, "0 failed" in out) == (0, True), err
+    image = ours.images("sushi")[0]
+    assert ours.kept(image).stat().st_size > 0
+    with Image.open(ours.copy(image, 0)) as copy, Image.open(image) as original:
+        assert copy.size == original.size
+    before = tree(paths.root)
+    code, out, _ = compress(*one)
+    assert (code, "copies: 0 made" in out) == (0, True)
+    assert tree(paths.root) == before
+
+
+def test_auto_is_bf16_where_the_cpu_computes_in_it(paths, compress, checkpoint, tmp_path, capsys, monkeypatch):
+    """The default of recent server CPUs: recorded, other than float32's, and what main.py trains with."""
+    assert compress("--form", "codebook:4@3", "--classes", "sushi")[0] == 0
+    ours = of_form(paths, "codebook:4@3")
+    in_fp32 = read_image(ours.copy(ours.images("sushi")[0], 0))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    code, _, err = compress("--form", "codebook:4@3")
+    assert (code, "precision 'fp32' -> 'bf16'" in err) == (2, True), err
+    assert compress("--form", "codebook:4@3", "--replace")[0] == 0
+    assert read_image(ours.copy(ours.images("sushi")[0], 0)).tobytes() != in_fp32.tobytes()
+    assert "copies: 0 made" in compress("--form", "codebook:4@3")[1]
+    options = f"--model {checkpoint} --size 64 --steps 1 --batch-size 4 --resolution high"
+    code, said = train(paths, tmp_path / "out", capsys, regenerate="on_demand", regenerate_options=options)
+    assert code == 0, said.err
+    assert phases(tmp_path / "out")[0]["copies"]["made_by"][0]["settings"]["precision"] == "bf16"
 
 
 def test_what_a_code_depends_on_is_recorded(paths, compress, checkpoint):
@@ -220,7 +254,7 @@ def test_training_on_text(paths, compress, checkpoint, tmp_path, capsys, regener
         paths, tmp_path / "out", capsys, syn_form="text", regenerate=regenerate, regenerate_options=options
     )
     assert code == 0, said.err
-    phase = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["phases"][0]
+    phase = phases(tmp_path / "out")[0]
     assert phase["copies"]["made_by"][0]["settings"]["form"] == "text"
     assert phase["memory"]["units_total"] == 1  # the real exemplar: a text costs nothing
 
@@ -247,8 +281,7 @@ def test_training_under_a_budget_in_bytes(paths, compress, checkpoint, tmp_path,
     values = {"budget_in": "bytes", "memory_bytes_per_class": real + 3000, "syn_per_class": "fill", "syn_form": form}
     code, said = train(paths, tmp_path / "out", capsys, regenerate=regenerate, regenerate_options=options, **values)
     assert code == 0, said.err
-    phases = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["phases"]
-    memory = phases[-1]["memory"]
+    memory = phases(tmp_path / "out")[-1]["memory"]
     assert memory["bytes_budget"] == real + 3000
     assert 0 < memory["bytes_per_class_max"] <= memory["bytes_budget"]
     assert memory["nb_real"] == 2

@@ -269,6 +269,21 @@ def test_a_signal_is_answered_by_a_checkpoint(train, tmp_path, ending, workers):
     assert_ends_alike(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_sigkill_within_a_phase(train, tmp_path):
+    """The command itself, killed when it has kept a place within phase 1."""
+    values = {"cache": "none", "epochs": 6, "increment": 4, **EVERY_STEP}
+    assert train("whole", **values) == 0
+    process = forks.Command(["main.py", "--config", tmp_path / "config.json", f"output_dir={tmp_path / 'killed'}"])
+    folder = tmp_path / "killed" / "seed1993" / "checkpoints"
+    while process.poll() is None and not {"phase00.pt", "unfinished.pt"} <= {file.name for file in folder.glob("*")}:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert checkpoints(tmp_path / "killed") == ["phase00.pt", "unfinished.pt"]
+    assert train("killed", **values) == 0
+    assert_ends_alike(tmp_path / "whole", tmp_path / "killed")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["icarl"])
 def test_sigkill_at_twenty_random_moments(tmp_path, method):

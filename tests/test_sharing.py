@@ -109,7 +109,6 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(child) for child in found]
 
 
-@pytest.mark.long
 def test_torchruns_processes_make_the_tree_of_one(paths, checkpoint, undisturbed):
     out = finish(start(paths, checkpoint, *TORCHRUN, free_port()))
     assert out.count(f"copies: {MADE} made, 0 skipped, 0 failed") == 1  # one summary, and nothing made twice
