@@ -131,7 +131,7 @@ def test_nor_does_one_at_full_size(stage):
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EACH = list(itertools.product(SCENARIOS, DTYPES))
+EACH = [("ddim", "fp32"), *itertools.product(SCENARIOS, ("bf16", "fp16"))]  # float32 has no dtypes to mix
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,10 @@ from utils.data.datasets import IMAGENET_STATISTICS
 
 pytestmark = pytest.mark.xdist_group("use")  # its runs are trained once, not once a worker
 QUICK = ("icarl", "foster", "rmm-icarl")
+NETWORKS = [*{METHODS[name].build_network: name for name in (*METHODS, "icarl", "foster")}.values()]
+"""One method for each way to build a network."""
 EXPORTED = long_but(
-    [(method, "head") for method in METHODS] + [("icarl", "nme"), ("der", "nme"), ("ssre", "nme")],
+    [(method, "head") for method in NETWORKS] + [("icarl", "nme"), ("der", "nme"), ("ssre", "nme")],
     ("icarl", "nme"),
 )
 
@@ -131,7 +133,7 @@ def test_evaluate_on_some_of_the_classes(trained, data_dir, tmp_path, capsys):
     assert figures["cnn"]["per_class"]["blue disc"] is None
 
 
-@pytest.mark.parametrize("method", long_but(METHODS, "rmm-icarl"))
+@pytest.mark.parametrize("method", long_but([*NETWORKS, "rmm-icarl"], "rmm-icarl"))
 def test_predict(trained, data_dir, tmp_path, capsys, method):
     run, file = trained(method), tmp_path / "predictions.csv"
     images = tmp_path / "images"
