@@ -102,19 +102,22 @@ def test_a_form_of_one_image(paths, compress, form):
 
 def test_auto_is_bf16_where_the_cpu_computes_in_it(paths, compress, checkpoint, tmp_path, capsys, monkeypatch):
     """The default of recent server CPUs: recorded, other than float32's, and what main.py trains with."""
-    assert compress("--form", "codebook:4@3", "--classes", "sushi")[0] == 0
-    ours = of_form(paths, "codebook:4@3")
-    in_fp32 = read_image(ours.copy(ours.images("sushi")[0], 0))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
-    code, _, err = compress("--form", "codebook:4@3")
-    assert (code, "precision 'fp32' -> 'bf16'" in err) == (2, True), err
-    assert compress("--form", "codebook:4@3", "--replace")[0] == 0
-    assert read_image(ours.copy(ours.images("sushi")[0], 0)).tobytes() != in_fp32.tobytes()
-    assert "copies: 0 made" in compress("--form", "codebook:4@3")[1]
+    one, ours = ("--form", "text", "--classes", "sushi", "--limit", "1"), of_form(paths, "text")
+    capable = {"amx_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable, raising=False)
     options = f"--model {checkpoint} --size 64 --steps 1 --batch-size 4 --resolution high"
-    code, said = train(paths, tmp_path / "out", capsys, regenerate="on_demand", regenerate_options=options)
+    values = {"syn_form": "text", "regenerate": "on_demand", "augmentations_per_image": 1}
+    code, said = train(paths, tmp_path / "out", capsys, regenerate_options=options, **values)
     assert code == 0, said.err
     assert phases(tmp_path / "out")[0]["copies"]["made_by"][0]["settings"]["precision"] == "bf16"
+    assert compress(*one)[0] == 0
+    copy = ours.copy(ours.images("sushi")[0], 0)
+    in_bf16 = copy.read_bytes()
+    capable.clear()
+    code, _, err = compress("--form", "text")
+    assert (code, "precision 'bf16' -> 'fp32'" in err) == (2, True), err
+    assert compress(*one, "--replace", "--precision", "fp32")[0] == 0
+    assert copy.read_bytes() != in_bf16
 
 
 def test_what_a_code_depends_on_is_recorded(paths, compress, checkpoint):

@@ -27,7 +27,7 @@ def command(data_dir, tmp_path, capsys):
 
     def call(method, dataset="Shapes", **values):
         config = {"dataset": dataset, "model_name": method, "memory_per_class": 2, "batch_size": 4, "cache": "none"}
-        config |= {"logger": ["csv"], **SHORT, "init_lr": 0.01, "lrate": 0.01, **values}
+        config |= {"logger": ["csv"], **SHORT, **values}
         code = train_little(data_dir, tmp_path / "out", **config)
         said = capsys.readouterr()
         assert "Traceback" not in said.err
@@ -64,7 +64,7 @@ def test_a_class_without_exemplars_has_no_mean(data_dir, tmp_path):
 @pytest.mark.parametrize("method", long_but(["gem", "podnet", "beefiso", "coil", "bic", "icarl"], "gem"))
 def test_a_phase_with_exemplars_of_some_old_classes(data_dir, tmp_path, method):
     """Of phase 0's two classes one has lost its exemplars; in phase 2 all of phase 0 have."""
-    keys = {**SHORT, "batch_size": 4, "init_lr": 0.01, "lrate": 0.01, "nme": True}
+    keys = {**SHORT, "batch_size": 4, "nme": True}
     trainer = new_trainer(DatasetPaths(data_dir, "Shapes"), tmp_path / "run", method, **keys)
     trainer.do_phase(0)
     drop_exemplars(trainer, 0)

@@ -271,7 +271,7 @@ def test_a_signal_is_answered_by_a_checkpoint(train, tmp_path, ending, workers):
 
 def test_sigkill_within_a_phase(train, tmp_path):
     """The command itself, killed when it has kept a place within phase 1."""
-    values = {"cache": "none", "epochs": 6, "increment": 4, **EVERY_STEP}
+    values = {"cache": "none", "epochs": 3, "init_epoch": 1, "increment": 4, **EVERY_STEP}
     assert train("whole", **values) == 0
     process = forks.Command(["main.py", "--config", tmp_path / "config.json", f"output_dir={tmp_path / 'killed'}"])
     folder = tmp_path / "killed" / "seed1993" / "checkpoints"
