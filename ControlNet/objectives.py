@@ -19,6 +19,9 @@ from ControlNet.ldm.text import END, MAX_LENGTH, tokenize
 from ControlNet.ldm.util import extract_into_tensor
 from ControlNet.sampling import DISTILLED_STEPS, boundary
 
+IGNORED = -100
+"""In place of a class number: a position that counts for nothing in cross_entropy."""
+
 
 class Texts(Protocol):
     """texts: those of class 0, of class 1, ..., one for each template, and then the negative ones.
@@ -77,14 +80,15 @@ class TextTask(nn.Module):
         self.encoder = model.cond_stage_model.requires_grad_(True)
         self.texts = data.texts
         negatives, templates, classes = data.negatives, data.templates, data.classes
-        self.register_buffer("positions", tokenize(self.texts) == END, persistent=False)
         named = [*torch.arange(classes).repeat_interleave(templates), *range(classes, classes + negatives)]
-        self.register_buffer("named", torch.tensor(named)[:, None].repeat(1, MAX_LENGTH), persistent=False)
+        named = torch.tensor(named)[:, None].repeat(1, MAX_LENGTH)
+        named[tokenize(self.texts) != END] = IGNORED
+        self.register_buffer("named", named, persistent=False)
         self.probe = nn.Linear(self.encoder(self.texts[:1]).shape[-1], classes + negatives)
 
     def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        logits = self.probe(self.encoder(self.texts))[self.positions]
-        return {"loss": F.cross_entropy(logits.float(), self.named[self.positions])}
+        logits = self.probe(self.encoder(self.texts)).float()
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), self.named.flatten(), ignore_index=IGNORED)}
 
 
 class DiffusionTask(_Conditioned):

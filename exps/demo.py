@@ -6,12 +6,14 @@ is there already is reused.  SEEDS in the environment chooses the class orders: 
 """
 
 import argparse
+import csv
 import os
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from exps.runs import nb_cores
 from exps.sweep import read
@@ -51,6 +53,25 @@ def demo(seeds: list[int]) -> None:
         f"{OUTPUT}/: report.html (for a browser), table.md, table.csv, exemplars.png (image | edge map | copies)\n"
         "Read on: docs/results.md (more forms, budgets, class orders and data sets), docs/forms.md (what a form is)"
     )
+    check_accuracies(OUTPUT / "table.csv", content["expected"])
+
+
+def check_accuracies(table: Path, expected: dict[str, Any]) -> None:
+    """Raises UserError where an accuracy in the sweep's table falls short of the recorded one by more than allowed.
+
+    expected: seed, the class order that was recorded (where the table has it not, nothing is checked); accuracies,
+    form -> classifier -> average incremental accuracy in %; tolerance, classifier -> points that machines may differ.
+    """
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["seed"] == str(expected["seed"])]
+    short = []
+    for row in rows:
+        form, classifier, average = row["form"], row["classifier"], float(row["average_incremental_accuracy"])
+        recorded = expected["accuracies"][form][classifier]
+        if average < recorded - expected["tolerance"][classifier]:
+            short.append(f"{form} ({classifier}) {average:.1f} instead of {recorded}")
+    if short:
+        raise UserError(f"the demo learns less than recorded in {SWEEP}: {', '.join(short)}")
 
 
 def what_it_says(orders: int) -> str:

@@ -20,6 +20,7 @@ The JSON file has
                      val_per_class train images of each class that are held out, by the head's accuracy (tune_by:
                      "cnn") or that of nearest means ("nme"), over the class orders tune_seeds (default: the first).
                      Only what is chosen is tested
+    expected         recorded accuracies, which `exps.demo` compares with the demo's
 Every run has a budget in bytes, the same for all forms: keys that would change it are refused.  Runs share phase 0's
 networks, encoded files and copies.  What is finished is kept, so a sweep that was killed goes on when it is started
 again; the same command started in several processes or on several machines shares the runs, and --submit starts it N

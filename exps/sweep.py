@@ -29,9 +29,9 @@ SETS = (
 """Keys that the sweep sets itself, so that all runs of a budget have the same number of bytes."""
 KNOWN = {
     *("config", "forms", "budgets", "methods", "seeds", "real_per_class", "augmentation_prob", "settings", "copies"),
-    *("tune", "val_per_class", "tune_seeds", "tune_by"),
+    *("tune", "val_per_class", "tune_seeds", "tune_by", "expected"),
 }
-"""Keys of a sweep's file."""
+"""Keys of a sweep's file.  expected: `exps.demo.check_accuracies`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,14 +16,8 @@ from utils.memory.exemplars import ExemplarMemory
 
 SHORT = {
     **{"init_epoch": 1, "epochs": 1, "compression_epochs": 1, "ft_epochs": 1, "fusion_epochs": 1, "nb_proxy": 2},
-    **{
-        "checkpoint_every": 0,
-        "buffer_size": 64,
-        "proj_hidden_dim": 16,
-        "proj_output_dim": 16,
-        "gem_memory_batch": 4,
-        "svm": False,
-    },
+    **{"init_lr": 0.01, "lrate": 0.01, "checkpoint_every": 0, "buffer_size": 64, "gem_memory_batch": 4, "svm": False},
+    **{"proj_hidden_dim": 16, "proj_output_dim": 16},
 }
 """Keys that make a run short, whichever the method."""
 

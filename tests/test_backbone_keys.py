@@ -22,7 +22,7 @@ def paths(tmp_path_factory):
 @pytest.fixture
 def trainer(paths, tmp_path):
     def call(method, **values):
-        keys = {**SHORT, **keys_of(method), **values, "batch_size": 4, "init_lr": 0.01, "lrate": 0.01}
+        keys = {**SHORT, **keys_of(method), **values, "batch_size": 4}
         return new_trainer(paths, tmp_path / "run", method, exemplars=2, **keys)
 
     return call

@@ -10,6 +10,7 @@ import pytest
 import main
 from models.training.trainer import Trainer
 from tests.folders import save_noise
+from tests.little_config import KEYS
 from tests.shapes import make_shapes
 from utils import devices
 from utils.config.read import read_json
@@ -35,8 +36,7 @@ def complaint(tmp_path, data_dir, monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "__init__", None)  # whoever gets as far as learning fails
     out = tmp_path / "out"
     good = {
-        **{"dataset": "Shapes", "data_dir": str(data_dir), "output_dir": str(out), "init_cls": 2, "increment": 2},
-        **{"model_name": "wa", "convnet_type": "resnet8", "device": "cpu", "num_workers": 0, "batch_size": 16},
+        **{**KEYS, "data_dir": str(data_dir), "output_dir": str(out), "model_name": "wa", "batch_size": 16},
         **{"memory_per_class": 3, "real_per_class": 2, "syn_per_class": 4, "augmentations_per_image": 2},
     }
 

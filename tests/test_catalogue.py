@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from models import catalogue
+from tests.little_config import write_config
 from tests.methods import METHODS
 from tests.shapes import make_shapes
 from utils.config.read import load_config
@@ -174,12 +175,8 @@ def test_what_the_file_system_tells_is_answered_without_torch(tmp_path):
 @pytest.mark.long
 def test_a_training_imports_no_more_than_it_needs(tmp_path):
     make_shapes(tmp_path / "data", train=2, test=1, copies=0)
-    values = {
-        **{"dataset": "Shapes", "data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out"), "init_cls": 3},
-        **{"increment": 3, "model_name": "finetune", "convnet_type": "resnet8", "device": "cpu", "num_workers": 0},
-    }
-    (tmp_path / "c.json").write_text(json.dumps({**values, "init_epoch": 1, "epochs": 1}))
-    script = f"import sys, main\nassert main.main(['--config', {str(tmp_path / 'c.json')!r}]) == 0\n"
+    file = write_config(tmp_path / "data", tmp_path / "out", init_cls=3, increment=3, model_name="finetune")
+    script = f"import sys, main\nassert main.main(['--config', {str(file)!r}]) == 0\n"
     script += "print([name for name in ('transformers', 'scipy', 'torchmetrics') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

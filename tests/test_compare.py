@@ -8,6 +8,7 @@ import pytest
 from exps import compare
 from models import catalogue
 from tests import forks
+from tests.little_config import KEYS
 from tests.shapes import make_shapes
 from utils.config.read import load_config
 
@@ -20,9 +21,8 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     make_shapes(folder / "data", train=4, test=1, copies=1)
     values = {
-        **{"dataset": "Shapes", "data_dir": str(folder / "data"), "init_cls": 3, "increment": 3, "seed": 1993},
-        **{"model_name": "replay", "convnet_type": "resnet8", "device": "cpu", "num_workers": 0, "batch_size": 16},
-        **{"real_per_class": 1, "syn_per_class": 2, "augmentations_per_image": 1, "init_epoch": 1, "epochs": 1},
+        **{**KEYS, "data_dir": str(folder / "data"), "init_cls": 3, "increment": 3, "seed": 1993, "batch_size": 16},
+        **{"real_per_class": 1, "syn_per_class": 2, "augmentations_per_image": 1},
     }
     (folder / "small.json").write_text(json.dumps(values))
     return folder / "small.json"

@@ -13,6 +13,7 @@ from ControlNet.cldm.model import MODELS_FOLDER, ModelError, create_model, load_
 from ControlNet.ldm.schedule import ddim_timesteps
 from ControlNet.ldm.text import tokenize
 from tests import forks
+from tests.little_config import relative_error
 from tests.small_controlnet import reference_state_dict, small_config, small_model
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -50,7 +51,7 @@ def conditions(figures, control=True):
 
 
 def assert_close(ours, theirs, tolerance=1e-4):
-    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    error = relative_error(ours, theirs)
     assert error < tolerance, f"relative error {error:.2e}"
 
 

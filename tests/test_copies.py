@@ -1,21 +1,21 @@
 """What a training run remembers of the copies that it uses, and that it goes on with no others."""
 
-import json
 import os
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-import main
 from compress.presets import LOW
 from compress.training import copies
 from compress.training.copies import CopiesAhead
 from models.training import checkpoint as checkpoints
 from models.training.trainer import Trainer
+from tests.little_config import phases, train_little
 from tests.little_run import command, little_dataset, tree
 from tests.regenerating import edges
 from tests.shapes import make_shapes
@@ -28,19 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not ch
 @pytest.fixture
 def train(tmp_path):
     """Calls main.py with a config of three short phases; returns its exit code."""
-    config = {
-        **{"dataset": "Shapes", "data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out")},
-        **{"init_cls": 2, "increment": 2, "model_name": "replay", "convnet_type": "resnet8", "device": "cpu"},
-        **{"seed": [1], "memory_per_class": 3, "real_per_class": 1, "syn_per_class": 2, "num_workers": 0},
-        **{"augmentations_per_image": 2, "init_epoch": 1, "epochs": 1, "batch_size": 16, "keep_checkpoints": 0},
-    }
-    file = tmp_path / "config.json"
-
-    def call(*overrides, **values):
-        file.write_text(json.dumps({**config, **values}))
-        return main.main(["--config", str(file), *overrides])
-
-    return call
+    values = {"seed": [1], "memory_per_class": 3, "real_per_class": 1, "syn_per_class": 2, "batch_size": 16}
+    values |= {"augmentations_per_image": 2, "keep_checkpoints": 0}
+    return partial(train_little, tmp_path / "data", tmp_path / "out", **values)
 
 
 @pytest.fixture
@@ -56,7 +46,7 @@ def back_to_phase(phase: int, out: Path) -> None:
 
 
 def copies_used(out: Path) -> list[dict]:
-    return [phase["copies"] for phase in json.loads((out / "results.json").read_text())["runs"][0]["phases"]]
+    return [phase["copies"] for phase in phases(out)]
 
 
 def blacken(file: Path) -> None:
@@ -166,8 +156,7 @@ def test_copies_on_demand_are_remembered_too(train, tmp_path, checkpoint, capsys
     (copy, other) = sorted(paths.folder("copies").glob("*/*.jpg"))
     copy.unlink()  # comes back
     assert train(**values) == 0
-    phases = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["phases"]
-    assert [phase["copies_on_demand"] for phase in phases] == [2, 0]
+    assert [phase["copies_on_demand"] for phase in phases(tmp_path / "out")] == [2, 0]
     back_to_phase(0, tmp_path / "out")
     blacken(other)
     assert train(**values) == 2
@@ -186,14 +175,12 @@ def test_copies_that_are_there_are_not_counted_as_made(train, tmp_path, checkpoi
         "regenerate_options": options,
     }
     assert train(**values) == 0
-    phases = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["phases"]
-    assert [phase["copies_on_demand"] for phase in phases] == [0, 0]
+    assert [phase["copies_on_demand"] for phase in phases(tmp_path / "out")] == [0, 0]
     assert "copies on demand: 0 made" in capsys.readouterr().out
 
 
 def accuracies(out: Path) -> list:
-    phases = json.loads((out / "results.json").read_text())["runs"][0]["phases"]
-    return [(phase["cnn"], phase["memory"]["bytes_total"], phase["training"]["loss"]) for phase in phases]
+    return [(phase["cnn"], phase["memory"]["bytes_total"], phase["training"]["loss"]) for phase in phases(out)]
 
 
 def test_copies_of_new_images_are_made_before_their_phase(train, tmp_path):
@@ -207,8 +194,7 @@ def test_copies_of_new_images_are_made_before_their_phase(train, tmp_path):
     assert train(**values, regenerate="on_demand", output_dir=str(tmp_path / "demand")) == 0
     made = sorted(paths.root.glob("webp-10@16-copies/*/*.png"))
     assert len(made) == 6 * 4, "one copy of each image: all would be equal"
-    phases = json.loads((tmp_path / "demand" / "results.json").read_text())["runs"][0]["phases"]
-    assert [phase["copies_on_demand"] for phase in phases] == [8, 8, 8]
+    assert [phase["copies_on_demand"] for phase in phases(tmp_path / "demand")] == [8, 8, 8]
     assert train(**values, output_dir=str(tmp_path / "ahead")) == 0
     assert accuracies(tmp_path / "demand") == accuracies(tmp_path / "ahead")
 

@@ -20,6 +20,7 @@ from models.training.epochs import parts
 from models.training.run import Run
 from tests import processes
 from tests.conftest import asked_for, long_but
+from tests.little_config import KEYS
 from tests.methods import METHODS
 from tests.shapes import make_shapes
 from tests.test_resume import assert_ends_alike
@@ -30,10 +31,9 @@ from utils.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("devices")  # its runs are trained once, not once a worker
 CONFIG = {
-    **{"dataset": "Shapes", "init_cls": 2, "increment": 2, "convnet_type": "resnet8", "device": "cpu"},
-    **{"num_workers": 0, "memory_per_class": 4, "real_per_class": 2, "syn_per_class": 4, "augmentations_per_image": 2},
+    **{**KEYS, "memory_per_class": 4, "real_per_class": 2, "syn_per_class": 4, "augmentations_per_image": 2},
     **{"augmentation_prob": 0.4, "init_lr": 0.01, "lrate": 0.01, "init_milestones": [], "milestones": []},
-    **{"init_epoch": 1, "epochs": 1, "compression_epochs": 1, "ft_epochs": 1, "logger": ["csv"]},
+    **{"compression_epochs": 1, "ft_epochs": 1, "logger": ["csv"]},
     # 24 images of two new classes make a batch of 23 and one of a single image, which the second process repeats
     **{"batch_size": 23, "model_seed": 7, "gem_memory_batch": 5, "fishermax": 1.0, "split_ratio": 0.5, "nb_proxy": 2},
     "buffer_size": 256,

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.model import MODELS_FOLDER, create_empty_model
 from ControlNet.ldm.text import tokenize
+from tests.little_config import relative_error
 from tests.small_controlnet import reference_state_dict, small_config
 
 pytest.importorskip("diffusers")
@@ -64,7 +65,7 @@ def their_noise(both, scales=None):
 
 
 def assert_same(both, what, ours, theirs, tolerance=1e-4):
-    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    error = relative_error(ours, theirs)
     print(f"{both.size} size, {what}: relative difference {error:.1e}")
     assert ours.shape == theirs.shape
     assert error < tolerance, f"{what}: relative difference {error:.1e}"

@@ -19,15 +19,15 @@ from exps.report import command as report
 from exps.report import gallery
 from tests import processes
 from tests.folders import make_dataset, save_picture
+from tests.little_config import KEYS, phases
 from tests.little_run import command, little_dataset
 from utils.curate import command as curate
 from utils.data.paths import DatasetPaths
 from utils.memory import __main__ as memory
 
 CONFIG = {
-    **{"dataset": "Toy", "init_cls": 2, "increment": 1, "model_name": "replay", "convnet_type": "resnet8"},
-    **{"device": "cpu", "memory_per_class": 2, "init_epoch": 1, "epochs": 1, "init_lr": 0.01, "lrate": 0.01},
-    **{"batch_size": 4, "num_workers": 0},
+    **{**KEYS, "dataset": "Toy", "increment": 1, "memory_per_class": 2, "batch_size": 4},
+    **{"init_lr": 0.01, "lrate": 0.01},
 }
 
 
@@ -178,9 +178,8 @@ def test_two_jobs_of_two_processes_share_a_phase_0_cache(config, tmp_path):
         said, _ = job.communicate(timeout=300)
         assert job.returncode == 0, said
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".pt"]
-    one, two = (json.loads((tmp_path / "out" / name / "results.json").read_text()) for name in ("one", "two"))
-    cnn_of_one, cnn_of_two = ([phase["cnn"] for phase in job["runs"][0]["phases"]] for job in (one, two))
-    assert cnn_of_one == cnn_of_two
+    one, two = ([phase["cnn"] for phase in phases(tmp_path / "out" / name)] for name in ("one", "two"))
+    assert one == two
 
 
 def test_prompts_that_are_cut_are_told(tmp_path, checkpoint, capsys, caplog):

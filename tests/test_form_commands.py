@@ -5,9 +5,9 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-import main
 from compress.forms import form_named
 from compress.generators import build
 from compress.job import Machine
@@ -15,6 +15,7 @@ from compress.presets import HIGH
 from compress.training.cost import Cost
 from tests.conftest import long_but
 from tests.folders import save_noise
+from tests.little_config import phases, train_little
 from tests.little_run import command, little_dataset, tree
 from utils.data import codecs
 from utils.data.images import read_image
@@ -81,6 +82,42 @@ def test_a_form_is_made_resumed_verified_and_repaired(paths, compress, form, mon
         with Image.open(ours.copy(image, 0)) as copy, Image.open(image) as original:
             assert copy.size == original.size
     assert compress("--form", form, "--quality", "50", "--steps", "2", "--dry-run")[0] == (0 if form in PICTURES else 2)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in QUICK])
+def test_a_form_of_one_image(paths, compress, form):
+    """Those of which the test above is long."""
+    ours, one = of_form(paths, form), ("--form", form, "--classes", "sushi", "--limit", "1")
+    code, out, err = compress(*one)
+    assert (code, "0 failed" in out) == (0, True), err
+    image = ours.images("sushi")[0]
+    assert ours.kept(image).stat().st_size > 0
+    with Image.open(ours.copy(image, 0)) as copy, Image.open(image) as original:
+        assert copy.size == original.size
+    before = tree(paths.root)
+    code, out, _ = compress(*one)
+    assert (code, "copies: 0 made" in out) == (0, True)
+    assert tree(paths.root) == before
+
+
+def test_auto_is_bf16_where_the_cpu_computes_in_it(paths, compress, checkpoint, tmp_path, capsys, monkeypatch):
+    """The default of recent server CPUs: recorded, other than float32's, and what main.py trains with."""
+    one, ours = ("--form", "text", "--classes", "sushi", "--limit", "1"), of_form(paths, "text")
+    capable = {"amx_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable, raising=False)
+    options = f"--model {checkpoint} --size 64 --steps 1 --batch-size 4 --resolution high"
+    values = {"syn_form": "text", "regenerate": "on_demand", "augmentations_per_image": 1}
+    code, said = train(paths, tmp_path / "out", capsys, regenerate_options=options, **values)
+    assert code == 0, said.err
+    assert phases(tmp_path / "out")[0]["copies"]["made_by"][0]["settings"]["precision"] == "bf16"
+    assert compress(*one)[0] == 0
+    copy = ours.copy(ours.images("sushi")[0], 0)
+    in_bf16 = copy.read_bytes()
+    capable.clear()
+    code, _, err = compress("--form", "text")
+    assert (code, "precision 'bf16' -> 'fp32'" in err) == (2, True), err
+    assert compress(*one, "--replace", "--precision", "fp32")[0] == 0
+    assert copy.read_bytes() != in_bf16
 
 
 def test_what_a_code_depends_on_is_recorded(paths, compress, checkpoint):
@@ -206,14 +243,10 @@ def test_what_a_form_costs(paths, compress, checkpoint, form):
 
 def train(paths, out, capsys, **values):
     config = {
-        **{"dataset": paths.dataset, "data_dir": str(paths.data_dir), "output_dir": str(out), "model_name": "replay"},
-        **{"convnet_type": "resnet8", "device": "cpu", "init_cls": 1, "increment": 1, "seed": [1], "num_workers": 0},
-        **{"memory_per_class": 2, "real_per_class": 1, "syn_per_class": 1, "augmentations_per_image": 2},
-        **{"init_epoch": 1, "epochs": 1, "augmentation_scope": "exemplars", **values},
+        **{"dataset": paths.dataset, "init_cls": 1, "increment": 1, "seed": [1], "augmentations_per_image": 2},
+        **{"memory_per_class": 2, "real_per_class": 1, "syn_per_class": 1, "augmentation_scope": "exemplars"},
     }
-    file = out.with_suffix(".json")
-    file.write_text(json.dumps(config))
-    return main.main(["--config", str(file)]), capsys.readouterr()
+    return train_little(paths.data_dir, out, **{**config, **values}), capsys.readouterr()
 
 
 @pytest.mark.parametrize("regenerate", long_but(("ahead", "on_demand"), "on_demand"))
@@ -225,7 +258,7 @@ def test_training_on_text(paths, compress, checkpoint, tmp_path, capsys, regener
         paths, tmp_path / "out", capsys, syn_form="text", regenerate=regenerate, regenerate_options=options
     )
     assert code == 0, said.err
-    phase = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["phases"][0]
+    phase = phases(tmp_path / "out")[0]
     assert phase["copies"]["made_by"][0]["settings"]["form"] == "text"
     assert phase["memory"]["units_total"] == 1  # the real exemplar: a text costs nothing
 
@@ -252,8 +285,7 @@ def test_training_under_a_budget_in_bytes(paths, compress, checkpoint, tmp_path,
     values = {"budget_in": "bytes", "memory_bytes_per_class": real + 3000, "syn_per_class": "fill", "syn_form": form}
     code, said = train(paths, tmp_path / "out", capsys, regenerate=regenerate, regenerate_options=options, **values)
     assert code == 0, said.err
-    phases = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["phases"]
-    memory = phases[-1]["memory"]
+    memory = phases(tmp_path / "out")[-1]["memory"]
     assert memory["bytes_budget"] == real + 3000
     assert 0 < memory["bytes_per_class_max"] <= memory["bytes_budget"]
     assert memory["nb_real"] == 2

@@ -6,10 +6,12 @@ an error here as they would be on a GPU.
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,9 +23,12 @@ from ControlNet.cldm.inference import make_ready
 from ControlNet.cldm.model import MODELS_FOLDER, create_empty_model
 from ControlNet.cldm.small_decoder import SmallDecoder, use_small_decoder
 from ControlNet.ldm.schedule import scaled_linear_betas, schedule_buffers
+from ControlNet.train import TASKS
 from tests.conftest import long_but
 from tests.little_model import little_config, little_model
 
+TEXTS = SimpleNamespace(texts=["a", "a, clean", "b", "b, clean", "", "blurry"], classes=2, templates=2, negatives=2)
+"""Two classes, each in two templates, and two negative texts."""
 ONE_DTYPE = ("linear", "addmm", "mm", "matmul", "conv", "group_norm", "layer_norm", "dot_product", "cat")
 """Operations, by parts of their names, whose kernels take tensors of one dtype."""
 
@@ -100,8 +105,34 @@ def make_pictures(config, dtype, scenario, size, steps=2):
     assert [picture.shape for picture in pictures] == [(*size, 3)] * 2
 
 
+def train_step(config, stage, size):
+    """A stage's loss on pictures of size x size, and its gradients, as ControlNet/train.py has them on a GPU."""
+    settings = {"kl_weight": 1e-6, "text_dropout": 0.1, "hint_dropout": 0.3, "guidance": 9, "skip": 100}
+    model = on_meta(config, torch.float32).requires_grad_(True)
+    task = TASKS[stage](model, OmegaConf.create({**settings, "target_decay": 0.5}), TEXTS).to("meta").train()
+    pictures, labels = torch.zeros(2, 3, size, size, device="meta"), torch.tensor([0, 1], device="meta")
+    with Strict():
+        losses = task(pictures, pictures[:, :1], labels, torch.Generator().manual_seed(0))
+        losses["loss"].backward()
+    assert losses["loss"].is_meta
+    trained = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert [name for name, parameter in trained.items() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("stage", long_but(TASKS, "text", "diffusion"))
+def test_no_loss_of_controlnet_s_training_mixes_devices(stage):
+    train_step(little_config(), stage, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", TASKS)
+def test_nor_does_one_at_full_size(stage):
+    train_step(MODELS_FOLDER / "cldm_v15.yaml", stage, 512)
+
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EACH = list(itertools.product(SCENARIOS, DTYPES))
+EACH = [("ddim", "fp32"), *itertools.product(SCENARIOS, ("bf16", "fp16"))]  # float32 has no dtypes to mix
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,18 @@
 """Picture forms on pictures of odd sizes: made, verified, repaired, archived, and trained from the memory alone."""
 
 import importlib.util
-import json
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import main
 from compress import run as compress
 from compress.forms import form_named, pixels
 from compress.presets import HIGH
 from models.training.trainer import Trainer
 from tests.folders import save_noise
+from tests.little_config import phases, train_little
 from utils.data.images import read_image
 from utils.data.paths import DatasetPaths
 from utils.memory import archive
@@ -103,20 +102,16 @@ def test_trained_from_the_memory_alone_with_restarts(tmp_path, monkeypatch, form
     for name in ("ordinary", "alone"):
         paths, out = dataset(tmp_path / name, form), tmp_path / "out" / name
         config = {
-            **{"dataset": "Odd", "data_dir": str(paths.data_dir), "output_dir": str(out), "model_name": "icarl"},
-            **{"convnet_type": "resnet8", "device": "cpu", "init_cls": 1, "increment": 1, "seed": [1]},
+            **{"dataset": "Odd", "model_name": "icarl", "init_cls": 1, "increment": 1, "seed": [1], "batch_size": 4},
             **{"budget_in": "bytes", "memory_bytes_per_class": 20_000, "real_per_class": 1, "syn_per_class": 4},
-            **{"syn_form": form, "augmentation_scope": "exemplars", "batch_size": 4, "num_workers": 0},
-            **{"init_epoch": 1, "epochs": 1, "regenerate": "on_demand", "memory_only": name == "alone"},
+            **{"syn_form": form, "augmentation_scope": "exemplars", "regenerate": "on_demand"},
         }
-        out.parent.mkdir(exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(config))
         if name == "alone":
+            config["memory_only"] = True
             monkeypatch.setattr(Trainer, "save_phase", save_and_stop)
-        codes = [main.main(["--config", str(out.with_suffix(".json"))]) for _ in range(4 if name == "alone" else 1)]
+        codes = [train_little(paths.data_dir, out, **config) for _ in range(4 if name == "alone" else 1)]
         assert codes == [130] * (len(codes) - 1) + [0]
-        run = json.loads((out / "results.json").read_text())["runs"][0]
-        found.append([(phase["cnn"], phase["nme"], phase["memory"]) for phase in run["phases"]])
+        found.append([(phase["cnn"], phase["nme"], phase["memory"]) for phase in phases(out)])
     assert found[0] == found[1]
     assert found[0][-1][2]["nb_synthetic"] > 6
     stored = archive.read(tmp_path / "out" / "alone" / "seed1" / "memory" / "phase02.memory")

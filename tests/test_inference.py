@@ -14,6 +14,7 @@ from ControlNet.cldm import inference
 from ControlNet.cldm.inference import make_ready, release, visiting
 from ControlNet.ldm import packed
 from ControlNet.ldm.packed import PackedConv2d, PackedLinear, pack_weights
+from tests.little_config import relative_error
 from tests.little_model import little_model, sampled
 
 
@@ -23,10 +24,6 @@ def inputs(model, batch=2, size=64, seed=0):
     hint = (torch.rand((batch, 3, size, size), generator=generator) > 0.9).float()
     context = torch.randn((batch, 77, 32), generator=generator)
     return x, torch.full((batch,), 500), {"c_concat": [hint], "c_crossattn": [context]}
-
-
-def relative_error(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def packed_layers(model):

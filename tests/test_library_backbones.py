@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 import main
 from convs.library import library_backbone, library_input
 from tests.conftest import long_but
+from tests.little_config import train_little
 from tests.shapes import make_shapes
 from utils.data.augment_large import LargeTest
 
@@ -90,16 +92,9 @@ def test_weights_that_do_not_fit_or_are_not_there(tmp_path):
 @pytest.fixture
 def train(tmp_path):
     make_shapes(tmp_path / "data", train=4, test=2)
-    config = {"dataset": "Shapes", "data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / "out")}
-    config |= {"init_cls": 3, "increment": 3, "model_name": "icarl", "convnet_type": VIT, "image_size": 32}
-    config |= {"device": "cpu", "init_epoch": 1, "epochs": 1, "batch_size": 12, "memory_per_class": 2, "num_workers": 0}
-
-    def call(**values):
-        file = tmp_path / "config.json"
-        file.write_text(json.dumps({**config, **values}))
-        return main.main(["--config", str(file)])
-
-    return call
+    values = {"init_cls": 3, "increment": 3, "model_name": "icarl", "convnet_type": VIT, "image_size": 32}
+    values |= {"batch_size": 12, "memory_per_class": 2}
+    return partial(train_little, tmp_path / "data", tmp_path / "out", **values)
 
 
 def weights_of(folder):

@@ -12,6 +12,7 @@ from compress.options import parse_settings
 from ControlNet.cldm.lora import merge
 from ControlNet.cldm.model import Lora, ModelError, load_model, weights_fingerprint
 from ControlNet.ldm.text import tokenize
+from tests.little_config import relative_error
 from tests.little_model import little_config, little_model, save_checkpoint
 
 RANK = 3
@@ -119,17 +120,13 @@ def test_a_merged_lora_computes_what_its_layers_do(naming, scale, factor, checkp
     with torch.no_grad():
         context = ours.get_learned_conditioning(["apple pie"] * 2)
         expected = theirs["text_encoder"](input_ids=tokenize(["apple pie"] * 2)).last_hidden_state
-        assert relative(context, expected) < 1e-5
-        assert relative(plain.get_learned_conditioning(["apple pie"] * 2), expected) > 0.01
+        assert relative_error(context, expected) < 1e-5
+        assert relative_error(plain.get_learned_conditioning(["apple pie"] * 2), expected) > 0.01
         x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([801, 1])
         cond = {"c_concat": None, "c_crossattn": [context]}
         expected = theirs["unet"](x, t, encoder_hidden_states=context).sample
-        assert relative(ours.apply_model(x, t, cond), expected) < 1e-5
-        assert relative(plain.apply_model(x, t, cond), expected) > 0.01
-
-
-def relative(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        assert relative_error(ours.apply_model(x, t, cond), expected) < 1e-5
+        assert relative_error(plain.apply_model(x, t, cond), expected) > 0.01
 
 
 @pytest.mark.long
@@ -171,7 +168,7 @@ def test_names_of_first_releases_and_a_middle_kernel(checkpoint, theirs, tmp_pat
     conv, conv2d = merged.model.diffusion_model.input_blocks[0][0], nn.functional.conv2d
     expected = load_model(checkpoint).model.diffusion_model.input_blocks[0][0](x)
     expected = expected + conv2d(conv2d(conv2d(x, down), mid, padding=1), up)
-    assert relative(conv(x), expected) < 1e-5
+    assert relative_error(conv(x), expected) < 1e-5
 
 
 DOWN, UP = torch.zeros(2, 32), torch.zeros(32, 2)
@@ -234,10 +231,10 @@ def test_equal_to_the_weights_that_diffusers_fuses(naming, checkpoint, theirs, t
     with torch.no_grad():
         context = ours.get_learned_conditioning(["apple pie"] * 2)
         expected = theirs["text_encoder"](input_ids=tokenize(["apple pie"] * 2)).last_hidden_state
-        assert relative(context, expected) < 1e-4
+        assert relative_error(context, expected) < 1e-4
         x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([801, 1])
         expected = theirs["unet"](x, t, encoder_hidden_states=context).sample
-        assert relative(ours.apply_model(x, t, {"c_concat": None, "c_crossattn": [context]}), expected) < 1e-4
+        assert relative_error(ours.apply_model(x, t, {"c_concat": None, "c_crossattn": [context]}), expected) < 1e-4
 
 
 def peft_adapter(layers, folder, **config):

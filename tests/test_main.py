@@ -5,6 +5,7 @@ import gc
 import json
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from compress.training.cost import Cost
 from models.training.epochs import Epochs, warn_of_rising_loss
 from models.training.trainer import Trainer
 from tests.conftest import long_but
+from tests.little_config import results, train_little
 from tests.shapes import SHAPES, make_shapes
 from utils.data.classes import DataManager
 from utils.errors import Stopped, UserError
@@ -42,39 +44,9 @@ def own_data_dir(data_dir, tmp_path):
 @pytest.fixture
 def train(tmp_path, data_dir):
     """Calls main.py with a small config; returns its exit code."""
-    config = {
-        "dataset": "Shapes",
-        "data_dir": str(data_dir),
-        "output_dir": str(tmp_path / "out"),
-        "init_cls": 2,
-        "increment": 2,
-        "model_name": "wa",
-        "convnet_type": "resnet8",
-        "device": "cpu",
-        "seed": [1993],
-        "memory_per_class": 3,
-        "real_per_class": 2,
-        "syn_per_class": 4,
-        "augmentations_per_image": 2,
-        "augmentation_prob": 0.4,
-        "init_epoch": 6,
-        "epochs": 6,
-        "init_lr": 0.05,
-        "lrate": 0.05,
-        "batch_size": 16,
-        "num_workers": 0,
-    }
-    file = tmp_path / "config.json"
-
-    def call(*overrides, **values):
-        file.write_text(json.dumps({**config, **values}))
-        return main.main(["--config", str(file), *overrides])
-
-    return call
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
+    values = {"model_name": "wa", "memory_per_class": 3, "real_per_class": 2, "syn_per_class": 4, "batch_size": 16}
+    values |= {"augmentations_per_image": 2, "augmentation_prob": 0.4, "init_epoch": 6, "epochs": 6}
+    return partial(train_little, data_dir, tmp_path / "out", **values, init_lr=0.05, lrate=0.05)
 
 
 def numbers(run):

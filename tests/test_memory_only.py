@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-import main
 from compress import run as compress
 from compress.forms import form_named
 from compress.presets import HIGH
@@ -16,6 +15,7 @@ from models import catalogue
 from models.training.trainer import Trainer
 from tests.conftest import long_but
 from tests.folders import save_noise
+from tests.little_config import results, train_little, without
 from utils.data.images import image_bits, read_image
 from utils.data.paths import DatasetPaths
 from utils.memory import archive
@@ -50,30 +50,19 @@ def options(checkpoint):
 
 def train(paths, out, checkpoint, form, **values):
     config = {
-        **{"dataset": paths.dataset, "data_dir": str(paths.data_dir), "output_dir": str(out), "model_name": "icarl"},
-        **{"convnet_type": "resnet8", "device": "cpu", "init_cls": 2, "increment": 1, "seed": [1], "num_workers": 0},
+        **{"dataset": paths.dataset, "model_name": "icarl", "increment": 1, "seed": [1], "batch_size": 4, "epochs": 2},
         **{"budget_in": "bytes", "memory_bytes_per_class": 6000, "real_per_class": 1, "syn_per_class": "fill"},
-        **{"syn_form": form, "augmentations_per_image": 2, "augmentation_scope": "exemplars", "batch_size": 4},
-        **{"init_epoch": 1, "epochs": 2, "regenerate": "on_demand", "regenerate_options": options(checkpoint)},
+        **{"syn_form": form, "augmentations_per_image": 2, "augmentation_scope": "exemplars"},
+        **{"regenerate": "on_demand", "regenerate_options": options(checkpoint)},
         **({"syn_form": "edges", "real_per_class": 2, "syn_per_class": 0} if form == "real" else {}),
         **values,
     }
-    out.parent.mkdir(exist_ok=True)
-    file = out.with_suffix(".json")
-    file.write_text(json.dumps(config))
-    return main.main(["--config", str(file)])
+    return train_little(paths.data_dir, out, **config)
 
 
 def numbers(out):
     """What a run measured: everything but times, and the number of copies that were there already."""
-
-    def without(content):
-        if isinstance(content, dict):
-            left_out = ("seconds", "seconds_reused", "copies_on_demand", "made_by")
-            return {key: without(value) for key, value in content.items() if key not in left_out}
-        return [without(value) for value in content] if isinstance(content, list) else content
-
-    runs = without(json.loads((out / "results.json").read_text())["runs"])
+    runs = without(results(out)["runs"], "seconds", "seconds_reused", "copies_on_demand", "made_by")
     epochs = (out / "seed1" / "epochs.csv").read_text().splitlines()
     return runs, [row.rpartition(",")[0] for row in epochs]  # the last cell is seconds
 

@@ -1,6 +1,5 @@
 """Every method over three phases of two handwritten digits each, as a user runs it."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -8,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import main
 from convs import BACKBONES, Backbone
 from convs.resnet import build_backbone
 from models.networks import IncrementalNet
 from models.training.epochs import seconds_left
 from tests.digits import make_digits
+from tests.little_config import phases, train_little
 from tests.little_trainer import after_phase_0
 from tests.methods import METHODS
 from utils.data.datasets import dataset_defaults
@@ -59,35 +58,14 @@ def train(folders, tmp_path, monkeypatch):
 
     def call(method, **values):
         config = {
-            "dataset": "MNIST",
-            "data_dir": str(folders / "data"),
-            "output_dir": str(tmp_path / "out"),
-            "phase0_cache": str(folders / "cache"),  # one phase 0 for all methods that share it
-            "init_cls": 2,
-            "increment": 2,
-            "model_name": method,
-            "convnet_type": "resnet8",
-            "device": "cpu",
-            "memory_per_class": 4,
-            "real_per_class": 2,
-            "syn_per_class": 8,
-            "augmentations_per_image": 2,
-            "augmentation_prob": 0.2,
-            "init_epoch": 15,
-            "init_milestones": [8, 12],
-            "epochs": 15,
-            "milestones": [8, 12],
-            "init_lr": 0.05,
-            "lrate": 0.05,
-            "batch_size": 12,
-            "num_workers": 0,
-            **OPTIONS.get(method, {}),
-            **values,
+            **{"dataset": "MNIST", "phase0_cache": str(folders / "cache")},  # one phase 0 for all that share it
+            **{"model_name": method, "memory_per_class": 4, "real_per_class": 2, "syn_per_class": 8, "batch_size": 12},
+            **{"augmentations_per_image": 2, "augmentation_prob": 0.2, "init_lr": 0.05, "lrate": 0.05},
+            **{"init_epoch": 15, "init_milestones": [8, 12], "epochs": 15, "milestones": [8, 12]},
+            **{**OPTIONS.get(method, {}), **values},
         }
-        output = Path(config["output_dir"])
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        assert main.main(["--config", str(tmp_path / "config.json")]) == 0
-        return json.loads((output / "results.json").read_text())["runs"][0]["phases"]
+        assert train_little(folders / "data", tmp_path / "out", **config) == 0
+        return phases(Path(config.get("output_dir", tmp_path / "out")))
 
     return call
 

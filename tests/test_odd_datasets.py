@@ -1,6 +1,5 @@
 """Datasets that are odd but valid, through main.py: names that are not UTF-8, changed files, classes of few images."""
 
-import json
 import os
 from pathlib import Path
 
@@ -12,24 +11,13 @@ from compress import run as compress
 from exps.report import command as report
 from exps.report import gallery
 from tests.folders import save_noise
+from tests.little_config import phases, train_little
 from utils.data.paths import DatasetPaths
 from utils.memory import __main__ as memory
 
 CONFIG = {
-    "dataset": "Odd",
-    "init_cls": 2,
-    "increment": 1,
-    "model_name": "replay",
-    "convnet_type": "resnet8",
-    "device": "cpu",
-    "memory_per_class": 2,
-    "real_per_class": 2,
-    "init_epoch": 1,
-    "epochs": 1,
-    "init_lr": 0.01,
-    "lrate": 0.01,
-    "batch_size": 8,
-    "num_workers": 0,
+    **{"dataset": "Odd", "increment": 1, "memory_per_class": 2, "real_per_class": 2, "batch_size": 8},
+    **{"init_lr": 0.01, "lrate": 0.01},
 }
 
 
@@ -38,9 +26,7 @@ def run(tmp_path, capsys):
     """Calls main.py; -> (exit code, stdout, stderr)."""
 
     def call(output="out", **changes):
-        config = {**CONFIG, "data_dir": str(tmp_path / "data"), "output_dir": str(tmp_path / output), **changes}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        code = main.main(["--config", str(tmp_path / "config.json")])
+        code = train_little(tmp_path / "data", tmp_path / output, **{**CONFIG, **changes})
         return code, *capsys.readouterr()
 
     return call
@@ -68,8 +54,7 @@ def test_names_that_are_not_utf_8_go_through_training_checkpoints_and_reports(ru
     assert code == 0, said
     code, _, said = run()  # from the checkpoint
     assert code == 0, said
-    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
-    assert len(results["runs"][0]["phases"]) == 2
+    assert len(phases(tmp_path / "out")) == 2
 
 
 def test_names_that_are_not_utf_8_go_through_every_tool(run, tmp_path, capsys):
@@ -126,5 +111,4 @@ def test_a_small_class_under_a_fixed_budget_keeps_what_it_has(run, tmp_path, cap
     code, said, errors = run()
     assert code == 0, errors
     assert "'b' has 1 train images, fewer than 2 real" in said + errors + caplog.text
-    phases = json.loads((tmp_path / "out" / "results.json").read_text())["runs"][0]["phases"]
-    assert phases[-1]["memory"]["nb_real"] == 5
+    assert phases(tmp_path / "out")[-1]["memory"]["nb_real"] == 5

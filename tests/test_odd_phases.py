@@ -1,12 +1,10 @@
 """Phases with too little in them, keys that name what went wrong, and lists that are given but empty."""
 
-import json
-
 import pytest
 import torch
 
-import main
 from tests.conftest import long_but
+from tests.little_config import phases, train_little
 from tests.little_trainer import SHORT, after_phase_0, new_trainer
 from tests.methods import METHODS
 from tests.shapes import make_shapes
@@ -28,12 +26,9 @@ def command(data_dir, tmp_path, capsys):
     """main.py on six classes in three phases; -> (exit code, what was said)."""
 
     def call(method, dataset="Shapes", **values):
-        config = {"dataset": dataset, "data_dir": str(data_dir), "output_dir": str(tmp_path / "out")}
-        config |= {"init_cls": 2, "increment": 2, "model_name": method, "convnet_type": "resnet8", "device": "cpu"}
-        config |= {"memory_per_class": 2, "batch_size": 4, "num_workers": 0, "logger": ["csv"], "cache": "none"}
-        config |= {**SHORT, "init_lr": 0.01, "lrate": 0.01, **values}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        code = main.main(["--config", str(tmp_path / "config.json")])
+        config = {"dataset": dataset, "model_name": method, "memory_per_class": 2, "batch_size": 4, "cache": "none"}
+        config |= {"logger": ["csv"], **SHORT, **values}
+        code = train_little(data_dir, tmp_path / "out", **config)
         said = capsys.readouterr()
         assert "Traceback" not in said.err
         return code, said.out + said.err
@@ -69,7 +64,7 @@ def test_a_class_without_exemplars_has_no_mean(data_dir, tmp_path):
 @pytest.mark.parametrize("method", long_but(["gem", "podnet", "beefiso", "coil", "bic", "icarl"], "gem"))
 def test_a_phase_with_exemplars_of_some_old_classes(data_dir, tmp_path, method):
     """Of phase 0's two classes one has lost its exemplars; in phase 2 all of phase 0 have."""
-    keys = {**SHORT, "batch_size": 4, "init_lr": 0.01, "lrate": 0.01, "nme": True}
+    keys = {**SHORT, "batch_size": 4, "nme": True}
     trainer = new_trainer(DatasetPaths(data_dir, "Shapes"), tmp_path / "run", method, **keys)
     trainer.do_phase(0)
     drop_exemplars(trainer, 0)
@@ -101,8 +96,7 @@ def test_rmm_says_before_training_that_it_gives_up_all_new_images(command, metho
 def test_rmm_with_one_image_a_class(command, tmp_path, method):
     code, said = command(method, "Single", memory_size=6, m_rate_list=[0.0], c_rate_list=[0.9])
     assert code == 0, said
-    (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
-    assert [phase["memory"]["nb_real"] for phase in run["phases"]] == [2, 4, 6]
+    assert [phase["memory"]["nb_real"] for phase in phases(tmp_path / "out")] == [2, 4, 6]
 
 
 @pytest.mark.long
@@ -110,8 +104,7 @@ def test_rmm_leaves_every_class_an_exemplar(command, tmp_path):
     """One unit a class, of which hard classes would get int(1 x 0.5) = 0."""
     code, said = command("rmm-icarl", memory_size=6, m_rate_list=[0.0], c_rate_list=[0.0, 0.0, 0.5])
     assert code == 0, said
-    (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
-    assert run["phases"][-1]["memory"]["nb_real"] >= 6
+    assert phases(tmp_path / "out")[-1]["memory"]["nb_real"] >= 6
 
 
 @pytest.mark.parametrize("method", long_but(METHODS, "il2a", "pass"))

@@ -80,7 +80,7 @@ def test_coil_keeps_its_loaders_for_a_phase(paths, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "test_loader", lambda self, images: (made.append(len(images)), loader(self, images))[1])
     numbers = []
     for epochs in (1, 2):
-        keys = {**SHORT, "epochs": epochs, "batch_size": 4, "init_lr": 0.01, "lrate": 0.01}
+        keys = {**SHORT, "epochs": epochs, "batch_size": 4}
         trainer = new_trainer(paths, tmp_path / "run", "coil", exemplars=2, **keys)
         trainer.do_phase(0)
         made.clear()
@@ -94,7 +94,7 @@ def test_processes_share_what_is_worked_out_after_training(paths, tmp_path, monk
     """The last thing that happens to a phase's network before it is evaluated."""
     shared = []
     monkeypatch.setattr(Run, "share", lambda self, network: shared.append(state_of(network)))
-    trainer = new_trainer(paths, tmp_path / "run", method, **SHORT, init_lr=0.01, lrate=0.01)
+    trainer = new_trainer(paths, tmp_path / "run", method, **SHORT)
     for phase in range(2):
         trainer.do_phase(phase)
         assert same(shared[-1], state_of(trainer.method.network))

@@ -16,6 +16,7 @@ from exps import demo, pareto
 from exps.points import finished
 from exps.sweep import Plan, read
 from tests.grid_stub import entry, write
+from tests.little_config import KEYS
 from tests.shapes import make_shapes
 
 ROOT = Path(__file__).parent.parent
@@ -32,16 +33,10 @@ def folder(tmp_path_factory):
 
 def sweep_file(folder, **changes):
     config = {
-        **{"dataset": "Shapes", "data_dir": str(folder / "data"), "init_cls": 3, "increment": 3},
-        **{
-            "convnet_type": "resnet8",
-            "device": "cpu",
-            "num_workers": 0,
-            "batch_size": 16,
-            "augmentations_per_image": 1,
-        },
-        **{"init_epoch": 1, "epochs": 1, "init_milestones": [], "milestones": []},
+        **{**KEYS, "data_dir": str(folder / "data"), "init_cls": 3, "increment": 3, "batch_size": 16},
+        **{"augmentations_per_image": 1, "init_milestones": [], "milestones": []},
     }
+    del config["model_name"]
     content = {
         **{"config": config, "methods": ["der"], "seeds": [1], "budgets": [2600], "forms": FORMS},
         **{"settings": "--resolution low", **changes},
@@ -302,3 +297,27 @@ def test_the_demo_says_what_one_class_order_can_say_and_has_a_folder_of_its_own(
     assert "3 class orders" in demo.what_it_says(3)
     config = json.loads((ROOT / "exps" / "demo.json").read_text())
     assert not Path(config["output_dir"]).is_relative_to(demo.OUTPUT)
+
+
+def test_the_demo_fails_where_it_learns_less_than_recorded(tmp_path, monkeypatch, capsys):
+    """Each accuracy: as recorded it passes, 20 points below it is named, in one line.  Other class orders are free."""
+    expected = json.loads((ROOT / demo.SWEEP).read_text())["expected"]
+    recorded = {(form, of): value for form, values in expected["accuracies"].items() for of, value in values.items()}
+    assert {form for form, _ in recorded} == {row.name.partition(",")[0] for row in read(ROOT / demo.SWEEP, None).rows}
+    monkeypatch.setattr(demo, "run", lambda command: None)
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["demo"])
+    monkeypatch.chdir(ROOT)
+
+    def run_demo(seed, values):
+        header = "form,classifier,seed,average_incremental_accuracy\n"
+        rows = [f"{form},{classifier},{seed},{value}\n" for (form, classifier), value in values.items()]
+        (tmp_path / "table.csv").write_text(header + "".join(rows))
+        return demo.main(), capsys.readouterr().err
+
+    assert run_demo(1993, recorded) == (0, "")
+    for (form, classifier), value in recorded.items():
+        code, said = run_demo(1993, {**recorded, (form, classifier): value - 20})
+        assert (code, said.count("\n")) == (2, 1)
+        assert f"learns less than recorded in exps/pareto_demo.json: {form} ({classifier})" in said
+        assert run_demo(1994, {**recorded, (form, classifier): value - 20}) == (0, "")

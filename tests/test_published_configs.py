@@ -8,6 +8,7 @@ import pytest
 import main
 from models import catalogue
 from tests.conftest import long_but
+from tests.little_config import phases
 from tests.shapes import make_shapes
 from utils.config.read import load_config
 
@@ -44,8 +45,7 @@ def test_it_loads_and_trains_three_phases(file, data_dir, tmp_path, capsys, name
     if CONFIGS[name]["convnet_type"] == "resnet32":  # test_networks builds it; a quarter of its layers will do here
         where.append("convnet_type=resnet8")
     assert main.main(["--config", str(file(name)), *SMALL, *SHORT, *where]) == 0
-    (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
-    assert [phase["classes_seen"] for phase in run["phases"]] == [2, 4, 6]
+    assert [phase["classes_seen"] for phase in phases(tmp_path / "out")] == [2, 4, 6]
 
 
 def test_what_keys_mean(file):

@@ -24,7 +24,7 @@ def paths(tmp_path_factory):
 @pytest.fixture
 def trainer(paths, tmp_path):
     def call(method, **values):
-        return new_trainer(paths, tmp_path / "run", method, **{**SHORT, "init_lr": 0.01, "lrate": 0.01, **values})
+        return new_trainer(paths, tmp_path / "run", method, **{**SHORT, **values})
 
     return call
 

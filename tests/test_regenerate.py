@@ -22,6 +22,7 @@ from ControlNet.sampling import draw
 from tests.conftest import long_but
 from tests.folders import save_noise
 from tests.little_model import little_model
+from tests.little_run import tree
 from tests.regenerating import Maker
 from utils.data import images
 from utils.data.paths import DatasetPaths
@@ -71,10 +72,6 @@ def model():
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def files_of_classes(folder: Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """A run that is killed, at whatever moment, and goes on ends as one that never was: to the last bit."""
 
-import json
 import os
 import random
 import re
@@ -15,12 +14,12 @@ import pytest
 import torch
 from torch.optim import SGD
 
-import main
 from models.training import checkpoint, resume
 from models.training.trainer import Trainer
 from tests import forks
 from tests.conftest import long_but
 from tests.digits import make_digits
+from tests.little_config import results, train_little, without, write_config
 from tests.shapes import make_shapes
 from utils.data.sampler import EpochBatchSampler
 
@@ -40,31 +39,20 @@ def data_dir(tmp_path_factory):
 def train(tmp_path, data_dir):
     """Calls main.py with a small config of three phases; returns its exit code."""
     config = {
-        **{"dataset": "Shapes", "data_dir": str(data_dir), "init_cls": 2, "increment": 2, "model_name": "icarl"},
-        **{"convnet_type": "resnet8", "device": "cpu", "num_workers": 0, "batch_size": 16},
-        **{"memory_per_class": 3, "real_per_class": 2, "syn_per_class": 4, "augmentations_per_image": 2},
-        **{"augmentation_prob": 0.4, "init_epoch": 2, "init_lr": 0.05, "lrate": 0.05},
+        **{"model_name": "icarl", "batch_size": 16, "augmentations_per_image": 2, "augmentation_prob": 0.4},
+        **{"memory_per_class": 3, "real_per_class": 2, "syn_per_class": 4, "init_lr": 0.05, "lrate": 0.05},
         **SHORT,
     }
-
-    def call(out, **values):
-        file = tmp_path / "config.json"
-        file.write_text(json.dumps({**config, "output_dir": str(tmp_path / out), **values}))
-        return main.main(["--config", str(file)])
-
-    return call
+    return lambda out, **values: train_little(data_dir, tmp_path / out, **{**config, "init_epoch": 2, **values})
 
 
 def checkpoints(out: Path) -> list[str]:
     return sorted(file.name for file in (out / "seed1993" / "checkpoints").iterdir())
 
 
-def timeless(content):
+def timeless(out: Path):
     """results.json without its times and without the name of its own folder."""
-    if isinstance(content, dict):
-        left_out = ("seconds", "seconds_reused", "output_dir", "checkpoint_every")
-        return {key: timeless(value) for key, value in content.items() if key not in left_out}
-    return [timeless(value) for value in content] if isinstance(content, list) else content
+    return without(results(out), "seconds", "seconds_reused", "output_dir", "checkpoint_every")
 
 
 def assert_same(ours, theirs, where=""):
@@ -85,8 +73,7 @@ def assert_ends_alike(one: Path, other: Path) -> None:
         a, b = (checkpoint.load(out / "seed1993" / "checkpoints" / name) for out in (one, other))
         for key in ("network", "memory", "method"):
             assert_same(a[key], b[key], key)
-    a, b = (json.loads((out / "results.json").read_text()) for out in (one, other))
-    assert timeless(a) == timeless(b)
+    assert timeless(one) == timeless(other)
     a, b = ((out / "seed1993" / "epochs.csv").read_text().splitlines() for out in (one, other))
     assert [row.rpartition(",")[0] for row in a] == [row.rpartition(",")[0] for row in b]  # the last cell is seconds
 
@@ -282,21 +269,34 @@ def test_a_signal_is_answered_by_a_checkpoint(train, tmp_path, ending, workers):
     assert_ends_alike(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_sigkill_within_a_phase(train, tmp_path):
+    """The command itself, killed when it has kept a place within phase 1."""
+    values = {"cache": "none", "epochs": 3, "init_epoch": 1, "increment": 4, **EVERY_STEP}
+    assert train("whole", **values) == 0
+    process = forks.Command(["main.py", "--config", tmp_path / "config.json", f"output_dir={tmp_path / 'killed'}"])
+    folder = tmp_path / "killed" / "seed1993" / "checkpoints"
+    while process.poll() is None and not {"phase00.pt", "unfinished.pt"} <= {file.name for file in folder.glob("*")}:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert checkpoints(tmp_path / "killed") == ["phase00.pt", "unfinished.pt"]
+    assert train("killed", **values) == 0
+    assert_ends_alike(tmp_path / "whole", tmp_path / "killed")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["icarl"])
 def test_sigkill_at_twenty_random_moments(tmp_path, method):
     """The command itself, with a process that reads images, killed from outside: several runs, till 20 deaths."""
     make_digits(tmp_path / "data")
     config = {
-        **{"dataset": "MNIST", "data_dir": str(tmp_path / "data"), "init_cls": 2, "increment": 2, "model_name": method},
-        **{"convnet_type": "resnet8", "device": "cpu", "num_workers": 1, "batch_size": 12, "memory_per_class": 4},
+        **{"dataset": "MNIST", "model_name": method, "num_workers": 1, "batch_size": 12, "memory_per_class": 4},
         **{"real_per_class": 2, "syn_per_class": 8, "augmentations_per_image": 2, "augmentation_prob": 0.2},
         **{"init_epoch": 12, "epochs": 12, "init_lr": 0.05, "lrate": 0.05, "checkpoint_every": 1e-9},
     }
 
     def begin(out: Path) -> subprocess.Popen:
-        file = tmp_path / "config.json"
-        file.write_text(json.dumps({**config, "output_dir": str(out)}))
+        file = write_config(tmp_path / "data", out, **config)
         command = [sys.executable, "main.py", "--config", str(file)]
         home = Path(__file__).parents[1]
         return subprocess.Popen(command, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,6 +1,5 @@
 """compress/run.py in several processes, and killed: by torchrun, by SLURM's variables, by hand, by SIGKILL."""
 
-import json
 import os
 import random
 import re
@@ -20,6 +19,7 @@ from compress.regenerate import Regenerator
 from tests import processes
 from tests.conftest import asked_for
 from tests.folders import make_dataset
+from tests.little_config import write_config
 from tests.processes import REPOSITORY, free_port
 from utils.data.paths import DatasetPaths
 
@@ -109,7 +109,6 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(child) for child in found]
 
 
-@pytest.mark.long
 def test_torchruns_processes_make_the_tree_of_one(paths, checkpoint, undisturbed):
     out = finish(start(paths, checkpoint, *TORCHRUN, free_port()))
     assert out.count(f"copies: {MADE} made, 0 skipped, 0 failed") == 1  # one summary, and nothing made twice
@@ -208,14 +207,11 @@ def test_two_processes_make_copies_on_demand(paths, checkpoint, tmp_path):
     for number in (1, 2):
         settings = f"--model {checkpoint} --resolution high --size 64 --steps 1 --batch-size 4"
         config = {
-            **{"dataset": paths.dataset, "data_dir": str(paths.data_dir), "output_dir": str(tmp_path / f"{number}")},
-            **{"model_name": "icarl", "convnet_type": "resnet8", "device": "cpu", "init_cls": 2, "increment": 1},
-            **{"seed": [1], "num_workers": 0, "memory_per_class": 2, "real_per_class": 1, "syn_per_class": 2},
-            **{"augmentations_per_image": 3, "init_epoch": 1, "epochs": 1, "augmentation_scope": "exemplars"},
-            **{"regenerate": "on_demand", "regenerate_options": settings, "init_lr": 1e-9, "lrate": 1e-9},
+            **{"dataset": paths.dataset, "model_name": "icarl", "increment": 1, "seed": [1], "memory_per_class": 2},
+            **{"real_per_class": 1, "syn_per_class": 2, "augmentations_per_image": 3, "init_lr": 1e-9, "lrate": 1e-9},
+            **{"augmentation_scope": "exemplars", "regenerate": "on_demand", "regenerate_options": settings},
         }
-        file = tmp_path / "config.json"
-        file.write_text(json.dumps(config))
+        file = write_config(paths.data_dir, tmp_path / f"{number}", **config)
         first, *others = processes.ranks("tests.test_sharing", ["--config", file], number)
         assert [each.returncode for each in (first, *others)] == [0] * number, first.stderr
         assert all("makes copies" in each.stderr for each in (first, *others)), "each process makes its share"

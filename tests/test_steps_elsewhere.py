@@ -23,7 +23,7 @@ def trained(paths, tmp_path, monkeypatch):
     monkeypatch.setattr("models.training.phase0.save", lambda *_: None)
 
     def call(method, device):
-        keys = {**SHORT, **keys_of(method), "batch_size": 4, "init_lr": 0.01, "lrate": 0.01, "nme": True}
+        keys = {**SHORT, **keys_of(method), "batch_size": 4, "nme": True}
         trainer = new_trainer(paths, tmp_path / "run", method, exemplars=2, **keys)
         fabric = trainer.run.fabric
         fabric.strategy._root_device = device

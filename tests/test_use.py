@@ -16,6 +16,7 @@ import main
 from models.use import export
 from models.use.learner import Learner
 from tests.conftest import long_but
+from tests.little_config import phases, train_little
 from tests.little_trainer import SHORT, keys_of
 from tests.methods import METHODS
 from tests.shapes import SHAPES, make_shapes
@@ -25,8 +26,10 @@ from utils.data.datasets import IMAGENET_STATISTICS
 
 pytestmark = pytest.mark.xdist_group("use")  # its runs are trained once, not once a worker
 QUICK = ("icarl", "foster", "rmm-icarl")
+NETWORKS = [*{METHODS[name].build_network: name for name in (*METHODS, "icarl", "foster")}.values()]
+"""One method for each way to build a network."""
 EXPORTED = long_but(
-    [(method, "head") for method in METHODS] + [("icarl", "nme"), ("der", "nme"), ("ssre", "nme")],
+    [(method, "head") for method in NETWORKS] + [("icarl", "nme"), ("der", "nme"), ("ssre", "nme")],
     ("icarl", "nme"),
 )
 
@@ -46,17 +49,10 @@ def trained(data_dir, tmp_path_factory):
     def call(method: str) -> Path:
         if method not in made:
             folder = tmp_path_factory.mktemp(method)
-            config = {
-                "dataset": "shapes",  # in another case than its folder, as in PyCIL's files
-                "data_dir": str(data_dir),
-                "output_dir": str(folder / "out"),
-                "device": "cpu",
-            }
-            config |= {"init_cls": 2, "increment": 2, "model_name": method, "convnet_type": "resnet8"}
-            config |= {**SHORT, "init_lr": 0.05, "lrate": 0.05, "batch_size": 8, "num_workers": 0}
+            config = {"dataset": "shapes"}  # in another case than its folder, as in PyCIL's files
+            config |= {"model_name": method, **SHORT, "init_lr": 0.05, "lrate": 0.05, "batch_size": 8}
             config |= {"memory_per_class": 2, "keep_checkpoints": 2, "logger": ["csv"], **keys_of(method)}
-            (folder / "config.json").write_text(json.dumps(config))
-            assert main.main(["--config", str(folder / "config.json")]) == 0
+            assert train_little(data_dir, folder / "out", **config) == 0
             made[method] = folder / "out"
         return made[method]
 
@@ -64,7 +60,7 @@ def trained(data_dir, tmp_path_factory):
 
 
 def phase_of(run: Path, phase: int) -> dict:
-    return json.loads((run / "results.json").read_text())["runs"][0]["phases"][phase]
+    return phases(run)[phase]
 
 
 @pytest.mark.parametrize("method", long_but(METHODS, *QUICK))
@@ -137,7 +133,7 @@ def test_evaluate_on_some_of_the_classes(trained, data_dir, tmp_path, capsys):
     assert figures["cnn"]["per_class"]["blue disc"] is None
 
 
-@pytest.mark.parametrize("method", long_but(METHODS, "rmm-icarl"))
+@pytest.mark.parametrize("method", long_but([*NETWORKS, "rmm-icarl"], "rmm-icarl"))
 def test_predict(trained, data_dir, tmp_path, capsys, method):
     run, file = trained(method), tmp_path / "predictions.csv"
     images = tmp_path / "images"

@@ -72,6 +72,7 @@ def launch(
     _device = fabric.device
     if torch.distributed.is_initialized():
         atexit.register(_leave)
+        fabric.barrier()  # a process that fails at once must not cut connections that another one still makes
     return fabric
 
 

@@ -136,7 +136,7 @@ class Phase(ByClassifier[Metrics]):
 
     @classmethod
     def of_training(cls, record: Mapping[str, Any], class_names: Sequence[str]) -> "Phase":
-        """record: the trainer's (`models.trainer`), whose accuracies per class are lists, in the order of learning."""
+        """record: of `models.training.trainer`, whose accuracies per class are lists, in the order of learning."""
         entry = dict(record)
         for classifier in CLASSIFIERS:
             if (metrics := record.get(classifier)) is not None:
