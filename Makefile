@@ -34,6 +34,7 @@ test-gpu: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # PYCIL=DIR, a checkout of github.com/LAMDA-CL/PyCIL, adds the comparison with it.
 bench: env
@@ -48,4 +49,4 @@ tiny-model: env
 	$(BIN)/python tests/bench/bench_tiny_model.py
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .ruff_cache
+	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache

@@ -80,8 +80,8 @@ class TextTask(nn.Module):
         self.encoder = model.cond_stage_model.requires_grad_(True)
         self.texts = data.texts
         negatives, templates, classes = data.negatives, data.templates, data.classes
-        named = [*torch.arange(classes).repeat_interleave(templates), *range(classes, classes + negatives)]
-        named = torch.tensor(named)[:, None].repeat(1, MAX_LENGTH)
+        own = torch.arange(classes).repeat_interleave(templates)
+        named = torch.cat([own, torch.arange(classes, classes + negatives)])[:, None].repeat(1, MAX_LENGTH)
         named[tokenize(self.texts) != END] = IGNORED
         self.register_buffer("named", named, persistent=False)
         self.probe = nn.Linear(self.encoder(self.texts[:1]).shape[-1], classes + negatives)

@@ -35,7 +35,8 @@ class Colour(Form):
         return {"side": self.side}
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
-        return encoded(*colour.bits_of(shrunk(image, reduced(*image.shape[:2], self.side))))
+        height, width = image.shape[:2]
+        return encoded(*colour.bits_of(shrunk(image, reduced(height, width, self.side))))
 
     def picture(self, kept: bytes, size: tuple[int, int]) -> np.ndarray:
         """The tiny picture of an image of this (height, width): HxWx3 uint8.  Raises OSError."""
@@ -53,7 +54,7 @@ class Colour(Form):
     def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:
         if kept == self.encode(image):
             return None
-        self.picture(kept, image.shape[:2])
+        self.picture(kept, (image.shape[0], image.shape[1]))
         return OTHERWISE, "the image gives other colours"
 
 

@@ -2,8 +2,9 @@
 
 import shlex
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from compress.forms import Form, form_named
 from compress.options import parse_settings
@@ -99,7 +100,7 @@ def plan_exemplars(
         needs = f"{config.model_name} needs at least {method.least_exemplars} train images of each class"
         raise UserError(f"{fewest[0].parent} has {len(fewest)}: {needs}. Add images, or take the class away.")
     if numbers:
-        config = replace(config, **numbers)
+        config = replace(config, real_per_class=numbers["real_per_class"], syn_per_class=numbers["syn_per_class"])
     elif method.uses_memory:
         config = within_budget(config, form, images, paths, method.least_exemplars)
     if form.deterministic:  # all copies of an image would be equal
@@ -151,57 +152,71 @@ def made_with(config: Config, form: Form, paths: DatasetPaths) -> str:
     return shlex.join(options) or config.regenerate_options
 
 
-def within_budget(config: Config, form, images, paths: DatasetPaths, least: int) -> Config:
+def within_budget(
+    config: Config, form: Form, images: Sequence[Sequence[Path]], paths: DatasetPaths, least: int
+) -> Config:
     """The config with the numbers of exemplars filled in that are left to the budget.
 
     images: of each class; least: exemplars of a class that the method needs.
     Raises UserError, with the arithmetic, where a typical class's exemplars don't fit.
     """
-    of_form, asked = costs(form, paths), config.syn_per_class
-    sizes = {of_class[0].parent.name: len(of_class) for of_class in images}
-    typical = [of_class[len(of_class) // 2] for of_class in images]
     if config.budget_in == "bytes":
-        of_quota = dict(quotas(config, form))
-        median = {
-            name: round(statistics.median(of_form[name].expected_bytes(image) for image in typical))
-            for name, number in of_quota.items()
-            if number
-        }
-        in_use, texts = [name for name, number in of_quota.items() if number], paths.class_texts(sizes)
-        shares = [ClassShare.empty(i, label, texts[label], in_use) for i, label in enumerate(sizes)]
-        index = max(map(_index_bytes, shares))
-        check_bytes(quotas(config, form), config.memory_bytes_per_class, median, index, least)
-        if asked == 0:
-            check_smallest(images, config.memory_bytes_per_class, shares)
+        check_byte_budget(config, form, images, paths, least)
         return config
+    sizes = _class_sizes(images)
     units = {"real": 1.0, form.name: 1 / 24}
-    if asked:
-        of_first = [of_form[form.name].units(of_class[0]) for of_class in images]
-        if None in of_first:
+    if config.syn_per_class:
+        cost = costs(form, paths)[form.name]
+        of_first = [cost.units(class_images[0]) for class_images in images]
+        known = [number for number in of_first if number is not None]
+        if len(known) < len(of_first):
             raise UserError(
                 f"syn_form: {form.name} has no count in units. Set budget_in=bytes and memory_bytes_per_class."
             )
-        units[form.name] = statistics.median(of_first)
+        units[form.name] = statistics.median(known)
     real = config.real_per_class
-    if asked == "fill":
-        if not units[form.name]:
-            config = replace(config, syn_per_class=max(sizes.values()))
-        else:
-            left = config.memory_per_class - (real or 0)
-            config = replace(config, syn_per_class=max(0, int(left / units[form.name] + 1e-9)))
+    if isinstance(config.syn_per_class, int):
+        synthetic = config.syn_per_class
+    else:  # "fill"
         real = real or 0
+        left = config.memory_per_class - real
+        synthetic = max(0, int(left / units[form.name] + 1e-9)) if units[form.name] else max(sizes.values())
     if real is None:
-        real = max(0, int(config.memory_per_class - asked * units[form.name] + 1e-9))
-    config = replace(config, real_per_class=real)
-    if real + config.syn_per_class < least:
+        real = max(0, int(config.memory_per_class - synthetic * units[form.name] + 1e-9))
+    config = replace(config, real_per_class=real, syn_per_class=synthetic)
+    if real + synthetic < least:
         what = f"real_per_class + syn_per_class must be at least {least}"
         raise UserError(f"{config.model_name} needs exemplars of each class: {what}.")
     if config.fixed_memory:
         check_budget(quotas(config, form), config.memory_per_class, units)
         warn_of_small_classes(sizes, quotas(config, form))
     else:
+        assert config.memory_size is not None  # load_config asks for it
         check_total(config.memory_size, len(images), quotas(config, form), units, least)
     return config
+
+
+def check_byte_budget(
+    config: Config, form: Form, images: Sequence[Sequence[Path]], paths: DatasetPaths, least: int
+) -> None:
+    """Raises UserError where a typical class's exemplars, or one real exemplar of the smallest, exceed the bytes."""
+    assert config.memory_bytes_per_class is not None  # load_config asks for it
+    cost_of, sizes = costs(form, paths), _class_sizes(images)
+    typical = [class_images[len(class_images) // 2] for class_images in images]
+    in_use = [name for name, number in quotas(config, form) if number]
+    median = {
+        name: round(statistics.median(cost_of[name].expected_bytes(image) for image in typical)) for name in in_use
+    }
+    texts = paths.class_texts(sizes)
+    shares = [ClassShare.empty(i, label, texts[label], in_use) for i, label in enumerate(sizes)]
+    index = max(map(_index_bytes, shares))
+    check_bytes(quotas(config, form), config.memory_bytes_per_class, median, index, least)
+    if config.syn_per_class == 0:
+        check_smallest(images, config.memory_bytes_per_class, shares)
+
+
+def _class_sizes(images: Sequence[Sequence[Path]]) -> dict[str, int]:
+    return {class_images[0].parent.name: len(class_images) for class_images in images}
 
 
 def _index_bytes(share: ClassShare) -> int:

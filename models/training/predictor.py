@@ -89,7 +89,7 @@ class Predictor:
         own = range(self.fabric.global_rank, len(images), self.fabric.world_size)
         return self.loader(dataset, BatchSampler(own, self.config.batch_size, drop_last=False))
 
-    def loader(self, dataset: Batched, batches: Iterable[Sequence]) -> DataLoader:
+    def loader(self, dataset: Batched, batches: Iterable[list]) -> DataLoader:
         """Batches of the keys that `batches` lists.
 
         Small images that are cached need no worker processes: making a batch takes less time than handing it over.

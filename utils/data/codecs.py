@@ -213,8 +213,8 @@ def _box(kind: bytes, *parts: bytes) -> bytes:
 
 
 def _avif_payload(file: bytes, quality: int, size: Size, greyscale: bool) -> bytes | None:
-    before, start, after = file.partition(_stream_start(quality, size, greyscale))
-    if not start or before[-4:] != b"mdat":
+    before, stream_start, after = file.partition(_stream_start(quality, size, greyscale))
+    if not stream_start or before[-4:] != b"mdat":
         return None
     try:
         length, start = read_varint(after)
