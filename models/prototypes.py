@@ -41,7 +41,16 @@ INITIAL = {
 
 class PrototypeMethod(Method):
     network: IncrementalNet
-    defaults = Defaults(epochs=101, milestones=(45, 90), lrate=0.001)
+    defaults = Defaults(
+        epochs=101,
+        milestones=(45, 90),
+        lrate=0.001,
+        weight_decay=2e-4,
+        init_epoch=101,
+        init_milestones=(45, 90),
+        init_lr=0.001,
+        init_weight_decay=2e-4,
+    )
     uses_memory = False
     keeps_old_network = True
     plain_phase_0 = False

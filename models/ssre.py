@@ -46,7 +46,7 @@ class Settings:
 
 class SSRE(PrototypeMethod, name="ssre"):
     network: IncrementalNet
-    defaults = PrototypeMethod.defaults._replace(weight_decay=5e-4)
+    defaults = PrototypeMethod.defaults._replace(weight_decay=5e-4, init_weight_decay=5e-4)
 
     def stages(self) -> list[Stage]:
         (stage,) = super().stages()
