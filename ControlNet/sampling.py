@@ -135,7 +135,7 @@ def ddim_mean(schedule: Schedule, i: int, x0: Tensor, eps: Tensor, eta: float) -
     """What step i comes to before its noise is added (DDIM, equation 12), and the noise's sigma (equation 16)."""
     alpha, alpha_next = schedule.alphas[i : i + 2]
     sigma, sigma_next = schedule.sigmas[i : i + 2]
-    fresh = eta * sigma_next / sigma * (1 - alpha**2 / alpha_next**2) ** 0.5
+    fresh = eta * sigma_next / sigma * (1 - alpha**2 / alpha_next**2) ** 0.5 if eta > 0 else 0.0
     return alpha_next * x0 + max(sigma_next**2 - fresh**2, 0.0) ** 0.5 * eps, fresh
 
 

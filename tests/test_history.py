@@ -199,4 +199,4 @@ def test_a_logger_whose_package_is_missing(train, capsys, monkeypatch):  # noqa:
     assert train("logger=[csv, wandb]") == 2
     assert "logger: wandb needs the package wandb: pip install wandb" in capsys.readouterr().err
     assert train("logger=[csv, mlflow]") == 2
-    assert "logger must list some of tensorboard, csv, wandb" in capsys.readouterr().err
+    assert "logger[1] must be 'tensorboard', 'csv' or 'wandb', not \"mlflow\"" in capsys.readouterr().err

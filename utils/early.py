@@ -12,9 +12,6 @@ from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.results.output import Output
 
-PLANNED = ("real_per_class", "syn_per_class", "augmentations_per_image")
-"""Keys whose values in a run's record may be those that its plan of exemplars has come to."""
-
 
 def check_files(config: Config, paths: DatasetPaths) -> None:
     """Raises UserError for classes that do not fit the phases, and for folders that can't be, or are not, the run's.
@@ -32,8 +29,14 @@ def check_files(config: Config, paths: DatasetPaths) -> None:
     file = Path(config.output_dir) / "config.json"
     if file.is_file():
         with suppress(UserError):  # a damaged file is `Output`'s to name
+            # What is left to the plan of exemplars, the record has as the plan's numbers.
+            planned = ["augmentations_per_image"]
+            if config.real_per_class is None:
+                planned.append("real_per_class")
+            if isinstance(config.syn_per_class, str):
+                planned.append("syn_per_class")
             before = read_json(file)
-            config = replace(config, **{key: before[key] for key in PLANNED if key in before})
+            config = replace(config, **{key: before[key] for key in planned if key in before})
         Output(config, file.parent)
 
 

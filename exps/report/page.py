@@ -233,7 +233,8 @@ def _version() -> str:
     try:
         return metadata.version("escort-cil")
     except metadata.PackageNotFoundError:
-        text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        file = ROOT / "pyproject.toml"
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
         return text.partition('\nversion = "')[2].partition('"')[0]
 
 

@@ -100,7 +100,7 @@ def der_peak(backbone: str, size: int, batch_size: int, phase: int, device: str 
     """(bytes of the weights, most bytes alive) in two training steps of a phase of DER: counted, or a GPU's."""
     is_meta = device == "meta"
     with torch.device(device):
-        network = der_net(build_backbone(backbone, "large", init_cls=CLASSES, increment=CLASSES)).to(device)
+        network = der_net(build_backbone(backbone, "large", stem="7x7")).to(device)
         for _ in range(phase + 1):
             network.grow(CLASSES)
         network.to(device).train()
