@@ -132,6 +132,7 @@ def test_six_hundred_exemplars_of_fifteen_bytes_take_little_more_than_those(tmp_
 FORMS = [
     *("edges", "edges@12", "edges+webp:10@16", "jpeg:30", "jpeg:5@9", "webp:10", "webp:80@20", "avif:20", "avif:60@15"),
     *("latent:3", "latent:6@16", "text", "codebook:8x2@9", "edges+colour@16", "edges:1.5", "thumb:10@8", "colour@9"),
+    "codebook:8x2@9/4",
 ]
 
 

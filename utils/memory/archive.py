@@ -100,7 +100,7 @@ def extract(path: Path, folder: Path) -> int:
             if exemplar.payload is not None:
                 content, ending = _viewable(exemplar.payload, exemplar, memory.forms[exemplar.form])
                 name = f"{number:03d}{ending}"
-                files[folder / exemplar.form.replace(":", "-") / record.label / name] = content
+                files[folder / packed.folder_of(exemplar.form) / record.label / name] = content
             about = {"file": name, "form": exemplar.form}
             size = {} if exemplar.form == REAL else {"size": exemplar.row.size, "bits_per_pixel": exemplar.row.bits}
             classes[-1]["exemplars"].append(about | size)

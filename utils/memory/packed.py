@@ -164,7 +164,8 @@ def read_json(content: bytes) -> Any:
 def check(memory: Memory) -> None:
     """Raises DamagedError for what no memory of this program has, such as names that lead out of their folder."""
     names = [memory.dataset, *memory.forms]
-    if not all(isinstance(name, str) and _is_folder_name(name) for name in names):
+    folders = [memory.dataset, *map(folder_of, memory.forms)] if all(isinstance(name, str) for name in names) else [""]
+    if not all(map(_is_folder_name, folders)) or any(form.startswith(".") for form in memory.forms):
         raise DamagedError(f"its dataset and forms are {names!r}")
     if not all(isinstance(settings, dict) for settings in memory.forms.values()):
         raise DamagedError("its forms have no settings")
@@ -189,6 +190,11 @@ def _check_exemplar(exemplar: Exemplar, where: str, forms: Mapping[str, Any]) ->
             raise DamagedError(f"{where} has a real exemplar without its picture")
     elif exemplar.row.bits not in BITS or min(width, height) < 1 or width * height > MAX_PIXELS:
         raise DamagedError(f"{where} has an image of {width} x {height} pixels of {exemplar.row.bits} bits")
+
+
+def folder_of(form: str) -> str:
+    """Where exemplars of a form are extracted: its name without what not all systems allow."""
+    return re.sub("[:/]", "-", form)
 
 
 def _is_folder_name(name: str) -> bool:
