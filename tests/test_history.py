@@ -85,6 +85,11 @@ def without_seconds(rows):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
+def fields(record):
+    """Of a record's class and of all that derive from it."""
+    return {*record.model_fields, *(field for each in record.__subclasses__() for field in fields(each))}
+
+
 @pytest.mark.long
 def test_a_run_and_one_that_was_killed_in_an_epoch_tell_the_same(train, tmp_path, monkeypatch):  # noqa: F811
     assert train(**SHORT, output_dir=str(tmp_path / "whole")) == 0
@@ -94,7 +99,7 @@ def test_a_run_and_one_that_was_killed_in_an_epoch_tell_the_same(train, tmp_path
 
     # Each key of results.json is a field of a record.
     found = keys(results(tmp_path / "whole"))
-    assert found <= {field for record in Record.__subclasses__() for field in record.model_fields}
+    assert found <= fields(Record)
     assert {"backward_transfer", "forgetting", "per_class", "per_phase", "parameters", "seconds_reused"} <= found
 
     # The curves of a class, and the transfer that goes with forgetting, from the figures of each phase.
