@@ -154,7 +154,7 @@ def test_what_the_file_system_tells_is_answered_without_torch(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(values))
     (taken / "seed1993" / "checkpoints").mkdir(parents=True)
     (taken / "seed1993" / "checkpoints" / "phase00.pt").touch()
-    (taken / "config.json").write_text(json.dumps({**values, "real_per_class": 1, "batch_size": 7}))
+    (taken / "config.json").write_text(json.dumps({**values, "real_per_class": 2, "batch_size": 7}))
     cases = {
         "dataset=Shaeps": "Did you mean 'Shapes'?",
         "init_cls=7": "choose 1 to 6",

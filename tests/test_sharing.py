@@ -148,7 +148,7 @@ def test_one_of_two_processes_is_killed(paths, checkpoint, undisturbed):
 def test_two_processes_verify_and_repair_and_replace(paths, checkpoint, undisturbed):
     """Looking at the disk is shared too."""
     write(paths, undisturbed)
-    edge_map = next(paths.folder("kept").glob("*/*.webp"))
+    edge_map = next(paths.folder("kept").glob("*/*.edges"))
     copy = next(paths.folder("copies").glob("*/*_seed03.jpg"))
     edge_map.unlink()
     copy.write_bytes(copy.read_bytes()[:100])
