@@ -1,6 +1,7 @@
 """What PyCIL's modules do around their losses: augmentation by phase, FeTrIL's SVM, RMM's memory, keys left out."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,10 +24,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture
 def trainer(paths, tmp_path):
-    def call(method, **values):
-        return new_trainer(paths, tmp_path / "run", method, **{**SHORT, **values})
-
-    return call
+    return partial(new_trainer, paths, tmp_path / "run", **SHORT)
 
 
 def load(folder, **values):

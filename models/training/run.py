@@ -31,7 +31,7 @@ _NETWORK, _METHOD = 3, 4
 
 
 class Copies(Protocol):
-    """Copies of exemplars: how to get them, and what identifies those in use (`compress.copies.Copies`)."""
+    """Copies of exemplars: how to get them, and what identifies those in use (`compress.training.copies.Copies`)."""
 
     def make(self, images: Sequence[Path], with_copies: bool) -> int | None:
         """Make missing edge maps and, with_copies, copies.  Called by all processes, which share the work.
