@@ -174,8 +174,11 @@ def normalise_latents(model: ControlLDM, config: DictConfig) -> float:
     return factor
 
 
-def export(model: ControlLDM, path: Path) -> None:
-    """Write the weights as safetensors: float16, and float8 for the token embedding, most of a small model."""
+def export(model: ControlLDM, path: Path, hint: str) -> None:
+    """Write the weights as safetensors: float16, and float8 for the token embedding, most of a small model.
+
+    hint: the config's; the file says it (`weights.trained_hint`).
+    """
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name.endswith("token_embedding.weight"):
@@ -184,7 +187,7 @@ def export(model: ControlLDM, path: Path) -> None:
             tensor = tensor.half()
         tensors[name] = tensor.cpu().contiguous()
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
+    save_file(tensors, temporary, {"hint": hint})
     move_into_place(path, temporary)
 
 
@@ -237,7 +240,7 @@ def train(config: DictConfig) -> None:
         fit(fabric, model, "text", config)
         fit(fabric, model, "diffusion", config)
         fit(fabric, model, "refine", config)
-    export(model, weights)
+    export(model, weights, config.get("hint") or "edges")
     beside = weights.with_suffix(".yaml")
     if not beside.exists():  # where compress/run.py --model looks for it
         shutil.copy(find_weights(config.teacher).config if config.get("teacher") else user_path(config.model), beside)

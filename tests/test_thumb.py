@@ -6,13 +6,17 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import save_file
 
 from compress.forms import Request, form_named
 from compress.forms.thumb import enlarged
+from compress.generators.build import warn_of_settings
 from compress.generators.controlnet import PictureGenerator
+from compress.job import Machine
 from compress.presets import HIGH
 from ControlNet import train as trainer
 from ControlNet.cldm.model import MODELS_FOLDER, ModelError
+from ControlNet.cldm.weights import trained_hint
 from tests.little_model import little_model
 from tests.test_forms import photograph
 from utils.errors import UserError
@@ -96,6 +100,24 @@ def test_another_hint_is_refused(config, hint):
         trainer.Views(config, "diffusion")
 
 
+@pytest.mark.parametrize(
+    ("form", "trained", "warned"),
+    [
+        *(("thumb:40@8", "edges", "thumb:40@8 will show little"), ("edges", "thumb@8", "edges will show little")),
+        *(("thumb:40@8", "thumb@16", None), ("edges+colour@8", "edges", None), ("text", "thumb@8", None)),
+        ("thumb:40@8", None, None),
+    ],
+)
+def test_a_control_network_of_other_hints_is_warned_of(form, trained, warned, tmp_path, caplog):
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", trained and {"hint": trained})
+    warn_of_settings(form_named(form, PRESET), Machine(model=str(tmp_path / "model.safetensors")), {})
+    assert warned in caplog.text if warned else "will show little" not in caplog.text
+
+
+def test_the_bundled_control_networks_have_seen_edge_maps():
+    assert trained_hint("tiny") == trained_hint("sd15") == "edges"
+
+
 @pytest.mark.long
 def test_a_small_network_learns_from_thumbnails(config, tmp_path):
     """A few steps of all stages; the weights that come of it make copies of the form."""
@@ -111,6 +133,7 @@ def test_a_small_network_learns_from_thumbnails(config, tmp_path):
     OmegaConf.save(OmegaConf.merge(config, changes), tmp_path / "train.yaml")
     assert trainer.main([str(tmp_path / "train.yaml")]) == 0
     assert trainer.main([str(tmp_path / "train.yaml"), "hint=edges"]) == 2  # its checkpoints are of other hints
+    assert trained_hint(tmp_path / "model.safetensors") == "thumb@8"
     form = form_named("thumb:60@8", PRESET)
     condition = form.condition(form.encode(photograph(40, 48)), (40, 48))
     generator = PictureGenerator(PRESET, load_model(tmp_path / "model.safetensors"), batch_size=1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from yaml import YAMLError
 
@@ -115,6 +116,23 @@ def _read(path: Path) -> dict[str, Tensor]:
     if "input_hint_block.0.weight" in state:  # a control network whose prefix was taken off
         return {CONTROL + name: tensor for name, tensor in state.items()}
     return state
+
+
+def trained_hint(spec: str | os.PathLike) -> str | None:
+    """What the control network of weights was trained on: "edges" or "thumb@SIDE"; None where they don't say.
+
+    Files of ControlNet/train.py say it, and the bundled names are of edge maps.
+    """
+    if str(spec) in BUNDLED:
+        return "edges"
+    path = Path(spec).expanduser()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("hint")
+    except (OSError, SafetensorError):  # what loads the weights names it
+        return None
 
 
 def fingerprint(weights: Weights) -> str:

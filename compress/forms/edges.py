@@ -48,6 +48,7 @@ class Edges(Form):
     files: FormFiles = FILES
     side: int | None = None
     sigma: float | None = None
+    hint = "edges"
 
     def settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"edge_coder": coder_digest()}

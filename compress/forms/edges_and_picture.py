@@ -36,6 +36,7 @@ class _EdgesAndStart(Form):
     name: str
     edges: Edges
     has_start = True
+    hint = "edges"
 
     @property
     def files(self) -> FormFiles:  # type: ignore[override]

@@ -63,6 +63,7 @@ class _Described(abc.ABC):
     needs_weights: bool = False
     encoded_by_generator: bool = False
     fixed_bytes: int | None = None
+    hint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Form(_Described):
     deterministic: whether all copies of an image are equal; needs_weights: whether encoding takes a model (`using`);
     encoded_by_generator: whether that is the generator's own, so that images are encoded in batches (`encode_batch`);
     fixed_bytes: the length of every kept file, None where it depends on the image; never None where the form is
-    `encoded_by_generator`, and then as many zeros stand for some picture (`stand_in`).
+    `encoded_by_generator`, and then as many zeros stand for some picture (`stand_in`);
+    hint: what the control network must have been trained on, "edges" or "thumb"; None where it has no part in copies.
     """
 
     preset: Preset

@@ -24,6 +24,7 @@ CODEC = "avif"
 @dataclass(frozen=True)
 class Thumb(Picture):
     needs_model = True
+    hint = "thumb"
     deterministic = False
 
     def copy_settings(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ControlNet.cldm import openvino_engine
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.download import download_sd15
 from ControlNet.cldm.model import Lora, ModelError, load_model, weights_fingerprint
+from ControlNet.cldm.weights import trained_hint
 from ControlNet.ldm.schedule import ddim_timesteps
 from ControlNet.ldm.text import MAX_LENGTH, nb_tokens
 from utils.data.images import image_bits
@@ -33,6 +34,9 @@ DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), st
 
 OPENVINO_BF16 = "bf16-openvino"
 """What copies remember as their precision where OpenVINO makes them in bf16: it rounds in other places than torch."""
+
+HINTS = {"edges": "edge maps", "thumb": "thumbnails"}
+"""What control networks are trained on, in words."""
 
 
 def choose_engine(engine: str, device: torch.device, low_memory: bool = False) -> str:
@@ -179,6 +183,12 @@ def warn_of_settings(form: Form, machine: Machine, texts: Mapping[str, str], ima
         log.warning(
             "--model tiny has seen handwritten digits only: its copies of colour or large pictures show nothing. "
             "Take --model sd15 or a model of your own (docs/own_controlnet.md)"
+        )
+    trained = trained_hint(machine.model)
+    if form.hint and trained and trained.partition("@")[0] != form.hint:
+        log.warning(
+            "the control network of --model %s was trained on %s: copies of the form %s will show little. %s",
+            *(machine.model, HINTS[trained.partition("@")[0]], form.name, "docs/forms.md says what each form needs"),
         )
     sampling = form.preset.sampling
     if sampling.guidance == 0:
