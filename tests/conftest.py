@@ -3,6 +3,7 @@
 import torchvision_compat  # noqa: F401  (before torchvision, which some tests import first)
 
 # isort: split
+import gc
 import os
 from collections.abc import Iterable
 
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(items):
             marker = item.get_closest_marker(name)
             if marker is not None and not asked_for(name):
                 item.add_marker(pytest.mark.skip(reason=f"{marker.kwargs.get('reason', why)}: {variable}=1 runs it"))
+
+
+def pytest_collection_finish():
+    """Commands collect garbage when they free a model: not each time among the millions of objects of imported modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
