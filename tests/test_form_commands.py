@@ -102,21 +102,19 @@ def test_a_form_of_one_image(paths, compress, form):
 
 def test_auto_is_bf16_where_the_cpu_computes_in_it(paths, compress, checkpoint, tmp_path, capsys, monkeypatch):
     """The default of recent server CPUs: recorded, other than float32's, and what main.py trains with."""
-    one, ours = ("--form", "text", "--classes", "sushi", "--limit", "1"), of_form(paths, "text")
     capable = {"amx_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable, raising=False)
-    options = f"--model {checkpoint} --size 64 --steps 1 --batch-size 4 --resolution high"
-    values = {"syn_form": "text", "regenerate": "on_demand", "augmentations_per_image": 1}
+    options = f"--model {checkpoint} --size 64 --steps 1 --batch-size 1 --resolution high"
+    values = {"syn_form": "text", "regenerate": "on_demand", "augmentations_per_image": 1, "nme": False}
     code, said = train(paths, tmp_path / "out", capsys, regenerate_options=options, **values)
     assert code == 0, said.err
-    assert phases(tmp_path / "out")[0]["copies"]["made_by"][0]["settings"]["precision"] == "bf16"
-    assert compress(*one)[0] == 0
-    copy = ours.copy(ours.images("sushi")[0], 0)
-    in_bf16 = copy.read_bytes()
-    capable.clear()
+    assert phases(tmp_path / "out")[1]["copies"]["made_by"][0]["settings"]["precision"] == "bf16"
+    (copy,) = of_form(paths, "text").folder("copies").rglob("*.jpg")  # of phase 0's class, which phase 1 reads
+    in_bf16, capable = copy.read_bytes(), {}
     code, _, err = compress("--form", "text")
     assert (code, "precision 'bf16' -> 'fp32'" in err) == (2, True), err
-    assert compress(*one, "--replace", "--precision", "fp32")[0] == 0
+    options = ("--classes", copy.parent.name, "--replace", "--precision", "fp32")
+    assert compress("--form", "text", *options)[0] == 0
     assert copy.read_bytes() != in_bf16
 
 
