@@ -27,18 +27,17 @@ from utils import log as logs
 from utils.config.read import load_config
 from utils.config.schema import Config, as_dict
 from utils.config.show import help_text
+from utils.data.classes import DataManager
 from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
 from utils.data.published import FETCHED, class_lists, curate_command, labels
-from utils.early import check_files
 from utils.errors import UserError
 from utils.results.output import Output, seed_folder
 from utils.results.records import CLASSIFIERS, ClassOrder, ResultsFile
 
 if TYPE_CHECKING:
+    from compress.training.copies import Copies
     from compress.training.exemplars import ExemplarPlan
     from utils.data.cache import PictureCache
-    from utils.data.classes import DataManager
-    from utils.data.datasets import NetworkInput
     from utils.fabric import Fabric
 
 log = logging.getLogger("main")
@@ -128,36 +127,43 @@ def run(config: Config) -> ResultsFile:
 
 def prepare(config: Config) -> "Experiment":
     """Check what follows from config and data together, and take possession of the output folder."""
-    config, paths = dataset_of(config)
-    # torch and what needs it are imported here: a config with a mistake, or a missing dataset, is answered at once.
-    from compress.training.exemplars import plan_exemplars
+    from compress.training.exemplars import exemplar_form, plan_exemplars
     from exps.report.page import write_page
+
+    folder = data_dir(config.data_dir)
+    config = replace(config, dataset=find_dataset(folder, config.dataset))
+    paths = DatasetPaths(folder, config.dataset, config.variant)
+    assert config.output_dir is not None  # load_config fills it in
+    output_dir = Path(config.output_dir)
+    check_writable("output_dir", output_dir)
+    if config.phase0_cache:
+        check_writable("phase0_cache", Path(config.phase0_cache))
+    orders = class_orders(config, paths)
+    data = orders[config.seed[0]]
+    numbers = gone_images(config, orders) if config.memory_only else {}
+    form = exemplar_form(config, data)
+    fabric = start(config) if form.needs_weights else None  # a form's model runs on the config's device
+    exemplars = plan_exemplars(config, data, form, catalogue.methods()[config.model_name], numbers)
+    config = exemplars.config
+    output = Output(config, output_dir, write_page)
+    exemplars.check_copies()
+
+    # Here torch is imported, which takes seconds: what is wrong with the config or the files has been answered at once.
     from models.training.method import fresh_backbone, network_input
     from utils.data.cache import open_cache
-    from utils.devices import accelerator, check_compiler, launch
+    from utils.devices import check_compiler
     from utils.results.history import check_loggers
 
     check_loggers(config.logger)
-    fabric = launch(*accelerator(config.device), config.precision)
-    if config.batch_size < fabric.world_size:
-        raise UserError(
-            f"batch_size {config.batch_size} is less than one image for each of {fabric.world_size} processes."
-        )
-    orders = class_orders(config, paths, network_input(config))
-    data = orders[config.seed[0]]
-    numbers = gone_images(config, orders) if config.memory_only else {}
-    exemplars = plan_exemplars(config, data, catalogue.methods()[config.model_name], fabric, numbers)
-    config = exemplars.config
+    fabric = fabric or start(config)
+    library_input = network_input(config)
     for order in orders.values():
-        order.paths = exemplars.paths
-    if config.pretrained or data.network_input:
+        order.paths, order.network_input = exemplars.paths, library_input
+    copies = exemplars.find_copies(fabric)
+    if config.pretrained or library_input:
         fresh_backbone(config, data)
     if config.compile:
         check_compiler(fabric.device)
-    if config.phase0_cache:
-        check_folder("phase0_cache", Path(config.phase0_cache))
-    assert config.output_dir is not None  # load_config fills it in
-    output = Output(config, Path(config.output_dir), write_page)
     if fabric.is_global_zero:
         output.claim()
     logs.start(output.folder / "log.txt", quiet=not fabric.is_global_zero)
@@ -168,20 +174,34 @@ def prepare(config: Config) -> "Experiment":
     folder = Path(os.path.abspath(phase0_cache)).parent / "pixel_cache"  # "." has no name that could be replaced
     transform, size = data.train_transform.prepare, data.decoded_bytes
     pixels = open_cache(config.cache, config.cache_gib, folder, paths.root, transform, size, data.folders)
-    return Experiment(config, orders, exemplars, fabric, output, phase0_cache, pixels)
+    return Experiment(config, orders, exemplars, copies, fabric, output, phase0_cache, pixels)
+
+
+def start(config: Config) -> "Fabric":
+    """The processes of the run, on its device.  Raises UserError."""
+    from utils.devices import accelerator, launch
+
+    fabric = launch(*accelerator(config.device), config.precision)
+    if config.batch_size < fabric.world_size:
+        raise UserError(
+            f"batch_size {config.batch_size} is less than one image for each of {fabric.world_size} processes."
+        )
+    return fabric
 
 
 @dataclass
 class Experiment:
     """What the class orders of a run share.
 
-    orders: the data in each class order, by seed; exemplars: what they are; output: the folder of results;
-    phase0_cache: the folder of trained phase-0 networks; pixels: decoded images, None where none are kept.
+    orders: the data in each class order, by seed; exemplars: what they are; copies: those that are read, or None;
+    output: the folder of results; phase0_cache: the folder of trained phase-0 networks; pixels: decoded images, None
+    where none are kept.
     """
 
     config: Config
-    orders: "Mapping[int, DataManager]"
+    orders: Mapping[int, DataManager]
     exemplars: "ExemplarPlan"
+    copies: "Copies | None"
     fabric: "Fabric"
     output: Output
     phase0_cache: Path
@@ -201,7 +221,7 @@ class Experiment:
         method = catalogue.load(config.model_name)
         if not method.uses_memory and config.syn_per_class:
             log.info("%s keeps no exemplars: the memory's keys change nothing", config.model_name)
-        folder, memory, copies = self.output.seed_folder(seed), self.exemplars.empty_memory(), self.exemplars.copies
+        folder, memory, copies = self.output.seed_folder(seed), self.exemplars.empty_memory(), self.copies
         with self.output.working_on(seed, alone=fabric.is_global_zero):
             history = History(folder, loggers=config.logger) if fabric.is_global_zero else None
             folders = folder / "checkpoints", self.phase0_cache
@@ -223,10 +243,8 @@ class Experiment:
         self.results = self.output.write(order, confusions)
 
 
-def class_orders(config: Config, paths: DatasetPaths, network_input: "NetworkInput | None") -> "dict[int, DataManager]":
+def class_orders(config: Config, paths: DatasetPaths) -> dict[int, DataManager]:
     """The data in the class order of each seed."""
-    from utils.data.classes import DataManager
-
     first = DataManager(
         paths,
         shuffle=config.shuffle,
@@ -237,20 +255,10 @@ def class_orders(config: Config, paths: DatasetPaths, network_input: "NetworkInp
         class_sort=config.class_sort,
         augmentation=config.augmentation,
         val_per_class=config.val_per_class,
-        network_input=network_input,
         old_may_be_gone=config.memory_only,
     )
     shuffled = config.shuffle and config.class_order is None
     return {seed: first.reordered(seed) if shuffled else copy.copy(first) for seed in config.seed}
-
-
-def dataset_of(config: Config) -> tuple[Config, DatasetPaths]:
-    """The config with the name of the dataset's folder, and the dataset.  Raises UserError (`utils.early`)."""
-    folder = data_dir(config.data_dir)
-    config = replace(config, dataset=find_dataset(folder, config.dataset))
-    paths = DatasetPaths(folder, config.dataset, config.variant)
-    check_files(config, paths)
-    return config, paths
 
 
 def warn_of_one_class(record: Mapping[str, Any], class_names: Sequence[str]) -> None:
@@ -270,7 +278,7 @@ def warn_of_one_class(record: Mapping[str, Any], class_names: Sequence[str]) -> 
             )
 
 
-def gone_images(config: Config, orders: "Mapping[int, DataManager]") -> dict[str, int]:
+def gone_images(config: Config, orders: Mapping[int, DataManager]) -> dict[str, int]:
     """Of a run that goes on, where train images of old classes are gone: the numbers of exemplars that it began with.
 
     orders: the class orders' data; those with gone images get the typical size of a picture from their checkpoints.
@@ -290,17 +298,16 @@ def gone_images(config: Config, orders: "Mapping[int, DataManager]") -> dict[str
     return numbers
 
 
-def check_folder(key: str, folder: Path) -> None:
-    """Make a folder that will be needed.  Raises UserError where it can't be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{key}: {folder} can't be written to ({error.strerror}).") from None
-    if not os.access(folder, os.W_OK):
+def check_writable(key: str, folder: Path) -> None:
+    """Raises UserError where a folder can't be made or written to."""
+    existing = next(above for above in (folder, *folder.absolute().parents) if above.exists())
+    if not existing.is_dir():
+        raise UserError(f"{key}: {folder} can't be written to: {existing} is not a folder.")
+    if not os.access(existing, os.W_OK):
         raise UserError(f"{key}: {folder} can't be written to.")
 
 
-def copies_saved(config: Config, data: "DataManager", records: Sequence[dict]) -> str:
+def copies_saved(config: Config, data: DataManager, records: Sequence[dict]) -> str:
     """Such as "copies on demand: 320 made, against 4,000 of all train images made ahead (92.0 % saved)"."""
     made = sum(record["copies_on_demand"] for record in records)
     ahead = config.augmentations_per_image * sum(len(data.train_images(target)) for target in range(data.nb_classes))
@@ -308,7 +315,7 @@ def copies_saved(config: Config, data: "DataManager", records: Sequence[dict]) -
     return f"copies on demand: {made:,} made, against {ahead:,} of all train images made ahead ({saved})"
 
 
-def phases_in_words(data: "DataManager") -> str:
+def phases_in_words(data: DataManager) -> str:
     """Such as "11 phases of 51, 5, ..., 5 classes"."""
     sizes = [str(len(data.phase_targets(phase))) for phase in range(data.nb_phases)]
     listed = sizes if len(sizes) <= 4 else [*sizes[:2], "...", sizes[-1]]

@@ -10,6 +10,8 @@ from compress.job import Data, Job, Machine
 from compress.presets import FAST, PRESETS
 from compress.settings import SETTINGS, at_least_one, finite
 from utils import cli
+from utils.data.classes import typical_size
+from utils.data.datasets import default_resolution
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
 
@@ -224,13 +226,10 @@ def _words(options: argparse.Namespace) -> tuple[str, ...]:
 
 def fitting_preset(paths: DatasetPaths) -> str:
     """The preset that the trainer assumes too: by the dataset's name, else by the size of a few images."""
-    from utils.data.classes import typical_size  # imports torch, which other commands need only later
-    from utils.data.datasets import dataset_defaults
-
     images = {label: paths.images(label) for label in paths.classes()}
     if not any(images.values()):
         raise UserError(f"no images in {paths.folder('train')}.")
-    return dataset_defaults(paths.dataset, typical_size(images)).resolution
+    return default_resolution(paths.dataset, typical_size(images))
 
 
 def _form(options: argparse.Namespace) -> Form:

@@ -113,7 +113,7 @@ def test_pictures_are_of_one_kind_in_every_class_order(tmp_path):
     assert {data.picture_size for data in orders} == {(72, 72)}  # of classes 0, 5, 10, 16, 21, 26, 32, 37, 42
     assert {data.image_kind for data in orders} == {"large"}
     assert {repr(data.train_transform.prepare) for data in orders} == {repr(first.train_transform.prepare)}
-    assert {data.defaults.resolution for data in orders} == {fitting_preset(paths)}
+    assert {data.resolution for data in orders} == {fitting_preset(paths)}
     assert manager(paths, class_sort="number").picture_size == (72, 72)
 
 

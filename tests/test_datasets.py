@@ -7,7 +7,14 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from utils.data.augment import SmallAutoAugment, random_bits
-from utils.data.datasets import CIFAR10_STATISTICS, CIFAR100_STATISTICS, IMAGENET_STATISTICS, KNOWN, dataset_defaults
+from utils.data.datasets import (
+    CIFAR10_STATISTICS,
+    CIFAR100_STATISTICS,
+    IMAGENET_STATISTICS,
+    KNOWN,
+    dataset_defaults,
+    default_resolution,
+)
 
 
 def states(count, seed=0):
@@ -144,7 +151,7 @@ def test_large_training_pictures_vary_in_place_scale_and_colour():
     ],
 )
 def test_the_preset_that_fits(name, size, resolution):
-    assert dataset_defaults(name, size).resolution == resolution
+    assert default_resolution(name, size) == resolution
 
 
 @pytest.mark.parametrize(("name", "size"), [("Food101", (300, 240)), ("CIFAR100", (32, 32)), ("MNIST", (28, 28))])

@@ -210,7 +210,7 @@ def test_copies_on_demand(train, tmp_path, own_data_dir, monkeypatch, capsys):
 
     class Stub:
         def __init__(self, paths, options, *, resolution, form, copies, fabric):
-            assert (options, resolution, copies) == ("--model tiny --resolution high", "low", 2)
+            assert (options, resolution, copies) == ("--model tiny --resolution high", "high", 2)
 
         def state(self, exemplars):
             return {}

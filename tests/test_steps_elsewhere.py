@@ -1,5 +1,7 @@
 """Every method's phases on a device of its own: nothing is left on the CPU that a step needs, and numbers are alike."""
 
+import math
+
 import pytest
 import torch
 
@@ -31,7 +33,8 @@ def trained(paths, tmp_path, monkeypatch):
         return trainer, [trainer.do_phase(phase) for phase in range(3)]
 
     def drawn(self, *_):  # there are no generators for the other device: its operations take the CPU's
-        return torch.Generator().manual_seed(0)
+        device = self.fabric.device
+        return torch.Generator("cpu" if device == DEVICE else device).manual_seed(0)
 
     monkeypatch.setattr(Run, "generator", drawn)
     return call
@@ -57,3 +60,17 @@ def test_three_phases_elsewhere(trained, method):
         if other["training"]["loss"] is not None:
             assert record["training"]["loss"] == pytest.approx(other["training"]["loss"], rel=1e-4)
         assert record["cnn"]["top1"] == pytest.approx(other["cnn"]["top1"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_three_phases_on_a_gpu(trained, method):
+    """Later phases go on from weights whose rounding differs, so numbers are compared in the first one alone."""
+    _, expected = trained(method, torch.device("cpu"))
+    there, records = trained(method, torch.device("cuda", 0))
+    assert all(parameter.is_cuda for parameter in there.method.network.parameters())
+    losses, others = ([record["training"]["loss"] for record in each] for each in (records, expected))
+    assert [loss is None for loss in losses] == [loss is None for loss in others]
+    assert all(math.isfinite(loss) for loss in losses if loss is not None)
+    if losses[0] is not None:
+        assert losses[0] == pytest.approx(others[0], rel=0.02)

@@ -61,12 +61,11 @@ class Copies(abc.ABC):
 class CopiesAhead(Copies):
     """Copies 0 ... K-1 of train images, made by compress/run.py before the training.
 
-    paths: the dataset; form: of the exemplars; images: the train images whose copies the run may read; copies: K.
-    Raises UserError, with the command that makes them, where one is missing.
+    paths: the dataset; form: of the exemplars; images: the train images whose copies the run may read, which are all on
+    disk (`check_copies`); copies: K.
     """
 
     def __init__(self, paths: DatasetPaths, form: Form, images: Sequence[Path], copies: int):
-        check_copies(paths, form, images, copies)
         labels = dict.fromkeys(image.parent.name for image in images)
         self.made_by = by_settings(recorded_settings(paths.folder("copies"), labels).values())
         options = recorded_options(paths.folder("copies"))

@@ -5,26 +5,29 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.forms import Form, form_named
 from compress.options import parse_settings
 from compress.presets import PRESETS
 from compress.records import recorded_options
-from compress.training.copies import Copies, CopiesAhead
+from compress.training.copies import Copies, CopiesAhead, check_copies
 from compress.training.cost import Cost
 from utils.config.schema import Config, MethodInfo
 from utils.data.classes import DataManager
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.fabric import Fabric
 from utils.memory.budget import FILL, check_budget, check_bytes, check_smallest, check_total, warn_of_small_classes
 from utils.memory.exemplars import ExemplarMemory
 from utils.memory.share import ClassShare, Row
 
+if TYPE_CHECKING:
+    from utils.fabric import Fabric
+
 
 def exemplar_form(config: Config, data: DataManager) -> Form:
     """The form in which exemplars that are not real are kept: as it is on disk, where copies were made ahead."""
-    options, resolution = config.regenerate_options, data.defaults.resolution
+    options, resolution = config.regenerate_options, data.resolution
     try:
         form_named(config.syn_form, PRESETS[resolution])
     except UserError as error:
@@ -57,23 +60,40 @@ class ExemplarPlan:
     """What the exemplars of a run are, decided before any training.
 
     config: with the numbers of exemplars filled in that were left to the budget; form: of those that are not real;
-    paths: the dataset, with the form's files; quotas: (form, exemplars of a class) in order of choice; costs: what
-    exemplars cost and keep, by form; copies: made ahead or to be made on demand, None where none is needed.
+    paths: the dataset, with the form's files; made_ahead: train images whose copies were made by compress/run.py;
+    on_demand: options of compress/run.py by which the run makes copies itself, None where it makes none.
     """
 
     config: Config
     form: Form
     paths: DatasetPaths
-    quotas: list[tuple[str, int]]
-    costs: dict[str, Cost]
-    copies: Copies | None
+    made_ahead: Sequence[Path]
+    on_demand: str | None
+
+    def check_copies(self) -> None:
+        """Raises UserError, with the command that makes them, where copies are missing that were to be made ahead."""
+        check_copies(self.paths, self.form, self.made_ahead, self.config.augmentations_per_image)
+
+    def find_copies(self, fabric: "Fabric") -> Copies | None:
+        """The copies that the run reads; None where it reads none."""
+        copies: Copies | None = None
+        number = self.config.augmentations_per_image
+        if self.on_demand is not None:
+            from compress.training.on_demand import OnDemand  # imports ControlNet: other runs need not spend seconds
+
+            otherwise = {"resolution": self.form.preset.name, "form": self.form.name}  # what the options don't name
+            copies = OnDemand(self.paths, self.on_demand, **otherwise, copies=number, fabric=fabric)
+        elif self.made_ahead:
+            copies = CopiesAhead(self.paths, self.form, self.made_ahead, number)
+        self.form.release()
+        return copies
 
     def empty_memory(self) -> ExemplarMemory:
         c = self.config
         return ExemplarMemory(
             self.paths,
-            self.quotas,
-            self.costs,
+            quotas(c, self.form),
+            costs(self.form, self.paths),
             c.memory_per_class,
             c.augmentations_per_image,
             total=None if c.fixed_memory else c.memory_size,
@@ -84,15 +104,15 @@ class ExemplarPlan:
 
 
 def plan_exemplars(
-    config: Config, data: DataManager, method: MethodInfo, fabric: Fabric, numbers: Mapping[str, int] | None = None
+    config: Config, data: DataManager, form: Form, method: MethodInfo, numbers: Mapping[str, int] | None = None
 ) -> ExemplarPlan:
-    """Make sure, before any work, that the exemplars can be chosen, fit the budget and have, or can get, their copies.
+    """Make sure, before any work, that the exemplars can be chosen and fit the budget.
 
+    Needs no torch, unless bytes of a form are counted that `needs_weights`.
     numbers: of exemplars, where this has been checked before, by a run that goes on.
     """
     if config.memory_only and method.reads_old_images:
         raise UserError(f"memory_only: {method.name} trains on all images of old classes. Set it to false.")
-    form = exemplar_form(config, data)
     paths = replace(data.paths, files=form.files)
     images = [class_images for target in range(data.nb_classes) if (class_images := data.train_images(target))]
     fewest = min(images, key=len, default=[])
@@ -105,40 +125,27 @@ def plan_exemplars(
         config = within_budget(config, form, images, paths, method.least_exemplars)
     if form.deterministic:  # all copies of an image would be equal
         config = replace(config, augmentations_per_image=1)
-    copies = find_copies(config, data, form, paths, method.uses_memory, fabric)
-    return ExemplarPlan(config, form, paths, quotas(config, form), costs(form, paths), copies)
+    made_ahead, on_demand = copies_read(config, data, form, paths, method.uses_memory)
+    return ExemplarPlan(config, form, paths, made_ahead, on_demand)
 
 
-def find_copies(
-    config: Config, data: DataManager, form: Form, paths: DatasetPaths, uses_memory: bool, fabric: Fabric
-) -> Copies | None:
-    """The copies that a run reads; None where it reads none.  paths: the dataset, with the form's files."""
+def copies_read(
+    config: Config, data: DataManager, form: Form, paths: DatasetPaths, uses_memory: bool
+) -> tuple[list[Path], str | None]:
+    """`made_ahead` and `on_demand` of an ExemplarPlan.  paths: the dataset, with the form's files."""
     images = [image for target in range(data.nb_classes) for image in data.train_images(target)]
     may_be_replaced = config.augmentation_prob > 0 and (
         config.real_per_class != 0 or config.augmentation_scope == "all"
     )
     has_synthetic = uses_memory and config.syn_per_class != 0
     if not images or not (has_synthetic or may_be_replaced):
-        form.release()
-        return None
-    from_memory = config.memory_only and uses_memory
-    copies: Copies | None = None
-    if config.regenerate == "on_demand" or from_memory:
-        from compress.training.on_demand import OnDemand  # imports ControlNet: seconds that other runs need not spend
-
-        copies = OnDemand(
-            paths,
-            config.regenerate_options if config.regenerate == "on_demand" else made_with(config, form, paths),
-            resolution=data.defaults.resolution,
-            form=form.name,
-            copies=config.augmentations_per_image,
-            fabric=fabric,
-        )
-    form.release()
-    if config.regenerate == "ahead" and (not from_memory or may_be_replaced):
-        ahead = CopiesAhead(paths, form, images, config.augmentations_per_image)
-        copies = copies or ahead  # with memory_only, new images have theirs ahead, and exemplars get theirs
-    return copies
+        return [], None
+    if config.regenerate == "on_demand":
+        return [], config.regenerate_options
+    if not (config.memory_only and uses_memory):
+        return images, None
+    # New images have theirs ahead, and exemplars get theirs from the memory.
+    return images if may_be_replaced else [], made_with(config, form, paths)
 
 
 def made_with(config: Config, form: Form, paths: DatasetPaths) -> str:

@@ -24,9 +24,8 @@ class DataManager(PhasedClasses):
     np.random.permutation(n)`, else keep them sorted; init_cls: number of classes of phase 0; increment: number of
     classes of each later phase, or a list of numbers of which the last repeats; the last phase gets the remainder.
     class_order: labels, or indices of the sorted labels, instead of shuffle; class_sort: "text", or "number" to sort
-    labels by the numbers in them; network_input: of a backbone that takes a size of its own; val_per_class: train
-    images of each class that are held out and take the place of its test images; old_may_be_gone: classes may have no
-    train images (see `check_phases`).
+    labels by the numbers in them; val_per_class: train images of each class that are held out and take the place of its
+    test images; old_may_be_gone: classes may have no train images (see `check_phases`).
 
     Raises UserError for a missing folder, a class without images, train and test classes that differ, or impossible
     phases.  All folders are listed once, here.
@@ -43,12 +42,12 @@ class DataManager(PhasedClasses):
         class_order: Sequence[int | str] | None = None,
         class_sort: Literal["text", "number"] = "text",
         augmentation: Augmentation = "pescr",
-        network_input: NetworkInput | None = None,
         val_per_class: int = 0,
         old_may_be_gone: bool = False,
     ):
         self.paths, self.dataset = paths, paths.dataset
-        self.augmentation, self.network_input = augmentation, network_input
+        self.augmentation = augmentation
+        self.network_input: NetworkInput | None = None  # assigned before the transforms are asked for
         labels = class_labels(paths, class_sort, old_may_be_gone)
         n = len(labels)
         check_phase_sizes(paths.dataset, n, init_cls, increment)

@@ -5,22 +5,15 @@ adds what the size does not tell; a dataset need not be in it.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from utils.config.types import Augmentation
-from utils.data.augment import (
-    BRIGHTNESS,
-    Normalise,
-    SmallAutoAugment,
-    SmallTest,
-    SmallTrain,
-    TestTransform,
-    TrainTransform,
-    Unaugmented,
-)
-from utils.data.augment_large import SIDE, LargeTest, LargeTrain
+
+if TYPE_CHECKING:
+    from utils.data.augment import Normalise, TestTransform, TrainTransform
 
 ImageKind = Literal["small", "large"]
+Resolution = Literal["high", "low"]
 
 SMALL_SIDE = 64
 """Images whose shorter side has at most this many pixels get the transforms of small images."""
@@ -41,7 +34,7 @@ class Known:
 
     flip: bool = True
     small_statistics: tuple[tuple[float, ...], tuple[float, ...]] = CIFAR100_STATISTICS
-    resolution: Literal["high", "low"] | None = None
+    resolution: Resolution | None = None
     pycil_jitter: bool = False
 
 
@@ -61,14 +54,13 @@ KNOWN = {
 @dataclass(frozen=True)
 class DatasetDefaults:
     """image_kind: "small" or "large"; the transforms turn pictures into B x 3 x S x S (uint8), S = 32 for small images
-    and 224 for large ones; `normalise` turns these into a network's input; resolution: the preset of compress/run.py.
+    and 224 for large ones; `normalise` turns these into a network's input.
     """
 
     image_kind: ImageKind
-    train_transform: TrainTransform
-    test_transform: TestTransform
-    normalise: Normalise
-    resolution: Literal["high", "low"]
+    train_transform: "TrainTransform"
+    test_transform: "TestTransform"
+    normalise: "Normalise"
 
 
 class NetworkInput(Protocol):
@@ -95,6 +87,11 @@ def known(name: str) -> Known:
     return next((entry for key, entry in KNOWN.items() if key.lower() == name.lower()), Known())
 
 
+def default_resolution(name: str, sample_image_size: tuple[int, int]) -> Resolution:
+    """A dataset's preset of compress/run.py, by its name or else by (width, height) of a typical image."""
+    return known(name).resolution or ("low" if min(sample_image_size) < 256 else "high")
+
+
 def dataset_defaults(
     name: str,
     sample_image_size: tuple[int, int],
@@ -110,9 +107,12 @@ def dataset_defaults(
     test transform.
     network_input: of a backbone with a size of its own, to which images of all sizes are brought.
     """
+    # These import torch, whose import takes seconds: the size and the preset are known before.
+    from utils.data.augment import BRIGHTNESS, Normalise, SmallAutoAugment, SmallTest, SmallTrain, Unaugmented
+    from utils.data.augment_large import SIDE, LargeTest, LargeTrain
+
     entry = known(name)
-    shorter = min(sample_image_size)
-    kind: ImageKind = "small" if shorter <= SMALL_SIDE and network_input is None else "large"
+    kind: ImageKind = "small" if min(sample_image_size) <= SMALL_SIDE and network_input is None else "large"
     train: TrainTransform
     test: TestTransform
     if kind == "small":
@@ -133,5 +133,4 @@ def dataset_defaults(
         train_transform=train,
         test_transform=test,
         normalise=Normalise(*statistics),
-        resolution=entry.resolution or ("low" if shorter < 256 else "high"),
     )

@@ -2,9 +2,20 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from utils.data.augment import Normalise, TestTransform, TrainTransform
-from utils.data.datasets import Augmentation, DatasetDefaults, ImageKind, NetworkInput, dataset_defaults
+from utils.data.datasets import (
+    Augmentation,
+    DatasetDefaults,
+    ImageKind,
+    NetworkInput,
+    Resolution,
+    dataset_defaults,
+    default_resolution,
+)
+
+if TYPE_CHECKING:
+    from utils.data.augment import Normalise, TestTransform, TrainTransform
 
 
 class PhasedClasses:
@@ -54,15 +65,20 @@ class PhasedClasses:
         return self.defaults.image_kind
 
     @property
-    def train_transform(self) -> TrainTransform:
+    def resolution(self) -> Resolution:
+        """The preset of compress/run.py."""
+        return default_resolution(self.dataset, self.picture_size)
+
+    @property
+    def train_transform(self) -> "TrainTransform":
         return self.defaults.train_transform
 
     @property
-    def test_transform(self) -> TestTransform:
+    def test_transform(self) -> "TestTransform":
         return self.defaults.test_transform
 
     @property
-    def normalise(self) -> Normalise:
+    def normalise(self) -> "Normalise":
         """From pictures as the transforms leave them to what networks take."""
         return self.defaults.normalise
 

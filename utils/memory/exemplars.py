@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from utils.data.items import REAL, Item
 from utils.data.paths import DatasetPaths
@@ -16,7 +15,7 @@ from utils.errors import UserError
 from utils.memory.budget import ROUNDING, Quotas, fitting, moved_boundaries, share
 from utils.memory.forms import ExemplarForm
 from utils.memory.report import FormReport, MemoryReport
-from utils.memory.selection import SELECTIONS, select
+from utils.memory.selection import SELECTIONS, Features, select
 from utils.memory.share import ClassShare, row_of
 
 log = logging.getLogger(__name__)
@@ -97,7 +96,7 @@ class ExemplarMemory:
     def update(
         self,
         classes: Mapping[int, Sequence[Path]],
-        features: Sequence[np.ndarray | torch.Tensor],
+        features: Sequence[Features],
         units: Callable[[int], float | None] = lambda target: None,
     ) -> None:
         """Choose the exemplars of new classes, for which the classes in memory make room where all share a total.
@@ -182,7 +181,7 @@ class ExemplarMemory:
                 words,
             )
 
-    def select(self, target: int, features: np.ndarray | torch.Tensor, m: int) -> list[int]:
+    def select(self, target: int, features: Features, m: int) -> list[int]:
         """m indices of a class's rows of features in order of choice; the first m - 1 are the choice of m - 1."""
         return select(self.selection, features, m, seed=(self.seed, target))
 

@@ -1,16 +1,21 @@
 """Which images of a class become its exemplars, in which order."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
 
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Features: TypeAlias = "np.ndarray | Tensor"
 
 _TIE = 1e-10  # scores closer than this are the same: rounding differs between equal rows, and between machines
 
 
-def herding(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
+def herding(features: Features, m: int) -> list[int]:
     """Indices of m rows in the order in which iCaRL's herding picks them (Rebuffi et al. 2017, Algorithm 4).
 
     features: n x d, one row per image of a class; rows are L2-normalised here.  Each pick brings the mean of the
@@ -37,7 +42,7 @@ def herding(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
     return chosen
 
 
-def closest_to_mean(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
+def closest_to_mean(features: Features, m: int) -> list[int]:
     """Indices of the m rows nearest to the mean of all (L2-normalised) rows, nearest first; of equals, the first.
 
     features and errors as for `herding`.
@@ -49,10 +54,10 @@ def closest_to_mean(features: np.ndarray | torch.Tensor, m: int) -> list[int]:
     return np.argsort((distances / _TIE).round(), kind="stable")[:m].tolist()
 
 
-def _unit_rows(features: np.ndarray | torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _unit_rows(features: Features) -> tuple[np.ndarray, np.ndarray]:
     """(rows of unit length, their lengths before) in float64; a row of zeros stays one."""
-    if isinstance(features, torch.Tensor):
-        features = features.detach().to("cpu", torch.float64).numpy()
+    if not isinstance(features, np.ndarray):
+        features = features.detach().cpu().double().numpy()
     x = np.asarray(features, dtype=np.float64)
     if not np.isfinite(x).all():
         raise UserError("features are not finite numbers: training has diverged. Lower the learning rate.")
@@ -64,7 +69,7 @@ SELECTIONS = ("herding", "random", "closest")
 """How a class's exemplars are chosen: `herding`, at random, or by the distance to the class mean."""
 
 
-def select(name: str, features: np.ndarray | torch.Tensor, m: int, *, seed: Sequence[int]) -> list[int]:
+def select(name: str, features: Features, m: int, *, seed: Sequence[int]) -> list[int]:
     """Indices of m rows in order of choice, by one of `SELECTIONS`; seed: of "random"."""
     if name == "random":
         return np.random.default_rng(seed).permutation(len(features))[:m].tolist()
