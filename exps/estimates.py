@@ -79,7 +79,8 @@ def tell(plan: Plan, known: Sequence[Point], todo: Sequence[Point]) -> None:
         made[form] = max(made.get(form, (0, 0)), (images * number, images))
     legend = (
         "R + S: real exemplars and those of the form. 1 unit: the raw bits of one real image; -: not in the paper.\n"
-        "Copies: of all train images where p is above 0, else of the chosen exemplars; all runs share them."
+        "Copies: of all train images where p is above 0 or the form is a codec, else of the chosen exemplars; all runs "
+        "share them."
     )
     cli.show_table(HEADER, rows, [legend], left=2)
     seconds = sum(number * measures["forms"][form].get("seconds_per_copy", 0.0) for form, (number, _) in made.items())

@@ -151,7 +151,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 
 def _sentence(best: Cell, second: Cell) -> str:
     said = [f"{best.entry.line} is best with {best.average.mean:.1f} %"]
-    if best.to_codec:
+    if best.to_codec and not second.entry.is_codec:
         said.append(f"{best.to_codec} over the best codec")
     if best.to_real and best.entry.form != REAL:
         said.append(f"{best.to_real} over real exemplars")
