@@ -9,6 +9,7 @@ after each of them.
 
 import argparse
 import copy
+import io
 import json
 import logging
 import os
@@ -75,7 +76,7 @@ def command(argv: Sequence[str] | None) -> int | None:
         print(help_text(methods, backbones))
     elif arguments.list:
         values = dict(override.partition("=")[::2] for override in arguments.overrides)
-        print(cli.visible("\n".join(what_there_is(arguments.list, values.get("data_dir")))))
+        list_what_there_is(arguments.list, values.get("data_dir"))
     elif arguments.config is None:
         file = next((word for word in arguments.overrides if word.endswith(".json")), "exps/config.json")
         raise UserError(f"no config: python main.py --config {file} [key=value ...]")
@@ -88,8 +89,17 @@ def command(argv: Sequence[str] | None) -> int | None:
     return None
 
 
-def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
-    """The names of the methods, backbones, exemplar forms, or datasets: those in a data folder, and published lists."""
+def list_what_there_is(kind: str, folder: str | None) -> None:
+    """Print the methods, backbones, exemplar forms, or datasets: those in a data folder, and published lists."""
+    if kind == "methods":
+        configs = {file.stem: f"exps/{file.name}" for file in (Path(__file__).parent / "exps").glob("*.json")}
+        rows = [
+            [name, "yes" if info.uses_memory else "no", configs.get(name, "-"), info.paper]
+            for name, info in catalogue.methods().items()
+        ]
+        cli.show_table(("method", "exemplars", "config", "paper"), rows, left=4)
+        return
+    names: Iterable[str] = catalogue.backbones()
     if kind == "datasets":
         on_disk = datasets(data_dir(folder))
         sizes = {
@@ -97,17 +107,17 @@ def what_there_is(kind: str, folder: str | None) -> Iterable[str]:
             **{name: f" {len(labels(name) or ())} classes," for name in class_lists()},
         }
         missing = [name for name in sizes if name not in on_disk]
-        return [*on_disk, *(f"{name}:{sizes[name]} not there; {curate_command(name)} makes it" for name in missing)]
+        names = [*on_disk, *(f"{name}:{sizes[name]} not there; {curate_command(name)} makes it" for name in missing)]
     if kind == "forms":
         from compress.forms import examples
 
-        return examples()
-    return catalogue.methods() if kind == "methods" else catalogue.backbones()
+        names = examples()
+    print(cli.visible("\n".join(names)))
 
 
 def run(config: Config) -> ResultsFile:
     """The experiment.  Returns what it writes to results.json."""
-    from exps.report.screen import table
+    from exps.report.screen import show
 
     experiment = prepare(config)
     try:
@@ -120,8 +130,12 @@ def run(config: Config) -> ResultsFile:
         raise
     experiment.fabric.barrier()  # wait until rank 0 has written: an early exit looks like a crash to the others
     folder, results = experiment.output.folder, experiment.results
-    shown = table({config.model_name: (folder, results.compared())})
-    log.info("\n%s\n\nresults: %s", shown, folder / "results.json")
+    if experiment.fabric.is_global_zero:
+        runs, plain = {config.model_name: (folder, results.compared())}, io.StringIO()
+        show(runs)
+        show(runs, plain)
+        log.debug("\n%s", plain.getvalue())  # into the file, independent of the terminal's width
+    log.info("results: %s", folder / "results.json")
     return results
 
 

@@ -195,13 +195,13 @@ def predicted(model: nn.Module, pictures: Iterable[np.ndarray]) -> np.ndarray:
     return torch.cat([model(part).argmax(1) for part in batch(pictures).split(256)]).numpy()
 
 
-def table(measures: Mapping[str, Any]) -> str:
-    """As Markdown: a row for each class, then one for all."""
-    rows = [f"| class | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
+def show(measures: Mapping[str, Any]) -> None:
+    """Print a row for each class, then one for all, and what the columns are."""
+    rows = []
     for label, of in [*measures["classes"].items(), ("all", measures["all"])]:
-        values = ["–" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v) for v in of.values()]
-        rows.append(f"| {label} | {' | '.join(values)} |")
-    return "\n".join(rows)
+        values = ["-" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v) for v in of.values()]
+        rows.append([label, *values])
+    cli.show_table(("class", *COLUMNS), rows, [str(__doc__).partition("have copies:\n\n")[2].strip()])
 
 
 def default_epochs(nb_pictures: int) -> int:
@@ -210,7 +210,9 @@ def default_epochs(nb_pictures: int) -> int:
 
 
 def command(arguments: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m compress.quality", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m compress.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data-dir", metavar="D", help="folder of all datasets [$ESCORT_DATA_DIR, else ./data]")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--form", default="edges", help="whose copies: edges, text, webp:10@64, ... [edges]")
@@ -233,7 +235,7 @@ def command(arguments: Sequence[str] | None) -> int:
     if not rest:
         raise UserError(f"{paths.folder('train')}: a class needs two images at least, one to train the classifier on.")
     measures = measure(looked, rest, form, options.epochs or default_epochs(len(rest)))
-    print(table(measures))
+    show(measures)
     if options.json:
         made_by = recorded_settings(paths.folder("copies"), measures["classes"])
         about = {"dataset": paths.dataset, "form": form.name, "variant": paths.variant, "made_by": made_by}

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from exps.grid import finish
 from exps.points import Point, checked_config, finished
 from exps.report.entries import Entry, entries
-from exps.report.tables import columns, markdown, mean_std
+from exps.report.tables import markdown, mean_std
 from exps.runs import at_least_one
 from models import catalogue
 from utils import cli
@@ -119,7 +119,7 @@ def compare(options: argparse.Namespace) -> int:
                 results[memory][method] = done
         if any(results.values()):
             cells = table(results)
-            print(columns(*cells))
+            cli.show_table(*cells)
             write_text(output / "table.md", markdown(*cells) + "\n")
 
     problems = [f"{name}: {words}" for name, words in refused.items()]

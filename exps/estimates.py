@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from exps.points import Point
-from exps.report.tables import columns
 from exps.runs import MAIN, call, last_words
 from exps.sweep import Candidate, Plan, Sweep, made_ahead
+from utils import cli
 from utils.results.files import write_json
 from utils.results.records import load_results
 
@@ -77,11 +77,12 @@ def tell(plan: Plan, known: Sequence[Point], todo: Sequence[Point]) -> None:
             rows.append(_row(plan, candidate, budget))
         form, images, number = _copies(plan, candidate)
         made[form] = max(made.get(form, (0, 0)), (images * number, images))
-    print(columns(HEADER, rows))
-    print(
-        "\nR + S: real exemplars and those of the form. 1 unit: the raw bits of one real image; -: not in the paper.\n"
-        "Copies: of all train images where p is above 0, else of the chosen exemplars; all runs share them."
+    legend = (
+        "R + S: real exemplars and those of the form. 1 unit: the raw bits of one real image; -: not in the paper.\n"
+        "Copies: of all train images where p is above 0 or the form is a codec, else of the chosen exemplars; all runs "
+        "share them."
     )
+    cli.show_table(HEADER, rows, [legend], left=2)
     seconds = sum(number * measures["forms"][form].get("seconds_per_copy", 0.0) for form, (number, _) in made.items())
     disk = sum(
         number * measures["forms"][form]["copy_bytes"] + images * measures["forms"][form]["bytes"]

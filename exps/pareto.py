@@ -41,7 +41,6 @@ from exps.grid import finish
 from exps.points import Point, finished, refusal, results_of
 from exps.report.comparison import as_cells, as_markdown, notes, table_rows, verdict
 from exps.report.entries import entries
-from exps.report.tables import columns
 from exps.runs import COMPRESS, at_least_one, call, for_each, last_words, measured, threads
 from exps.submit import submit
 from exps.sweep import REAL, Candidate, Plan, Row, Sweep, check, made_ahead, read
@@ -100,8 +99,8 @@ COLUMNS = (
 )
 
 
-def write(plan: Plan, done: Sequence[Point], problems: Sequence[str]) -> str:
-    """Write table.md, table.csv and report.html of the finished runs.  Returns the table, and what it says."""
+def write(plan: Plan, done: Sequence[Point], problems: Sequence[str]) -> None:
+    """Write table.md, table.csv and report.html of the finished runs, and print the table and what it says."""
     sweep = plan.sweep
     runs = {point.name: (point.folder, results) for point in done if (results := finished(point))}
     labels = {point.name: _label(plan, point) for point in done}
@@ -123,7 +122,7 @@ def write(plan: Plan, done: Sequence[Point], problems: Sequence[str]) -> str:
     missing = [f"Missing: {problem}" for problem in problems]
     file = sweep.output / "report.html"
     write_text(file, page(runs, title, [*_notes(plan), *missing], labels=labels, file=file))
-    return "\n\n".join([columns(*as_cells(rows, bold=False), left=2), *notes(rows), conclusion])
+    cli.show_table(*as_cells(rows), [*notes(rows), conclusion], left=4)
 
 
 def _label(plan: Plan, point: Point) -> str:
@@ -182,7 +181,7 @@ def pareto(options: argparse.Namespace) -> int:
         wrong = {point: words for point in done if (words := over_budget(point))}
         problems.extend(f"{point}: {words}" for point, words in wrong.items())
         if done := [point for point in done if point not in wrong]:
-            print(write(plan, done, problems))
+            write(plan, done, problems)
             print(f"\n{sweep.output}/: report.html, table.md, table.csv", file=sys.stderr)
 
     return finish(points, options.jobs, write_finished, problems)

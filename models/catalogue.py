@@ -36,14 +36,16 @@ _LIGHT = (
 """Modules that the code of a `Settings` may import from."""
 
 
-_FACTS = MethodInfo._fields[2:]
+_FACTS = MethodInfo._fields[3:]
 """Class variables of a method that the config must know; each is written as a literal."""
 
 
 class _Class(NamedTuple):
-    """A class statement at a file's top level.  settings: its file's; facts: those of `_FACTS` that it sets itself."""
+    """A class statement at a file's top level.  paper: what its file's docstring begins with; settings: its file's;
+    facts: those of `_FACTS` that it sets itself."""
 
     module: str
+    paper: str
     settings: type | None
     bases: list[str]
     method: str | None
@@ -62,7 +64,7 @@ def methods(folder: Path = FOLDER) -> dict[str, MethodInfo]:
             ancestors = _ancestors(name, classes)
             settings = _joined(list(dict.fromkeys(c.settings for c in ancestors if c.settings is not None)))
             facts = dict(ChainMap(*(ancestor.facts for ancestor in ancestors)))
-            infos[described.method] = MethodInfo(described.method, settings, **facts)
+            infos[described.method] = MethodInfo(described.method, described.paper, settings, **facts)
     return dict(sorted(infos.items()))
 
 
@@ -78,7 +80,8 @@ def _classes(folder: Path) -> dict[str, _Class]:
         tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
         nodes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
         settings = _compiled(tree, nodes.pop("Settings"), file) if "Settings" in nodes else None
-        classes.update({name: _described(node, file, settings) for name, node in nodes.items()})
+        paper = " ".join((ast.get_docstring(tree) or "").partition(".\n")[0].split())
+        classes.update({name: _described(node, file, paper, settings) for name, node in nodes.items()})
     return classes
 
 
@@ -93,7 +96,7 @@ def backbones() -> tuple[str, ...]:
     return (*BACKBONES, *(f"{library}NAME" for library in LIBRARIES))
 
 
-def _described(node: ast.ClassDef, file: Path, settings: type | None) -> _Class:
+def _described(node: ast.ClassDef, file: Path, paper: str, settings: type | None) -> _Class:
     facts = {}
     for statement in node.body:
         target = statement.targets[0] if isinstance(statement, ast.Assign) else getattr(statement, "target", None)
@@ -106,7 +109,7 @@ def _described(node: ast.ClassDef, file: Path, settings: type | None) -> _Class:
             facts[target.id] = value.value
     keywords = {keyword.arg: keyword.value for keyword in node.keywords}
     method = str(ast.literal_eval(keywords["name"])) if "name" in keywords else None
-    return _Class(file.stem, settings, [ast.unparse(base) for base in node.bases], method, facts)
+    return _Class(file.stem, paper, settings, [ast.unparse(base) for base in node.bases], method, facts)
 
 
 def _ancestors(name: str, classes: dict[str, _Class]) -> list[_Class]:

@@ -26,6 +26,7 @@ window.onload = () => {
       overflow: page.documentElement.scrollWidth - width,
       cut: [...page.querySelectorAll("table")].filter((t) => t.getBoundingClientRect().right > width).length,
       figures: [...page.querySelectorAll("svg[role=img]")].map((svg) => svg.querySelector("title")?.textContent ?? ""),
+      matrix: Math.max(...[...page.querySelectorAll(".matrix tbody tr")].map((row) => row.offsetHeight)),
       pictures: [...page.querySelectorAll("img")].map((image) => image.alt),
     };
   });
@@ -64,6 +65,7 @@ def test_nothing_is_cut_and_every_figure_has_a_name(folder):
     desktop, phone = json.loads(re.search(r"<title>(\[.*?\])</title>", done.stdout)[1].replace("&amp;", "&"))
     assert (desktop["overflow"], phone["overflow"]) == (0, 0)
     assert (desktop["cut"], phone["cut"]) == (0, 0)
+    assert max(desktop["matrix"], phone["matrix"]) < 30, "a class's name in a confusion matrix takes one line"
     assert len(phone["figures"]) == 5, "accuracy against bytes, and over phases at two budgets by two classifiers"
     assert all(phone["figures"] + phone["pictures"])
     assert "CONSOLE" not in done.stderr, done.stderr

@@ -311,7 +311,11 @@ def test_bad_configs(train, capsys, overrides, words):
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("methods", ["icarl", "bic"]), ("backbones", ["resnet18", "timm/NAME"]), ("forms", ["edges", "text"])],
+    [
+        ("methods", ["icarl", "bic", "exps/der.json", "yes", "no", "Rebuffi"]),
+        ("backbones", ["resnet18", "timm/NAME"]),
+        ("forms", ["edges", "text"]),
+    ],
 )
 def test_lists(capsys, kind, words):
     assert main.main(["--list", kind]) == 0

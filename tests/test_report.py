@@ -1,6 +1,8 @@
 """Tables, plots and galleries from results on disk."""
 
+import io
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -147,14 +149,34 @@ def test_every_classifier_has_a_line(command, tmp_path):
     assert content["summary"]["student"]["top1"]["mean"] == pytest.approx([91, 80, 70])
 
 
-def test_80_columns(tmp_path):
-    runs = {f"method {n}": (tmp_path, load_results(write(tmp_path / f"{n}", (1, 2, 3), 10, 10))) for n in range(3)}
-    text = screen.table(runs, width=80)
-    assert max(map(len, text.splitlines())) <= 80
-    for word in ("phase 0", "average", "forgetting", "units", "bytes", "seconds"):
+class Terminal(io.StringIO):
+    """One that keeps what is written to it, escapes too."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_table_on_terminals_of_any_width_and_in_a_file(tmp_path, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    names = ("[red]odd[/red]", "\x1b[2J", "ä" * 50)
+    runs = {name: (tmp_path, load_results(write(tmp_path / f"{n}", (1, 2, 3), 10, 10))) for n, name in enumerate(names)}
+    terminal, file = Terminal(), io.StringIO()
+    screen.show(runs, terminal)
+    screen.show(runs, file)
+    assert "\x1b[2J" not in terminal.getvalue(), "a name does not clear the screen"
+    text, plain = re.sub(r"\x1b\[\d*m", "", terminal.getvalue()), file.getvalue()
+    assert "\x1b" not in text + plain
+    assert max(map(len, text.splitlines())) <= width
+    for word in ("average", "forgetting", "units", "bytes", "seconds", "[red]odd[/red]", r"\x1b[2J", "92.0±1.0"):
         assert word in text
+        assert word in plain
     assert "transfer" not in text, "minus the forgetting says nothing new"
-    assert "phase 9" in screen.table(runs, width=400)
+    assert text.count("ä") % 50 == 0
+    assert text.count("±") >= plain.count("±") - 1, "nothing is cut"
+    rows = plain.splitlines()
+    assert [row.split("  ")[0] for row in rows[2:5]] == ["[red]odd[/red]", r"\x1b[2J", "ä" * 50]
 
 
 def test_a_plot_of_many_runs_with_odd_names(tmp_path):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from utils.errors import Stopped, UserError
 
@@ -236,6 +237,53 @@ def visible(text: str) -> str:
     """A text for the terminal with control characters as escapes: names and texts of other people's files could clear
     the screen, colour it or pretend to be other lines."""
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+FOLDED = 16
+"""Characters of a table's cell that are never folded while a terminal has room for them and the first columns."""
+
+
+def show_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str] = (),
+    *,
+    left: int = 1,
+    file: TextIO | None = None,
+) -> None:
+    """Print a table, the first `left` columns flush left, and paragraphs below it, to `file` (default: stdout).
+
+    On a terminal, cells longer than FOLDED are folded where needed, columns for which there is no room go on below with
+    the first `left` ones again, and **this** is bold.  In a file or a pipe it is plain text, a line a row.
+    """
+    from rich import box
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = (file := file or sys.stdout).isatty()
+    console = Console(file=file, width=None if terminal else 10**6, force_terminal=terminal, force_jupyter=False)
+    cells = [[Text(visible(cell)) for cell in row] for row in (header, *rows)]
+    for cell in (cell for row in cells for cell in row if terminal and cell.plain.startswith("**")):
+        cell.plain, cell.style = cell.plain.strip("*"), "bold"
+    widths = [min(FOLDED, max(cell_len(cell.plain) for cell in column)) + 2 for column in zip(*cells, strict=True)]
+    blocks: list[list[int]] = [[*range(left)]]
+    for column in range(left, len(header)):
+        if len(blocks[-1]) > left and sum(widths[i] for i in [*blocks[-1], column]) - 2 > console.width:
+            blocks.append([*range(left)])
+        blocks[-1].append(column)
+    for number, block in enumerate(blocks):
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, show_edge=False)
+        for column in block:
+            table.add_column(cells[0][column], justify="left" if column < left else "right", overflow="fold")
+        for row in cells[1:]:
+            table.add_row(*(row[column] for column in block))
+        if number:
+            console.print()
+        console.print(table, crop=False)
+    for note in notes:
+        console.print(Text(visible(f"\n{note}")))
 
 
 def discard_closed_streams() -> None:

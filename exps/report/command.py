@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from exps.report.screen import plot, table
+from exps.report.screen import plot, show
 from utils import cli
 from utils.results.files import printable, write_text
 from utils.results.records import load_results
@@ -26,7 +26,7 @@ def command(argv: Sequence[str] | None) -> None:
     runs = {}
     for name, path in named_paths(arguments.runs).items():
         runs[printable(name)] = (path if path.is_dir() else path.parent, load_results(path))
-    print(cli.visible(table(runs)))
+    show(runs)
     if arguments.plot:
         plot(runs, arguments.plot)
     if arguments.html:

@@ -151,7 +151,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 
 def _sentence(best: Cell, second: Cell) -> str:
     said = [f"{best.entry.line} is best with {best.average.mean:.1f} %"]
-    if best.to_codec:
+    if best.to_codec and not second.entry.is_codec:
         said.append(f"{best.to_codec} over the best codec")
     if best.to_real and best.entry.form != REAL:
         said.append(f"{best.to_real} over real exemplars")
@@ -166,15 +166,15 @@ def _sentence(best: Cell, second: Cell) -> str:
     return "; ".join(said) + "."
 
 
-def as_cells(rows: Sequence[Row], *, bold: bool) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of the table as text.  bold: the best of a column in Markdown's asterisks."""
+def as_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of the table as text, the best of a column in Markdown's asterisks."""
 
     def figure(cell: Cell, key: str) -> str:
         text = mean_std(getattr(cell, key))
-        return f"**{text}**" if bold and key in cell.best else text
+        return f"**{text}**" if key in cell.best else text
 
     used = [c for c in WORDS if any(c in row.cells for row in rows)]
-    differences = [title for c in used for title in (WORDS[c], "- real", "- codec")]
+    differences = [title for c in used for title in (WORDS[c], f"{WORDS[c]} - real", f"{WORDS[c]} - codec")]
     header = ["method", "form", "p", "budget", "bytes", *differences, "last phase", "forgetting", "n"]
     lines = []
     for row in rows:
@@ -201,4 +201,4 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def as_markdown(rows: Sequence[Row]) -> str:
     """The table, with its legend below it."""
-    return "\n\n".join([markdown(*as_cells(rows, bold=True)), *notes(rows)])
+    return "\n\n".join([markdown(*as_cells(rows)), *notes(rows)])

@@ -140,7 +140,7 @@ def phase_figures(compared: Sequence[Entry], looks: figures.Looks) -> list[tuple
     limits = figures.accuracy_limits(compared)
     budgets, classifiers = {budget for budget, _ in groups}, {classifier for _, classifier in groups}
     panels = []
-    for (budget, classifier), group in groups.items():
+    for (budget, classifier), group in sorted(groups.items(), key=lambda item: item[0][0] or 0):
         parts = [f"{budget:,} bytes per class"] if budget and len(budgets) > 1 else []
         parts += [comparison.WORDS[classifier]] if len(classifiers) > 1 else []
         for start in range(0, len(group), PANEL):
@@ -183,7 +183,8 @@ def area_table(by_line: Mapping[tuple[str, str], Sequence[Entry]]) -> list[dict[
             if scores:
                 against = paired(scores, by_form.get(REAL, {})) if form != REAL else None
                 mean = paired(scores, dict.fromkeys(scores, 0.0))
-                rows.append({"method": method, "form": form, "mean": mean, "against": against, "budgets": budgets})
+                row = {"method": method, "form": form, "mean": mean, "against": against}
+                rows.append({**row, "budgets": ", ".join(f"{budget:,}" for budget in budgets)})
     return sorted(rows, key=lambda row: (row["method"], -row["mean"].mean))
 
 
@@ -199,23 +200,20 @@ def _memory_rows(table: Sequence[comparison.Row]) -> list[dict[str, Any]]:
 
 
 def _provenance_groups(compared: Sequence[Entry]) -> list[dict[str, Any]]:
-    """What made the copies: for runs with the same provenance their names, what differs from the first group's, and
-    all of it."""
+    """What made the copies: for runs with the same provenance their names, what the generator has seen and which of
+    the first group's settings are others, and all of it."""
     groups: dict[tuple, list[str]] = {}
     for entry in compared:
         if rows := pictures.provenance(entry):
             names = groups.setdefault(tuple(rows), [])
             names += [entry.name] if entry.name not in names else []
-    first = next(iter(groups), ())
-    return [
-        {
-            "names": names,
-            "short": [row for row in rows if row[0] in pictures.ABOUT_GENERATOR]
-            + [row for row in rows if row not in first and row[0] not in pictures.ABOUT_GENERATOR],
-            "all": rows,
-        }
-        for rows, names in groups.items()
-    ]
+    first = dict(next(iter(groups), ()))
+    described: list[dict[str, Any]] = []
+    for rows, names in groups.items():
+        about = [row for row in rows if row[0] in pictures.ABOUT_GENERATOR]
+        other = [row for row in rows if row not in about and first.get(row[0], row[1]) != row[1]]
+        described.append({"names": names, "short": [*about, *other], "all": rows})
+    return described
 
 
 def _foot(runs: Runs) -> dict[str, str]:

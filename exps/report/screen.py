@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from exps.report.entries import Entry, Runs, entries
 from exps.report.figures import COLOURS
-from exps.report.tables import columns, mean_std
+from exps.report.tables import mean_std
+from utils import cli
 from utils.data.images import write_atomically
 from utils.results.files import printable
 from utils.results.records import Spread
@@ -14,39 +16,38 @@ _STYLES = ("-", "--", ":", "-.")
 _MARKERS = "osD^v<>PX*"
 
 
-def table(runs: Runs, width: int | None = None) -> str:
-    """A text table of several runs.
+def show(runs: Runs, file: TextIO | None = None) -> None:
+    """Print a table of several runs to `file` (default: stdout).
 
     For each: top-1 accuracy after each phase and their average in %, forgetting (PyCIL's and backward transfer where
     they say something else), memory in units and bytes, seconds (with phase 0's training also where a network was
-    reused); mean ± standard deviation, and a line that says so, where there are several seeds.  Where all this is wider
-    than `width` (default: the terminal), it goes on below.
+    reused); mean ± standard deviation, and a line that says so, where there are several seeds.
     """
     compared = entries(runs)
-    nb_phases = max(len(entry.results.summary.classes_seen) for entry in compared)
-    shown: dict[str, list[str]] = {"": [entry.title for entry in compared]}
-    for phase in range(nb_phases):
-        shown[f"phase {phase}"] = [mean_std(_at(entry, phase)) for entry in compared]
+    columns: dict[str, list[str]] = {"": [entry.title for entry in compared]}
+    columns["top-1 after each phase"] = [_curve(entry) for entry in compared]
     spreads: dict[str, list[Spread | None]] = {
         "average": [entry.averages.average_incremental_accuracy for entry in compared],
         "forgetting": [entry.averages.forgetting for entry in compared],
     }
     if _say_more(spreads["forgetting"], in_tens := [entry.averages.forgetting_in_tens for entry in compared], 1):
-        spreads["PyCIL's"] = in_tens
+        spreads["forgetting (PyCIL)"] = in_tens
     if _say_more(spreads["forgetting"], transfer := [entry.averages.backward_transfer for entry in compared], -1):
         spreads["transfer"] = transfer
     spreads["units"] = [entry.results.summary.units for entry in compared]
-    shown |= {title: [mean_std(value) for value in values] for title, values in spreads.items()}
-    shown["bytes"] = [mean_std(entry.results.summary.bytes, 0) for entry in compared]
-    shown["seconds"] = [mean_std(entry.results.summary.seconds, 0) for entry in compared]
+    columns |= {title: [mean_std(value) for value in values] for title, values in spreads.items()}
+    columns["bytes"] = [mean_std(entry.results.summary.bytes, 0) for entry in compared]
+    columns["seconds"] = [mean_std(entry.results.summary.seconds, 0) for entry in compared]
     several = any(len(entry.orders) > 1 for entry in compared)
-    legend = "\n\nmean ± standard deviation over class orders" if several else ""
-    return columns(list(shown), list(zip(*shown.values(), strict=True)), width) + legend
+    notes = ["mean ± standard deviation over class orders"] if several else []
+    cli.show_table(list(columns), list(zip(*columns.values(), strict=True)), notes, file=file)
 
 
-def _at(entry: Entry, phase: int) -> Spread | None:
+def _curve(entry: Entry) -> str:
+    """Such as "91.0±0.4 82.1±1.0": no spaces within a phase's, so that a long curve is folded between phases."""
     top1 = entry.averages.top1
-    return Spread(mean=top1.mean[phase], std=top1.std[phase]) if phase < len(top1.mean) else None
+    points = (mean_std(Spread(mean=mean, std=std)) for mean, std in zip(top1.mean, top1.std, strict=True))
+    return " ".join(point.replace(" ", "") for point in points)
 
 
 def _say_more(forgetting: Sequence[Spread | None], others: Sequence[Spread | None], sign: int) -> bool:

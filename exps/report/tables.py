@@ -1,8 +1,6 @@
-"""Tables as text: the one writer of Markdown, of columns on a screen, and of "mean ± deviation"."""
+"""Tables as text: the one writer of Markdown, and of "mean ± deviation"."""
 
 import math
-import shutil
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -45,34 +43,3 @@ def paired(scores: Mapping[int, float], reference: Mapping[int, float]) -> Paire
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
-
-
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None, left: int = 1) -> str:
-    """Columns under their titles, the first `left` ones flush left.
-
-    What is wider than `width` (default: the terminal) goes on below, with the first column again, whose texts are
-    broken where they take more than two fifths of the width.
-    """
-    width = width or shutil.get_terminal_size().columns
-    cells = [list(header), *map(list, rows)]
-    if sum(max(map(len, column)) + 2 for column in zip(*cells, strict=True)) - 2 > width:
-        first = [textwrap.wrap(row[0], max(12, 2 * width // 5)) or [""] for row in cells]
-    else:
-        first = [[row[0]] for row in cells]
-    widths = [max(len(part) for parts in first for part in parts)]
-    widths += [max(map(len, column)) for column in list(zip(*cells, strict=True))[1:]]
-    blocks: list[list[int]] = [[]]
-    for column in range(1, len(header)):
-        if blocks[-1] and widths[0] + sum(widths[i] + 2 for i in [*blocks[-1], column]) > width:
-            blocks.append([])
-        blocks[-1].append(column)
-    texts = []
-    for block in blocks:
-        lines = []
-        for parts, row in zip(first, cells, strict=True):
-            padded = [row[i].ljust(widths[i]) if i < left else row[i].rjust(widths[i]) for i in block]
-            lines += ["  ".join([parts[0].ljust(widths[0]), *padded]).rstrip(), *parts[1:]]
-        head = len(first[0])
-        rule = "-" * (widths[0] + sum(widths[i] + 2 for i in block))
-        texts.append("\n".join([*lines[:head], rule, *lines[head:]]))
-    return "\n\n".join(texts)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import exps.reproduce
-from exps.reproduce.page import listing, number, with_records
+from exps.reproduce.page import number, show, with_records
 from exps.reproduce.rows import FOLDER, Row, Table, figures, find_row, keep, read_records, read_tables, rows_of, shown
 from exps.runs import MAIN, ROOT, follow
 from utils import cli
@@ -47,7 +47,7 @@ def command(argv: Sequence[str] | None) -> int:
         return run(*find_row(tables, options.run), options.overrides, only_print=options.dry_run)
     if options.record:
         return record(tables, options.record, options.note)
-    print(listing(tables, read_records(FOLDER)))
+    show(tables, read_records(FOLDER))
     return 0
 
 

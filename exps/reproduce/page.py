@@ -1,14 +1,13 @@
 """Rows as text: the table of --list, and the recorded runs of docs/reproduced.md."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from exps.report.tables import columns, markdown, mean_std
+from exps.report.tables import markdown, mean_std
 from exps.reproduce.rows import Row, Table, shown
+from utils import cli
 from utils.results.records import Spread
 
-WIDTH = 80
 HEADING = "## Recorded runs\n"
 """What follows it in docs/reproduced.md is written by `python -m exps.reproduce --record`."""
 
@@ -56,11 +55,9 @@ def _note(table: Table, row: Row, entry: Mapping[str, Any]) -> str:
     return f"- `{row.name}`: {made}. Published in [{table.source}, {table.table}]({table.url}). {table.note}{remark}"
 
 
-def listing(tables: Sequence[Table], records: Mapping[str, Mapping[str, Any]]) -> str:
-    """The rows at 80 columns: published average and last accuracy, and recorded ones where there are any."""
-    lines: list[str] = []
+def show(tables: Sequence[Table], records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the rows: published average and last accuracy, and recorded ones where there are any."""
     for table in tables:
-        lines += [*([""] if lines else []), *textwrap.wrap(table.title, WIDTH)]
         several = len(table.protocols) > 1
         header = ["row", "protocol" if several else "method", "published", "recorded"]
         rows = []
@@ -71,8 +68,8 @@ def listing(tables: Sequence[Table], records: Mapping[str, Mapping[str, Any]]) -
             rows.append([row.name, what, _pair(row.average, row.last), recorded])
         if not any(row[-1] for row in rows):
             rows, header = [row[:-1] for row in rows], header[:-1]
-        lines.append(columns(header, rows, WIDTH, left=2))
-    return "\n".join(lines)
+        print(f"\n{table.title}")
+        cli.show_table(header, rows, left=2)
 
 
 def _pair(average: float | None, last: float | None) -> str:

@@ -257,12 +257,14 @@ class Config:
 class MethodInfo(NamedTuple):
     """What reading a config has to know of a method.
 
-    settings: its `Settings` dataclass, None where it has no keys of its own; uses_memory: whether it keeps exemplars;
-    least_exemplars: how many of each class it needs at least; needs_stages: whether its backbone must be a ResNet of
-    `convs`; reads_old_images: whether later phases train on images of old classes that are no exemplars.
+    paper: which it is from; settings: its `Settings` dataclass, None where it has no keys of its own; uses_memory:
+    whether it keeps exemplars; least_exemplars: how many of each class it needs at least; needs_stages: whether its
+    backbone must be a ResNet of `convs`; reads_old_images: whether later phases train on images of old classes that are
+    no exemplars.
     """
 
     name: str
+    paper: str = ""
     settings: type | None = None
     uses_memory: bool = True
     least_exemplars: int = 1
