@@ -9,7 +9,6 @@ import numpy as np
 
 from compress.forms import Form, Request
 from compress.generators import Generator, group
-from compress.plan import Plan
 from compress.presets import Sampling
 from compress.regenerate import Regenerator
 from ControlNet.ldm.schedule import ddim_timesteps
@@ -29,12 +28,13 @@ class Estimate:
     seconds: float
 
 
-def estimate(regenerator: Regenerator, plan: Plan) -> Estimate:
+def estimate(regenerator: Regenerator) -> Estimate:
     """Look at a sample of the images, and time one batch, at two numbers of steps if it has many.  Writes nothing.
 
     A copy is taken to be as large as its image would be, saved as copies are.
     """
-    form, tasks = regenerator.form, [task for task in plan.tasks if not task.is_done]
+    form, plan = regenerator.form, regenerator.plan
+    tasks = [task for task in plan.tasks if not task.is_done]
     tasks = [tasks[i] for i in np.unique(np.linspace(0, len(tasks) - 1, min(SAMPLE, len(tasks)), dtype=int))]
     kept_bytes, copy_bytes, requests = [], [], []
     for task in tasks:

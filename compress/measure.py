@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from compress.forms import Form
-from compress.job import Machine
-from compress.options import fitting_preset, parse_settings
+from compress.options import Machine, fitting_preset, parse_settings
 from compress.settings import at_least_one
 from utils import cli
 from utils.data.images import image_bits, read_image

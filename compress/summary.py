@@ -6,11 +6,12 @@ from pathlib import Path
 
 from compress.estimate import estimate
 from compress.forms import plural
-from compress.plan import Plan
-from compress.regenerate import Regenerator
-from compress.result import Result
+from compress.plan import FileState, Plan
+from compress.regenerate import Regenerator, Result
 from compress.verify import Findings
 from utils.data.images import image_bits
+
+UNRECORDED = FileState.UNRECORDED
 
 MOST_MEASURED = 1000
 """Images whose generated sizes a plan looks up."""
@@ -22,17 +23,16 @@ def report_plan(todo: Plan, title: str) -> None:
     print(
         f"{title}: {len(todo.tasks):,} images{generated_sizes(todo)}\n"
         f"{noun}: {todo.kept_missing:,} to make, {todo.kept_present:,} there already"
-        f"{_otherwise(todo.kept_otherwise)}\n"
+        f"{_otherwise(todo.kept)}\n"
         f"copies: {todo.copies_missing:,} to make, {todo.copies_present:,} there already"
-        f"{_otherwise(todo.copies_otherwise)}"
+        f"{_otherwise(todo.copies)}"
     )
-    kept = [
-        f"{count:,} {what}"
-        for count, what in ((todo.kept_without_record, noun), (todo.copies_without_record, "copies"))
-        if count
-    ]
-    if kept:
-        print(f"{' and '.join(kept)} without a record of how they were made are kept (--replace makes them again)")
+    states = ((todo.kept[UNRECORDED], noun), (todo.copies[UNRECORDED], "copies"))
+    unrecorded = [f"{count:,} {what}" for count, what in states if count]
+    if unrecorded:
+        print(
+            f"{' and '.join(unrecorded)} without a record of how they were made are kept (--replace makes them again)"
+        )
 
 
 def generated_sizes(todo: Plan) -> str:
@@ -57,7 +57,8 @@ def generated_sizes(todo: Plan) -> str:
     return text + (f"; {short:,}{of} are so long that the limit {limit} makes them smaller" if short else "")
 
 
-def _otherwise(count: int) -> str:
+def _otherwise(files: Counter[FileState]) -> str:
+    count = files[FileState.OTHERWISE]
     return f"; {count:,} of those to make are there, made otherwise" if count else ""
 
 
@@ -94,17 +95,17 @@ def _count(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else plural(noun)}"
 
 
-def report_estimate(regenerator: Regenerator, todo: Plan, processes: int = 1) -> None:
+def report_estimate(regenerator: Regenerator, processes: int = 1) -> None:
     """Print what --dry-run tells: bytes, and the time of so many processes like this one."""
     if regenerator.generator:
         print("measuring one batch ...", flush=True)
-    expected = estimate(regenerator, todo)
+    expected = estimate(regenerator)
     if math.isnan(expected.kept_bytes + expected.copy_bytes + expected.seconds):
         print("expected: unknown, none of the sampled images could be read")
         return
     seconds = f", about {duration(expected.seconds / processes)} for the copies" if regenerator.generator else ""
     seconds += f" in {processes} processes" if seconds and processes > 1 else ""
-    kept = f"{size(expected.kept_bytes)} of {plural(todo.records.form.noun)}"
+    kept = f"{size(expected.kept_bytes)} of {plural(regenerator.form.noun)}"
     print(f"expected: {kept}, {size(expected.copy_bytes)} of copies{seconds}\ndry run: nothing was written")
 
 

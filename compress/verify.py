@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from compress.forms import OTHERWISE, WRONG_SIZE, pixels
-from compress.leftovers import temporary_files
 from compress.overlap import Budget, map_ahead
 from compress.plan import Plan, Task
 from compress.records import Records, State, read_mark
 from compress.regenerate import MOST_PIXELS, reason
-from utils.data.images import image_bits, read_image
+from utils.data.images import image_bits, read_image, temporary_files
 from utils.devices import nb_cores
 
 MISSING, UNREADABLE = "missing", "unreadable"
@@ -59,7 +58,7 @@ class Findings:
     def is_well(self) -> bool:
         return not self.faults and not self.half_written
 
-    def add(self, other: "Findings") -> None:
+    def join(self, other: "Findings") -> None:
         """Join what was found of other images."""
         for each in fields(self):
             setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 
-from compress.share import PATIENCE
+from compress.session import PATIENCE
 from models.training import checkpoint
 from models.training.epochs import parts
 from models.training.run import Run

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from compress import leftovers, regenerate
+from compress import regenerate
 from compress.generators import batches, controlnet
 from compress.presets import HIGH, LOW
 from ControlNet.sampling import draw
@@ -299,7 +299,7 @@ def test_what_is_being_written_has_the_name_of_its_machine(tmp_path):
     assert os.listdir(tmp_path) == ["a.bin"]
     half = tmp_path / names[0]
     half.touch()
-    assert leftovers.temporary_files(tmp_path) == [half]  # this process has not begun to write: it is another's
+    assert images.temporary_files(tmp_path) == [half]  # this process has not begun to write: it is another's
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     base: str | os.PathLike | None = None,
-    loras: Sequence[Lora] = (),
+    loras: Sequence[tuple[str | Path, float]] = (),
     decoder: str | os.PathLike | None = None,
 ) -> ControlLDM:
     """A ControlLDM ready to sample: weights loaded strictly, in eval mode, without gradients.
@@ -152,7 +152,7 @@ def load_first_stage(
 def weights_fingerprint(
     spec: str | os.PathLike = "sd15",
     base: str | os.PathLike | None = None,
-    loras: Sequence[Lora] = (),
+    loras: Sequence[tuple[str | Path, float]] = (),
     decoder: str | os.PathLike | None = None,
 ) -> str:
     """What tells the weights of `load_model(spec, base=base, loras=loras, decoder=decoder)` from others, without
@@ -165,8 +165,8 @@ def weights_fingerprint(
     return _with_changes(fingerprint(find_weights(spec, base)), loras, decoder)
 
 
-def _with_changes(weights: str, loras: Sequence[Lora], decoder: str | os.PathLike | None) -> str:
-    changes = [f"{lora_digest(lora)}*{lora.scale:g}" for lora in loras]
+def _with_changes(weights: str, loras: Sequence[tuple[str | Path, float]], decoder: str | os.PathLike | None) -> str:
+    changes = [f"{lora_digest(path)}*{scale:g}" for path, scale in loras]
     if decoder is not None:
         changes.append(f"decoder:{digest(decoder_file(decoder), 'decoder')}")
     return "+".join([weights, *changes])

@@ -80,7 +80,7 @@ class Form(_Described):
     preset: Preset
 
     def using(self, machine: Any) -> "Form":
-        """This form with the model (`compress.job.Machine`) that encodes and decodes; most forms need none."""
+        """This form with the model (`compress.options.Machine`) that encodes and decodes; most forms need none."""
         return self
 
     def release(self) -> None:

@@ -25,7 +25,7 @@ from torch import nn
 from compress.forms import Request
 from compress.generators import NoPicture
 from compress.generators.controlnet import Halving, default_batch_size
-from compress.job import Machine
+from compress.options import Machine
 from compress.presets import Preset, Sampling
 from ControlNet.cldm.model import ModelError, load_state_dict
 from utils import json_files

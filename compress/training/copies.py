@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.forms import Form
-from compress.job import Machine
+from compress.options import Machine
 from compress.records import recorded_options, recorded_settings
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError

@@ -6,9 +6,11 @@ first frame of several.
 
 import hashlib
 import os
+import re
 import secrets
 import socket
 import stat
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -207,3 +209,41 @@ def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.fsync(folder)  # the rename
     finally:
         os.close(folder)
+
+
+OLD = 3600.0
+"""Seconds after which a half-written file is nobody's any more: no write takes as long."""
+
+
+def temporary_files(folder: Path) -> list[Path]:
+    """The half-written files of processes that have died.
+
+    On this machine they no longer run; of other machines and containers, which may share the disk, nothing has been
+    written for OLD seconds.
+    """
+    if not folder.is_dir():
+        return []
+    # Without a host before 2026-12.
+    names = [(file, re.match(r"\.(?:(.+)\.)?(\d+)-", file.name)) for file in folder.glob(".*.tmp")]
+    return [file for file, name in names if name and _is_abandoned(file, name[1], int(name[2]))]
+
+
+def _is_abandoned(file: Path, host: str | None, process: int) -> bool:
+    try:
+        age = time.time() - file.stat().st_mtime
+    except FileNotFoundError:  # moved into place meanwhile
+        return False
+    return age > OLD or (host == socket.gethostname() and not is_running(process))
+
+
+def is_running(process: int) -> bool:
+    """Whether another process of this number runs on this machine."""
+    if process == os.getpid():
+        return False  # this process has not begun to write: another machine or container had the same number
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
