@@ -35,7 +35,7 @@ from utils.results.output import Output, seed_folder
 from utils.results.records import CLASSIFIERS, ClassOrder, ResultsFile
 
 if TYPE_CHECKING:
-    from compress.training.exemplars import ExemplarPlan
+    from compress.training.exemplars import ExemplarPlan, Numbers
     from utils.data.cache import PictureCache
     from utils.data.classes import DataManager
     from utils.data.datasets import NetworkInput
@@ -128,7 +128,10 @@ def run(config: Config) -> ResultsFile:
 
 def prepare(config: Config) -> "Experiment":
     """Check what follows from config and data together, and take possession of the output folder."""
-    config, paths = dataset_of(config)
+    data_folder = data_dir(config.data_dir)
+    config = replace(config, dataset=find_dataset(data_folder, config.dataset))
+    paths = DatasetPaths(data_folder, config.dataset, config.variant)
+    check_files(config, paths)
     # torch and what needs it are imported here: a config with a mistake, or a missing dataset, is answered at once.
     from compress.training.exemplars import plan_exemplars
     from exps.report.page import write_page
@@ -138,14 +141,15 @@ def prepare(config: Config) -> "Experiment":
     from utils.results.history import check_loggers
 
     check_loggers(config.logger)
+    assert config.output_dir is not None  # load_config fills it in
     fabric = launch(*accelerator(config.device), config.precision)
     if config.batch_size < fabric.world_size:
         raise UserError(
             f"batch_size {config.batch_size} is less than one image for each of {fabric.world_size} processes."
         )
-    orders = class_orders(config, paths, network_input(config))
+    orders = class_orders(config, paths, network_input(config.convnet_type, config.image_size))
     data = orders[config.seed[0]]
-    numbers = gone_images(config, orders) if config.memory_only else {}
+    numbers = gone_images(Path(config.output_dir), orders) if config.memory_only else None
     exemplars = plan_exemplars(config, data, catalogue.methods()[config.model_name], fabric, numbers)
     config = exemplars.config
     for order in orders.values():
@@ -154,9 +158,6 @@ def prepare(config: Config) -> "Experiment":
         fresh_backbone(config, data)
     if config.compile:
         check_compiler(fabric.device)
-    if config.phase0_cache:
-        check_folder("phase0_cache", Path(config.phase0_cache))
-    assert config.output_dir is not None  # load_config fills it in
     output = Output(config, Path(config.output_dir), write_page)
     if fabric.is_global_zero:
         output.claim()
@@ -244,15 +245,6 @@ def class_orders(config: Config, paths: DatasetPaths, network_input: "NetworkInp
     return {seed: first.reordered(seed) if shuffled else copy.copy(first) for seed in config.seed}
 
 
-def dataset_of(config: Config) -> tuple[Config, DatasetPaths]:
-    """The config with the name of the dataset's folder, and the dataset.  Raises UserError (`utils.early`)."""
-    folder = data_dir(config.data_dir)
-    config = replace(config, dataset=find_dataset(folder, config.dataset))
-    paths = DatasetPaths(folder, config.dataset, config.variant)
-    check_files(config, paths)
-    return config, paths
-
-
 def warn_of_one_class(record: Mapping[str, Any], class_names: Sequence[str]) -> None:
     """Say so where a phase's classifier takes all test images for one class: it has learnt nothing, or diverged."""
     for classifier in ("cnn", "nme"):
@@ -270,34 +262,24 @@ def warn_of_one_class(record: Mapping[str, Any], class_names: Sequence[str]) -> 
             )
 
 
-def gone_images(config: Config, orders: "Mapping[int, DataManager]") -> dict[str, int]:
-    """Of a run that goes on, where train images of old classes are gone: the numbers of exemplars that it began with.
+def gone_images(folder: Path, orders: "Mapping[int, DataManager]") -> "Numbers | None":
+    """The numbers of real and synthetic exemplars that a run began with, if train images of old classes are gone since.
 
-    orders: the class orders' data; those with gone images get the typical size of a picture from their checkpoints.
+    folder: the run's; orders: the class orders' data; those with gone images get the typical size of a picture from
+    their checkpoints.
     Raises UserError where images of classes are gone that are still to be learned.
     """
     from models.training import checkpoint
 
-    assert config.output_dir is not None  # load_config fills it in
-    numbers: dict[str, int] = {}
+    numbers = None
     for seed, data in orders.items():
-        folder = seed_folder(Path(config.output_dir), seed) / "checkpoints"
-        done = checkpoint.saved_phases(folder)
+        checkpoints = seed_folder(folder, seed) / "checkpoints"
+        done = checkpoint.saved_phases(checkpoints)
         if data.check_phases(done[-1] + 1 if done else 0):
-            state = checkpoint.load(checkpoint.phase_path(folder, done[-1]), checkpoint.AFTER_PHASE)
+            state = checkpoint.load(checkpoint.phase_path(checkpoints, done[-1]), checkpoint.AFTER_PHASE)
             data.picture_size = tuple(state["picture_size"])
-            numbers = {key: state["config"][key] for key in ("real_per_class", "syn_per_class")}
+            numbers = state["config"]["real_per_class"], state["config"]["syn_per_class"]
     return numbers
-
-
-def check_folder(key: str, folder: Path) -> None:
-    """Make a folder that will be needed.  Raises UserError where it can't be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{key}: {folder} can't be written to ({error.strerror}).") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{key}: {folder} can't be written to.")
 
 
 def copies_saved(config: Config, data: "DataManager", records: Sequence[dict]) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 from compress.generators import build
 from compress.options import Job, parse_settings
 from compress.plan import Plan, plan
-from compress.records import MadeOtherwise, Records
+from compress.records import MadeOtherwise, Records, by_settings, generator_of
 from compress.regenerate import regenerate
-from compress.training.copies import Copies, by_settings, digests_of, generator_of
+from compress.training.copies import Copies, digests_of
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.fabric import Fabric, by_first, own_part

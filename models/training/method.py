@@ -230,11 +230,11 @@ def fresh_backbone(
     return backbone.requires_grad_(not c.freeze_backbone)
 
 
-def network_input(c: Config) -> NetworkInput | None:
+def network_input(convnet_type: str, image_size: int | None) -> NetworkInput | None:
     """What a library's backbone takes; None for those whose input the dataset decides.  Raises UserError."""
-    if not c.convnet_type.startswith(LIBRARIES):
+    if not convnet_type.startswith(LIBRARIES):
         return None
     try:
-        return library_input(c.convnet_type, c.image_size)
+        return library_input(convnet_type, image_size)
     except ValueError as error:
         raise UserError(f"convnet_type: {error}.") from None

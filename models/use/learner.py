@@ -60,7 +60,7 @@ class Learner:
             phase_starts(len(state["class_names"]), config.init_cls, config.increment),
             tuple(state["picture_size"]),
             config.augmentation,
-            network_input(config),
+            network_input(config.convnet_type, config.image_size),
         )
         self.predictor = Predictor(config, self.data, fabric)
         with checkpoint.fitting(path):
