@@ -36,6 +36,7 @@ from utils.results.records import CLASSIFIERS, ClassOrder, ResultsFile
 
 if TYPE_CHECKING:
     from compress.training.exemplars import ExemplarPlan, Numbers
+    from models.training.checkpoint import PhaseRecord
     from utils.data.cache import PictureCache
     from utils.data.classes import DataManager
     from utils.data.datasets import NetworkInput
@@ -142,6 +143,7 @@ def prepare(config: Config) -> "Experiment":
 
     check_loggers(config.logger)
     assert config.output_dir is not None  # load_config fills it in
+    folder = Path(config.output_dir)
     fabric = launch(*accelerator(config.device), config.precision)
     if config.batch_size < fabric.world_size:
         raise UserError(
@@ -149,7 +151,7 @@ def prepare(config: Config) -> "Experiment":
         )
     orders = class_orders(config, paths, network_input(config.convnet_type, config.image_size))
     data = orders[config.seed[0]]
-    numbers = gone_images(Path(config.output_dir), orders) if config.memory_only else None
+    numbers = gone_images(folder, orders) if config.memory_only else None
     exemplars = plan_exemplars(config, data, catalogue.methods()[config.model_name], fabric, numbers)
     config = exemplars.config
     for order in orders.values():
@@ -158,7 +160,7 @@ def prepare(config: Config) -> "Experiment":
         fresh_backbone(config, data)
     if config.compile:
         check_compiler(fabric.device)
-    output = Output(config, Path(config.output_dir), write_page)
+    output = Output(config, folder, write_page)
     if fabric.is_global_zero:
         output.claim()
     logs.start(output.folder / "log.txt", quiet=not fabric.is_global_zero)
@@ -166,9 +168,9 @@ def prepare(config: Config) -> "Experiment":
         log.info("%s", note)
 
     phase0_cache = Path(config.phase0_cache) if config.phase0_cache else output.folder / "phase0_cache"
-    folder = Path(os.path.abspath(phase0_cache)).parent / "pixel_cache"  # "." has no name that could be replaced
+    pixel_cache = Path(os.path.abspath(phase0_cache)).parent / "pixel_cache"  # "." has no name that could be replaced
     transform, size = data.train_transform.prepare, data.decoded_bytes
-    pixels = open_cache(config.cache, config.cache_gib, folder, paths.root, transform, size, data.folders)
+    pixels = open_cache(config.cache, config.cache_gib, pixel_cache, paths.root, transform, size, data.folders)
     return Experiment(config, orders, exemplars, fabric, output, phase0_cache, pixels)
 
 
@@ -211,7 +213,7 @@ class Experiment:
             if config.regenerate == "on_demand" and records and records[-1]["copies_on_demand"] is not None:
                 log.info(copies_saved(config, data, records))
 
-    def write(self, seed: int, records: Sequence[dict[str, Any]]) -> None:
+    def write(self, seed: int, records: "Sequence[PhaseRecord]") -> None:
         """Write the records of a class order's phases so far."""
         data = self.orders[seed]
         order = ClassOrder.of_training(seed, data.class_names, records, data.nb_phases)
@@ -282,9 +284,9 @@ def gone_images(folder: Path, orders: "Mapping[int, DataManager]") -> "Numbers |
     return numbers
 
 
-def copies_saved(config: Config, data: "DataManager", records: Sequence[dict]) -> str:
+def copies_saved(config: Config, data: "DataManager", records: "Sequence[PhaseRecord]") -> str:
     """Such as "copies on demand: 320 made, against 4,000 of all train images made ahead (92.0 % saved)"."""
-    made = sum(record["copies_on_demand"] for record in records)
+    made = sum(record["copies_on_demand"] or 0 for record in records)
     ahead = config.augmentations_per_image * sum(len(data.train_images(target)) for target in range(data.nb_classes))
     saved = f"{1 - made / max(ahead, 1):.1%} saved"
     return f"copies on demand: {made:,} made, against {ahead:,} of all train images made ahead ({saved})"

@@ -132,13 +132,15 @@ def filled_in(config: Config, form: str, images: Sequence[Sequence[Path]], cost:
         if len(known) < len(of_first):
             raise UserError(f"syn_form: {form} has no count in units. Set budget_in=bytes and memory_bytes_per_class.")
         units[form] = statistics.median(known)
-    real, synthetic = config.real_per_class, config.syn_per_class
-    if not isinstance(synthetic, int):  # "fill"
+    real = config.real_per_class
+    if isinstance(config.syn_per_class, int):
+        synthetic = config.syn_per_class
+        if real is None:
+            real = max(0, int(config.memory_per_class - synthetic * units[form] + 1e-9))
+    else:  # "fill"
         real = real or 0
         left = config.memory_per_class - real
         synthetic = max(0, int(left / units[form] + 1e-9)) if units[form] else max(sizes.values())
-    elif real is None:
-        real = max(0, int(config.memory_per_class - synthetic * units[form] + 1e-9))
     if real + synthetic < least:
         what = f"real_per_class + syn_per_class must be at least {least}"
         raise UserError(f"{config.model_name} needs exemplars of each class: {what}.")

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from models.training.checkpoint import StageRecord
 from models.training.method import Method
 from models.training.resume import Checkpoints, Place, StepClock
 from models.training.run import Run
@@ -59,8 +60,8 @@ class Epochs:
         self.copies_state: dict[str, Any] | None = None
         """Of the copies that the present phase reads, for its checkpoints."""
 
-    def fit(self, stage: Stage, place: Place) -> dict[str, Any]:
-        """Train one stage.  Returns epochs, loss and accuracy (percent, of the last epoch's training batches).
+    def fit(self, stage: Stage, place: Place) -> StageRecord:
+        """Train one stage.
 
         place: within the phase, at the stage's start or farther on; it moves along.  Raises UserError where there are
         no images, and where training diverges.
@@ -77,7 +78,7 @@ class Epochs:
             if not all(bool(parameter.isfinite().all()) for parameter in self.method.network.parameters()):
                 raise self._diverged(training, f"a weight is not finite after epoch {stage.schedule.epochs}")
         self.run.share(self.method.network)
-        return {"epochs": stage.schedule.epochs, "loss": loss, "accuracy": accuracy}
+        return {"stage": stage.name, "epochs": stage.schedule.epochs, "loss": loss, "accuracy": accuracy}
 
     def _set_up(self, stage: Stage, place: Place) -> _Training:
         method, fabric, schedule = self.method, self.fabric, stage.schedule
