@@ -221,8 +221,11 @@ class Experiment:
         if not self.fabric.is_global_zero:
             self.results = ResultsFile.of({}, [order])
             return
-        measured = [name for name in CLASSIFIERS if all(record.get(name) is not None for record in records)]
-        confusions = {name: [record[name]["confusion"] for record in records] for name in measured}
+        confusions = {}
+        for name in CLASSIFIERS:
+            used = [metrics for record in records if (metrics := record.get(name)) is not None]
+            if len(used) == len(records):
+                confusions[name] = [metrics["confusion"] for metrics in used]
         self.results = self.output.write(order, confusions)
 
 

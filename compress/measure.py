@@ -68,8 +68,8 @@ def measured(paths: DatasetPaths, images: Sequence[Path], form: Form | None) -> 
 
 def seconds_of_copy(paths: DatasetPaths, images: Sequence[Path], form: Form, machine: Machine, device: str) -> float:
     """Seconds that a copy takes here, measured on a batch.  Raises UserError without the model's weights."""
-    from compress.estimate import seconds_per_copy
     from compress.generators.build import choose_precision, make_generator
+    from compress.summary import seconds_per_copy
     from utils.devices import accelerator, launch
 
     if not form.needs_model:

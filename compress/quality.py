@@ -33,7 +33,7 @@ from compress.settings import at_least_one
 from utils import cli
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
-from utils.results.files import write_json
+from utils.files import write_json
 
 SIDE = 32
 """Pixels a side that the classifier sees."""

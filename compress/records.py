@@ -31,9 +31,9 @@ from typing import Any
 from compress.forms import Form
 from compress.options import Machine
 from compress.presets import Preset, Sampling
-from utils.data.images import write_atomically
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
+from utils.files import write_atomically
 
 MARK = "ESCORT"
 ADDED = {

@@ -21,9 +21,10 @@ from compress.forms import Request, pixels, resize_back
 from compress.generators import Generator, NoPicture, batches
 from compress.overlap import Budget, map_ahead
 from compress.plan import Plan, Task
-from utils.data.images import image_bits, temporary_files, write_atomically
+from utils.data.images import image_bits
 from utils.errors import UserError
 from utils.fabric import Fabric, by_all, own_part
+from utils.files import temporary_files, write_atomically
 
 THREADS = 4
 """That read images ahead, and as many that write copies: enough for a fast GPU, at some 10 ms a photograph."""

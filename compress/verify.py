@@ -15,8 +15,9 @@ from compress.overlap import Budget, map_ahead
 from compress.plan import Plan, Task
 from compress.records import Records, State, read_mark
 from compress.regenerate import MOST_PIXELS, reason
-from utils.data.images import image_bits, read_image, temporary_files
+from utils.data.images import image_bits, read_image
 from utils.devices import nb_cores
+from utils.files import temporary_files
 
 MISSING, UNREADABLE = "missing", "unreadable"
 ENDS = {".jpg": b"\xff\xd9", ".png": b"IEND\xaeB`\x82"}

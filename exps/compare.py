@@ -29,7 +29,7 @@ from utils import cli
 from utils.config.read import read_json
 from utils.config.schema import as_dict
 from utils.errors import UserError
-from utils.results.files import write_text
+from utils.files import write_text
 from utils.results.records import Results
 
 MEMORIES = {

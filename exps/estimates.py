@@ -11,7 +11,7 @@ from exps.points import Point
 from exps.report.tables import columns
 from exps.runs import MAIN, call, last_words
 from exps.sweep import Candidate, Plan, Sweep, made_ahead
-from utils.results.files import write_json
+from utils.files import write_json
 from utils.results.records import load_results
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from exps.gpus import gpu
 from exps.points import Point, Task, done_orders, refusal, results_of
 from exps.runs import MAIN, call, last_words, pool_of, threads
-from utils.results.files import write_json, write_text
+from utils.files import write_json, write_text
 
 BUSY = "another process is working on"
 """main.py's words where another process, such as one of a sweep that was killed, works on a class order."""

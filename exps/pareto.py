@@ -48,7 +48,7 @@ from exps.sweep import REAL, Candidate, Plan, Row, Sweep, check, made_ahead, rea
 from utils import cli
 from utils.data.paths import data_dir, find_dataset
 from utils.errors import UserError
-from utils.results.files import write_csv, write_text
+from utils.files import write_csv, write_text
 
 
 def encode(plan: Plan, todo: Sequence[Point], jobs: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from compress import estimate, summary
+from compress import summary
 from compress.forms import form_named
 from compress.plan import plan
 from compress.presets import HIGH
@@ -50,7 +50,7 @@ def test_the_time_of_a_copy(tmp_path, monkeypatch, sampler, steps, reuse_every, 
     generator = Clockwork(reuse_every, sampler == "ddim")
     regenerator = Regenerator(plan(Records(paths, Recipe(form)), images, [0, 1]), generator)
     monkeypatch.setattr(time, "perf_counter", lambda: generator.now)
-    expected = estimate.estimate(regenerator)
+    expected = summary.estimate(regenerator)
     assert expected.seconds == pytest.approx(true * 8 / 4)
     assert max(generator.runs) <= max(steps, 10)
 

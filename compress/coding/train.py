@@ -24,8 +24,9 @@ from compress.forms.edges import Edges
 from compress.presets import PRESETS
 from utils import cli
 from utils.curate.command import read_digits
-from utils.data.images import is_image, read_image, write_atomically
+from utils.data.images import is_image, read_image
 from utils.errors import UserError
+from utils.files import write_atomically
 
 HIDDEN = 32
 LARGE_SIDES = (64, 112, 160, 224)

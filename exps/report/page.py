@@ -19,7 +19,7 @@ from jinja2 import Environment, Template
 from exps.report import comparison, figures, pictures
 from exps.report.entries import REAL, Entry, Runs, areas, config_differences, entries, lines
 from exps.report.tables import mean_std, paired
-from utils.results.files import write_text
+from utils.files import write_text
 from utils.results.records import Classifier, Spread, load_results
 
 ROOT = Path(__file__).resolve().parents[2]

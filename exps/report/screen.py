@@ -6,8 +6,7 @@ from pathlib import Path
 from exps.report.entries import Entry, Runs, entries
 from exps.report.figures import COLOURS
 from exps.report.tables import columns, mean_std
-from utils.data.images import write_atomically
-from utils.results.files import printable
+from utils.files import printable, write_atomically
 from utils.results.records import Spread
 
 _STYLES = ("-", "--", ":", "-.")

@@ -13,7 +13,7 @@ from exps.reproduce.rows import FOLDER, Row, Table, figures, find_row, keep, rea
 from exps.runs import MAIN, ROOT, follow
 from utils import cli
 from utils.errors import UserError
-from utils.results.files import write_text
+from utils.files import write_text
 from utils.results.records import ResultsFile, load_results
 
 PAGE = ROOT / "docs" / "reproduced.md"

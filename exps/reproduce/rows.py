@@ -13,7 +13,7 @@ from models import catalogue
 from utils.config.read import load_config, read_json
 from utils.config.schema import Config, differences
 from utils.errors import UserError
-from utils.results.files import write_json
+from utils.files import write_json
 from utils.results.records import CLASSIFIERS, Classifier, ResultsFile
 
 FOLDER = Path(__file__).parent

@@ -26,8 +26,8 @@ from typing import Any, NotRequired, TypedDict
 
 import torch
 
-from utils.data.images import content_digest, write_durably
 from utils.errors import UserError
+from utils.files import content_digest, write_durably
 from utils.results.metrics import PhaseMetrics
 
 _PHASE = re.compile(r"phase(\d+)\.pt")

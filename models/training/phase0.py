@@ -29,7 +29,8 @@ def load(run: Run, method: Method, path: Path) -> TrainingRecord | None:
     with checkpoint.fitting(path):
         for module, weights in zip(method.network.first_phase_modules(), state["network"], strict=True):
             module.load_state_dict(weights)
-        training: TrainingRecord = {**state["training"], "reused": state.get("run") != _name(run)}
+        training: TrainingRecord = state["training"]
+        training["reused"] = state.get("run") != _name(run)
     log.info("phase 0 is not trained again: its network is taken from %s", path)
     return training
 

@@ -177,9 +177,9 @@ class Trainer:
             keys = "memory_per_class, memory_size or memory_bytes_per_class"
             raise UserError(f"{method.describe('training')}: there is not one exemplar. Raise {keys}.")
         cached = phase0.path_of(self.run, method) if phase == 0 else None
-        if cached and (training := phase0.load(self.run, method, cached)) is not None:
-            self.seconds_before = 0.0 if training["reused"] else training["seconds"]
-            return training
+        if cached and (before := phase0.load(self.run, method, cached)) is not None:
+            self.seconds_before = 0.0 if before["reused"] else before["seconds"]
+            return before
         place = Place()
         if within is not None:
             place, method.within_phase = Place.of(within, self.run.fabric), within["within_phase"]

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils import cli
-from utils.data.images import write_atomically
+from utils.files import write_atomically
 from utils.results.output import check_is_run
 
 COMMANDS = {

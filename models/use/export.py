@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from models.use.learner import Learner
 from utils.data.augment import SmallTest
 from utils.data.augment_large import LargeTest
-from utils.data.images import write_atomically
 from utils.errors import UserError
-from utils.results.files import printable
+from utils.files import printable, write_atomically
 
 OPSET = 18
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from utils import json_files
 from utils.config.checks import conflicts
 from utils.config.foreign import PILOTS_BACKBONES, PYCIL_DATASETS, PYCIL_ONLY, PYCIL_SCHEDULE
 from utils.config.schema import REQUIRED, Config, Key, MethodInfo, all_keys, keys_of
 from utils.errors import UserError
+from utils.files import load_json
 
 
 class Entry(NamedTuple):
@@ -64,7 +64,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A config file's one JSON object.  Raises UserError that says where it is not one."""
     if not file.exists():
         raise UserError(f"no config file {file}; exps/config.json is one to start from.")
-    values = json_files.read(file)
+    values = load_json(file)
     if not isinstance(values, dict):
         raise UserError(f'{file} must hold one JSON object, like {{"dataset": "Food101", ...}}.')
     return values

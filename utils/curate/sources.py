@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import json_files
 from utils.data.images import is_image
 from utils.data.published import without_comments
 from utils.errors import UserError
+from utils.files import load_json, parse_json
 
 CALTECH_CLUTTER = "257.clutter"
 """Caltech-256's folder of pictures that are in none of its 256 classes; left out unless a class list names it."""
@@ -117,7 +117,7 @@ def food101(root: Path, split: Split, labels: Iterable[str] | None = None) -> li
     for mode in ("train", "test"):
         file = folder / "meta" / f"{mode}.json"
         try:
-            listed = json_files.read(file)
+            listed = load_json(file)
         except UserError as error:
             raise UserError(f"{error} Delete {folder} and unpack it again.") from None
         for label, names in listed.items():
@@ -257,7 +257,7 @@ def read_class_list(file: Path) -> dict[str, str | None]:
                 label, *texts = re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1)
                 pairs.append((label, texts[0] if texts else None))
         else:
-            listed = json_files.parse(content.encode(), str(file))
+            listed = parse_json(content.encode(), str(file))
             items = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
             for key, value in items:
                 label, text = value if isinstance(value, list) else (key, value)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
-from utils.results.files import write_csv
+from utils.files import write_csv
 from utils.results.records import Phase
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import numpy as np
 from annotated_types import MinLen
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from utils import json_files
 from utils.errors import UserError
+from utils.files import load_json
 from utils.results.metrics import average_incremental_accuracy, backward_transfer, forgetting, forgetting_in_tens
 
 Classifier = Literal["cnn", "nme", "student", "svm"]
@@ -318,7 +318,7 @@ class Results(ResultsFile):
 
 def read_results(file: Path) -> ResultsFile:
     """The content of a results.json.  Raises UserError for a file that is none."""
-    content = json_files.read(file)
+    content = load_json(file)
     try:  # without the summary, which is worked out anew: earlier versions had less in it
         return ResultsFile.model_validate({**content, "summary": None} if isinstance(content, dict) else content)
     except ValidationError as error:
