@@ -122,8 +122,8 @@ def run(config: Config) -> ResultsFile:
         raise
     experiment.fabric.barrier()  # wait until rank 0 has written: an early exit looks like a crash to the others
     folder, results = experiment.output.folder, experiment.results
-    shown = table({config.model_name: (folder, results.compared())})
-    log.info("\n%s\n\nresults: %s", shown, folder / "results.json")
+    text = table({config.model_name: (folder, results.compared())})
+    log.info("\n%s\n\nresults: %s", text, folder / "results.json")
     return results
 
 

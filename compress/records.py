@@ -285,8 +285,8 @@ def read_mark(copy: Path) -> str | None:
     except OSError:
         return None
     # In JPEG's comment segment, or in a PNG's text chunk.
-    found = re.search(rb"(?:\xff\xfe\x00.|tEXtComment\x00)(ESCORT [0-9a-f]{12})", head, re.DOTALL)
-    return found[1].decode() if found else None
+    match = re.search(rb"(?:\xff\xfe\x00.|tEXtComment\x00)(ESCORT [0-9a-f]{12})", head, re.DOTALL)
+    return match[1].decode() if match else None
 
 
 def _flat(settings: Mapping[str, Any], text: str | None) -> dict[str, Any]:

@@ -138,5 +138,5 @@ def check(values: Mapping[str, Any]) -> None:
     for setting in SETTINGS:
         value = values.get(setting.name)
         if value is not None and not setting.is_possible(value):
-            given = repr(value) if isinstance(value, str) else setting.words(value)
-            raise UserError(f"{setting.option} {setting.bounds}, not {given}{setting.advice(value)}.")
+            text = repr(value) if isinstance(value, str) else setting.words(value)
+            raise UserError(f"{setting.option} {setting.bounds}, not {text}{setting.advice(value)}.")

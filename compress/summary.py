@@ -239,9 +239,9 @@ def seconds_per_copy(form: Form, generator: Generator, requests: list[Request]) 
     return whole / generator.batch_size * _mean(areas) / math.prod(typical.condition.size)
 
 
-def _steps(sampling: Sampling, asked: int) -> int:
+def _steps(sampling: Sampling, steps: int) -> int:
     """The steps that a sampler makes: DDIM may make more than it is asked for."""
-    return len(ddim_timesteps(asked)) if sampling.sampler == "ddim" else asked
+    return len(ddim_timesteps(steps)) if sampling.sampler == "ddim" else steps
 
 
 def _mean(values) -> float:

@@ -198,5 +198,5 @@ def _orphaned_folders(records: Records, mode: str) -> list[Path]:
     return [path for path in unknown if path.is_dir()]
 
 
-def _sizes(found: tuple[int, int], expected: tuple[int, int]) -> str:
-    return f"{found[0]} x {found[1]} instead of {expected[0]} x {expected[1]} pixels"
+def _sizes(size: tuple[int, int], expected: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]} instead of {expected[0]} x {expected[1]} pixels"

@@ -91,10 +91,10 @@ def _cells(entry: Entry | None) -> list[str]:
 
 def compare(options: argparse.Namespace) -> int:
     """What the command line asks for.  Returns the exit code."""
-    asked = read(options.config)
+    comparison = read(options.config)
     output = options.output or Path("outputs") / options.config.stem
     known = catalogue.methods()
-    methods = options.methods.split(",") if options.methods else [*asked.methods] or list(known)
+    methods = options.methods.split(",") if options.methods else [*comparison.methods] or list(known)
     if unknown := sorted(set(methods) - known.keys()):
         raise UserError(f"methods: {', '.join(unknown)} is not among {', '.join(known)}.")
     points: dict[tuple[str, str], Point] = {}  # by memory and method
@@ -103,11 +103,11 @@ def compare(options: argparse.Namespace) -> int:
         for method in methods:
             if memory != "real" and not known[method].uses_memory:
                 continue  # it keeps no exemplars, and runs once
-            overrides = (*asked.methods.get(method, ()), *options.overrides)
+            overrides = (*comparison.methods.get(method, ()), *options.overrides)
             try:
-                points[memory, method] = point_of(asked.config, method, memory, overrides, output)
+                points[memory, method] = point_of(comparison.config, method, memory, overrides, output)
             except UserError as error:
-                refused[f"{method}, {memory}"] = str(error).removeprefix(f"{asked.config}: ")
+                refused[f"{method}, {memory}"] = str(error).removeprefix(f"{comparison.config}: ")
     if not points:
         raise UserError(next(iter(refused.values())))
     wanted = [point for (memory, _), point in points.items() if options.only in (None, memory)]

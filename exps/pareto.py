@@ -77,8 +77,8 @@ def encode(plan: Plan, todo: Sequence[Point], jobs: int) -> dict[str, str]:
             done = call(COMPRESS, *where, *words, *settings, **threads(jobs))
         if not done.returncode:
             return None
-        said = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
-        return "; ".join([last_words(done), *said[-3:]] if done.returncode == 2 else said[-3:])
+        lines = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
+        return "; ".join([last_words(done), *lines[-3:]] if done.returncode == 2 else lines[-3:])
 
     forms = [form for form in copies if form in needed]
     failed = dict(zip(forms, for_each(forms, encode_form, jobs), strict=True))
@@ -158,8 +158,9 @@ def pareto(options: argparse.Namespace) -> int:
     part = {name: getattr(options, name) for name in ("seeds", "budgets", "forms", "methods")}
     sweep = read(options.file, options.output, **part)
     check(sweep)
-    measures = measured(sweep.config, [REAL, *sweep.kept], sweep.settings, *["--time"] * options.dry_run)
-    problems = [f"{form}: {of['error']}" for form, of in measures["forms"].items() if "error" in of]
+    time = ["--time"] if options.dry_run else []
+    measures = measured(sweep.config, [REAL, *sweep.kept], sweep.settings, *time)
+    problems = [f"{form}: {costs['error']}" for form, costs in measures["forms"].items() if "error" in costs]
     plan = Plan(sweep, measures)
     known, _ = plan.known()
     todo = [point for point in known if finished(point) is None and refusal(point) is None]
@@ -174,8 +175,8 @@ def pareto(options: argparse.Namespace) -> int:
     problems += [f"{form}: {words}" for form, words in unmade.items()]
 
     def points(failed):
-        found, more = plan.known(failed)
-        return [p for p in found if not (p.config["syn_form"] in unmade and p.config["regenerate"] == "ahead")], more
+        known, more = plan.known(failed)
+        return [p for p in known if not (p.config["syn_form"] in unmade and p.config["regenerate"] == "ahead")], more
 
     def write_finished() -> None:
         done = [point for point in plan.tested() if finished(point) is not None]
@@ -204,8 +205,9 @@ def _budget_only(options: argparse.Namespace) -> int:
     sweep = Sweep(config, rows, tuple(options.budgets), (), (1,), options.settings, "on_demand", Path("outputs"))
     measures = measured(config, [REAL, *sweep.kept], sweep.settings)
     tell(Plan(sweep, measures), [], [])
-    failed = [f"{form}: {found['error']}" for form, found in measures["forms"].items() if "error" in found]
-    print(*failed, sep="\n", end="\n" * bool(failed), file=sys.stderr)
+    failed = [f"{form}: {costs['error']}" for form, costs in measures["forms"].items() if "error" in costs]
+    if failed:
+        print(*failed, sep="\n", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -116,8 +116,8 @@ def read(
         raise UserError(f"{file}: two rows are called {twice[0]!r}. Give one of them another name.")
     names = {row.name: {c.form for c in row.candidates} | {row.name} for row in rows}
     if unknown := [form for form in forms if not any(form in of_row for of_row in names.values())]:
-        there = dict.fromkeys(candidate.form for row in rows for candidate in row.candidates)
-        raise UserError(f"{file}: no form {unknown[0]!r}; it has {', '.join(there)}.")
+        known_forms = dict.fromkeys(candidate.form for row in rows for candidate in row.candidates)
+        raise UserError(f"{file}: no form {unknown[0]!r}; it has {', '.join(known_forms)}.")
     rows = [row for row in rows if not forms or names[row.name] & set(forms)]
     sweep = Sweep(
         config,
@@ -218,8 +218,8 @@ def made_ahead(sweep: Sweep, candidate: Candidate, measures: Mapping[str, Any]) 
     form = candidate.keys["syn_form"]
     if form == REAL:
         return False
-    of_form = measures["forms"][form]
-    cheap = of_form["deterministic"] and not of_form.get("needs_model")
+    costs = measures["forms"][form]
+    cheap = costs["deterministic"] and not costs.get("needs_model")
     return sweep.copies == "ahead" or candidate.probability > 0 or cheap
 
 

@@ -99,9 +99,9 @@ class RMM(Method):
             return items
         chosen = []
         for target in self.data.phase_targets(self.phase):
-            of_class = [item for item in items if item.target == target]
-            number = self.nb_left(self.phase, len(of_class))
-            chosen += [of_class[i] for i in sorted(self.picked(target, len(of_class), number))]
+            class_items = [item for item in items if item.target == target]
+            number = self.nb_left(self.phase, len(class_items))
+            chosen += [class_items[i] for i in sorted(self.picked(target, len(class_items), number))]
         return chosen
 
     def picked(self, target: int, of: int, count: int) -> list[int]:

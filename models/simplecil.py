@@ -36,6 +36,6 @@ class SimpleCIL(Method, name="simplecil"):
         """The prototypes of the new classes are the means of all their images' features."""
         images = [self.data.train_images(target) for target in self.data.phase_targets(self.phase)]
         features = self.run.features(self.network, images, self.describe("prototypes"))
-        means = torch.stack([of_class.mean(dim=0) for of_class in features])
+        means = torch.stack([rows.mean(dim=0) for rows in features])
         with torch.no_grad():
             self.network.head.proxies[-1].copy_(means)

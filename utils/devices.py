@@ -152,8 +152,8 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # compilers raise anything
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = said[0] if said else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
         raise UserError(f"compile: torch.compile does not work here ({reason[:200]}). Set compile to false.") from error
 
 

@@ -58,9 +58,9 @@ def digests_of(paths: DatasetPaths, images: Iterable[Path], copies: int) -> dict
     to_read = MOST_READ // max(len(by_label), 1)
     with ThreadPoolExecutor(THREADS) as pool:
         classes = dict(zip(by_label, pool.map(lambda files: _of_class(files, to_read), by_label.values()), strict=True))
-    whole = hashlib.sha256(json.dumps([(label, *of_class[:2]) for label, of_class in classes.items()]).encode())
+    whole = hashlib.sha256(json.dumps([(label, *digest[:2]) for label, digest in classes.items()]).encode())
     return {
-        "files": sum(of_class[0] for of_class in classes.values()),
+        "files": sum(digest[0] for digest in classes.values()),
         "digest": whole.hexdigest()[:16],
         "classes": classes,
     }
@@ -68,7 +68,7 @@ def digests_of(paths: DatasetPaths, images: Iterable[Path], copies: int) -> dict
 
 def _of_class(files: Sequence[Path], to_read: int) -> list[Any]:
     """[number of files, digest, digest of times]."""
-    digest, times, found = hashlib.sha256(), hashlib.sha256(), 0
+    digest, times, nb_files = hashlib.sha256(), hashlib.sha256(), 0
     step = -(-len(files) // max(to_read, 1))
     for i, file in enumerate(files):
         try:
@@ -76,10 +76,10 @@ def _of_class(files: Sequence[Path], to_read: int) -> list[Any]:
             content = hashlib.sha256(file.read_bytes()).digest() if i % step == 0 else b""
         except OSError:
             continue
-        found += 1
+        nb_files += 1
         digest.update(os.fsencode(f"{file.name}\0{status.st_size}\0") + content)
         times.update(f"{status.st_mtime_ns} ".encode())
-    return [found, digest.hexdigest()[:16], times.hexdigest()[:16] if step > 1 else ""]
+    return [nb_files, digest.hexdigest()[:16], times.hexdigest()[:16] if step > 1 else ""]
 
 
 def check_copies(paths: DatasetPaths, form: Form, images: Iterable[Path], copies: int) -> None:

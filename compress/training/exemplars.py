@@ -127,9 +127,9 @@ def filled_in(config: Config, form: str, images: Sequence[Sequence[Path]], cost:
     sizes = {class_images[0].parent.name: len(class_images) for class_images in images}
     units = {"real": 1.0, form: 1 / 24}
     if config.syn_per_class:
-        of_first = [cost.units(class_images[0]) for class_images in images]
-        known = [number for number in of_first if number is not None]
-        if len(known) < len(of_first):
+        firsts = [cost.units(class_images[0]) for class_images in images]
+        known = [number for number in firsts if number is not None]
+        if len(known) < len(firsts):
             raise UserError(f"syn_form: {form} has no count in units. Set budget_in=bytes and memory_bytes_per_class.")
         units[form] = statistics.median(known)
     real = config.real_per_class

@@ -57,7 +57,7 @@ class OnDemand(Copies):
         by_root: dict[Path, list[Path]] = {}
         for image in images:
             by_root.setdefault(image.parents[2], []).append(image)
-        return sum(self._make(root, of_root, with_copies) for root, of_root in by_root.items())
+        return sum(self._make(root, root_images, with_copies) for root, root_images in by_root.items())
 
     def _make(self, root: Path, images: Sequence[Path], with_copies: bool) -> int:
         """The same, for images of one dataset folder."""

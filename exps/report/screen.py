@@ -23,9 +23,9 @@ def table(runs: Runs, width: int | None = None) -> str:
     """
     compared = entries(runs)
     nb_phases = max(len(entry.results.summary.classes_seen) for entry in compared)
-    shown: dict[str, list[str]] = {"": [entry.title for entry in compared]}
+    rows: dict[str, list[str]] = {"": [entry.title for entry in compared]}
     for phase in range(nb_phases):
-        shown[f"phase {phase}"] = [mean_std(_at(entry, phase)) for entry in compared]
+        rows[f"phase {phase}"] = [mean_std(_at(entry, phase)) for entry in compared]
     spreads: dict[str, list[Spread | None]] = {
         "average": [entry.averages.average_incremental_accuracy for entry in compared],
         "forgetting": [entry.averages.forgetting for entry in compared],
@@ -35,12 +35,12 @@ def table(runs: Runs, width: int | None = None) -> str:
     if _say_more(spreads["forgetting"], transfer := [entry.averages.backward_transfer for entry in compared], -1):
         spreads["transfer"] = transfer
     spreads["units"] = [entry.results.summary.units for entry in compared]
-    shown |= {title: [mean_std(value) for value in values] for title, values in spreads.items()}
-    shown["bytes"] = [mean_std(entry.results.summary.bytes, 0) for entry in compared]
-    shown["seconds"] = [mean_std(entry.results.summary.seconds, 0) for entry in compared]
+    rows |= {title: [mean_std(value) for value in values] for title, values in spreads.items()}
+    rows["bytes"] = [mean_std(entry.results.summary.bytes, 0) for entry in compared]
+    rows["seconds"] = [mean_std(entry.results.summary.seconds, 0) for entry in compared]
     several = any(len(entry.orders) > 1 for entry in compared)
     legend = "\n\nmean ± standard deviation over class orders" if several else ""
-    return columns(list(shown), list(zip(*shown.values(), strict=True)), width) + legend
+    return columns(list(rows), list(zip(*rows.values(), strict=True)), width) + legend
 
 
 def _at(entry: Entry, phase: int) -> Spread | None:

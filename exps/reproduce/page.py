@@ -51,7 +51,7 @@ def _recorded(entry: Mapping[str, Any], key: str) -> str:
 
 def _note(table: Table, row: Row, entry: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, entry["seeds"]))
-    made = f"recorded {entry['date']}, class orders {seeds}" + f"; {entry['note']}" * bool(entry["note"])
+    made = f"recorded {entry['date']}, class orders {seeds}" + (f"; {entry['note']}" if entry["note"] else "")
     remark = f" {row.note}." if row.note else ""
     return f"- `{row.name}`: {made}. Published in [{table.source}, {table.table}]({table.url}). {table.note}{remark}"
 

@@ -168,10 +168,10 @@ def fingerprint(settings: Mapping[str, Any], files: Iterable[Path], root: Path) 
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for folder, group in itertools.groupby(files, key=lambda file: file.parent):
-        of_folder, there = list(group), _stamps(folder)
-        digest.update(os.fsencode(f"{folder.relative_to(root).as_posix()}\0{content_digest(of_folder)}\0"))
-        for file in of_folder:
-            digest.update(os.fsencode(f"{file.name}\0{there.get(file.name, -1)}\0"))
+        folder_files, stamps = list(group), _stamps(folder)
+        digest.update(os.fsencode(f"{folder.relative_to(root).as_posix()}\0{content_digest(folder_files)}\0"))
+        for file in folder_files:
+            digest.update(os.fsencode(f"{file.name}\0{stamps.get(file.name, -1)}\0"))
     return digest.hexdigest()[:24]
 
 

@@ -100,9 +100,9 @@ class Epochs:
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if self.config.backbone_lrate is None:
             return trained
-        of_backbones = {id(parameter) for module in network.backbones() for parameter in module.parameters()}
-        heads = [parameter for parameter in trained if id(parameter) not in of_backbones]
-        backbone = [parameter for parameter in trained if id(parameter) in of_backbones]
+        in_backbones = {id(parameter) for module in network.backbones() for parameter in module.parameters()}
+        heads = [parameter for parameter in trained if id(parameter) not in in_backbones]
+        backbone = [parameter for parameter in trained if id(parameter) in in_backbones]
         groups: list[dict[str, Any]] = [{"params": heads}, {"params": backbone, "lr": self.config.backbone_lrate}]
         return [group for group in groups if group["params"]]
 
@@ -290,8 +290,8 @@ def parts(images: Tensor, targets: Tensor, number: int, sizes: tuple[int, int], 
     Gradients add up over the parts of a process and are averaged over processes.  So the mean loss of n images out of
     the N of all counts n/N times the number of processes: the sum over all parts is the mean over the N images.
     """
-    own, of_all = sizes
+    own, total = sizes
     pieces = list(zip(*(tensor.chunk(number if own else 1) for tensor in (images, targets)), strict=True))
     for i, (some, their_targets) in enumerate(pieces):
         size = len(some) if own else 0
-        yield Part(some, their_targets, size, size * nb_processes / of_all, last=i + 1 == len(pieces))
+        yield Part(some, their_targets, size, size * nb_processes / total, last=i + 1 == len(pieces))

@@ -53,8 +53,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--data", type=cli.path, metavar="DIR", help=data)
     what = "head: the network's logits; nme: the nearest class mean, which often forgets less"
     default = None if command == "evaluate" else "head"
-    shown = "both, as far as the run has them" if default is None else default
-    parser.add_argument("--classifier", choices=("head", "nme"), default=default, help=f"{what} (default: {shown})")
+    fallback = default or "both, as far as the run has them"
+    parser.add_argument("--classifier", choices=("head", "nme"), default=default, help=f"{what} (default: {fallback})")
     where = {
         "predict": "the CSV (default: the terminal)",
         "evaluate": "write all figures there too, as JSON",

@@ -106,8 +106,8 @@ def _choose(folder: Path, seed: int | None, phase: int | None) -> tuple[int, int
     if phase is None:
         phase = saved[seed][-1]
     if phase not in saved[seed]:
-        there = ", ".join(map(str, saved[seed]))
-        raise UserError(f"--phase: the network of {phase} is not kept, only of {there} (keep_checkpoints=0 keeps all).")
+        kept = f"only of {', '.join(map(str, saved[seed]))}"
+        raise UserError(f"--phase: the network of {phase} is not kept, {kept} (keep_checkpoints=0 keeps all).")
     return seed, phase
 
 

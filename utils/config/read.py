@@ -198,8 +198,8 @@ def _in_words(error: ValidationError, entry: Entry) -> str:
     faults = [pair for pair in faults if pair[1] == index]  # of a union one for each type
     words = [fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be") for fault, _ in faults]
     text = re.sub(", (unable to|got a) [^,]*", "", " or ".join(dict.fromkeys(words)).replace(" or must be", " or"))
-    shown = as_json(fault["input"]) if index else entry.shown
-    return "".join(f"[{i}]" for i in index) + f" {text}" + (", not " if text.startswith("must") else ": ") + shown
+    value = as_json(fault["input"]) if index else entry.shown
+    return "".join(f"[{i}]" for i in index) + f" {text}" + (", not " if text.startswith("must") else ": ") + value
 
 
 def _is_among(value: str, choices: Sequence[str]) -> bool:

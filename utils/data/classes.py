@@ -85,7 +85,7 @@ class DataManager(PhasedClasses):
         listed = dict(zip(self.class_order, zip(self.class_names, self._train, self._test, strict=True), strict=True))
         other = copy.copy(self)
         other.class_order = np.random.RandomState(seed).permutation(self.nb_classes).tolist()
-        names, train, test = zip(*(listed[place] for place in other.class_order), strict=True)
+        names, train, test = zip(*(listed[index] for index in other.class_order), strict=True)
         other.class_names, other._train, other._test = list(names), list(train), list(test)
         return other
 

@@ -194,10 +194,10 @@ class ClassOrder(ByClassifier[OverPhases]):
 def _over_phases(phases: Sequence[Phase], classifier: str, class_names: Sequence[str]) -> OverPhases | None:
     """None where nearest means are not used; where another classifier is not, the head stands in, as in phase 0 for
     FOSTER's student."""
-    found = [getattr(phase, classifier) for phase in phases]
-    if classifier == "nme" and None in found:
+    measured = [getattr(phase, classifier) for phase in phases]
+    if classifier == "nme" and None in measured:
         return None
-    by_phase: list[Metrics] = [metrics or phase.cnn for metrics, phase in zip(found, phases, strict=True)]
+    by_phase: list[Metrics] = [metrics or phase.cnn for metrics, phase in zip(measured, phases, strict=True)]
     top1 = [metrics.top1 for metrics in by_phase]
     per_phase = [metrics.per_phase for metrics in by_phase]
     curves = itertools.zip_longest(*(metrics.per_class.values() for metrics in by_phase))
