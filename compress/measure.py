@@ -21,7 +21,6 @@ import numpy as np
 
 from compress.forms import Form
 from compress.options import Machine, fitting_preset, parse_settings
-from compress.settings import at_least_one
 from utils import cli
 from utils.data.images import image_bits, read_image
 from utils.data.paths import DatasetPaths, data_dir, find_dataset
@@ -94,7 +93,7 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--forms", default=REAL, help="names with commas between them, `real` for image files")
     parser.add_argument("--settings", default="", help="options of compress/run.py about settings and model")
-    parser.add_argument("--sample", type=at_least_one, default=64, metavar="N", help="images to look at [64]")
+    parser.add_argument("--sample", type=cli.at_least(1), default=64, metavar="N", help="images to look at [64]")
     parser.add_argument("--time", action="store_true", help="also time a copy with the model")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from compress.forms import Form, examples, form_named
 from compress.presets import FAST, PRESETS
-from compress.settings import SETTINGS, at_least_one, finite
+from compress.settings import SETTINGS, finite
 from utils import cli
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
@@ -142,7 +142,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--classes", metavar="A,B", action="append", default=[], help="only these class labels (may be repeated)"
     )
-    data.add_argument("--limit", metavar="N", type=at_least_one, help="only the first N images of each class")
+    data.add_argument("--limit", metavar="N", type=cli.at_least(1), help="only the first N images of each class")
     data.add_argument(
         "--seeds",
         metavar="K",
@@ -230,7 +230,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         choices=("auto", *PRECISIONS),
         help="what the networks compute in [bf16 where the device has it, else fp16/fp32]",
     )
-    machine.add_argument("--batch-size", metavar="N", type=at_least_one, help="copies made at a time [by device]")
+    machine.add_argument("--batch-size", metavar="N", type=cli.at_least(1), help="copies made at a time [by device]")
     machine.add_argument("--low-memory", action="store_true", help="keep on the GPU only the network that is at work")
     machine.add_argument(
         "--engine",

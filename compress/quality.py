@@ -29,7 +29,6 @@ from compress.forms.edges import Edges
 from compress.options import fitting_preset
 from compress.presets import PRESETS
 from compress.records import recorded_settings
-from compress.settings import at_least_one
 from utils import cli
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
@@ -216,8 +215,8 @@ def command(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--form", default="edges", help="whose copies: edges, text, webp:10@64, ... [edges]")
     parser.add_argument("--keep-apart", metavar="NAME", default="", help="the variant, as compress/run.py has it")
     parser.add_argument("--resolution", choices=(*PRESETS, "auto"), default="auto")
-    parser.add_argument("--images", metavar="N", type=at_least_one, default=20, help="of each class [20]")
-    parser.add_argument("--epochs", metavar="N", type=at_least_one, help="of the classifier [8, or 300 updates]")
+    parser.add_argument("--images", metavar="N", type=cli.at_least(1), default=20, help="of each class [20]")
+    parser.add_argument("--epochs", metavar="N", type=cli.at_least(1), help="of the classifier [8, or 300 updates]")
     parser.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the measures there")
     options = parser.parse_args(arguments)
     plain = DatasetPaths(data_dir(options.data_dir), options.dataset)

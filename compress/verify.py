@@ -15,8 +15,8 @@ from compress.overlap import Budget, map_ahead
 from compress.plan import Plan, Task
 from compress.records import Records, State, read_mark
 from compress.regenerate import MOST_PIXELS, reason
+from utils.cli import nb_cores
 from utils.data.images import image_bits, read_image
-from utils.devices import nb_cores
 from utils.files import temporary_files
 
 MISSING, UNREADABLE = "missing", "unreadable"

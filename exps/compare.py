@@ -23,7 +23,6 @@ from exps.grid import finish
 from exps.points import Point, checked_config, finished
 from exps.report.entries import Entry, entries
 from exps.report.tables import columns, markdown, mean_std
-from exps.runs import at_least_one
 from models import catalogue
 from utils import cli
 from utils.config.read import read_json
@@ -140,7 +139,7 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--methods", help="separated by commas (default: all)")
     parser.add_argument("--only", choices=MEMORIES, help="carry out one kind of runs; the table has what is there")
     parser.add_argument(
-        "--jobs", type=at_least_one, default=1, metavar="N", help="runs at a time (default: %(default)s)"
+        "--jobs", type=cli.at_least(1), default=1, metavar="N", help="runs at a time (default: %(default)s)"
     )
     parser.add_argument("--output", type=cli.path, metavar="DIR", help="default: outputs/<name of the config>")
     return compare(parser.parse_intermixed_args(cli.options_as_overrides(parser, argv)))

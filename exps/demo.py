@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from exps.runs import nb_cores
 from exps.sweep import read
 from utils import cli
+from utils.cli import nb_cores
 from utils.config.read import read_json
 from utils.errors import UserError
 

@@ -42,7 +42,7 @@ from exps.points import Point, finished, refusal, results_of
 from exps.report.comparison import as_cells, as_markdown, notes, table_rows, verdict
 from exps.report.entries import entries
 from exps.report.tables import columns
-from exps.runs import COMPRESS, at_least_one, call, for_each, last_words, measured, threads
+from exps.runs import COMPRESS, call, for_each, last_words, measured, threads
 from exps.submit import submit
 from exps.sweep import REAL, Candidate, Plan, Row, Sweep, check, made_ahead, read
 from utils import cli
@@ -222,14 +222,14 @@ def command(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("file", type=cli.path, nargs="?", help="such as exps/pareto_digits.json")
     parser.add_argument("--dry-run", action="store_true", help="tell exemplars, runs, hours and disk, and keep nothing")
-    parser.add_argument("--jobs", type=at_least_one, default=1, metavar="N", help="runs at a time [%(default)s]")
+    parser.add_argument("--jobs", type=cli.at_least(1), default=1, metavar="N", help="runs at a time [%(default)s]")
     parser.add_argument("--seeds", type=_numbers, default=[], metavar="A,B", help="class orders in place of the file's")
     parser.add_argument("--budgets", type=_numbers, default=[], metavar="A,B", help="bytes, in place of the file's")
     parser.add_argument("--forms", type=_names, default=[], metavar="A,B", help="only these of the file's forms")
     parser.add_argument("--methods", type=_names, default=[], metavar="A,B", help="in place of the file's")
     parser.add_argument("--output", type=cli.path, metavar="DIR", help="default: outputs/<name of the file>")
     parser.add_argument(
-        "--submit", type=at_least_one, metavar="N", help="start this command N times on SLURM (needs submitit)"
+        "--submit", type=cli.at_least(1), metavar="N", help="start this command N times on SLURM (needs submitit)"
     )
     parser.add_argument(
         "--slurm", action="append", default=[], metavar="KEY=VALUE", help="of submitit, such as timeout_min=600"

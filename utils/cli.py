@@ -202,6 +202,11 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def nb_cores() -> int:
+    """CPU cores that this process may use; on macOS, all of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """A type for argparse: a whole number of `least` or more; commas and underscores may group its digits."""
 

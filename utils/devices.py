@@ -157,11 +157,6 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f"compile: torch.compile does not work here ({reason[:200]}). Set compile to false.") from error
 
 
-def nb_cores() -> int:
-    """CPU cores that this process may use; on macOS, all of the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def accelerator(device: str | list[int]) -> tuple[str, int | list[int]]:
     """Lightning Fabric's (accelerator, devices) of a device: auto, cpu, cuda, cuda:N or the numbers of CUDA devices.
 

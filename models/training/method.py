@@ -190,6 +190,11 @@ class Method(abc.ABC):
         """B x nb_old."""
         return self.old_outputs(images).logits
 
+    def new_features(self, purpose: str) -> list[Tensor]:
+        """Features of all images of each of the phase's new classes, N x D each.  purpose: for the progress bar."""
+        images = [self.data.train_images(target) for target in self.data.phase_targets(self.phase)]
+        return list(self.run.features(self.network, images, self.describe(purpose)))
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up the network and `state` of a finished phase, from its checkpoint."""
         load_network(self.network, self.data, state)

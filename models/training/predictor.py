@@ -13,11 +13,11 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from models.networks import ClassifierNet, Outputs
 from utils import log as logs
+from utils.cli import nb_cores
 from utils.config.schema import Config
 from utils.data.batches import Batched, ImageSet, batch_loader
 from utils.data.cache import PictureCache
 from utils.data.phases import PhasedClasses
-from utils.devices import nb_cores
 from utils.fabric import Fabric, all_reduce
 
 _ROWS = 4096

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from models.use.learner import Learner
+from utils.cli import nb_cores
 from utils.data.images import UnreadableImage, is_image, read_prepared
-from utils.devices import nb_cores
 from utils.errors import UserError
 
 SHOWN = 5
