@@ -203,11 +203,6 @@ def table(measures: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def default_epochs(nb_pictures: int) -> int:
-    """Eight, or as many as 300 updates take."""
-    return max(8, ceil(300 / ceil(nb_pictures / BATCH_SIZE)))
-
-
 def command(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m compress.quality", description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", metavar="D", help="folder of all datasets [$ESCORT_DATA_DIR, else ./data]")
@@ -231,7 +226,8 @@ def command(arguments: Sequence[str] | None) -> int:
         )
     if not rest:
         raise UserError(f"{paths.folder('train')}: a class needs two images at least, one to train the classifier on.")
-    measures = measure(looked, rest, form, options.epochs or default_epochs(len(rest)))
+    epochs = options.epochs or max(8, ceil(300 / ceil(len(rest) / BATCH_SIZE)))  # 300 updates or more
+    measures = measure(looked, rest, form, epochs)
     print(table(measures))
     if options.json:
         made_by = recorded_settings(paths.folder("copies"), measures["classes"])

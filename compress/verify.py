@@ -171,7 +171,8 @@ class _Check:
                 continue
             mark = read_mark(path)
             if copy_size != size:
-                faults[k] = Fault(path, "copy", WRONG_SIZE, _sizes(copy_size, size))
+                sizes = "{} x {} instead of {} x {} pixels".format(*copy_size, *size)
+                faults[k] = Fault(path, "copy", WRONG_SIZE, sizes)
             elif mark is None and state is not State.MIXED:
                 unmarked += 1
             elif mark not in wanted:
@@ -196,7 +197,3 @@ def _orphaned_folders(records: Records, mode: str) -> list[Path]:
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     unknown = (folder / name for name in names if not name.startswith(".") and name not in records.copies.texts)
     return [path for path in unknown if path.is_dir()]
-
-
-def _sizes(size: tuple[int, int], expected: tuple[int, int]) -> str:
-    return f"{size[0]} x {size[1]} instead of {expected[0]} x {expected[1]} pixels"

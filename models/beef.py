@@ -165,10 +165,7 @@ class BEEF(Method, name="beefiso"):
         """The exemplars, and at random as many images of each new class."""
         exemplars = self.memory.items()
         each = max(Counter(item.target for item in exemplars).values())
-        return [*exemplars, *(item for target in self.new_targets() for item in self.some(target, each))]
-
-    def new_targets(self) -> range:
-        return range(self.nb_old, self.nb_seen)
+        return [*exemplars, *(item for target in range(self.nb_old, self.nb_seen) for item in self.some(target, each))]
 
     def some(self, target: int, count: int) -> list[Item]:
         """So many of a new class's images, all where there are fewer."""

@@ -24,7 +24,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     such as of a full or a read-only disk, names the target and not the temporary file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{temporary_prefix()}{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{socket.gethostname()}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
             write(file)
@@ -35,11 +35,6 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None
         raise
-
-
-def temporary_prefix() -> str:
-    """What the names of this process's half-written files begin with: "." host "." process "-"."""
-    return f".{socket.gethostname()}.{os.getpid()}-"
 
 
 def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:

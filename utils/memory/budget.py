@@ -167,11 +167,5 @@ def _units(quotas: Quotas, costs: Mapping[str, float]) -> float:
 
 def _in_words(quotas: Quotas, costs: Mapping[str, float]) -> str:
     """Such as "18 real + 48 edges x 1/24"."""
-    return " + ".join(
-        f"{number} {form}" if costs.get(form, 1) == 1 else f"{number} {form} x {_fraction(costs[form])}"
-        for form, number in quotas
-    )
-
-
-def _fraction(cost: float) -> Fraction:
-    return Fraction(cost).limit_denominator(10_000)
+    cost = {form: Fraction(costs.get(form, 1)).limit_denominator(10_000) for form, _ in quotas}
+    return " + ".join(f"{n} {form}" if cost[form] == 1 else f"{n} {form} x {cost[form]}" for form, n in quotas)
