@@ -69,7 +69,7 @@ class FormMemory(Record):
 
 
 class Memory(Record):
-    """The exemplar memory (`utils.memory.report`); units: raw bits over the raw bits of a real image."""
+    """The exemplar memory (`ExemplarMemory.report`); units: raw bits over the raw bits of a real image."""
 
     units_total: float | None
     bytes_total: int
