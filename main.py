@@ -169,7 +169,7 @@ def prepare(config: Config) -> "Experiment":
 
     phase0_cache = Path(config.phase0_cache) if config.phase0_cache else output.folder / "phase0_cache"
     pixel_cache = Path(os.path.abspath(phase0_cache)).parent / "pixel_cache"  # "." has no name that could be replaced
-    transform, size = data.train_transform.prepare, data.decoded_bytes
+    transform, size = data.defaults.train_transform.prepare, data.decoded_bytes
     pixels = open_cache(config.cache, config.cache_gib, pixel_cache, paths.root, transform, size, data.folders)
     return Experiment(config, orders, exemplars, fabric, output, phase0_cache, pixels)
 

@@ -154,7 +154,7 @@ class RMM(Method):
 
     @torch.no_grad()
     def logits_in_training_mode(self, images: Sequence[Path]) -> Tensor:
-        dataset = ImageSet(images, [0] * len(images), self.data.test_transform, self.run.pixels)
+        dataset = ImageSet(images, [0] * len(images), self.data.defaults.test_transform, self.run.pixels)
         batches = BatchSampler(range(len(images)), self.config.batch_size, drop_last=False)
         self.network.train()
         logits = []

@@ -229,7 +229,7 @@ def fresh_backbone(
             increments = c.increment if isinstance(c.increment, list) else [c.increment]
             equal = all(increment == c.init_cls for increment in increments)
             stem = stem or ("7x7" if equal else "3x3")
-            backbone = build_backbone(c.convnet_type, data.image_kind, stem, c.pretrained, weights)
+            backbone = build_backbone(c.convnet_type, data.defaults.image_kind, stem, c.pretrained, weights)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{'pretrained' if c.pretrained else 'convnet_type'}: {error}.") from None
     return backbone.requires_grad_(not c.freeze_backbone)

@@ -63,7 +63,7 @@ def _path(run: Run, method: Method) -> Path:
         "layers": [str(layer) for layer in backbone.children()],
         "head": [list(parameter.shape) for parameter in head.parameters()],
         "transform": str(run.train_transform(method.augmentation)),
-        "normalise": str(data.normalise),
+        "normalise": str(data.defaults.normalise),
         "classes": [data.class_names[target] for target in data.phase_targets(0)],
         "schedule": list(method.schedule()),
         "processes": run.fabric.world_size,

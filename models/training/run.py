@@ -132,8 +132,8 @@ class Run(Predictor):
 
     def train_transform(self, augmentation: Augmentation | None) -> TrainTransform:
         """augmentation: in place of the config's."""
-        data = self.data
-        return data.train_transform if augmentation is None else data.defaults_with(augmentation).train_transform
+        defaults = self.data.defaults if augmentation is None else self.data.defaults_with(augmentation)
+        return defaults.train_transform
 
     def class_means(
         self, network: ClassifierNet, targets: Iterable[int], description: str = "", loader: DataLoader | None = None

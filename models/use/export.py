@@ -56,7 +56,7 @@ def description(learner: Learner) -> dict[str, Any]:
 
 def transform(learner: Learner) -> dict[str, Any]:
     """The transform of evaluation, as the JSON says it."""
-    test, normalise = learner.data.test_transform, learner.data.normalise
+    test, normalise = learner.data.defaults.test_transform, learner.data.defaults.normalise
     if isinstance(test, LargeTest):
         steps = {"resize": test.resize, "not_resized_from": test.resize, "interpolation": test.mode, "crop": test.side}
     else:

@@ -39,7 +39,7 @@ def rows(learner: Learner, images: Sequence[Path], broken: list[str]) -> Iterato
     broken: gets a message for each picture that can't be read, which has no row.
     """
     predictor, names = learner.predictor, learner.class_names
-    prepare, size = learner.data.test_transform.prepare, learner.config.batch_size
+    prepare, size = learner.data.defaults.test_transform.prepare, learner.config.batch_size
 
     def read(path: Path) -> np.ndarray | str:
         try:
@@ -55,7 +55,7 @@ def rows(learner: Learner, images: Sequence[Path], broken: list[str]) -> Iterato
             good = [(path, picture) for path, picture in read_ones if not isinstance(picture, str)]
             if not good:
                 continue
-            pictures = predictor.to_device(learner.data.test_transform([picture for _, picture in good]))
+            pictures = predictor.to_device(learner.data.defaults.test_transform([picture for _, picture in good]))
             with torch.inference_mode(), predictor.fabric.autocast():
                 outputs = learner.network(pictures)
             best = learner.confidences(outputs).cpu().topk(min(SHOWN, len(names)))

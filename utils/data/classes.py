@@ -114,7 +114,7 @@ class DataManager(PhasedClasses):
     @property
     def decoded_bytes(self) -> int:
         """Of all train images, decoded; an estimate."""
-        width, height = self.picture_size if self.image_kind == "large" else (32, 32)
+        width, height = self.picture_size if self.defaults.image_kind == "large" else (32, 32)
         return 3 * width * height * sum(map(len, self._train))
 
     def check_phases(self, first: int) -> bool:

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 
-from utils.data.augment import Normalise, TestTransform, TrainTransform
-from utils.data.datasets import Augmentation, DatasetDefaults, ImageKind, NetworkInput, dataset_defaults
+from utils.data.datasets import Augmentation, DatasetDefaults, NetworkInput, dataset_defaults
 
 
 class PhasedClasses:
@@ -47,24 +46,6 @@ class PhasedClasses:
     def seen_targets(self, phase: int) -> range:
         """The targets of all classes seen by the end of a phase."""
         return range(self.phase_targets(phase).stop)
-
-    @property
-    def image_kind(self) -> ImageKind:
-        """ "small" (32 x 32 inputs) or "large" (224 x 224 inputs, or what `network_input` says)."""
-        return self.defaults.image_kind
-
-    @property
-    def train_transform(self) -> TrainTransform:
-        return self.defaults.train_transform
-
-    @property
-    def test_transform(self) -> TestTransform:
-        return self.defaults.test_transform
-
-    @property
-    def normalise(self) -> Normalise:
-        """From pictures as the transforms leave them to what networks take."""
-        return self.defaults.normalise
 
     @cached_property
     def defaults(self) -> DatasetDefaults:
