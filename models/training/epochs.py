@@ -77,7 +77,7 @@ class Epochs:
             warn_of_rising_loss(training.name, losses)
             if not all(bool(parameter.isfinite().all()) for parameter in self.method.network.parameters()):
                 raise self._diverged(training, f"a weight is not finite after epoch {stage.schedule.epochs}")
-        self.run.share(self.method.network)
+        self.run.broadcast_network(self.method.network)
         return {"stage": stage.name, "epochs": stage.schedule.epochs, "loss": loss, "accuracy": accuracy}
 
     def _set_up(self, stage: Stage, place: Place) -> _Training:
@@ -235,7 +235,7 @@ class EpochLog:
         self.bar.set_postfix_str(f"epoch {number}, loss {loss:.3f}, run {logs.clock(left)}", refresh=False)
         if self.run.history:
             epoch = training.first_epoch + number
-            self.run.history.epoch(
+            self.run.history.add_epoch(
                 self.method.phase,
                 training.stage.name,
                 epoch,

@@ -97,7 +97,7 @@ class Run(Predictor):
         torch.compiler.reset()  # networks of earlier phases and stages would count against the limit of compilations
         return cast(nn.Module, torch.compile(network))
 
-    def share(self, network: nn.Module) -> None:
+    def broadcast_network(self, network: nn.Module) -> None:
         """Give every process the first one's network: each has batch norm statistics of its own."""
         if self.fabric.world_size == 1:
             return

@@ -59,7 +59,7 @@ class Trainer:
             self.records.append(record)
             within = None
             if self.run.history:  # before the checkpoint: a run that goes on from it finds the phase's history whole
-                self.run.history.phase(record)
+                self.run.history.add_phase(record)
             self.save_phase()
             self._log_results(record)
             if after_phase:
@@ -74,7 +74,7 @@ class Trainer:
         training = self.train(within)
         self.run.seed_torch(phase + 1)  # whether the training was done here, or before the run was killed
         self.method.after_training()
-        self.run.share(self.method.network)  # what each process has worked out may differ in the last bits
+        self.run.broadcast_network(self.method.network)  # what each process has worked out may differ in the last bits
         trained = time.perf_counter()
         copies = self.choose_exemplars()
         chosen = time.perf_counter()

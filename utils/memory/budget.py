@@ -26,7 +26,7 @@ FILL = 2**31
 """A quota's number that stands for "as many as the rest of the budget holds"."""
 
 
-def share(units: float, quotas: Quotas, costs: Mapping[str, float]) -> list[int]:
+def counts_within(units: float, quotas: Quotas, costs: Mapping[str, float]) -> list[int]:
     """How many whole exemplars of each form `units` hold, in the ratio of the quotas.
 
     costs: units of one exemplar, by form.  With f = units / sum(n x cost) it is floor(n f) for each quota n: 2,000
@@ -130,11 +130,13 @@ def fitting(
 
 def check_total(total: float, nb_classes: int, quotas: Quotas, costs: Mapping[str, float], least: int = 1) -> None:
     """Raises UserError if `total` units, shared by `nb_classes` classes, hold less than `least` exemplars for each."""
-    if sum(share(total / nb_classes, quotas, costs)) < least:
+    if sum(counts_within(total / nb_classes, quotas, costs)) < least:
         few = "not one exemplar" if least == 1 else f"less than the {least} exemplars that the method needs"
         ratio = " to ".join(f"{number} {form}" for form, number in quotas)
         larger = range(int(total) + 1, 100 * nb_classes * least)
-        enough = next((units for units in larger if sum(share(units / nb_classes, quotas, costs)) >= least), None)
+        enough = next(
+            (units for units in larger if sum(counts_within(units / nb_classes, quotas, costs)) >= least), None
+        )
         raise UserError(
             f"memory_size = {total:g} units are {total / nb_classes:.3g} for each of {nb_classes} classes: {few} in "
             f"the ratio of {ratio}. Raise memory_size{'' if enough is None else f' to at least {enough}'}."

@@ -13,7 +13,7 @@ import torch
 from utils.data.items import REAL, Item
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory.budget import ROUNDING, Quotas, fitting, moved_boundaries, share
+from utils.memory.budget import ROUNDING, Quotas, counts_within, fitting, moved_boundaries
 from utils.memory.forms import ExemplarForm
 from utils.memory.selection import SELECTIONS, select
 from utils.memory.share import ClassShare, row_of
@@ -50,10 +50,10 @@ class ExemplarMemory:
     own budget; bytes_budget: bytes per class, in place of units; selection: one of `SELECTIONS`; seed: for selection
     "random".
 
-    With a total, n classes have total / n units each, and the quotas are but a ratio (`share`).  As classes arrive,
-    each keeps the start of its list and the boundaries between forms move towards the start: an exemplar that no longer
-    fits in its form passes to the next one, and the last are dropped.  A class thus holds what it would hold had it
-    been given its present share at once.
+    With a total, n classes have total / n units each, and the quotas are but a ratio (`counts_within`).  As classes
+    arrive, each keeps the start of its list and the boundaries between forms move towards the start: an exemplar that
+    no longer fits in its form passes to the next one, and the last are dropped.  A class thus holds what it would hold
+    had it been given its present share at once.
 
     With a budget in bytes, a quota's number is the most that a class keeps in that form: in order of choice, exemplars
     are kept until the next one no longer fits.  What counts is the class's part of the memory's file
@@ -150,7 +150,7 @@ class ExemplarMemory:
             return [number for _, number in self.quotas]
         costs = self._costs([(form, images[0]) for form in self.forms_in_use])
         costs_of_forms = dict(zip(self.forms_in_use, costs, strict=True))
-        return share(self.total / self._nb_classes if units is None else units, self.quotas, costs_of_forms)
+        return counts_within(self.total / self._nb_classes if units is None else units, self.quotas, costs_of_forms)
 
     def _drop_excess(self, target: int) -> None:
         """Drop a class's last exemplars that are not real until it is within its budget."""
