@@ -139,8 +139,8 @@ def edges_found(prompts: Sequence[np.ndarray], copies: Sequence[np.ndarray], rea
     """
     maps = [cv2.resize(p, e.shape[::-1], interpolation=cv2.INTER_LINEAR) for e, p in zip(prompts, copies, strict=True)]
     counts = [near(prompt, cv2.Canny(picture, 100, 200), reach) for prompt, picture in zip(prompts, maps, strict=True)]
-    found, total = np.sum(counts, axis=0)
-    return float(found / total) if total else float("nan")
+    near_edges, total = np.sum(counts, axis=0)
+    return float(near_edges / total) if total else float("nan")
 
 
 def near(prompt: np.ndarray, edges: np.ndarray, reach: int) -> tuple[int, int]:

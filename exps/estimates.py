@@ -92,12 +92,12 @@ def tell(plan: Plan, known: Sequence[Point], todo: Sequence[Point]) -> None:
     copies = f"copies: up to {sum(number for number, _ in made.values()):,}, {_hours(seconds)}"
     training = 0.0
     for method in sweep.methods:
-        of_method = [point for point in todo if point.config["model_name"] == method]
-        if of_method:
+        method_points = [point for point in todo if point.config["model_name"] == method]
+        if method_points:
             keys = plan.keys(method, _real(sweep), sweep.budgets[0])
             first, later, size = training_seconds({**keys, "seed": list(sweep.seeds)})
-            orders = sum(len(point.seeds) for point in of_method)
-            alike = {(point.phase0, seed) for point in of_method for seed in point.seeds}
+            orders = sum(len(point.seeds) for point in method_points)
+            alike = {(point.phase0, seed) for point in method_points for seed in point.seeds}
             training += first * len(alike) + later * orders
             disk += size * orders
     print(f"\nruns: {len(todo)} of {len(known)} to do, {len(sweep.seeds)} class orders each")

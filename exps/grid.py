@@ -207,7 +207,7 @@ def _show(bar: tqdm, tasks: Sequence[Task], running: Collection[Task]) -> None:
     for task in running:
         results = results_of(task.point)
         phases = sum(len(order.phases) for order in (results.runs if results else ()) if order.seed == task.seed)
-        parts.append(f"{task}: {phases} phase{'s' * (phases != 1)} done")
+        parts.append(f"{task}: {phases} phase{'s' if phases != 1 else ''} done")
     bar.set_postfix_str("; ".join(sorted(parts)), refresh=False)
     bar.update(0)
 

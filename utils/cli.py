@@ -240,7 +240,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 def visible(text: str) -> str:
     """A text for the terminal with control characters as escapes: names and texts of other people's files could clear
     the screen, colour it or pretend to be other lines."""
-    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def discard_closed_streams() -> None:

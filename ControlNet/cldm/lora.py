@@ -130,8 +130,8 @@ def _with_adapter_config(path: Path, layers: dict[str, dict[str, Tensor]]) -> di
 
 def _of_pattern(patterns: Mapping[str, float], layer: str, otherwise: float) -> float:
     """The value of the first pattern that matches the end of a layer's name, as peft matches them."""
-    found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-    return next(found, otherwise)
+    matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+    return next(matches, otherwise)
 
 
 def _plain(layer: str) -> str:

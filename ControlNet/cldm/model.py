@@ -70,8 +70,8 @@ def create_empty_model(config_path: str | os.PathLike | DictConfig | Mapping) ->
 def refuse_resolvers(config: DictConfig, name: str) -> None:
     """Raise ModelError for a config with references such as ${oc.env:NAME}: a foreign file must not read the
     environment.  ${key} is fine."""
-    if found := re.search(r"\$\{[\w.]+:[^}]*\}", OmegaConf.to_yaml(config)):
-        raise ModelError(f"{name} has {found[0]}; only references to its own keys are read")
+    if resolver := re.search(r"\$\{[\w.]+:[^}]*\}", OmegaConf.to_yaml(config)):
+        raise ModelError(f"{name} has {resolver[0]}; only references to its own keys are read")
 
 
 def _name(config_path) -> str:

@@ -170,11 +170,11 @@ def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None
                 )
         return divide({label: _images(train / label) for label in taken}, split)
     pictures = []
-    for mode, place in modes.items():
+    for mode, where in modes.items():
         for label in taken:
-            files = _images(place / label)
+            files = _images(where / label)
             if not files:
-                raise UserError(f"class {label!r} has no pictures in {place}. Add some, or leave it out (--classes).")
+                raise UserError(f"class {label!r} has no pictures in {where}. Add some, or leave it out (--classes).")
             pictures += [Picture(mode, label, name, file) for name, file in files.items()]
     return pictures
 
@@ -207,14 +207,14 @@ def _only_folders(folder: Path) -> list[str]:
     return [name for name in class_folders(folder) if any(is_image(path) for path in (folder / name).rglob("*"))]
 
 
-def choose(labels: Iterable[str] | None, available: Sequence[str], place: Path | str) -> list[str]:
+def choose(labels: Iterable[str] | None, available: Sequence[str], where: Path | str) -> list[str]:
     """The labels of a class list, or all found labels without a list.  Raises UserError for a label not found."""
     if not labels:
         return list(available)
     labels = list(dict.fromkeys(labels))
     if missing := sorted(set(labels) - set(available)):
         examples = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"{len(missing)} of {len(labels)} classes of the list are not in {place}: {examples}.")
+        raise UserError(f"{len(missing)} of {len(labels)} classes of the list are not in {where}: {examples}.")
     return labels
 
 
