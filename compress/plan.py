@@ -4,9 +4,10 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
+from typing import Self
 
 from compress.forms import pixels, plural
 from compress.records import MadeOtherwise, Record, Records, State, read_mark
@@ -79,28 +80,29 @@ class Plan:
 
 
 @dataclass
-class Survey:
+class Part:
+    """What is known of a part of the images; each field adds up over the parts."""
+
+    def join(self, other: Self) -> None:
+        """Count another part in."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
+
+@dataclass
+class Survey(Part):
     """A part of the images asked for, compared with what is on disk.
 
-    tasks: by image; kept, copies: numbers of files in each state; kept_conflicts, copies_conflicts: the labels of
-    classes with files of other settings; classes: number of classes.
+    tasks: one for each image; kept, copies: numbers of files in each state; kept_conflicts, copies_conflicts: the
+    labels of classes with files of other settings; classes: number of classes.
     """
 
-    tasks: dict[Path, Task] = field(default_factory=dict)
+    tasks: list[Task] = field(default_factory=list)
     kept: Counter[FileState] = field(default_factory=Counter)
     copies: Counter[FileState] = field(default_factory=Counter)
     kept_conflicts: list[str] = field(default_factory=list)
     copies_conflicts: list[str] = field(default_factory=list)
     classes: int = 0
-
-    def join(self, other: "Survey") -> None:
-        """Join another part."""
-        self.tasks |= other.tasks
-        self.kept += other.kept
-        self.copies += other.copies
-        self.kept_conflicts += other.kept_conflicts
-        self.copies_conflicts += other.copies_conflicts
-        self.classes += other.classes
 
 
 def plan(
@@ -125,8 +127,8 @@ def plan(
             surveyed.join(part)
     if surveyed.kept_conflicts or surveyed.copies_conflicts:
         raise MadeOtherwise(_conflicts_in_words(records, surveyed))
-    tasks = tuple(surveyed.tasks[image] for image in images)
-    return Plan(records, tasks, len(copy_numbers), surveyed.kept, surveyed.copies)
+    tasks = {task.image: task for task in surveyed.tasks}
+    return Plan(records, tuple(map(tasks.__getitem__, images)), len(copy_numbers), surveyed.kept, surveyed.copies)
 
 
 def survey(records: Records, images: Iterable[Path], copy_numbers: Sequence[int], existing: str) -> Survey:
@@ -154,7 +156,7 @@ def survey(records: Records, images: Iterable[Path], copy_numbers: Sequence[int]
                 surveyed.kept[state] += 1
                 surveyed.copies.update(states.values())
                 to_make = tuple(k for k in copy_numbers if states[k] in TO_MAKE)
-                surveyed.tasks[image] = Task(image, None if state in TO_MAKE else file, to_make)
+                surveyed.tasks.append(Task(image, None if state in TO_MAKE else file, to_make))
     return surveyed
 
 

@@ -12,7 +12,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from compress.forms import Request, pixels, resize_back
 from compress.generators import Generator, NoPicture, batches
 from compress.overlap import Budget, map_ahead
-from compress.plan import Plan, Task
+from compress.plan import Part, Plan, Task
 from utils.data.images import image_bits
 from utils.errors import UserError
 from utils.fabric import Fabric, by_all, own_part
@@ -49,7 +49,7 @@ class Failure:
 
 
 @dataclass
-class Result:
+class Result(Part):
     """Numbers of kept files and copies that were made, were there already (skipped), and could not be made.
 
     kept_recoded: kept files of earlier versions that were written as this one writes them, of those skipped;
@@ -70,11 +70,6 @@ class Result:
     kept_bytes: int = 0
     image_bits: int = 0
     raw_bits: int = 0
-
-    def add(self, other: "Result") -> None:
-        """Count another's numbers in, and list its failures."""
-        for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
 
 @dataclass
@@ -101,7 +96,7 @@ def regenerate(
     own = Regenerator(todo, generator, recode).run(progress, own_part(fabric, todo.tasks))
     whole = Result()
     for part in by_all(fabric, lambda: own):
-        whole.add(part)
+        whole.join(part)
     return whole
 
 
@@ -150,7 +145,7 @@ class Regenerator:
             while len(being_written) > most:
                 batch = being_written.popleft()
                 for written in batch:
-                    result.add(written.result())
+                    result.join(written.result())
                 progress(len(batch))
 
         ahead = map_ahead(readers, self._read, own, THREADS + self._batch_size)
@@ -307,7 +302,7 @@ def _failed(task: Task, error: OSError) -> _Read:
 def _requests(read: Iterable[_Read], result: Result, progress: Progress) -> Iterator[Request]:
     """The copies to make, image by image, while what was made of the images is counted."""
     for each in read:
-        result.add(each.result)
+        result.join(each.result)
         if each.result.copies_failed:
             progress(each.result.copies_failed)
         yield from each.requests

@@ -5,14 +5,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from compress.forms import OTHERWISE, WRONG_SIZE, pixels
 from compress.overlap import Budget, map_ahead
-from compress.plan import Plan, Task
+from compress.plan import Part, Plan, Task
 from compress.records import Records, State, read_mark
 from compress.regenerate import MOST_PIXELS, reason
 from utils.cli import nb_cores
@@ -41,7 +41,7 @@ class Fault:
 
 
 @dataclass
-class Findings:
+class Findings(Part):
     """What `verify` found, image by image.
 
     tasks: for each image what there is to make again; unmarked: copies without recorded settings, which are kept;
@@ -58,11 +58,6 @@ class Findings:
     @property
     def is_well(self) -> bool:
         return not self.faults and not self.half_written
-
-    def join(self, other: "Findings") -> None:
-        """Join what was found of other images."""
-        for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
     def repairs(self, todo: Plan) -> Plan:
         """That plan, and what was found to make again beside it."""
