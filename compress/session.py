@@ -50,7 +50,8 @@ def run(job: Job, device: str) -> int:
     images, empty = together(fabric, lambda: select(job))
     if job.download and not job.verify:
         by_first(fabric, lambda: download(job.machine.model))
-    records = Records(job.paths, by_first(fabric, lambda: expected_recipe(job, fabric.device, images)), job.options)
+    recipe = by_first(fabric, lambda: expected_recipe(job, fabric.device, images))
+    records = together(fabric, lambda: Records(job.paths, recipe, job.options))
     if job.verify:
         is_well = verify_and_report(fabric, records, images, job.copy_numbers).is_well
         return DONE if (is_well and not empty) or not fabric.is_global_zero else SOME_FAILED
