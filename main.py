@@ -37,7 +37,8 @@ from utils.results.records import CLASSIFIERS, ClassOrder, ResultsFile
 
 if TYPE_CHECKING:
     from compress.training.copies import Copies
-    from compress.training.exemplars import ExemplarPlan
+    from compress.training.exemplars import ExemplarPlan, Numbers
+    from models.training.checkpoint import PhaseRecord
     from utils.data.cache import PictureCache
     from utils.fabric import Fabric
 
@@ -144,22 +145,22 @@ def prepare(config: Config) -> "Experiment":
     from compress.training.exemplars import exemplar_form, plan_exemplars
     from exps.report.page import write_page
 
-    folder = data_dir(config.data_dir)
-    config = replace(config, dataset=find_dataset(folder, config.dataset))
-    paths = DatasetPaths(folder, config.dataset, config.variant)
+    data_folder = data_dir(config.data_dir)
+    config = replace(config, dataset=find_dataset(data_folder, config.dataset))
+    paths = DatasetPaths(data_folder, config.dataset, config.variant)
     assert config.output_dir is not None  # load_config fills it in
-    output_dir = Path(config.output_dir)
-    check_writable("output_dir", output_dir)
+    folder = Path(config.output_dir)
+    check_writable("output_dir", folder)
     if config.phase0_cache:
         check_writable("phase0_cache", Path(config.phase0_cache))
     orders = class_orders(config, paths)
     data = orders[config.seed[0]]
-    numbers = gone_images(config, orders) if config.memory_only else {}
-    form = exemplar_form(config, data)
+    numbers = gone_images(folder, orders) if config.memory_only else None
+    form = exemplar_form(config, data.paths, data.resolution)
     fabric = start(config) if form.needs_weights else None  # a form's model runs on the config's device
     exemplars = plan_exemplars(config, data, form, catalogue.methods()[config.model_name], numbers)
     config = exemplars.config
-    output = Output(config, output_dir, write_page)
+    output = Output(config, folder, write_page)
     exemplars.check_copies()
 
     # Here torch is imported, which takes seconds: what is wrong with the config or the files has been answered at once.
@@ -170,7 +171,7 @@ def prepare(config: Config) -> "Experiment":
 
     check_loggers(config.logger)
     fabric = fabric or start(config)
-    library_input = network_input(config)
+    library_input = network_input(config.convnet_type, config.image_size)
     for order in orders.values():
         order.paths, order.network_input = exemplars.paths, library_input
     copies = exemplars.find_copies(fabric)
@@ -185,9 +186,9 @@ def prepare(config: Config) -> "Experiment":
         log.info("%s", note)
 
     phase0_cache = Path(config.phase0_cache) if config.phase0_cache else output.folder / "phase0_cache"
-    folder = Path(os.path.abspath(phase0_cache)).parent / "pixel_cache"  # "." has no name that could be replaced
-    transform, size = data.train_transform.prepare, data.decoded_bytes
-    pixels = open_cache(config.cache, config.cache_gib, folder, paths.root, transform, size, data.folders)
+    pixel_cache = Path(os.path.abspath(phase0_cache)).parent / "pixel_cache"  # "." has no name that could be replaced
+    transform, size = data.defaults.train_transform.prepare, data.decoded_bytes
+    pixels = open_cache(config.cache, config.cache_gib, pixel_cache, paths.root, transform, size, data.folders)
     return Experiment(config, orders, exemplars, copies, fabric, output, phase0_cache, pixels)
 
 
@@ -244,7 +245,7 @@ class Experiment:
             if config.regenerate == "on_demand" and records and records[-1]["copies_on_demand"] is not None:
                 log.info(copies_saved(config, data, records))
 
-    def write(self, seed: int, records: Sequence[dict[str, Any]]) -> None:
+    def write(self, seed: int, records: "Sequence[PhaseRecord]") -> None:
         """Write the records of a class order's phases so far."""
         data = self.orders[seed]
         order = ClassOrder.of_training(seed, data.class_names, records, data.nb_phases)
@@ -252,8 +253,11 @@ class Experiment:
         if not self.fabric.is_global_zero:
             self.results = ResultsFile.of({}, [order])
             return
-        measured = [name for name in CLASSIFIERS if all(record.get(name) is not None for record in records)]
-        confusions = {name: [record[name]["confusion"] for record in records] for name in measured}
+        confusions = {}
+        for name in CLASSIFIERS:
+            used = [metrics for record in records if (metrics := record.get(name)) is not None]
+            if len(used) == len(records):
+                confusions[name] = [metrics["confusion"] for metrics in used]
         self.results = self.output.write(order, confusions)
 
 
@@ -292,23 +296,23 @@ def warn_of_one_class(record: Mapping[str, Any], class_names: Sequence[str]) -> 
             )
 
 
-def gone_images(config: Config, orders: Mapping[int, DataManager]) -> dict[str, int]:
-    """Of a run that goes on, where train images of old classes are gone: the numbers of exemplars that it began with.
+def gone_images(folder: Path, orders: Mapping[int, DataManager]) -> "Numbers | None":
+    """The numbers of real and synthetic exemplars that a run began with, if train images of old classes are gone since.
 
-    orders: the class orders' data; those with gone images get the typical size of a picture from their checkpoints.
+    folder: the run's; orders: the class orders' data; those with gone images get the typical size of a picture from
+    their checkpoints.
     Raises UserError where images of classes are gone that are still to be learned.
     """
     from models.training import checkpoint
 
-    assert config.output_dir is not None  # load_config fills it in
-    numbers: dict[str, int] = {}
+    numbers = None
     for seed, data in orders.items():
-        folder = seed_folder(Path(config.output_dir), seed) / "checkpoints"
-        done = checkpoint.saved_phases(folder)
+        checkpoints = seed_folder(folder, seed) / "checkpoints"
+        done = checkpoint.saved_phases(checkpoints)
         if data.check_phases(done[-1] + 1 if done else 0):
-            state = checkpoint.load(checkpoint.phase_path(folder, done[-1]), checkpoint.AFTER_PHASE)
+            state = checkpoint.load(checkpoint.phase_path(checkpoints, done[-1]), checkpoint.AFTER_PHASE)
             data.picture_size = tuple(state["picture_size"])
-            numbers = {key: state["config"][key] for key in ("real_per_class", "syn_per_class")}
+            numbers = state["config"]["real_per_class"], state["config"]["syn_per_class"]
     return numbers
 
 
@@ -321,9 +325,9 @@ def check_writable(key: str, folder: Path) -> None:
         raise UserError(f"{key}: {folder} can't be written to.")
 
 
-def copies_saved(config: Config, data: DataManager, records: Sequence[dict]) -> str:
+def copies_saved(config: Config, data: DataManager, records: "Sequence[PhaseRecord]") -> str:
     """Such as "copies on demand: 320 made, against 4,000 of all train images made ahead (92.0 % saved)"."""
-    made = sum(record["copies_on_demand"] for record in records)
+    made = sum(record["copies_on_demand"] or 0 for record in records)
     ahead = config.augmentations_per_image * sum(len(data.train_images(target)) for target in range(data.nb_classes))
     saved = f"{1 - made / max(ahead, 1):.1%} saved"
     return f"copies on demand: {made:,} made, against {ahead:,} of all train images made ahead ({saved})"

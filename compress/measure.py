@@ -20,9 +20,7 @@ from typing import Any
 import numpy as np
 
 from compress.forms import Form
-from compress.job import Machine
-from compress.options import fitting_preset, parse_settings
-from compress.settings import at_least_one
+from compress.options import Machine, fitting_preset, parse_settings
 from utils import cli
 from utils.data.images import image_bits, read_image
 from utils.data.paths import DatasetPaths, data_dir, find_dataset
@@ -34,20 +32,20 @@ REAL = "real"
 
 def sample_of(paths: DatasetPaths, number: int) -> tuple[list[Path], list[int]]:
     """About `number` train images, evenly over the classes, and the sizes of all classes.  Raises UserError."""
-    of_classes = [images for label in paths.classes() if (images := paths.images(label))]
-    if not of_classes:
+    classes = [images for label in paths.classes() if (images := paths.images(label))]
+    if not classes:
         raise UserError(f"no images in {paths.folder('train')}.")
-    each = -(-number // len(of_classes))
-    chosen = [images[i] for images in of_classes for i in np.linspace(0, len(images) - 1, each, dtype=int)]
-    return list(dict.fromkeys(chosen)), [len(images) for images in of_classes]
+    each = -(-number // len(classes))
+    chosen = [images[i] for images in classes for i in np.linspace(0, len(images) - 1, each, dtype=int)]
+    return list(dict.fromkeys(chosen)), [len(images) for images in classes]
 
 
 def measured(paths: DatasetPaths, images: Sequence[Path], form: Form | None) -> dict[str, Any]:
     """What exemplars of a form, None for real ones, cost.  Raises OSError where no image can be read."""
-    found = {"needs_model": False, "deterministic": True, "copy_bytes": 0.0, "text_bytes": 0, "seconds_per_copy": 0.0}
+    costs = {"needs_model": False, "deterministic": True, "copy_bytes": 0.0, "text_bytes": 0, "seconds_per_copy": 0.0}
     if form is None:
         sizes = [image.stat().st_size for image in images]
-        return {**found, "bytes": fmean(sizes), "most_bytes": max(sizes), "units": 1.0}
+        return {**costs, "bytes": fmean(sizes), "most_bytes": max(sizes), "units": 1.0}
     sizes, copies, texts = [], [], paths.class_texts()
     units: list[float | None] = []
     share = FormShare(form.name)
@@ -60,17 +58,17 @@ def measured(paths: DatasetPaths, images: Sequence[Path], form: Form | None) -> 
         file = io.BytesIO()
         form.save_copy(np.asarray(read_image(image)), file, bits != 24)
         copies.append(file.tell())
-    found |= {"needs_model": form.needs_model, "deterministic": form.deterministic, "copy_bytes": fmean(copies)}
-    found["text_bytes"] = max(len(named(0, label, text)) for label, text in texts.items())
+    costs |= {"needs_model": form.needs_model, "deterministic": form.deterministic, "copy_bytes": fmean(copies)}
+    costs["text_bytes"] = max(len(named(0, label, text)) for label, text in texts.items())
     counted = [each for each in units if each is not None]
     units_mean = fmean(counted) if len(counted) == len(units) else None
-    return {**found, "bytes": share.bytes_of_one, "most_bytes": max(sizes), "units": units_mean}
+    return {**costs, "bytes": share.bytes_of_one, "most_bytes": max(sizes), "units": units_mean}
 
 
 def seconds_of_copy(paths: DatasetPaths, images: Sequence[Path], form: Form, machine: Machine, device: str) -> float:
     """Seconds that a copy takes here, measured on a batch.  Raises UserError without the model's weights."""
-    from compress.estimate import seconds_per_copy
     from compress.generators.build import choose_precision, make_generator
+    from compress.summary import seconds_per_copy
     from utils.devices import accelerator, launch
 
     if not form.needs_model:
@@ -95,7 +93,7 @@ def command(argv: Sequence[str] | None) -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--forms", default=REAL, help="names with commas between them, `real` for image files")
     parser.add_argument("--settings", default="", help="options of compress/run.py about settings and model")
-    parser.add_argument("--sample", type=at_least_one, default=64, metavar="N", help="images to look at [64]")
+    parser.add_argument("--sample", type=cli.at_least(1), default=64, metavar="N", help="images to look at [64]")
     parser.add_argument("--time", action="store_true", help="also time a copy with the model")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)

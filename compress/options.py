@@ -3,12 +3,11 @@
 import argparse
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compress.forms import Form, examples, form_named
-from compress.job import Data, Job, Machine
 from compress.presets import FAST, PRESETS
-from compress.settings import SETTINGS, at_least_one, finite
+from compress.settings import SETTINGS, finite
 from utils import cli
 from utils.data.classes import typical_size
 from utils.data.datasets import default_resolution
@@ -24,14 +23,46 @@ MOST_COPIES = 1_000_000
 
 
 @dataclass(frozen=True)
-class Action:
-    """What to do beside making what is missing: the options of the same names."""
+class Machine:
+    """Which model, and how it runs; the options of the same names.
 
+    loras: files and scales; precision, engine: "auto" or a name.
+    """
+
+    model: str = "sd15"
+    base: str | None = None
+    loras: tuple[tuple[str, float], ...] = ()
+    decoder: str | None = None
+    precision: str = "auto"
+    batch_size: int | None = None
+    low_memory: bool = False
+    engine: str = "auto"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run of compress/run.py, or of copies on demand, is asked to do.
+
+    paths: the dataset, with the form's files; form: the settings, which are recorded; machine: what makes the copies;
+    copy_numbers: of each image; options: that give these settings and this model, for records and messages; classes:
+    labels, empty for all; limit: images of each class, the first ones, None for all; shard: (i, n), 1 <= i <= n, takes
+    every n-th image; existing: what happens to files of other settings: "refuse", "replace" them, or "overwrite" all
+    files.  The others are the options of their names.
+    """
+
+    paths: DatasetPaths
+    form: Form
+    machine: Machine
+    copy_numbers: tuple[int, ...]
+    options: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    limit: int | None = None
+    shard: tuple[int, int] = (1, 1)
+    existing: str = "refuse"
     dry_run: bool = False
     verify: bool = False
     repair: bool = False
     download: bool = False
-    device: str = "auto"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,23 +75,33 @@ class _TextParser(argparse.ArgumentParser):
         raise UserError(f"{message} (compress/run.py --help lists the options)")
 
 
-def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Action]:
-    """The command line.  Leaves through SystemExit, with a message, where it is wrong."""
+def parse(arguments: list[str] | None) -> tuple[Job, str]:
+    """(the job, the device) that the command line describes.
+
+    Leaves through SystemExit, with a message, where it is wrong.  Raises UserError for impossible settings.
+    """
     options = parser().parse_args(arguments)
-    return options, Action(options.dry_run, options.verify, options.repair, options.download, options.device)
-
-
-def make_job(options: argparse.Namespace) -> Job:
-    """The job that the options describe.  Raises UserError for impossible settings."""
+    paths = DatasetPaths(data_dir(options.data_dir), options.dataset, options.keep_apart)
     if options.resolution == "auto":
-        options.resolution = fitting_preset(DatasetPaths(data_dir(options.data_dir), options.dataset))
-    form = _form(options).using(_machine(options))
-    paths = DatasetPaths(data_dir(options.data_dir), options.dataset, options.keep_apart, form.files)
-    classes = tuple(options.classes) if options.classes else None
-    numbers = (0,) if form.deterministic else tuple(options.seeds)  # all others would be equal to it
-    data = Data(paths, numbers, classes, options.limit, options.shard)
-    existing = "replace" if options.replace else "overwrite" if options.overwrite else "refuse"
-    return Job(data, form, _machine(options), _words(options), existing)
+        options.resolution = fitting_preset(paths)
+    machine = _machine(options)
+    form = _form(options).using(machine)
+    job = Job(
+        replace(paths, files=form.files),
+        form,
+        machine,
+        copy_numbers=(0,) if form.deterministic else tuple(options.seeds),  # all others would be equal to it
+        options=_words(options),
+        classes=tuple(options.classes),
+        limit=options.limit,
+        shard=options.shard,
+        existing="replace" if options.replace else "overwrite" if options.overwrite else "refuse",
+        dry_run=options.dry_run,
+        verify=options.verify,
+        repair=options.repair,
+        download=options.download,
+    )
+    return job, options.device
 
 
 def parse_settings(text: str, resolution: str, form: str = "edges") -> tuple[Form, Machine, tuple[str, ...], bool]:
@@ -100,8 +141,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("the data")
     data.add_argument("--data-dir", metavar="D", help="folder of all datasets [$ESCORT_DATA_DIR, else ./data]")
     data.add_argument("--dataset", required=True, help="the dataset: its folder's name in the data folder")
-    data.add_argument("--classes", metavar="A,B", action="append", help="only these class labels (may be repeated)")
-    data.add_argument("--limit", metavar="N", type=at_least_one, help="only the first N images of each class")
+    data.add_argument(
+        "--classes", metavar="A,B", action="append", default=[], help="only these class labels (may be repeated)"
+    )
+    data.add_argument("--limit", metavar="N", type=cli.at_least(1), help="only the first N images of each class")
     data.add_argument(
         "--seeds",
         metavar="K",
@@ -189,7 +232,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         choices=("auto", *PRECISIONS),
         help="what the networks compute in [bf16 where the device has it, else fp16/fp32]",
     )
-    machine.add_argument("--batch-size", metavar="N", type=at_least_one, help="copies made at a time [by device]")
+    machine.add_argument("--batch-size", metavar="N", type=cli.at_least(1), help="copies made at a time [by device]")
     machine.add_argument("--low-memory", action="store_true", help="keep on the GPU only the network that is at work")
     machine.add_argument(
         "--engine",

@@ -4,13 +4,15 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from pathlib import Path
+from typing import Self
 
 from compress.forms import pixels, plural
 from compress.records import MadeOtherwise, Record, Records, State, read_mark
 from utils.data.images import image_bits
+from utils.fabric import Fabric, by_all, own_part
 
 READERS = 16
 """Threads that look at many small files: most of the time is spent waiting for the disk or the network."""
@@ -45,17 +47,14 @@ class Task:
 class Plan:
     """What a run has to do: a task for every image asked for, also where nothing is missing.
 
-    copies_otherwise, kept_otherwise: of those to be made, the ones that are there, made with other settings;
-    copies_without_record, kept_without_record: files that are kept although their settings are not recorded.
+    kept, copies: numbers of files that were in each state when the plan was made.
     """
 
     records: Records
     tasks: tuple[Task, ...]
     copies_per_image: int
-    copies_otherwise: int = 0
-    kept_otherwise: int = 0
-    copies_without_record: int = 0
-    kept_without_record: int = 0
+    kept: Counter[FileState]
+    copies: Counter[FileState]
 
     @property
     def kept_missing(self) -> int:
@@ -70,68 +69,69 @@ class Plan:
         return sum(len(task.copy_numbers) for task in self.tasks)
 
     @property
+    def copies_present(self) -> int:
+        return len(self.tasks) * self.copies_per_image - self.copies_missing
+
+    @property
     def needs_generator(self) -> bool:
         """Whether what is missing takes the form's generator, or a model to encode, which is freed with it."""
         encodes = self.kept_missing > 0 and self.records.form.needs_weights
         return encodes or self.copies_missing > 0
 
-    @property
-    def copies_present(self) -> int:
-        return len(self.tasks) * self.copies_per_image - self.copies_missing
+
+@dataclass
+class Part:
+    """What is known of a part of the images; each field adds up over the parts."""
+
+    def join(self, other: Self) -> None:
+        """Count another part in."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
 
 @dataclass
-class Survey:
+class Survey(Part):
     """A part of the images asked for, compared with what is on disk.
 
-    tasks: by image; kept, copies: numbers of files in each state; kept_conflicts, copies_conflicts: the labels of
-    classes with files of other settings; classes: number of classes.
+    tasks: one for each image; kept, copies: numbers of files in each state; kept_conflicts, copies_conflicts: the
+    labels of classes with files of other settings; classes: number of classes.
     """
 
-    tasks: dict[Path, Task] = field(default_factory=dict)
+    tasks: list[Task] = field(default_factory=list)
     kept: Counter[FileState] = field(default_factory=Counter)
     copies: Counter[FileState] = field(default_factory=Counter)
     kept_conflicts: list[str] = field(default_factory=list)
     copies_conflicts: list[str] = field(default_factory=list)
     classes: int = 0
 
-    def add(self, other: "Survey") -> None:
-        """Join another part."""
-        self.tasks |= other.tasks
-        self.kept += other.kept
-        self.copies += other.copies
-        self.kept_conflicts += other.kept_conflicts
-        self.copies_conflicts += other.copies_conflicts
-        self.classes += other.classes
 
-
-def plan(records: Records, images: Iterable[Path], copy_numbers: Sequence[int], existing: str = "refuse") -> Plan:
+def plan(
+    records: Records,
+    images: Sequence[Path],
+    copy_numbers: Sequence[int],
+    existing: str = "refuse",
+    fabric: Fabric | None = None,
+) -> Plan:
     """Compare what is asked for with what is on disk.
 
     existing: "refuse" files of other settings; "replace": these, and those whose settings are not recorded, are to be
-    made again; "overwrite": all files are.
+    made again; "overwrite": all files are; fabric: the processes, each of which looks at its part of the classes.
     Raises MadeOtherwise where files of these classes were made with other settings, and are refused.
     """
-    images = list(images)
-    return to_plan(records, images, copy_numbers, survey(records, images, copy_numbers, existing))
-
-
-def to_plan(records: Records, images: Sequence[Path], copy_numbers: Sequence[int], surveyed: Survey) -> Plan:
-    """The plan for images that have been surveyed.  Raises MadeOtherwise as `plan` does."""
+    if fabric is None:
+        surveyed = survey(records, images, copy_numbers, existing)
+    else:
+        labels = set(own_part(fabric, list(dict.fromkeys(image.parent.name for image in images))))
+        own, surveyed = [image for image in images if image.parent.name in labels], Survey()
+        for part in by_all(fabric, lambda: survey(records, own, copy_numbers, existing)):
+            surveyed.join(part)
     if surveyed.kept_conflicts or surveyed.copies_conflicts:
         raise MadeOtherwise(_conflicts_in_words(records, surveyed))
-    return Plan(
-        records,
-        tuple(surveyed.tasks[image] for image in images),
-        len(copy_numbers),
-        copies_otherwise=surveyed.copies[FileState.OTHERWISE],
-        kept_otherwise=surveyed.kept[FileState.OTHERWISE],
-        copies_without_record=surveyed.copies[FileState.UNRECORDED],
-        kept_without_record=surveyed.kept[FileState.UNRECORDED],
-    )
+    tasks = {task.image: task for task in surveyed.tasks}
+    return Plan(records, tuple(map(tasks.__getitem__, images)), len(copy_numbers), surveyed.kept, surveyed.copies)
 
 
-def survey(records: Records, images: Iterable[Path], copy_numbers: Sequence[int], existing: str = "refuse") -> Survey:
+def survey(records: Records, images: Iterable[Path], copy_numbers: Sequence[int], existing: str) -> Survey:
     """Compare these images' files on disk with the settings, class by class; arguments as `plan` has them."""
     by_label: dict[str, list[Path]] = defaultdict(list)
     for image in images:
@@ -156,7 +156,7 @@ def survey(records: Records, images: Iterable[Path], copy_numbers: Sequence[int]
                 surveyed.kept[state] += 1
                 surveyed.copies.update(states.values())
                 to_make = tuple(k for k in copy_numbers if states[k] in TO_MAKE)
-                surveyed.tasks[image] = Task(image, None if state in TO_MAKE else file, to_make)
+                surveyed.tasks.append(Task(image, None if state in TO_MAKE else file, to_make))
     return surveyed
 
 

@@ -29,11 +29,10 @@ from compress.forms.edges import Edges
 from compress.options import fitting_preset
 from compress.presets import PRESETS
 from compress.records import recorded_settings
-from compress.settings import at_least_one
 from utils import cli
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
-from utils.results.files import write_json
+from utils.files import write_json
 
 SIDE = 32
 """Pixels a side that the classifier sees."""
@@ -140,8 +139,8 @@ def edges_found(prompts: Sequence[np.ndarray], copies: Sequence[np.ndarray], rea
     """
     maps = [cv2.resize(p, e.shape[::-1], interpolation=cv2.INTER_LINEAR) for e, p in zip(prompts, copies, strict=True)]
     counts = [near(prompt, cv2.Canny(picture, 100, 200), reach) for prompt, picture in zip(prompts, maps, strict=True)]
-    found, total = np.sum(counts, axis=0)
-    return float(found / total) if total else float("nan")
+    near_edges, total = np.sum(counts, axis=0)
+    return float(near_edges / total) if total else float("nan")
 
 
 def near(prompt: np.ndarray, edges: np.ndarray, reach: int) -> tuple[int, int]:
@@ -204,11 +203,6 @@ def show(measures: Mapping[str, Any]) -> None:
     cli.show_table(("class", *COLUMNS), rows, [str(__doc__).partition("have copies:\n\n")[2].strip()])
 
 
-def default_epochs(nb_pictures: int) -> int:
-    """Eight, or as many as 300 updates take."""
-    return max(8, ceil(300 / ceil(nb_pictures / BATCH_SIZE)))
-
-
 def command(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m compress.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -218,8 +212,8 @@ def command(arguments: Sequence[str] | None) -> int:
     parser.add_argument("--form", default="edges", help="whose copies: edges, text, webp:10@64, ... [edges]")
     parser.add_argument("--keep-apart", metavar="NAME", default="", help="the variant, as compress/run.py has it")
     parser.add_argument("--resolution", choices=(*PRESETS, "auto"), default="auto")
-    parser.add_argument("--images", metavar="N", type=at_least_one, default=20, help="of each class [20]")
-    parser.add_argument("--epochs", metavar="N", type=at_least_one, help="of the classifier [8, or 300 updates]")
+    parser.add_argument("--images", metavar="N", type=cli.at_least(1), default=20, help="of each class [20]")
+    parser.add_argument("--epochs", metavar="N", type=cli.at_least(1), help="of the classifier [8, or 300 updates]")
     parser.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the measures there")
     options = parser.parse_args(arguments)
     plain = DatasetPaths(data_dir(options.data_dir), options.dataset)
@@ -234,7 +228,8 @@ def command(arguments: Sequence[str] | None) -> int:
         )
     if not rest:
         raise UserError(f"{paths.folder('train')}: a class needs two images at least, one to train the classifier on.")
-    measures = measure(looked, rest, form, options.epochs or default_epochs(len(rest)))
+    epochs = options.epochs or max(8, ceil(300 / ceil(len(rest) / BATCH_SIZE)))  # 300 updates or more
+    measures = measure(looked, rest, form, epochs)
     show(measures)
     if options.json:
         made_by = recorded_settings(paths.folder("copies"), measures["classes"])

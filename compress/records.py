@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
@@ -28,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from compress.forms import Form
+from compress.options import Machine
 from compress.presets import Preset, Sampling
-from utils.data.images import write_atomically
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
+from utils.files import write_atomically
 
 MARK = "ESCORT"
 ADDED = {
@@ -259,6 +261,22 @@ def recorded_settings(folder: Path, labels: Iterable[str]) -> dict[str, dict[str
     return settings
 
 
+def by_settings(settings: Iterable[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
+    """What made the copies, from each class's settings (`copy_settings`, flat), None where nothing is recorded.
+
+    [{"classes": number, "settings": {...} or None}], the most frequent settings first.
+    """
+    counts = Counter(json.dumps(each) for each in settings)
+    return [{"classes": count, "settings": json.loads(each)} for each, count in counts.most_common()]
+
+
+def generator_of(form: Form, options: Sequence[str]) -> str | None:
+    """The model's name or file by a Job's `options`, which leave out the default; None for a form without a model."""
+    if not (form.needs_model or form.needs_weights):
+        return None
+    return options[options.index("--model") + 1] if "--model" in options else Machine.model
+
+
 def read_mark(copy: Path) -> str | None:
     """The mark of a copy, from the beginning of its file; None for a file without one, or one that can't be read."""
     try:
@@ -267,8 +285,8 @@ def read_mark(copy: Path) -> str | None:
     except OSError:
         return None
     # In JPEG's comment segment, or in a PNG's text chunk.
-    found = re.search(rb"(?:\xff\xfe\x00.|tEXtComment\x00)(ESCORT [0-9a-f]{12})", head, re.DOTALL)
-    return found[1].decode() if found else None
+    match = re.search(rb"(?:\xff\xfe\x00.|tEXtComment\x00)(ESCORT [0-9a-f]{12})", head, re.DOTALL)
+    return match[1].decode() if match else None
 
 
 def _flat(settings: Mapping[str, Any], text: str | None) -> dict[str, Any]:

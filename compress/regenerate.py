@@ -12,20 +12,19 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from compress.forms import Form, Request, pixels, resize_back
+from compress.forms import Request, pixels, resize_back
 from compress.generators import Generator, NoPicture, batches
-from compress.leftovers import temporary_files
 from compress.overlap import Budget, map_ahead
-from compress.plan import Plan, Task
-from compress.result import Failure, Result
-from utils.data.images import image_bits, write_atomically
-from utils.data.paths import DatasetPaths
+from compress.plan import Part, Plan, Task
+from utils.data.images import image_bits
 from utils.errors import UserError
+from utils.fabric import Fabric, by_all, own_part
+from utils.files import temporary_files, write_atomically
 
 THREADS = 4
 """That read images ahead, and as many that write copies: enough for a fast GPU, at some 10 ms a photograph."""
@@ -36,6 +35,41 @@ MOST_PIXELS = 50_000_000
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image of which something could not be made, and why."""
+
+    image: Path
+    reason: str
+
+    def __str__(self):
+        return f"{self.image}: {self.reason}"
+
+
+@dataclass
+class Result(Part):
+    """Numbers of kept files and copies that were made, were there already (skipped), and could not be made.
+
+    kept_recoded: kept files of earlier versions that were written as this one writes them, of those skipped;
+    image_bytes: of the image files; kept_bytes: of the kept files and their class texts in UTF-8; image_bits, raw_bits:
+    of both before any coding (raw_bits 0 where the form has no such count).  All four are sums over the images asked
+    for that could be read.  The results of processes that share a plan add up to the whole's.
+    """
+
+    kept_made: int = 0
+    kept_skipped: int = 0
+    kept_failed: int = 0
+    kept_recoded: int = 0
+    copies_made: int = 0
+    copies_skipped: int = 0
+    copies_failed: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    image_bytes: int = 0
+    kept_bytes: int = 0
+    image_bits: int = 0
+    raw_bits: int = 0
 
 
 @dataclass
@@ -51,34 +85,58 @@ class _Read:
     to_encode: np.ndarray | None = None
 
 
+def regenerate(
+    todo: Plan, generator: Generator | None, fabric: Fabric, progress: Progress, recode: Container[str] = ()
+) -> Result:
+    """Make every n-th task of a plan, which is the same in all n processes.  Returns the result of all, in all of them.
+
+    A process that dies ends the run (torchrun ends the others, srun --kill-on-bad-exit=1 too), and the same command
+    makes the rest.  Arguments as `Regenerator` has them; progress counts the process's own copies.
+    """
+    own = Regenerator(todo, generator, recode).run(progress, own_part(fabric, todo.tasks))
+    whole = Result()
+    for part in by_all(fabric, lambda: own):
+        whole.join(part)
+    return whole
+
+
 class Regenerator:
-    """Makes the kept files and copies of a dataset's train images.
+    """Makes the kept files and copies that a plan says are missing.
 
     generator: of the form's copies (`make_generator`); None where nothing that is missing takes it; recode: class
     labels whose kept files of earlier versions are written as the form writes them now (`Form.recoded`).
     """
 
-    def __init__(self, paths: DatasetPaths, form: Form, generator: Generator | None, recode: Container[str] = ()):
-        self.paths = paths
-        self.form = form
+    def __init__(self, plan: Plan, generator: Generator | None, recode: Container[str] = ()):
+        self.plan = plan
+        self.paths = plan.records.paths
+        self.form = plan.records.form
         self.generator = generator
         self.recode = recode
-        self.texts = paths.class_texts()
+        self.texts = self.paths.class_texts()
+        self._batch_size = generator.batch_size if generator else 1
         self._pixels = Budget(MOST_PIXELS)
 
-    def run(self, plan: Plan, progress: Progress = lambda copies: None, tasks: Sequence[Task] | None = None) -> Result:
-        """Make what the plan says is missing.  An image that can't be read goes into the result's failures.
+    def run(self, progress: Progress = lambda copies: None, tasks: Sequence[Task] | None = None) -> Result:
+        """Make what is missing.  An image that can't be read goes into the result's failures.
 
         progress: called with the number of copies that were just made, or given up; tasks: those of the plan to work
         on, None for all.
         Raises UserError where nothing can be written (full disk, no permission) or the batch does not fit the device.
         """
-        leftovers = self._leftovers(plan)
-        plan.records.kept.note(task.image.parent.name for task in plan.tasks if not task.is_done or self._is_old(task))
-        plan.records.copies.note(task.image.parent.name for task in plan.tasks if task.copy_numbers)
-        marks = {label: plan.records.copies.mark(label) for label in self.texts}
-        own = plan if tasks is None else replace(plan, tasks=tuple(tasks))
-        result = Result(kept_skipped=own.kept_present, copies_skipped=own.copies_present)
+        plan, records = self.plan, self.plan.records
+        folders = {self.paths.kept(task.image).parent for task in plan.tasks}
+        folders |= {self.paths.copy(task.image, 0).parent for task in plan.tasks}
+        folders |= {folder.parent for folder in folders}
+        half_written = [file for folder in folders for file in temporary_files(folder)]
+        records.kept.note(task.image.parent.name for task in plan.tasks if not task.is_done or self._is_old(task))
+        records.copies.note(task.image.parent.name for task in plan.tasks if task.copy_numbers)
+        marks = {label: records.copies.mark(label) for label in self.texts}
+        own = plan.tasks if tasks is None else tasks
+        result = Result(
+            kept_skipped=sum(task.kept is not None for task in own),
+            copies_skipped=sum(plan.copies_per_image - len(task.copy_numbers) for task in own),
+        )
         readers, writers = ThreadPoolExecutor(THREADS, "reader"), ThreadPoolExecutor(THREADS, "writer")
         being_written: deque[list[Future[Result]]] = deque()
 
@@ -87,10 +145,10 @@ class Regenerator:
             while len(being_written) > most:
                 batch = being_written.popleft()
                 for written in batch:
-                    result.add(written.result())
+                    result.join(written.result())
                 progress(len(batch))
 
-        ahead = map_ahead(readers, self._read, own.tasks, THREADS + self._batch_size)
+        ahead = map_ahead(readers, self._read, own, THREADS + self._batch_size)
         try:
             for batch in batches(_requests(self._encoded(ahead), result, progress), self._batch_size):
                 assert self.generator is not None
@@ -106,36 +164,22 @@ class Regenerator:
         finally:
             readers.shutdown(cancel_futures=True)
             writers.shutdown(cancel_futures=True)
-            for file in leftovers:
+            for file in half_written:
                 file.unlink(missing_ok=True)
         return result
-
-    @property
-    def _batch_size(self) -> int:
-        return self.generator.batch_size if self.generator else 1
-
-    def _leftovers(self, plan: Plan) -> list[Path]:
-        """Half-written files of killed processes."""
-        folders = {self.paths.kept(task.image).parent for task in plan.tasks}
-        folders |= {self.paths.copy(task.image, 0).parent for task in plan.tasks}
-        folders |= {folder.parent for folder in folders}
-        return [file for folder in folders for file in temporary_files(folder)]
 
     def _read(self, task: Task) -> _Read:
         """Read what is kept of a task's image, or make it from the image."""
         try:
-            return self._read_whole(task)
+            if task.is_done and not self._is_old(task):
+                return self._finished(task, [])
+            width, height, _ = image_bits(task.image)
+            with self._pixels.hold(width * height):
+                if task.kept is None and self.form.encoded_by_generator:
+                    return _Read(task, [], Result(), self.form.prepared(pixels(task.image)))
+                return self._kept_and_requests(task, self.kept(task))
         except OSError as error:
             return _failed(task, error)
-
-    def _read_whole(self, task: Task) -> _Read:
-        if task.is_done and not self._is_old(task):
-            return self._finished(task, [])
-        width, height, _ = image_bits(task.image)
-        with self._pixels.hold(width * height):
-            if task.kept is None and self.form.encoded_by_generator:
-                return _Read(task, [], Result(), self.form.prepared(pixels(task.image)))
-            return self._kept_and_requests(task, self.kept(task))
 
     def _kept_and_requests(self, task: Task, kept: bytes) -> _Read:
         """Save what is kept of a task's image, if it is new or to be recoded, and list the copies to make from it."""
@@ -150,18 +194,15 @@ class Regenerator:
         """With the task's part of the result, once its kept file is on disk."""
         width, height, bits_per_pixel = image_bits(task.image)
         path = task.kept if task.kept and not is_recoded else self.paths.kept(task.image)
-        return _Read(
-            task,
-            requests,
-            Result(
-                kept_made=int(task.kept is None),
-                kept_recoded=int(is_recoded),
-                image_bytes=task.image.stat().st_size,
-                kept_bytes=path.stat().st_size + len(self.text(task.image).encode()),
-                image_bits=width * height * bits_per_pixel,
-                raw_bits=self.form.raw_bits(height, width, path) or 0,
-            ),
+        result = Result(
+            kept_made=int(task.kept is None),
+            kept_recoded=int(is_recoded),
+            image_bytes=task.image.stat().st_size,
+            kept_bytes=path.stat().st_size + len(self.text(task.image).encode()),
+            image_bits=width * height * bits_per_pixel,
+            raw_bits=self.form.raw_bits(height, width, path) or 0,
         )
+        return _Read(task, requests, result)
 
     def _encoded(self, read: Iterable[_Read]) -> Iterator[_Read]:
         """Encode what the generator is to encode, in batches of pictures of one shape; pass on the rest."""
@@ -215,10 +256,8 @@ class Regenerator:
             for k in task.copy_numbers:
                 self.paths.copy(task.image, k).unlink(missing_ok=True)
         _write(path, lambda file: file.write(kept))
-        if (
-            older is not None and older != path
-        ):  # of another ending, which would count again if the new file were deleted
-            older.unlink()
+        if older is not None and older != path:
+            older.unlink()  # of another ending: it would count again if the new file were deleted
 
     def text(self, image: Path) -> str:
         """The text of an image's class."""
@@ -263,7 +302,7 @@ def _failed(task: Task, error: OSError) -> _Read:
 def _requests(read: Iterable[_Read], result: Result, progress: Progress) -> Iterator[Request]:
     """The copies to make, image by image, while what was made of the images is counted."""
     for each in read:
-        result.add(each.result)
+        result.join(each.result)
         if each.result.copies_failed:
             progress(each.result.copies_failed)
         yield from each.requests

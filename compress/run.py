@@ -23,11 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command(arguments: list[str] | None) -> int:
-    parsed, action = options.parse(arguments)
-    job = options.make_job(parsed)
+    job, device = options.parse(arguments)
     from compress.session import run  # imports torch, which --help does not need
 
-    return run(job, action)
+    return run(job, device)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ControlNet.annotator.util import SIDE_STEP
+from utils import cli
 from utils.errors import UserError
 
 
@@ -38,13 +39,6 @@ SAMPLERS = {
 }
 """The names are those of ControlNet.sampling, which imports torch.  Weights for LCM and TCD have guidance built in (Luo
 et al. 2023, Zheng et al. 2024)."""
-
-
-def at_least_one(text: str) -> int:
-    """A whole number of 1 or more."""
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def finite(text: str) -> float:
@@ -90,12 +84,12 @@ class Setting:
 
 SETTINGS = (
     Setting(
-        "size", at_least_one, "N", "shorter side of the generated pictures: 64, 128, 192, ...",
+        "size", cli.at_least(1), "N", "shorter side of the generated pictures: 64, 128, 192, ...",
         lambda size: size > 0 and size % SIDE_STEP == 0, f"is a multiple of {SIDE_STEP}",
         lambda size: f": take {max(1, round(size / SIDE_STEP)) * SIDE_STEP}",
     ),
     Setting(
-        "steps", at_least_one, "N", "steps of the sampler",
+        "steps", cli.at_least(1), "N", "steps of the sampler",
         lambda steps: 1 <= steps <= 1000, "lies between 1 and 1000",
     ),
     Setting("guidance", finite, "X", "scale of classifier-free guidance; 1 is none, in half the time [9; lcm, tcd: 1]"),
@@ -105,7 +99,7 @@ SETTINGS = (
         lambda ends: 0 <= ends[0] < ends[1] <= 1, "a:b has 0 <= a < b <= 1",
     ),
     Setting(
-        "reuse_every", at_least_one, "N",
+        "reuse_every", cli.at_least(1), "N",
         "compute the UNet's deep features in every N-th step alone, and reuse them between [1: in every step]",
     ),
     Setting(
@@ -127,7 +121,7 @@ SETTINGS = (
     ),
     Setting("negative_prompt", str, "TEXT", "text of what copies should not be like"),
     Setting(
-        "quality", at_least_one, "Q", "JPEG quality of copies, 1 to 100 [75]",
+        "quality", cli.at_least(1), "Q", "JPEG quality of copies, 1 to 100 [75]",
         lambda quality: 1 <= quality <= 100, "lies between 1 and 100",
     ),
 )  # fmt: skip
@@ -138,5 +132,5 @@ def check(values: Mapping[str, Any]) -> None:
     for setting in SETTINGS:
         value = values.get(setting.name)
         if value is not None and not setting.is_possible(value):
-            given = repr(value) if isinstance(value, str) else setting.words(value)
-            raise UserError(f"{setting.option} {setting.bounds}, not {given}{setting.advice(value)}.")
+            text = repr(value) if isinstance(value, str) else setting.words(value)
+            raise UserError(f"{setting.option} {setting.bounds}, not {text}{setting.advice(value)}.")

@@ -1,16 +1,24 @@
-"""What compress/run.py tells a person: what there is to do, what was done, and figures that can be read."""
+"""What compress/run.py tells a person: what there is to do, how long it will take, and what was done."""
 
+import io
 import math
+import time
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compress.estimate import estimate
-from compress.forms import plural
-from compress.plan import Plan
-from compress.regenerate import Regenerator
-from compress.result import Result
+import numpy as np
+
+from compress.forms import Form, Request, plural
+from compress.generators import Generator, group
+from compress.plan import FileState, Plan
+from compress.presets import Sampling
+from compress.regenerate import Regenerator, Result
 from compress.verify import Findings
-from utils.data.images import image_bits
+from ControlNet.ldm.schedule import ddim_timesteps
+from utils.data.images import image_bits, read_image
+
+UNRECORDED = FileState.UNRECORDED
 
 MOST_MEASURED = 1000
 """Images whose generated sizes a plan looks up."""
@@ -22,17 +30,16 @@ def report_plan(todo: Plan, title: str) -> None:
     print(
         f"{title}: {len(todo.tasks):,} images{generated_sizes(todo)}\n"
         f"{noun}: {todo.kept_missing:,} to make, {todo.kept_present:,} there already"
-        f"{_otherwise(todo.kept_otherwise)}\n"
+        f"{_otherwise(todo.kept)}\n"
         f"copies: {todo.copies_missing:,} to make, {todo.copies_present:,} there already"
-        f"{_otherwise(todo.copies_otherwise)}"
+        f"{_otherwise(todo.copies)}"
     )
-    kept = [
-        f"{count:,} {what}"
-        for count, what in ((todo.kept_without_record, noun), (todo.copies_without_record, "copies"))
-        if count
-    ]
-    if kept:
-        print(f"{' and '.join(kept)} without a record of how they were made are kept (--replace makes them again)")
+    states = ((todo.kept[UNRECORDED], noun), (todo.copies[UNRECORDED], "copies"))
+    unrecorded = [f"{count:,} {what}" for count, what in states if count]
+    if unrecorded:
+        print(
+            f"{' and '.join(unrecorded)} without a record of how they were made are kept (--replace makes them again)"
+        )
 
 
 def generated_sizes(todo: Plan) -> str:
@@ -57,7 +64,8 @@ def generated_sizes(todo: Plan) -> str:
     return text + (f"; {short:,}{of} are so long that the limit {limit} makes them smaller" if short else "")
 
 
-def _otherwise(count: int) -> str:
+def _otherwise(files: Counter[FileState]) -> str:
+    count = files[FileState.OTHERWISE]
     return f"; {count:,} of those to make are there, made otherwise" if count else ""
 
 
@@ -94,17 +102,17 @@ def _count(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else plural(noun)}"
 
 
-def report_estimate(regenerator: Regenerator, todo: Plan, processes: int = 1) -> None:
+def report_estimate(regenerator: Regenerator, processes: int = 1) -> None:
     """Print what --dry-run tells: bytes, and the time of so many processes like this one."""
     if regenerator.generator:
         print("measuring one batch ...", flush=True)
-    expected = estimate(regenerator, todo)
+    expected = estimate(regenerator)
     if math.isnan(expected.kept_bytes + expected.copy_bytes + expected.seconds):
         print("expected: unknown, none of the sampled images could be read")
         return
     seconds = f", about {duration(expected.seconds / processes)} for the copies" if regenerator.generator else ""
     seconds += f" in {processes} processes" if seconds and processes > 1 else ""
-    kept = f"{size(expected.kept_bytes)} of {plural(todo.records.form.noun)}"
+    kept = f"{size(expected.kept_bytes)} of {plural(regenerator.form.noun)}"
     print(f"expected: {kept}, {size(expected.copy_bytes)} of copies{seconds}\ndry run: nothing was written")
 
 
@@ -155,3 +163,86 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours:,}:{minutes:02d}:{seconds:02d}"
+
+
+SAMPLE = 64
+"""Images looked at."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the missing files will take: bytes on disk, and seconds of one process, 0 without a generator.  NaN where no
+    image can be read."""
+
+    kept_bytes: float
+    copy_bytes: float
+    seconds: float
+
+
+def estimate(regenerator: Regenerator) -> Estimate:
+    """Look at a sample of the images, and time one batch, at two numbers of steps if it has many.  Writes nothing.
+
+    A copy is taken to be as large as its image would be, saved as copies are.
+    """
+    form, plan = regenerator.form, regenerator.plan
+    tasks = [task for task in plan.tasks if not task.is_done]
+    tasks = [tasks[i] for i in np.unique(np.linspace(0, len(tasks) - 1, min(SAMPLE, len(tasks)), dtype=int))]
+    kept_bytes, copy_bytes, requests = [], [], []
+    for task in tasks:
+        try:
+            if task.kept is None:
+                kept = form.stand_in(task.image, regenerator.text(task.image))
+            else:
+                kept = regenerator.kept(task)
+            image = np.asarray(read_image(task.image))
+            file, greyscale = io.BytesIO(), image_bits(task.image)[2] != 24
+            requests += regenerator.requests(replace(task, copy_numbers=task.copy_numbers or (0,)), kept)
+        except OSError:
+            continue  # the run itself will list it
+        form.save_copy(image, file, greyscale)
+        kept_bytes.append(len(kept))
+        copy_bytes.append(file.tell())
+    walks = plan.copies_missing + plan.kept_missing * form.encoded_by_generator  # encoding takes as long as a copy
+    return Estimate(
+        plan.kept_missing * _mean(kept_bytes) if plan.kept_missing else 0.0,
+        plan.copies_missing * _mean(copy_bytes) if plan.copies_missing else 0.0,
+        walks * seconds_per_copy(form, regenerator.generator, requests) if regenerator.generator else 0.0,
+    )
+
+
+def seconds_per_copy(form: Form, generator: Generator, requests: list[Request]) -> float:
+    """The time of one copy on average; it grows with the generated area, which differs between images."""
+    if not requests:
+        return math.nan
+    areas = [math.prod(request.condition.size) for request in requests]
+    typical = requests[areas.index(sorted(areas)[len(areas) // 2])]
+    alike = [request for request in requests if group(request) == group(typical)]
+    # The first time loads kernels, encodes texts, and finds out how many fit the device.
+    generator(alike[: generator.batch_size], steps=1)
+    batch = alike[: generator.batch_size]
+
+    def seconds(steps: int) -> float:
+        start = time.perf_counter()
+        generator(batch, steps=steps)
+        return time.perf_counter() - start
+
+    sampling = form.preset.sampling_for(typical.text)
+    # A whole cycle of steps that reuse features, or one step; then at least four steps more.
+    few = sampling.reuse_every
+    more = few * (1 + -(-4 // few))
+    if more >= sampling.steps:
+        whole = seconds(sampling.steps)
+    else:
+        first = seconds(few)
+        each = max(seconds(more) - first, 0) / (_steps(sampling, more) - _steps(sampling, few))
+        whole = first + each * (_steps(sampling, sampling.steps) - _steps(sampling, few))
+    return whole / generator.batch_size * _mean(areas) / math.prod(typical.condition.size)
+
+
+def _steps(sampling: Sampling, steps: int) -> int:
+    """The steps that a sampler makes: DDIM may make more than it is asked for."""
+    return len(ddim_timesteps(steps)) if sampling.sampler == "ddim" else steps
+
+
+def _mean(values) -> float:
+    return float(np.mean(values)) if values else math.nan

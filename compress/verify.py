@@ -5,19 +5,19 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from compress.forms import OTHERWISE, WRONG_SIZE, pixels
-from compress.leftovers import temporary_files
 from compress.overlap import Budget, map_ahead
-from compress.plan import Plan, Task
+from compress.plan import Part, Plan, Task
 from compress.records import Records, State, read_mark
 from compress.regenerate import MOST_PIXELS, reason
+from utils.cli import nb_cores
 from utils.data.images import image_bits, read_image
-from utils.devices import nb_cores
+from utils.files import temporary_files
 
 MISSING, UNREADABLE = "missing", "unreadable"
 ENDS = {".jpg": b"\xff\xd9", ".png": b"IEND\xaeB`\x82"}
@@ -41,7 +41,7 @@ class Fault:
 
 
 @dataclass
-class Findings:
+class Findings(Part):
     """What `verify` found, image by image.
 
     tasks: for each image what there is to make again; unmarked: copies without recorded settings, which are kept;
@@ -58,11 +58,6 @@ class Findings:
     @property
     def is_well(self) -> bool:
         return not self.faults and not self.half_written
-
-    def add(self, other: "Findings") -> None:
-        """Join what was found of other images."""
-        for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
     def repairs(self, todo: Plan) -> Plan:
         """That plan, and what was found to make again beside it."""
@@ -171,7 +166,8 @@ class _Check:
                 continue
             mark = read_mark(path)
             if copy_size != size:
-                faults[k] = Fault(path, "copy", WRONG_SIZE, _sizes(copy_size, size))
+                sizes = "{} x {} instead of {} x {} pixels".format(*copy_size, *size)
+                faults[k] = Fault(path, "copy", WRONG_SIZE, sizes)
             elif mark is None and state is not State.MIXED:
                 unmarked += 1
             elif mark not in wanted:
@@ -196,7 +192,3 @@ def _orphaned_folders(records: Records, mode: str) -> list[Path]:
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     unknown = (folder / name for name in names if not name.startswith(".") and name not in records.copies.texts)
     return [path for path in unknown if path.is_dir()]
-
-
-def _sizes(found: tuple[int, int], expected: tuple[int, int]) -> str:
-    return f"{found[0]} x {found[1]} instead of {expected[0]} x {expected[1]} pixels"

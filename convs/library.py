@@ -82,7 +82,7 @@ def _torchvision(name: str, image_size: int | None) -> LibraryBackbone:
     _check_known(name, models.list_models(module=models), "torchvision")
     options = {"image_size": image_size} if image_size and name.startswith("vit_") else {}
     network = models.get_model(name, weights=None, **options)
-    linear = [place for place, module in network.named_modules() if isinstance(module, nn.Linear)]
+    linear = [layer for layer, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear or getattr(network, "aux_logits", False):
         raise ValueError(f"torchvision/{name} does not end in one linear classifier, so that it gives no features")
     parent, _, child = linear[-1].rpartition(".")
@@ -123,8 +123,8 @@ def _timm(name: str, image_size: int | None) -> LibraryBackbone:
 def _timm_input(name: str) -> Input:
     timm = _import_timm()
     _check_known(name.partition(".")[0], timm.list_models(), "timm")
-    found = timm.get_pretrained_cfg(name)
-    config = timm.data.resolve_data_config(pretrained_cfg=found.to_dict() if found else {})
+    pretrained = timm.get_pretrained_cfg(name)
+    config = timm.data.resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
     side = config["input_size"][-1]
     resize = math.floor(side / config["crop_pct"])
     return Input(side, resize, tuple(config["mean"]), tuple(config["std"]), _mode(config["interpolation"]))
@@ -150,10 +150,10 @@ def _downloaded(library: str, name: str) -> Path:
         return cached_file(name)
     import huggingface_hub
 
-    found = _import_timm().get_pretrained_cfg(name)
-    repository = found.hf_hub_id if found else None
+    pretrained = _import_timm().get_pretrained_cfg(name)
+    repository = pretrained.hf_hub_id if pretrained else None
     for file in ("model.safetensors", "pytorch_model.bin"):
-        path = repository and huggingface_hub.try_to_load_from_cache(repository, found.hf_hub_filename or file)
+        path = repository and huggingface_hub.try_to_load_from_cache(repository, pretrained.hf_hub_filename or file)
         if isinstance(path, str):
             return Path(path)
     get = f"get them with `hf download {repository}`, or " if repository else ""

@@ -23,13 +23,12 @@ from exps.grid import finish
 from exps.points import Point, checked_config, finished
 from exps.report.entries import Entry, entries
 from exps.report.tables import markdown, mean_std
-from exps.runs import at_least_one
 from models import catalogue
 from utils import cli
 from utils.config.read import read_json
 from utils.config.schema import as_dict
 from utils.errors import UserError
-from utils.results.files import write_text
+from utils.files import write_text
 from utils.results.records import Results
 
 MEMORIES = {
@@ -91,10 +90,10 @@ def _cells(entry: Entry | None) -> list[str]:
 
 def compare(options: argparse.Namespace) -> int:
     """What the command line asks for.  Returns the exit code."""
-    asked = read(options.config)
+    comparison = read(options.config)
     output = options.output or Path("outputs") / options.config.stem
     known = catalogue.methods()
-    methods = options.methods.split(",") if options.methods else [*asked.methods] or list(known)
+    methods = options.methods.split(",") if options.methods else [*comparison.methods] or list(known)
     if unknown := sorted(set(methods) - known.keys()):
         raise UserError(f"methods: {', '.join(unknown)} is not among {', '.join(known)}.")
     points: dict[tuple[str, str], Point] = {}  # by memory and method
@@ -103,11 +102,11 @@ def compare(options: argparse.Namespace) -> int:
         for method in methods:
             if memory != "real" and not known[method].uses_memory:
                 continue  # it keeps no exemplars, and runs once
-            overrides = (*asked.methods.get(method, ()), *options.overrides)
+            overrides = (*comparison.methods.get(method, ()), *options.overrides)
             try:
-                points[memory, method] = point_of(asked.config, method, memory, overrides, output)
+                points[memory, method] = point_of(comparison.config, method, memory, overrides, output)
             except UserError as error:
-                refused[f"{method}, {memory}"] = str(error).removeprefix(f"{asked.config}: ")
+                refused[f"{method}, {memory}"] = str(error).removeprefix(f"{comparison.config}: ")
     if not points:
         raise UserError(next(iter(refused.values())))
     wanted = [point for (memory, _), point in points.items() if options.only in (None, memory)]
@@ -140,7 +139,7 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--methods", help="separated by commas (default: all)")
     parser.add_argument("--only", choices=MEMORIES, help="carry out one kind of runs; the table has what is there")
     parser.add_argument(
-        "--jobs", type=at_least_one, default=1, metavar="N", help="runs at a time (default: %(default)s)"
+        "--jobs", type=cli.at_least(1), default=1, metavar="N", help="runs at a time (default: %(default)s)"
     )
     parser.add_argument("--output", type=cli.path, metavar="DIR", help="default: outputs/<name of the config>")
     return compare(parser.parse_intermixed_args(cli.options_as_overrides(parser, argv)))

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from exps.runs import nb_cores
 from exps.sweep import read
 from utils import cli
+from utils.cli import nb_cores
 from utils.config.read import read_json
 from utils.errors import UserError
 
@@ -77,14 +77,14 @@ def check_accuracies(table: Path, expected: dict[str, Any]) -> None:
 def what_it_says(orders: int) -> str:
     """What the sentences above, which the sweep computed, can and can't say.  orders: number of class orders."""
     if orders == 1:
-        said = (
+        caution = (
             "One class order: differences of a few points say nothing, and of one order there is no standard error.\n"
             'SEEDS="1993 1994 1995" make demo takes three, and reuses this one.'
         )
     else:
-        said = f"{orders} class orders: a difference below twice its standard error, in parentheses, says nothing."
+        caution = f"{orders} class orders: a difference below twice its standard error, in parentheses, says nothing."
     return (
-        f"{said}\nThese are small digits, and the generator was trained on 250 others of each class: what wins here "
+        f"{caution}\nThese are small digits, and the generator was trained on 250 others of each class: what wins here "
         "need not win on photographs."
     )
 

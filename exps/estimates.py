@@ -11,7 +11,7 @@ from exps.points import Point
 from exps.runs import MAIN, call, last_words
 from exps.sweep import Candidate, Plan, Sweep, made_ahead
 from utils import cli
-from utils.results.files import write_json
+from utils.files import write_json
 from utils.results.records import load_results
 
 
@@ -93,12 +93,12 @@ def tell(plan: Plan, known: Sequence[Point], todo: Sequence[Point]) -> None:
     copies = f"copies: up to {sum(number for number, _ in made.values()):,}, {_hours(seconds)}"
     training = 0.0
     for method in sweep.methods:
-        of_method = [point for point in todo if point.config["model_name"] == method]
-        if of_method:
+        method_points = [point for point in todo if point.config["model_name"] == method]
+        if method_points:
             keys = plan.keys(method, _real(sweep), sweep.budgets[0])
             first, later, size = training_seconds({**keys, "seed": list(sweep.seeds)})
-            orders = sum(len(point.seeds) for point in of_method)
-            alike = {(point.phase0, seed) for point in of_method for seed in point.seeds}
+            orders = sum(len(point.seeds) for point in method_points)
+            alike = {(point.phase0, seed) for point in method_points for seed in point.seeds}
             training += first * len(alike) + later * orders
             disk += size * orders
     print(f"\nruns: {len(todo)} of {len(known)} to do, {len(sweep.seeds)} class orders each")
@@ -110,13 +110,14 @@ def tell(plan: Plan, known: Sequence[Point], todo: Sequence[Point]) -> None:
 
 def _row(plan: Plan, candidate: Candidate, budget: int) -> tuple[str, ...]:
     measures = plan.measures
-    of_form, of_real = measures["forms"][candidate.keys["syn_form"]], measures["forms"]["real"]
-    real, synthetic = exemplars(of_form, of_real["bytes"], budget, candidate.keys, measures["images_per_class"])
-    used = real * of_real["bytes"] + synthetic * of_form["bytes"] + of_form["text_bytes"] * (synthetic > 0)
-    units = "-" if synthetic and of_form["units"] is None else f"{real + synthetic * (of_form['units'] or 0):.1f}"
+    form_costs, real_costs = measures["forms"][candidate.keys["syn_form"]], measures["forms"]["real"]
+    real, synthetic = exemplars(form_costs, real_costs["bytes"], budget, candidate.keys, measures["images_per_class"])
+    text_bytes = form_costs["text_bytes"] if synthetic else 0
+    used = real * real_costs["bytes"] + synthetic * form_costs["bytes"] + text_bytes
+    units = "-" if synthetic and form_costs["units"] is None else f"{real + synthetic * (form_costs['units'] or 0):.1f}"
     _, images, number = _copies(plan, candidate, synthetic)
-    disk = f"{images * number * of_form['copy_bytes'] / 1e6:,.1f}"
-    p, each = f"{candidate.probability:g}", f"{of_form['bytes']:,.0f}"
+    disk = f"{images * number * form_costs['copy_bytes'] / 1e6:,.1f}"
+    p, each = f"{candidate.probability:g}", f"{form_costs['bytes']:,.0f}"
     kept = f"{real} + {synthetic}"
     return candidate.label, p, each, f"{budget:,}", kept, f"{used:,.0f}", units, f"{images * number:,}", disk
 
@@ -132,8 +133,8 @@ def _copies(plan: Plan, candidate: Candidate, synthetic: int | None = None) -> t
         return form, measures["train_images"], number
     most = measures["images_per_class"]
     if synthetic is None:
-        of_form, real_bytes = measures["forms"][form], measures["forms"]["real"]["bytes"]
-        counts = [exemplars(of_form, real_bytes, budget, candidate.keys, most)[1] for budget in sweep.budgets]
+        form_costs, real_bytes = measures["forms"][form], measures["forms"]["real"]["bytes"]
+        counts = [exemplars(form_costs, real_bytes, budget, candidate.keys, most)[1] for budget in sweep.budgets]
         # class orders choose different exemplars, so that each may bring copies of its own
         synthetic = max(counts) * len(sweep.seeds) * max(len(sweep.methods), 1)
     return form, min(most, synthetic) * measures["classes"], number

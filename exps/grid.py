@@ -21,7 +21,7 @@ from tqdm import tqdm
 from exps.gpus import gpu
 from exps.points import Point, Task, done_orders, refusal, results_of
 from exps.runs import MAIN, call, last_words, pool_of, threads
-from utils.results.files import write_json, write_text
+from utils.files import write_json, write_text
 
 BUSY = "another process is working on"
 """main.py's words where another process, such as one of a sweep that was killed, works on a class order."""
@@ -207,7 +207,7 @@ def _show(bar: tqdm, tasks: Sequence[Task], running: Collection[Task]) -> None:
     for task in running:
         results = results_of(task.point)
         phases = sum(len(order.phases) for order in (results.runs if results else ()) if order.seed == task.seed)
-        parts.append(f"{task}: {phases} phase{'s' * (phases != 1)} done")
+        parts.append(f"{task}: {phases} phase{'s' if phases != 1 else ''} done")
     bar.set_postfix_str("; ".join(sorted(parts)), refresh=False)
     bar.update(0)
 

@@ -41,13 +41,13 @@ from exps.grid import finish
 from exps.points import Point, finished, refusal, results_of
 from exps.report.comparison import as_cells, as_markdown, notes, table_rows, verdict
 from exps.report.entries import entries
-from exps.runs import COMPRESS, at_least_one, call, for_each, last_words, measured, threads
+from exps.runs import COMPRESS, call, for_each, last_words, measured, threads
 from exps.submit import submit
 from exps.sweep import REAL, Candidate, Plan, Row, Sweep, check, made_ahead, read
 from utils import cli
 from utils.data.paths import data_dir, find_dataset
 from utils.errors import UserError
-from utils.results.files import write_csv, write_text
+from utils.files import write_csv, write_text
 
 
 def encode(plan: Plan, todo: Sequence[Point], jobs: int) -> dict[str, str]:
@@ -76,8 +76,8 @@ def encode(plan: Plan, todo: Sequence[Point], jobs: int) -> dict[str, str]:
             done = call(COMPRESS, *where, *words, *settings, **threads(jobs))
         if not done.returncode:
             return None
-        said = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
-        return "; ".join([last_words(done), *said[-3:]] if done.returncode == 2 else said[-3:])
+        lines = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
+        return "; ".join([last_words(done), *lines[-3:]] if done.returncode == 2 else lines[-3:])
 
     forms = [form for form in copies if form in needed]
     failed = dict(zip(forms, for_each(forms, encode_form, jobs), strict=True))
@@ -157,8 +157,9 @@ def pareto(options: argparse.Namespace) -> int:
     part = {name: getattr(options, name) for name in ("seeds", "budgets", "forms", "methods")}
     sweep = read(options.file, options.output, **part)
     check(sweep)
-    measures = measured(sweep.config, [REAL, *sweep.kept], sweep.settings, *["--time"] * options.dry_run)
-    problems = [f"{form}: {of['error']}" for form, of in measures["forms"].items() if "error" in of]
+    time = ["--time"] if options.dry_run else []
+    measures = measured(sweep.config, [REAL, *sweep.kept], sweep.settings, *time)
+    problems = [f"{form}: {costs['error']}" for form, costs in measures["forms"].items() if "error" in costs]
     plan = Plan(sweep, measures)
     known, _ = plan.known()
     todo = [point for point in known if finished(point) is None and refusal(point) is None]
@@ -173,8 +174,8 @@ def pareto(options: argparse.Namespace) -> int:
     problems += [f"{form}: {words}" for form, words in unmade.items()]
 
     def points(failed):
-        found, more = plan.known(failed)
-        return [p for p in found if not (p.config["syn_form"] in unmade and p.config["regenerate"] == "ahead")], more
+        known, more = plan.known(failed)
+        return [p for p in known if not (p.config["syn_form"] in unmade and p.config["regenerate"] == "ahead")], more
 
     def write_finished() -> None:
         done = [point for point in plan.tested() if finished(point) is not None]
@@ -203,8 +204,9 @@ def _budget_only(options: argparse.Namespace) -> int:
     sweep = Sweep(config, rows, tuple(options.budgets), (), (1,), options.settings, "on_demand", Path("outputs"))
     measures = measured(config, [REAL, *sweep.kept], sweep.settings)
     tell(Plan(sweep, measures), [], [])
-    failed = [f"{form}: {found['error']}" for form, found in measures["forms"].items() if "error" in found]
-    print(*failed, sep="\n", end="\n" * bool(failed), file=sys.stderr)
+    failed = [f"{form}: {costs['error']}" for form, costs in measures["forms"].items() if "error" in costs]
+    if failed:
+        print(*failed, sep="\n", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -219,14 +221,14 @@ def command(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("file", type=cli.path, nargs="?", help="such as exps/pareto_digits.json")
     parser.add_argument("--dry-run", action="store_true", help="tell exemplars, runs, hours and disk, and keep nothing")
-    parser.add_argument("--jobs", type=at_least_one, default=1, metavar="N", help="runs at a time [%(default)s]")
+    parser.add_argument("--jobs", type=cli.at_least(1), default=1, metavar="N", help="runs at a time [%(default)s]")
     parser.add_argument("--seeds", type=_numbers, default=[], metavar="A,B", help="class orders in place of the file's")
     parser.add_argument("--budgets", type=_numbers, default=[], metavar="A,B", help="bytes, in place of the file's")
     parser.add_argument("--forms", type=_names, default=[], metavar="A,B", help="only these of the file's forms")
     parser.add_argument("--methods", type=_names, default=[], metavar="A,B", help="in place of the file's")
     parser.add_argument("--output", type=cli.path, metavar="DIR", help="default: outputs/<name of the file>")
     parser.add_argument(
-        "--submit", type=at_least_one, metavar="N", help="start this command N times on SLURM (needs submitit)"
+        "--submit", type=cli.at_least(1), metavar="N", help="start this command N times on SLURM (needs submitit)"
     )
     parser.add_argument(
         "--slurm", action="append", default=[], metavar="KEY=VALUE", help="of submitit, such as timeout_min=600"

@@ -14,7 +14,7 @@ from utils.config.read import load_config
 from utils.config.schema import Config, as_dict, differences
 from utils.data.paths import data_dir
 from utils.errors import UserError
-from utils.results.files import write_json
+from utils.files import write_json
 from utils.results.output import seed_folder
 from utils.results.records import ClassOrder, Results, ResultsFile, load_results
 

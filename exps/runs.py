@@ -1,6 +1,5 @@
 """Commands that experiments of many runs start, and what happens to them when the experiment is stopped."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from utils.cli import nb_cores
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,21 +126,9 @@ def measured(config: Mapping[str, Any], forms: Sequence[str], settings: str, *mo
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def nb_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def threads(jobs: int) -> dict[str, str]:
     """The environment of each of several commands that share the cores equally."""
     return {"OMP_NUM_THREADS": str(max(1, nb_cores() // jobs))}
-
-
-def at_least_one(text: str) -> int:
-    """A whole number of 1 or more, for argparse."""
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return number
 
 
 @contextmanager

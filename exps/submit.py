@@ -40,7 +40,8 @@ def submit(options: argparse.Namespace, output: Path, points: Points) -> int:
     print(f"submitted as {', '.join(str(job.job_id) for job in jobs)}; logs in {output}/slurm", flush=True)
     watch(points, lambda: not all(job.done() for job in jobs), POLL)
     failed = [f"job {job.job_id}: {error}" for job in jobs if (error := job.exception()) is not None]
-    print(*failed, sep="\n", end="\n" * bool(failed), file=sys.stderr)
+    if failed:
+        print(*failed, sep="\n", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -116,8 +116,8 @@ def read(
         raise UserError(f"{file}: two rows are called {twice[0]!r}. Give one of them another name.")
     names = {row.name: {c.form for c in row.candidates} | {row.name} for row in rows}
     if unknown := [form for form in forms if not any(form in of_row for of_row in names.values())]:
-        there = dict.fromkeys(candidate.form for row in rows for candidate in row.candidates)
-        raise UserError(f"{file}: no form {unknown[0]!r}; it has {', '.join(there)}.")
+        known_forms = dict.fromkeys(candidate.form for row in rows for candidate in row.candidates)
+        raise UserError(f"{file}: no form {unknown[0]!r}; it has {', '.join(known_forms)}.")
     rows = [row for row in rows if not forms or names[row.name] & set(forms)]
     sweep = Sweep(
         config,
@@ -142,13 +142,13 @@ def read(
 
 def _config(file: Path, config: Any) -> dict[str, Any]:
     """The keys that all runs share.  Raises UserError."""
-    given = config
+    in_file = config
     if isinstance(config, str):
         path = cli.path(config)
         config = read_json(path if path.is_file() else file.parent / path)
     if not isinstance(config, dict) or "dataset" not in config:
         raise UserError(f"{file}: config must be an object of main.py's keys, or the path of a config.")
-    if isinstance(given, dict) and (own := [key for key in SETS if key in config]):
+    if isinstance(in_file, dict) and (own := [key for key in SETS if key in config]):
         raise UserError(f"{file}: the sweep sets {own[0]} itself, for all forms alike. Take it out of config.")
     kept = {key: value for key, value in config.items() if key not in SETS}
     return {**kept, "dataset": find_dataset(data_dir(kept.get("data_dir")), kept["dataset"])}
@@ -168,15 +168,15 @@ def _check_lists(file: Path, content: Mapping[str, Any]) -> None:
 
 def _rows(file: Path, row: str | dict, content: Mapping[str, Any], tune: bool) -> list[Row]:
     """The rows of an entry of `forms`: one for each combination of its lists, or, with tune, one of all of them."""
-    given = {"form": row} if isinstance(row, str) else dict(row)
-    forms, name = _values(given.pop("form", None)), given.pop("name", None)
+    keys_of_row = {"form": row} if isinstance(row, str) else dict(row)
+    forms, name = _values(keys_of_row.pop("form", None)), keys_of_row.pop("name", None)
     if not forms or not all(isinstance(form, str) for form in forms):
         raise UserError(f"{file}: a form has no name; it has form, {', '.join(OF_A_ROW)}.")
-    if unknown := sorted(given.keys() - set(OF_A_ROW)):
+    if unknown := sorted(keys_of_row.keys() - set(OF_A_ROW)):
         raise UserError(f"{file}: a form has unknown key {unknown[0]!r}; it has form, name, {', '.join(OF_A_ROW)}.")
-    if "augmentation_prob" not in given and forms != [REAL]:
-        given["augmentation_prob"] = content.get("augmentation_prob", PROBABILITY)
-    lists = [[(key, value) for value in _values(values)] for key, values in given.items()]
+    if "augmentation_prob" not in keys_of_row and forms != [REAL]:
+        keys_of_row["augmentation_prob"] = content.get("augmentation_prob", PROBABILITY)
+    lists = [[(key, value) for value in _values(values)] for key, values in keys_of_row.items()]
     combinations = [(form, dict(keys)) for form in forms for keys in itertools.product(*lists)]
     candidates = tuple(_candidate(file, form, keys, content.get("real_per_class", 1)) for form, keys in combinations)
     if tune and len(candidates) > 1:
@@ -190,19 +190,19 @@ def _values(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _candidate(file: Path, form: str, given: Mapping[str, Any], real: int | None) -> Candidate:
-    keys = {"augmentation_prob": 0, **given}
+def _candidate(file: Path, form: str, own: Mapping[str, Any], real: int | None) -> Candidate:
+    keys = {"augmentation_prob": 0, **own}
     p = keys["augmentation_prob"]
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
         raise UserError(f"{file}: augmentation_prob is a probability, 0 to 1, or a list of them, not {p!r}.")
-    said = [f"{key}={_shown(value)}" for key, value in given.items() if key not in ("augmentation_prob", "copies_of")]
+    words = [f"{key}={_shown(value)}" for key, value in own.items() if key not in ("augmentation_prob", "copies_of")]
     copies_of = keys.pop("copies_of", None)
     if form != REAL:
         keys = {"syn_form": form, "real_per_class": real, "syn_per_class": "fill", **keys}
-        return Candidate(", ".join([form, *said]), form, keys)
+        return Candidate(", ".join([form, *words]), form, keys)
     if p and not copies_of:
         raise UserError(f'{file}: real exemplars with augmentation_prob need "copies_of", the form of their copies.')
-    label = ", ".join([REAL, *said, *([f"copies of {copies_of}"] if copies_of else [])])
+    label = ", ".join([REAL, *words, *([f"copies of {copies_of}"] if copies_of else [])])
     return Candidate(label, REAL, {"syn_form": copies_of or REAL, **keys, "real_per_class": None, "syn_per_class": 0})
 
 
@@ -218,8 +218,8 @@ def made_ahead(sweep: Sweep, candidate: Candidate, measures: Mapping[str, Any]) 
     form = candidate.keys["syn_form"]
     if form == REAL:
         return False
-    of_form = measures["forms"][form]
-    cheap = of_form["deterministic"] and not of_form.get("needs_model")
+    costs = measures["forms"][form]
+    cheap = costs["deterministic"] and not costs.get("needs_model")
     return sweep.copies == "ahead" or candidate.probability > 0 or cheap
 
 
@@ -250,11 +250,11 @@ class Plan:
         for method, row, budget in self.cells:
             candidates = [c for c in row.candidates if "error" not in self.measures["forms"][c.keys["syn_form"]]]
             if len(candidates) > 1:
-                found = {candidate: self._validation(method, row, candidate, budget) for candidate in candidates}
-                validated += found.values()
-                best = self._best({c: point for c, point in found.items() if point.name not in failed})
+                points = {candidate: self._validation(method, row, candidate, budget) for candidate in candidates}
+                validated += points.values()
+                best = self._best({c: point for c, point in points.items() if point.name not in failed})
                 if best is None:
-                    more = more or any(point.name not in failed for point in found.values())
+                    more = more or any(point.name not in failed for point in points.values())
                     continue
                 self.chosen[row.name, method, budget] = best
                 candidates = [best]

@@ -102,9 +102,8 @@ class ACIL(Method, name="acil"):
     @torch.no_grad()
     def after_training(self) -> None:
         """Add the new classes' images to the sums, a batch at a time in the order of classes."""
+        features = self.new_features("ridge regression")
         targets = self.data.phase_targets(self.phase)
-        images = [self.data.train_images(target) for target in targets]
-        features = list(self.run.features(self.network, images, self.describe("ridge regression")))
         labels = torch.tensor([t for t, rows in zip(targets, features, strict=True) for _ in rows])
         repeat, size = self.settings.inplace_repeat, self.settings.IL_batch_size
         rows = torch.cat(features).repeat_interleave(repeat, dim=0).split(size)

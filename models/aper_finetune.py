@@ -115,7 +115,5 @@ class APERFinetune(Method, name="aper_finetune"):
 
     def after_training(self) -> None:
         """The new classes' means, of all their images' features."""
-        images = [self.data.train_images(target) for target in self.data.phase_targets(self.phase)]
-        features = self.run.features(self.network, images, self.describe("class means"))
-        means = torch.stack([of_class.mean(dim=0) for of_class in features])
+        means = torch.stack([rows.mean(dim=0) for rows in self.new_features("class means")])
         self.network.head.means[self.nb_old :] = means.to(self.network.head.means)

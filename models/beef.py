@@ -165,10 +165,7 @@ class BEEF(Method, name="beefiso"):
         """The exemplars, and at random as many images of each new class."""
         exemplars = self.memory.items()
         each = max(Counter(item.target for item in exemplars).values())
-        return [*exemplars, *(item for target in self.new_targets() for item in self.some(target, each))]
-
-    def new_targets(self) -> range:
-        return range(self.nb_old, self.nb_seen)
+        return [*exemplars, *(item for target in range(self.nb_old, self.nb_seen) for item in self.some(target, each))]
 
     def some(self, target: int, count: int) -> list[Item]:
         """So many of a new class's images, all where there are fewer."""
@@ -200,10 +197,10 @@ class BEEF(Method, name="beefiso"):
         the batch has are left out."""
         features = self.newest(self.network(self.low_energy(images)).features)
         logits = torch.cat([self.network.module_logits(features), self.network.forward_(features)], dim=1)
-        there = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-        there[labels] = True
+        in_batch = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+        in_batch[labels] = True
         nb_classes = logits.shape[1] - self.nb_seen
-        return F.cross_entropy(logits.masked_fill(there, 1e-9), nb_classes + targets)
+        return F.cross_entropy(logits.masked_fill(in_batch, 1e-9), nb_classes + targets)
 
     def low_energy(self, images: Tensor) -> Tensor:
         """The images upside down, after a few steps towards the forward prototypes, with noise.  As in PyCIL a step

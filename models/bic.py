@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.losses import distillation
+from models.losses import balanced
 from models.networks import BiasedNet, NewBackbone, Outputs
 from models.training.method import Method
 from models.training.stages import Defaults, Stage
@@ -88,13 +88,9 @@ class BiC(Method, name="bic"):
         )
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
-        """Eq. 3: (1 - l) CE + l KD, with l = old classes / all classes, on logits as the bias layers leave them."""
-        classification = F.cross_entropy(outputs.logits, targets)
-        if self.old_network is None:
-            return classification
-        l = self.nb_old / self.nb_seen  # noqa: E741  (the paper's lambda)
-        old = distillation(outputs.logits[:, : self.nb_old], self.old_logits(images), self.config.T)
-        return (1 - l) * classification + l * old
+        """Eq. 3, on logits as the bias layers leave them."""
+        old = None if self.old_network is None else self.old_logits(images)
+        return balanced(outputs.logits, targets, old, self.config.T)
 
     def bias_loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """Eq. 5: CE of the corrected logits; of their softmax as in PyCIL."""

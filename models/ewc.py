@@ -89,7 +89,7 @@ class EWC(Method, name="ewc"):
                     gradient += more
             for total, gradient in zip(sums, self.fabric.all_reduce(gradients, reduce_op="mean"), strict=True):
                 total += gradient.square()
-        self.run.share(self.network)
+        self.run.broadcast_network(self.network)
         return {
             name: (total / len(sampler)).clamp(max=self.settings.fishermax)
             for name, total in zip(names, sums, strict=True)

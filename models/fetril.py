@@ -47,8 +47,7 @@ class FeTrIL(Method, name="fetril"):
 
     def after_training(self) -> None:
         """Keep the new classes' means; from phase 1 on train the head."""
-        images = [self.data.train_images(target) for target in self.data.phase_targets(self.phase)]
-        features = list(self.run.features(self.network, images, self.describe("features")))
+        features = self.new_features("features")
         new = torch.stack([rows.mean(dim=0) for rows in features])
         if self.phase == 0:
             self.state["means"] = new

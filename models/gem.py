@@ -54,8 +54,8 @@ class GEM(Method, name="gem"):
         """Augment the exemplars of each earlier phase that has some: (its classes, images: N x 3 x H x W of uint8,
         targets: N) each."""
         earlier = [self.data.phase_targets(phase) for phase in range(self.phase)]
-        there = {item.target for item in self.memory.items()}
-        self.memories = [(targets, *self.pictures(targets)) for targets in earlier if not there.isdisjoint(targets)]
+        in_memory = {item.target for item in self.memory.items()}
+        self.memories = [(targets, *self.pictures(targets)) for targets in earlier if not in_memory.isdisjoint(targets)]
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
         """CE over the new classes."""

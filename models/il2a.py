@@ -72,15 +72,15 @@ class IL2A(PrototypeMethod, name="il2a"):
     def prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The images, and mixtures of those whose partners in a permutation are of another class."""
         images, targets = super().prepare(images, targets)
-        shown, labels = [images], [targets]
+        inputs, labels = [images], [targets]
         for _ in range(MIXTURES):
             partners = self.fabric.to_device(self.permutation(len(images)))
             mixed = targets != targets[partners]
             first, second = images[mixed], images[partners][mixed]
             part = self.fabric.to_device(self.parts(len(first))).to(images.dtype)[:, None, None, None]
-            shown.append(part * first + (1 - part) * second)
+            inputs.append(part * first + (1 - part) * second)
             labels.append(self.pairs(targets[mixed], targets[partners][mixed]))
-        return torch.cat(shown).contiguous(memory_format=torch.channels_last), torch.cat(labels)
+        return torch.cat(inputs).contiguous(memory_format=torch.channels_last), torch.cat(labels)
 
     def pairs(self, targets: Tensor, others: Tensor) -> Tensor:
         """The labels of pairs of new classes: (0, 1), (0, 2), (1, 2), (0, 3), ... from nb_seen on."""

@@ -21,6 +21,16 @@ def distillation(logits: Tensor, old_logits: Tensor, T: float, weights: Tensor |
     return F.cross_entropy(logits / T, taught)
 
 
+def balanced(logits: Tensor, targets: Tensor, old_logits: Tensor | None, T: float) -> Tensor:
+    """(1 - l) CE + l KD, with l = old classes / all classes; CE where there are no old ones (Wu et al. 2019, eq. 3)."""
+    classification = F.cross_entropy(logits, targets)
+    if old_logits is None:
+        return classification
+    nb_old = old_logits.shape[1]
+    l = nb_old / logits.shape[1]  # noqa: E741  (the paper's lambda)
+    return (1 - l) * classification + l * distillation(logits[:, :nb_old], old_logits, T)
+
+
 def newest_or_old(targets: Tensor, nb_old: int) -> Tensor:
     """Targets of an auxiliary head: 0 for every old class, 1, 2, ... for the new ones.
 

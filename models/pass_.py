@@ -52,8 +52,8 @@ class PASS(PrototypeMethod, name="pass"):
         if self.phase == 0:
             return
         self.chosen = self.drawn(self.config.batch_size * max(1, self.nb_old // self.nb_new))
-        of_chosen = self.prototypes[self.chosen]
-        self.augmented = of_chosen + self.fabric.to_device(self.noise(of_chosen)) * self.radius
+        prototypes = self.prototypes[self.chosen]
+        self.augmented = prototypes + self.fabric.to_device(self.noise(prototypes)) * self.radius
 
     def before_training(self) -> None:
         super().before_training()

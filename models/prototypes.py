@@ -91,8 +91,7 @@ class PrototypeMethod(Method):
 
     def after_training(self) -> None:
         """Keep the new classes' prototypes, and what else is measured of their features."""
-        images = [self.data.train_images(target) for target in self.data.phase_targets(self.phase)]
-        features = [*self.run.features(self.network, images, self.describe("prototypes"))]
+        features = self.new_features("prototypes")
         new = torch.stack([rows.mean(dim=0) for rows in features])
         self.state["prototypes"] = torch.cat([self.state.get("prototypes", new[:0]), new])
         self.measure(features)

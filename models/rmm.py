@@ -99,9 +99,9 @@ class RMM(Method):
             return items
         chosen = []
         for target in self.data.phase_targets(self.phase):
-            of_class = [item for item in items if item.target == target]
-            number = self.nb_left(self.phase, len(of_class))
-            chosen += [of_class[i] for i in sorted(self.picked(target, len(of_class), number))]
+            class_items = [item for item in items if item.target == target]
+            number = self.nb_left(self.phase, len(class_items))
+            chosen += [class_items[i] for i in sorted(self.picked(target, len(class_items), number))]
         return chosen
 
     def picked(self, target: int, of: int, count: int) -> list[int]:
@@ -154,7 +154,7 @@ class RMM(Method):
 
     @torch.no_grad()
     def logits_in_training_mode(self, images: Sequence[Path]) -> Tensor:
-        dataset = ImageSet(images, [0] * len(images), self.data.test_transform, self.run.pixels)
+        dataset = ImageSet(images, [0] * len(images), self.data.defaults.test_transform, self.run.pixels)
         batches = BatchSampler(range(len(images)), self.config.batch_size, drop_last=False)
         self.network.train()
         logits = []

@@ -34,8 +34,6 @@ class SimpleCIL(Method, name="simplecil"):
 
     def after_training(self) -> None:
         """The prototypes of the new classes are the means of all their images' features."""
-        images = [self.data.train_images(target) for target in self.data.phase_targets(self.phase)]
-        features = self.run.features(self.network, images, self.describe("prototypes"))
-        means = torch.stack([of_class.mean(dim=0) for of_class in features])
+        means = torch.stack([rows.mean(dim=0) for rows in self.new_features("prototypes")])
         with torch.no_grad():
             self.network.head.proxies[-1].copy_(means)

@@ -4,10 +4,9 @@ Distillation maintains discrimination among old classes; aligning the head's wei
 """
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from convs.heads import align_weights
-from models.losses import distillation
+from models.losses import balanced
 from models.networks import IncrementalNet, Outputs
 from models.training.method import Method
 from models.training.stages import Defaults
@@ -19,13 +18,8 @@ class WA(Method, name="wa"):
     keeps_old_network = True
 
     def loss(self, outputs: Outputs, images: Tensor, targets: Tensor) -> Tensor:
-        """(1 - l) CE + l KD, with l = old classes / all classes."""
-        classification = F.cross_entropy(outputs.logits, targets)
-        if self.old_network is None:
-            return classification
-        l = self.nb_old / self.nb_seen  # noqa: E741  (the paper's lambda)
-        old = distillation(outputs.logits[:, : self.nb_old], self.old_logits(images), self.config.T)
-        return (1 - l) * classification + l * old
+        old = None if self.old_network is None else self.old_logits(images)
+        return balanced(outputs.logits, targets, old, self.config.T)
 
     def after_training(self) -> None:
         if self.phase > 0:

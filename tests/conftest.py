@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Commands collect garbage when they free a model: not each time among the millions of objects of imported modules."""
+    """Keep collections, such as those of commands that free a model, away from the objects of imported modules."""
     gc.collect()
     gc.freeze()
 

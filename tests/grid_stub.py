@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from exps import grid, points
 from utils.config.read import read_json
-from utils.results.files import write_json
+from utils.files import write_json
 from utils.results.records import ClassOrder, ResultsFile, read_results
 
 KEYS = {"dataset": "D", "init_cls": 2, "increment": 2, "convnet_type": "resnet8", "model_name": "replay"}

@@ -51,17 +51,10 @@ class Still(SmallTest):
 class StillData(DataManager):
     """Pictures in training as in tests, in float64."""
 
-    @property
-    def train_transform(self) -> Still:
-        return Still()
-
     def defaults_with(self, augmentation):
-        return replace(super().defaults_with(augmentation), train_transform=Still())
-
-    @property
-    def normalise(self) -> Callable[[Tensor], Tensor]:
         mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (MEAN, STD))
-        return lambda images: (images.double() / 255 - mean) / std
+        normalise = lambda images: (images.double() / 255 - mean) / std  # noqa: E731
+        return replace(super().defaults_with(augmentation), train_transform=Still(), normalise=normalise)
 
 
 class GivenBatches:

@@ -18,18 +18,18 @@ class Maker:
     def __init__(self, paths, preset, model, *, batch_size=None, form="edges", **how):
         self.paths, self.form, self.model = paths, form_named(form, preset), model
         self.generate = PictureGenerator(preset, model, batch_size=batch_size, **how)
-        self.regenerator = Regenerator(paths, self.form, self.generate)
 
     def plan(self, images, copy_numbers, **how):
         recipe = Recipe(self.form, getattr(self.model, "fingerprint", ""), "fp32")
         return plan(Records(self.paths, recipe), images, copy_numbers, **how)
 
     def run(self, todo, *progress):
-        return self.regenerator.run(todo, *progress)
+        return Regenerator(todo, self.generate).run(*progress)
 
     def __call__(self, images, copy_numbers):
         return self.run(self.plan(images, copy_numbers))
 
     def requests(self, task):
         """The copies that a task's image lacks."""
-        return self.regenerator.requests(task, self.regenerator.kept(task))
+        regenerator = Regenerator(self.plan([task.image], task.copy_numbers), self.generate)
+        return regenerator.requests(task, regenerator.kept(task))

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from compress.forms import examples, form_named
-from compress.job import Machine
+from compress.options import Machine
 from compress.presets import HIGH
 from compress.training.cost import Cost
 from tests.conftest import long_but

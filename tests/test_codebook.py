@@ -11,7 +11,7 @@ import torch
 from compress.forms import form_named, resize_back
 from compress.generators import batches
 from compress.generators.controlnet import PictureGenerator
-from compress.job import Machine
+from compress.options import Machine
 from compress.presets import HIGH
 from ControlNet.cldm import codebook
 from ControlNet.cldm.model import MODELS_FOLDER, create_empty_model, load_model

@@ -89,17 +89,17 @@ def test_images_belong_to_the_target_s_class(toy):
 
 
 def test_image_kind_and_transforms_fit_the_pictures(toy, tmp_path):
-    assert manager(toy).image_kind == "small"
-    assert manager(toy).test_transform is not None
+    assert manager(toy).defaults.image_kind == "small"
+    assert manager(toy).defaults.test_transform is not None
     large = manager(make_dataset(tmp_path, LABELS, train=1, test=1, size=(100, 80)))
-    assert large.image_kind == "large"
+    assert large.defaults.image_kind == "large"
 
 
 def test_one_thumbnail_does_not_make_the_pictures_small(tmp_path):
     paths = make_dataset(tmp_path, LABELS, train=1, test=1, size=(100, 80))
     save_noise(paths.images(sorted(LABELS)[0])[0], 0, (20, 20))
     for seed in range(5):
-        assert manager(paths, seed=seed).image_kind == "large"
+        assert manager(paths, seed=seed).defaults.image_kind == "large"
 
 
 def test_pictures_are_of_one_kind_in_every_class_order(tmp_path):
@@ -111,8 +111,8 @@ def test_pictures_are_of_one_kind_in_every_class_order(tmp_path):
     first = manager(paths, seed=1993)
     orders = [first, *(first.reordered(seed) for seed in range(20)), manager(paths, seed=7)]
     assert {data.picture_size for data in orders} == {(72, 72)}  # of classes 0, 5, 10, 16, 21, 26, 32, 37, 42
-    assert {data.image_kind for data in orders} == {"large"}
-    assert {repr(data.train_transform.prepare) for data in orders} == {repr(first.train_transform.prepare)}
+    assert {data.defaults.image_kind for data in orders} == {"large"}
+    assert {repr(data.defaults.train_transform) for data in orders} == {repr(first.defaults.train_transform)}
     assert {data.resolution for data in orders} == {fitting_preset(paths)}
     assert manager(paths, class_sort="number").picture_size == (72, 72)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 
-from compress.share import PATIENCE
+from compress.session import PATIENCE
 from models.training import checkpoint
 from models.training.epochs import parts
 from models.training.run import Run
@@ -232,7 +232,7 @@ def test_weights_are_sent_tensor_by_tensor_to_where_they_are(monkeypatch):
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append(tensor.data_ptr()))
     fabric = SimpleNamespace(world_size=2, broadcast=None)
     network = torch.nn.BatchNorm2d(3)
-    Run.share(SimpleNamespace(fabric=fabric), network)
+    Run.broadcast_network(SimpleNamespace(fabric=fabric), network)
     assert sent == [tensor.data_ptr() for tensor in network.state_dict().values()]
 
 

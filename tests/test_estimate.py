@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from compress import estimate, summary
+from compress import summary
 from compress.forms import form_named
 from compress.plan import plan
 from compress.presets import HIGH
@@ -47,10 +47,10 @@ def test_the_time_of_a_copy(tmp_path, monkeypatch, sampler, steps, reuse_every, 
     preset = HIGH.changed(size=64, steps=steps, sampler=sampler, reuse_every=reuse_every)
     paths, form = little_dataset(tmp_path), form_named("edges", preset)
     images = [image for label in paths.classes() for image in paths.images(label)]
-    todo = plan(Records(paths, Recipe(form)), images, [0, 1])
     generator = Clockwork(reuse_every, sampler == "ddim")
+    regenerator = Regenerator(plan(Records(paths, Recipe(form)), images, [0, 1]), generator)
     monkeypatch.setattr(time, "perf_counter", lambda: generator.now)
-    expected = estimate.estimate(Regenerator(paths, form, generator), todo)
+    expected = summary.estimate(regenerator)
     assert expected.seconds == pytest.approx(true * 8 / 4)
     assert max(generator.runs) <= max(steps, 10)
 
@@ -60,9 +60,9 @@ def test_processes_share_the_time(tmp_path, monkeypatch, capsys):
     images = [image for label in paths.classes() for image in paths.images(label)]
     generator = Clockwork(1, True)
     monkeypatch.setattr(time, "perf_counter", lambda: generator.now)
-    regenerator, todo = Regenerator(paths, form, generator), plan(Records(paths, Recipe(form)), images, [0, 1])
-    summary.report_estimate(regenerator, todo)
-    summary.report_estimate(regenerator, todo, processes=8)
+    regenerator = Regenerator(plan(Records(paths, Recipe(form)), images, [0, 1]), generator)
+    summary.report_estimate(regenerator)
+    summary.report_estimate(regenerator, processes=8)
     out = capsys.readouterr().out
     assert "about 0:01:00 for the copies\n" in out
     assert "about 7.5 s for the copies in 8 processes\n" in out

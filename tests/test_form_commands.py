@@ -10,7 +10,7 @@ from PIL import Image
 
 from compress.forms import form_named
 from compress.generators import build
-from compress.job import Machine
+from compress.options import Machine
 from compress.presets import HIGH
 from compress.training.cost import Cost
 from tests.conftest import long_but

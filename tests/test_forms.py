@@ -15,7 +15,7 @@ from PIL import Image
 from compress.forms import form_named, resize_back
 from compress.forms.edges import read, sketched
 from compress.forms.latent import CODERS
-from compress.job import Machine
+from compress.options import Machine
 from compress.presets import HIGH, LOW
 from compress.records import read_mark
 from ControlNet.cldm.model import load_model

@@ -151,7 +151,7 @@ def test_going_on_in_the_middle_of_a_phase(tmp_path):
     curves_of = {"learning_rate": 0.1, "accuracy": 50.0, "seconds": 1.0}
     history = History(tmp_path)
     for epoch in (1, 2, 3):
-        history.epoch(1, "training", epoch, step=10 + epoch, loss=float(epoch), **curves_of)
+        history.add_epoch(1, "training", epoch, step=10 + epoch, loss=float(epoch), **curves_of)
     later = History(tmp_path)
     later.epoch(1, "training", 2, step=12, loss=7.0, **curves_of)
     later.close()

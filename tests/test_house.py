@@ -140,13 +140,13 @@ def test_nothing_is_oversized():
 
 
 MOST = {
-    "main": (329, 1),
-    "exps": (3491, 27),
-    "compress": (6727, 45),
+    "main": (316, 1),
+    "exps": (3474, 26),
+    "compress": (6448, 39),
     "models": (5189, 46),
     "convs": (670, 6),
     "ControlNet": (4605, 38),
-    "utils": (6875, 53),
+    "utils": (6875, 51),
 }
 """(lines, files) of each package.  These numbers only go down: a package that has to grow makes room in itself first.
 `python -m tests.test_house` prints the table for today's code: 3 % above its lines, and its files."""

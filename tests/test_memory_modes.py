@@ -8,7 +8,7 @@ from tests.folders import save_noise, save_picture
 from tests.test_budget import edges_cost
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory.budget import check_total, moved_boundaries, share
+from utils.memory.budget import check_total, counts_within, moved_boundaries
 from utils.memory.exemplars import ExemplarMemory
 from utils.memory.selection import SELECTIONS, closest_to_mean, herding
 
@@ -67,7 +67,7 @@ def filled(paths, memory, phases=(1, 1, 1, 1)):
     ],
 )
 def test_a_share_is_whole_exemplars_in_the_ratio_given(units, real, synthetic, cost, expected):
-    assert share(units, quotas(real, synthetic), {"real": 1.0, "edges": cost}) == list(expected)
+    assert counts_within(units, quotas(real, synthetic), {"real": 1.0, "edges": cost}) == list(expected)
     assert expected[0] + expected[1] * cost <= units + 1e-9
 
 
@@ -81,9 +81,9 @@ def test_boundaries_between_forms_move_towards_the_start_alone():
 def test_a_share_of_many_forms_keeps_their_ratio():
     """50 units: 2.5 times 20, of 10 real + 20 x 1/4 + 120 x 1/24 each."""
     three, costs = [("real", 10), ("webp", 20), ("edges", 120)], {"real": 1.0, "webp": 0.25, "edges": 1 / 24}
-    assert share(20, three, costs) == [10, 20, 120]
-    assert share(50, three, costs) == [25, 50, 300]
-    assert share(1, three, costs) == [0, 1, 6]
+    assert counts_within(20, three, costs) == [10, 20, 120]
+    assert counts_within(50, three, costs) == [25, 50, 300]
+    assert counts_within(1, three, costs) == [0, 1, 6]
 
 
 def test_every_class_must_get_an_exemplar():
@@ -102,7 +102,7 @@ def test_classes_shrink_in_the_order_of_choice_and_end_as_if_chosen_at_once(path
     memory, before = shared(paths, total, selection=selection, seed=3), {}
     for seen in (1, 2, 3, 4):
         memory.update({seen - 1: paths.images(LABELS[seen - 1])}, [features_of(seen - 1)])
-        real, synthetic = share(total / seen, quotas(), COSTS)
+        real, synthetic = counts_within(total / seen, quotas(), COSTS)
         assert memory.report()["units_total"] <= total
         for target in range(seen):
             items = [item for item in memory.items() if item.target == target]
@@ -123,7 +123,9 @@ def test_the_report_tells_the_share_at_each_phase(paths):
         assert report["units_budget"] == pytest.approx(6 / seen)
         assert report["units_budget_total"] == 6
         assert report["units_per_class_max"] <= report["units_budget"] + 1e-9
-        assert (report["nb_real"], report["nb_synthetic"]) == tuple(seen * n for n in share(6 / seen, quotas(), COSTS))
+        assert (report["nb_real"], report["nb_synthetic"]) == tuple(
+            seen * n for n in counts_within(6 / seen, quotas(), COSTS)
+        )
     own = shared(paths, None, budget=3)
     assert filled(paths, own).report()["units_budget_total"] == 12
     assert own.report()["units_budget"] == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exps.report import command
-from utils.results.files import write_json
+from utils.files import write_json
 from utils.results.metrics import (
     average_incremental_accuracy,
     backward_transfer,

@@ -233,7 +233,7 @@ def test_stems(name, kind, increment, kernel, stride, pool):
     config = SimpleNamespace(
         convnet_type=name, init_cls=2, increment=increment, pretrained=False, freeze_backbone=False
     )
-    net = fresh_backbone(config, SimpleNamespace(image_kind=kind))
+    net = fresh_backbone(config, SimpleNamespace(defaults=SimpleNamespace(image_kind=kind)))
     assert net.conv1.kernel_size == (kernel, kernel)
     assert net.conv1.stride == (stride, stride)
     assert hasattr(net, "maxpool") == pool

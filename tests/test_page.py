@@ -12,7 +12,7 @@ from exps.report import command as report
 from exps.report import entries, figures
 from exps.report import page as page_module
 from tests.test_report import write
-from utils.results.files import write_json
+from utils.files import write_json
 from utils.results.output import confusion_file, write_confusion
 from utils.results.records import ResultsFile, load_results, read_results
 

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from tests.folders import save_picture
-from utils.data.images import image_bits, is_image, read_image, write_atomically
+from utils.data.images import image_bits, is_image, read_image
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
+from utils.files import write_atomically
 
 
 def test_layout_is_the_documented_one(tmp_path):

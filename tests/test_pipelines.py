@@ -16,7 +16,7 @@ from compress import run
 from compress.forms import Condition, Request
 from compress.generators import NoPicture, pipelines
 from compress.generators.build import load, model_fingerprint
-from compress.job import Machine
+from compress.options import Machine
 from compress.presets import LOW
 from ControlNet.ldm.text import FrozenCLIPEmbedder
 from tests.digits import make_digits

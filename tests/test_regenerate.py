@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from compress import leftovers, regenerate
+from compress import regenerate
 from compress.generators import batches, controlnet
 from compress.presets import HIGH, LOW
 from ControlNet.sampling import draw
@@ -24,7 +24,7 @@ from tests.folders import save_noise
 from tests.little_model import little_model
 from tests.little_run import tree
 from tests.regenerating import Maker
-from utils.data import images
+from utils import files
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 
@@ -294,12 +294,12 @@ def test_half_written_files_of_dead_processes_are_removed(paths):
 
 def test_what_is_being_written_has_the_name_of_its_machine(tmp_path):
     names = []
-    images.write_atomically(tmp_path / "a.bin", lambda file: names.extend(os.listdir(tmp_path)))
+    files.write_atomically(tmp_path / "a.bin", lambda file: names.extend(os.listdir(tmp_path)))
     assert names[0].startswith(f".{socket.gethostname()}.{os.getpid()}-")
     assert os.listdir(tmp_path) == ["a.bin"]
     half = tmp_path / names[0]
     half.touch()
-    assert leftovers.temporary_files(tmp_path) == [half]  # this process has not begun to write: it is another's
+    assert files.temporary_files(tmp_path) == [half]  # this process has not begun to write: it is another's
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from exps.report import command as report
 from exps.report import gallery, screen
 from tests.shapes import make_shapes
 from utils.config.schema import Config
-from utils.results.files import write_json
+from utils.files import write_json
 from utils.results.output import Output
 from utils.results.records import ClassOrder, ResultsFile, load_results
 

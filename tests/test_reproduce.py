@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from exps.reproduce import command
-from exps.reproduce.page import with_records
+from exps.reproduce.command import with_records
 from exps.reproduce.rows import read_records, read_tables
 from models import catalogue
 from tests import pycil_reference

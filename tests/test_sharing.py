@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import main as training
-from compress import run, session
+from compress import plan, run, session
 from compress.regenerate import Regenerator
 from tests import processes
 from tests.conftest import asked_for
@@ -179,11 +179,11 @@ def main(arguments: list[str]) -> int:
 
         return counted
 
-    def making(self, plan, *others, **options):
-        print("makes copies" if plan.copies_missing else "makes none", file=sys.stderr)
-        return make(self, plan, *others, **options)
+    def making(self, *others):
+        print("makes copies" if self.plan.copies_missing else "makes none", file=sys.stderr)
+        return make(self, *others)
 
-    session.survey, session.verify = counting(session.survey), counting(session.verify)
+    plan.survey, session.verify = counting(plan.survey), counting(session.verify)
     make, Regenerator.run = Regenerator.run, making
     return (training if "--config" in arguments else run).main(arguments)
 

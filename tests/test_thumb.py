@@ -12,7 +12,7 @@ from compress.forms import Request, form_named
 from compress.forms.thumb import enlarged
 from compress.generators.build import warn_of_settings
 from compress.generators.controlnet import PictureGenerator
-from compress.job import Machine
+from compress.options import Machine
 from compress.presets import HIGH
 from ControlNet import train as trainer
 from ControlNet.cldm.model import MODELS_FOLDER, ModelError

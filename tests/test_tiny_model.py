@@ -12,7 +12,7 @@ from PIL import Image
 
 from compress.forms import form_named
 from compress.generators.build import warn_of_settings
-from compress.job import Machine
+from compress.options import Machine
 from compress.presets import HIGH
 from ControlNet import train as trainer
 from ControlNet.cldm.model import BUNDLED, MODELS_FOLDER, load_model, load_state_dict

@@ -163,7 +163,7 @@ def photo_set(paths, model_seed=7, phase=2, pixels=None):
     items = [
         Item(image, target, role) for target, role in ((0, "new"), (1, "edges")) for image in data.train_images(target)
     ]
-    return TrainingSet(items, paths, data.train_transform, 0.5, 2, "all", model_seed, phase, pixels)
+    return TrainingSet(items, paths, data.defaults.train_transform, 0.5, 2, "all", model_seed, phase, pixels)
 
 
 def epoch_of(dataset, epoch):
@@ -233,8 +233,8 @@ def test_small_test_pictures_are_decoded_once(tmp_path, monkeypatch, side, reads
     paths = make_dataset(tmp_path, ["a", "b"], test=3, size=(side, side))
     data = DataManager(paths, shuffle=False, seed=0, init_cls=1, increment=1)
     images = [image for target in range(2) for image in data.test_images(target)]
-    cache = PictureCache(8 << 20, data.train_transform.prepare)
-    plain = ImageSet(images, [0] * 6, data.test_transform).__getitems__(range(6))
+    cache = PictureCache(8 << 20, data.defaults.train_transform.prepare)
+    plain = ImageSet(images, [0] * 6, data.defaults.test_transform).__getitems__(range(6))
     counted = []
     for module in (batches_module, cache_module):
         read = module.read_prepared
@@ -242,7 +242,7 @@ def test_small_test_pictures_are_decoded_once(tmp_path, monkeypatch, side, reads
             module, "read_prepared", lambda path, how, read=read: counted.append(path) or read(path, how)
         )
     for _ in range(3):
-        batch = ImageSet(images, [0] * 6, data.test_transform, cache).__getitems__(range(6))
+        batch = ImageSet(images, [0] * 6, data.defaults.test_transform, cache).__getitems__(range(6))
         assert all(map(torch.equal, batch, plain))
     assert len(counted) == reads
 
@@ -287,14 +287,14 @@ def test_a_training_set_travels_to_a_process(photos):
 def test_image_set_gives_pictures_in_order(photos):
     data = manager(photos, init_cls=2)
     images = data.train_images(1)
-    dataset = ImageSet(images, [1] * len(images), data.test_transform)
+    dataset = ImageSet(images, [1] * len(images), data.defaults.test_transform)
     indices, tensors, targets = next(iter(batch_loader(dataset, BatchSampler(range(7), 10, drop_last=False))))
     assert indices.tolist() == list(range(7))
     assert targets.tolist() == [1] * 7
     assert tensors.shape == (7, 3, 32, 32)
     assert torch.equal(tensors[3], dataset[3][1])
     with pytest.raises(ValueError, match="7 images, 6 targets"):
-        ImageSet(images, [1] * 6, data.test_transform)
+        ImageSet(images, [1] * 6, data.defaults.test_transform)
 
 
 def test_a_small_shared_memory_is_noticed_before_workers_die_of_it(photos, monkeypatch, caplog):
@@ -356,7 +356,7 @@ def test_a_header_that_does_not_decode_is_named(tmp_path):
     (image,) = paths.images("a")
     image.write_bytes(b"not a picture")
     with pytest.raises(UserError, match=re.escape(str(image))):
-        _ = manager(paths, init_cls=1).image_kind
+        _ = manager(paths, init_cls=1).defaults.image_kind
 
 
 # --- copies made ahead ---

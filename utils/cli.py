@@ -203,6 +203,11 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def nb_cores() -> int:
+    """CPU cores that this process may use; on macOS, all of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """A type for argparse: a whole number of `least` or more; commas and underscores may group its digits."""
 
@@ -236,7 +241,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 def visible(text: str) -> str:
     """A text for the terminal with control characters as escapes: names and texts of other people's files could clear
     the screen, colour it or pretend to be other lines."""
-    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 FOLDED = 16

@@ -152,14 +152,9 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # compilers raise anything
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = said[0] if said else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
         raise UserError(f"compile: torch.compile does not work here ({reason[:200]}). Set compile to false.") from error
-
-
-def nb_cores() -> int:
-    """CPU cores that this process may use; on macOS, all of the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def accelerator(device: str | list[int]) -> tuple[str, int | list[int]]:

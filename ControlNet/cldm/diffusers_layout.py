@@ -83,10 +83,10 @@ def _read_network(folder: Path) -> dict[str, Tensor]:
         index = folder / ".".join([stem, kind, "index", *variant, "json"])
         if index.is_file():
             return _read_shards(index)
-    found = sorted(entry.name for entry in folder.iterdir())
+    entries = sorted(entry.name for entry in folder.iterdir())
     raise ModelError(
         f"{folder} is no folder of diffusers' layout: it has neither unet/, vae/ and text_encoder/ nor "
-        f"{names[0]}, but {', '.join(found[:5]) or 'nothing'}{', ...' * (len(found) > 5)}"
+        f"{names[0]}, but {', '.join(entries[:5]) or 'nothing'}{', ...' if len(entries) > 5 else ''}"
     )
 
 

@@ -99,10 +99,10 @@ def _kind(path: Path) -> str:
 
 
 def _why_not_plain(error: pickle.UnpicklingError) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if found:
+    match = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if match:
         return (
-            f"is no plain checkpoint: beside tensors it holds code ({found[1]}), which is never run. "
+            f"is no plain checkpoint: beside tensors it holds code ({match[1]}), which is never run. "
             "Take the .safetensors of these weights instead"
         )
     return "is no plain checkpoint: another kind of file, a broken download, or one that holds code, which is never run"

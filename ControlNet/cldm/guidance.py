@@ -19,9 +19,9 @@ class Guided:
     """
 
     def __init__(self, model, cond: dict, uncond: dict | None = None, reusing: bool = False):
-        for name, given in (("conditioning", cond), ("unconditional_conditioning", uncond)):
-            is_absent = given is None and name.startswith("un")
-            if not is_absent and not _is_conditioning(given):
+        for name, conditioning in (("conditioning", cond), ("unconditional_conditioning", uncond)):
+            is_absent = conditioning is None and name.startswith("un")
+            if not is_absent and not _is_conditioning(conditioning):
                 raise ValueError(f'{name} must be {{"c_concat": [hint] or None, "c_crossattn": [context]}}')
         self.model, self.reusing = model, reusing
         self._cond, self._uncond = cond, uncond
@@ -75,8 +75,8 @@ class Guided:
         return {**cond, "hint_features": self._features[key]}
 
 
-def _is_conditioning(given: Any) -> bool:
-    return isinstance(given, dict) and isinstance(given.get("c_crossattn"), list | tuple)
+def _is_conditioning(conditioning: Any) -> bool:
+    return isinstance(conditioning, dict) and isinstance(conditioning.get("c_crossattn"), list | tuple)
 
 
 def _joined(cond: dict, uncond: dict) -> dict[str, Any]:

@@ -7,8 +7,8 @@ Layers are named as kohya's scripts do (`lora_unet_down_blocks_0_...`, also LCM-
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -26,20 +26,21 @@ _TEXT_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out
 _OTHER_KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA"}
 
 
-@dataclass(frozen=True)
-class Lora:
+class Lora(NamedTuple):
     """A LoRA file, and the factor of its change of the weights."""
 
     path: str | Path
     scale: float = 1.0
 
 
-def merge(state: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
+def merge(state: Mapping[str, Tensor], lora: tuple[str | Path, float]) -> dict[str, Tensor]:
     """The state (official names) with W + scale * alpha / rank * up @ down in place of the weights W of the LoRA.
+
+    lora: file and scale.
 
     A changed weight is float32.  Raises ModelError where the file is no LoRA, or not one for this model.
     """
-    path = Path(lora.path).expanduser()
+    path, scale = Path(lora[0]).expanduser(), lora[1]
     layers, names = _read(path), _names(state)
     strange = [layer for layer in layers if layer not in names]
     if strange:
@@ -56,7 +57,7 @@ def merge(state: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
             raise ModelError(
                 f"the LoRA {path} does not fit this model: {layer} has {shapes} for a weight of {tuple(weight.shape)}"
             ) from error
-        merged[name] = weight + lora.scale * change
+        merged[name] = weight + scale * change
     return merged
 
 
@@ -93,10 +94,10 @@ def _read(path: Path) -> dict[str, dict[str, Tensor]]:
     return _with_adapter_config(path, layers)
 
 
-def lora_digest(lora: Lora) -> str:
+def lora_digest(path: str | Path) -> str:
     """16 hex digits of a LoRA's file, and ".", and 8 of the adapter_config.json beside it where that counts."""
-    file = adapter_config(Path(lora.path).expanduser())
-    return digest(lora.path, "LoRA") + (f".{digest(file, 'config')[:8]}" if file else "")
+    file = adapter_config(Path(path).expanduser())
+    return digest(path, "LoRA") + (f".{digest(file, 'config')[:8]}" if file else "")
 
 
 def adapter_config(path: Path) -> Path | None:
@@ -129,8 +130,8 @@ def _with_adapter_config(path: Path, layers: dict[str, dict[str, Tensor]]) -> di
 
 def _of_pattern(patterns: Mapping[str, float], layer: str, otherwise: float) -> float:
     """The value of the first pattern that matches the end of a layer's name, as peft matches them."""
-    found = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-    return next(found, otherwise)
+    matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+    return next(matches, otherwise)
 
 
 def _plain(layer: str) -> str:

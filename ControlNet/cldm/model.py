@@ -70,8 +70,8 @@ def create_empty_model(config_path: str | os.PathLike | DictConfig | Mapping) ->
 def refuse_resolvers(config: DictConfig, name: str) -> None:
     """Raise ModelError for a config with references such as ${oc.env:NAME}: a foreign file must not read the
     environment.  ${key} is fine."""
-    if found := re.search(r"\$\{[\w.]+:[^}]*\}", OmegaConf.to_yaml(config)):
-        raise ModelError(f"{name} has {found[0]}; only references to its own keys are read")
+    if resolver := re.search(r"\$\{[\w.]+:[^}]*\}", OmegaConf.to_yaml(config)):
+        raise ModelError(f"{name} has {resolver[0]}; only references to its own keys are read")
 
 
 def _name(config_path) -> str:
@@ -97,7 +97,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     base: str | os.PathLike | None = None,
-    loras: Sequence[Lora] = (),
+    loras: Sequence[tuple[str | Path, float]] = (),
     decoder: str | os.PathLike | None = None,
 ) -> ControlLDM:
     """A ControlLDM ready to sample: weights loaded strictly, in eval mode, without gradients.
@@ -152,7 +152,7 @@ def load_first_stage(
 def weights_fingerprint(
     spec: str | os.PathLike = "sd15",
     base: str | os.PathLike | None = None,
-    loras: Sequence[Lora] = (),
+    loras: Sequence[tuple[str | Path, float]] = (),
     decoder: str | os.PathLike | None = None,
 ) -> str:
     """What tells the weights of `load_model(spec, base=base, loras=loras, decoder=decoder)` from others, without
@@ -165,8 +165,8 @@ def weights_fingerprint(
     return _with_changes(fingerprint(find_weights(spec, base)), loras, decoder)
 
 
-def _with_changes(weights: str, loras: Sequence[Lora], decoder: str | os.PathLike | None) -> str:
-    changes = [f"{lora_digest(lora)}*{lora.scale:g}" for lora in loras]
+def _with_changes(weights: str, loras: Sequence[tuple[str | Path, float]], decoder: str | os.PathLike | None) -> str:
+    changes = [f"{lora_digest(path)}*{scale:g}" for path, scale in loras]
     if decoder is not None:
         changes.append(f"decoder:{digest(decoder_file(decoder), 'decoder')}")
     return "+".join([weights, *changes])

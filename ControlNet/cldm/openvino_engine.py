@@ -145,34 +145,37 @@ class _Network:
         self.is_large = sum(parameter.numel() for parameter in module.parameters()) > LARGE
         self._graph: Any = None
         self._any_shapes: dict[str, Any] = {}  # the graph's own, by inputs
-        self._requests: dict[tuple, Any] = {}  # by shapes, the last used one at the end; () for all shapes
+        self._requests: dict[tuple, Any] = {}  # by shapes, the last used one at the end
+        self._request_of_any: Any = None  # for all shapes
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """The module's outputs, float32.  inputs: by the names of its arguments."""
         shapes = tuple(tuple(tensor.shape) for tensor in inputs.values())
         if self.is_large and self._requests and shapes not in self._requests:
-            shapes = ()
-            if shapes not in self._requests:
-                self._requests.clear()  # before the next one is compiled, which takes as much memory
-        request = self._requests.pop(shapes, None) or self._compiled(inputs, shapes).create_infer_request()
-        self._requests[shapes] = request
-        if len(self._requests) > MOST_SHAPES:
-            del self._requests[next(iter(self._requests))]
-        found = request.infer({name: tensor.contiguous().numpy() for name, tensor in inputs.items()})
-        return [torch.from_numpy(output) for output in found.values()]
+            self._requests.clear()  # before the next one is compiled, which takes as much memory
+            self._request_of_any = self._compiled(inputs, None)
+        request = self._request_of_any
+        if request is None:
+            request = self._requests.pop(shapes, None) or self._compiled(inputs, shapes)
+            self._requests[shapes] = request
+            if len(self._requests) > MOST_SHAPES:
+                del self._requests[next(iter(self._requests))]
+        outputs = request.infer({name: tensor.contiguous().numpy() for name, tensor in inputs.items()})
+        return [torch.from_numpy(output) for output in outputs.values()]
 
-    def _compiled(self, inputs: Mapping[str, Tensor], shapes: tuple):
+    def _compiled(self, inputs: Mapping[str, Tensor], shapes: tuple | None):
+        """A request to the network that is compiled for these shapes, None for all."""
         if self._graph is None:
             self._graph = self._converted(inputs)
             self._any_shapes = {input.any_name: input.partial_shape for input in self._graph.inputs}
-        self._graph.reshape(dict(zip(inputs, shapes, strict=True)) if shapes else self._any_shapes)
+        self._graph.reshape(self._any_shapes if shapes is None else dict(zip(inputs, shapes, strict=True)))
         options = {
             "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,  # several processes on a machine would be bound to the same cores
         }
-        return _core().compile_model(self._graph, "CPU", options)
+        return _core().compile_model(self._graph, "CPU", options).create_infer_request()
 
     def _converted(self, inputs: Mapping[str, Tensor]):
         """OpenVINO's graph, from the cache or, where it is not there yet, converted and put into it."""

@@ -88,8 +88,8 @@ def decoder_file(path: str | os.PathLike) -> Path:
 
 def _name(name: str) -> str:
     """SmallDecoder's name of a tensor; "" for one of the encoder."""
-    if found := re.fullmatch(r"(\d+)\.(.+)", name):  # TAESD's own, which counts its first operation as layer 0
-        return f"layers.{int(found[1]) - 1}.{found[2]}"
+    if match := re.fullmatch(r"(\d+)\.(.+)", name):  # TAESD's own, which counts its first operation as layer 0
+        return f"layers.{int(match[1]) - 1}.{match[2]}"
     return "" if name.startswith("encoder.") else name.removeprefix("decoder.")
 
 

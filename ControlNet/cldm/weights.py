@@ -160,8 +160,8 @@ def _config_digest(config: Path) -> str:
         content: Any = OmegaConf.to_container(OmegaConf.load(config), resolve=True)
         model, values = content["model"]["params"], dict[str, float]()
         for network, defaults in CONFIG_VALUES.items():
-            given = (model[network].get("params") or {}) if network else model
-            values |= {f"{network}.{name}": float(given.get(name, value)) for name, value in defaults.items()}
+            params = (model[network].get("params") or {}) if network else model
+            values |= {f"{network}.{name}": float(params.get(name, value)) for name, value in defaults.items()}
     except (OSError, OmegaConfBaseException, YAMLError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"can't read the model config {config}: {type(error).__name__} {error}") from error
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

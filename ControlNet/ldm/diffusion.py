@@ -1,5 +1,6 @@
 """Latent diffusion (Rombach et al. 2022): the schedule, the two frozen stages, and the training loss."""
 
+import abc
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +45,7 @@ class DiffusionWrapper(nn.Module):
         self.diffusion_model = diffusion_model
 
 
-class LatentDiffusion(nn.Module):
+class LatentDiffusion(nn.Module, abc.ABC):
     """A UNet that predicts the noise in latents, with the autoencoder and the text encoder that it was trained on.
 
     The *_config arguments are {target, params}; the others are the official config's.  The autoencoder is frozen, and
@@ -162,9 +163,9 @@ class LatentDiffusion(nn.Module):
         signal = extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape)
         return signal * x_start + extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * noise
 
+    @abc.abstractmethod
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any) -> Tensor:
         """The predicted noise in x_noisy; a subclass knows what the conditioning is."""
-        raise NotImplementedError
 
     # --- training, as pytorch_lightning.Trainer calls it --------------------------------------------------------
 

@@ -8,6 +8,7 @@ bfloat16 on a Xeon with AMX, for as much memory again as the weights take.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +28,8 @@ class _Packed:
     """The packed weight, made when it is first needed, and made again after the weight has changed."""
 
     weight: Tensor
-
-    def _pack(self, weight: Tensor, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    _pack: Callable[[Tensor, Tensor], Tensor]
+    """(weight, input) -> packed weight."""
 
     def _packed(self, x: Tensor) -> Tensor | None:
         """The weight for input x; None where the plain one is used: on a GPU, in training, for other precisions."""

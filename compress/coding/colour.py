@@ -32,13 +32,13 @@ def planes(picture: np.ndarray) -> list[np.ndarray]:
     rgb = np.atleast_3d(picture).astype(np.int64)
     rgb = rgb if rgb.shape[2] == 3 else rgb.repeat(3, axis=2)
     height, width = rgb.shape[:2]
-    found = []
+    coefficients = []
     unit = (_step(height, width) << 16) * UNIT * UNIT
     for weights, offset, (rows, columns) in zip(TO_YCBCR, (128, 0, 0), sizes(height, width), strict=True):
         plane = rgb @ np.array(weights, np.int64) - (offset << 16)
         levels = _cosines(height)[:rows] @ plane @ _cosines(width)[:columns].T
-        found.append((2 * levels + unit) // (2 * unit))
-    return found
+        coefficients.append((2 * levels + unit) // (2 * unit))
+    return coefficients
 
 
 def picture_of(levels: list[np.ndarray], height: int, width: int) -> np.ndarray:
@@ -89,7 +89,7 @@ def bits_of(picture: np.ndarray) -> tuple[list[int], list[int]]:
 
 def read(decoder: Decoder, height: int, width: int) -> np.ndarray:
     """A picture (HxWx3 uint8) from a code that begins with it.  Raises OSError for levels that no picture has."""
-    found = []
+    planes = []
     for channel, (rows, columns) in enumerate(sizes(height, width)):
         levels, before = np.zeros((rows, columns), np.int64), (0, 0)
         for row, column in _order(rows, columns):
@@ -100,8 +100,8 @@ def read(decoder: Decoder, height: int, width: int) -> np.ndarray:
                 magnitude += _gamma(decoder) - 1
             levels[row, column] = -magnitude if magnitude and decoder.bit(HALF) else magnitude
             before = (before[1], magnitude)
-        found.append(levels)
-    return picture_of(found, height, width)
+        planes.append(levels)
+    return picture_of(planes, height, width)
 
 
 def _gamma(decoder: Decoder) -> int:
@@ -139,9 +139,9 @@ def counted(pictures: Iterable[np.ndarray]) -> np.ndarray:
             before = (0, 0)
             for row, column in _order(*levels.shape):
                 magnitude = abs(int(levels[row, column]))
-                place = _context(channel, row + column, before)
+                context = _context(channel, row + column, before)
                 for i in range(min(magnitude + 1, DECISIONS)):
-                    counts[place][i, int(magnitude > i)] += 1
+                    counts[context][i, int(magnitude > i)] += 1
                 before = (before[1], magnitude)
     whole = 1 << PRECISION
     return np.clip(np.rint(whole * counts[..., 1] / counts.sum(-1)), 32, whole - 32).astype(np.uint16)

@@ -219,13 +219,13 @@ class Field:
 
 def _of_pixels(field: Field, rows: slice, *kinds: int) -> list[np.ndarray]:
     """Probabilities of an edge (N uint16) of the pixels of some rows of a whole map, by the networks of these kinds."""
-    inputs, left, found = field.inputs(rows), field.left(rows), []
+    inputs, left, probabilities = field.inputs(rows), field.left(rows), []
     for chosen in map(network, kinds):
         of_rows, of_columns = chosen.places(field.height, field.width)
         hidden = chosen.hidden(inputs, (of_rows[rows, None] + of_columns).reshape(len(inputs), -1))
         logits = np.einsum("nh,nh->n", hidden, chosen.last.take(left, axis=0)) + chosen.last_bias.take(left)
-        found.append(chosen.from_logits(logits))
-    return found
+        probabilities.append(chosen.from_logits(logits))
+    return probabilities
 
 
 def _activated(sums: np.ndarray, unit: int) -> np.ndarray:

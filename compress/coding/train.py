@@ -24,8 +24,9 @@ from compress.forms.edges import Edges
 from compress.presets import PRESETS
 from utils import cli
 from utils.curate.command import read_digits
-from utils.data.images import is_image, read_image, write_atomically
+from utils.data.images import is_image, read_image
 from utils.errors import UserError
+from utils.files import write_atomically
 
 HIDDEN = 32
 LARGE_SIDES = (64, 112, 160, 224)
@@ -73,10 +74,10 @@ class Predictor(torch.nn.Module):
             "last": self.last.weight * coder.UNIT,
             "last_bias": self.last.bias * last,
         }
-        found = {name: weight.detach().round().numpy().astype(np.int32) for name, weight in weights.items()}
-        if max(most := coder.largest_sums(found)) >= 1 << 24:
+        integers = {name: weight.detach().round().numpy().astype(np.int32) for name, weight in weights.items()}
+        if max(most := coder.largest_sums(integers)) >= 1 << 24:
             raise ValueError(f"sums of {most} are not exact in float32")
-        return found
+        return integers
 
 
 SHARE_UNIT = 128
@@ -154,7 +155,7 @@ def pictures(folder: Path, first: int, every: int) -> list[np.ndarray]:
     for file in sorted(folder.rglob("*")):
         if is_image(file):
             files.setdefault(file.parent, []).append(file)
-    chosen = [file for of_folder in files.values() for file in of_folder[first::every]]
+    chosen = [file for folder_files in files.values() for file in folder_files[first::every]]
     if not chosen:
         raise UserError(f"no images below {folder} from number {first} of each folder on.")
     return [np.asarray(read_image(file)) for file in chosen]
@@ -205,8 +206,8 @@ def train(options: argparse.Namespace) -> int:
     large = cache(lambda: pictures(options.large, 0, 1))
     arrays = {"colour": colour.counted(tiny([*small()[::10], *large()[::3]])), "probabilities": probabilities()}
     if options.out.exists() and set(options.kinds) != set(coder.KINDS):
-        with np.load(options.out) as found:
-            arrays = dict(found) | arrays
+        with np.load(options.out) as earlier:
+            arrays = dict(earlier) | arrays
     for kind in options.kinds:
         weights = trained(kind, maps_of(kind, small, large)).integers()
         arrays |= {f"{kind}/{name}": weight for name, weight in weights.items()}

@@ -1,21 +1,25 @@
 """The contract of exemplar forms: what is stored of an image, and what pictures come back from it."""
 
 import abc
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import cv2
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from compress.forms.pictures import pixels
 from compress.presets import Preset
-from utils.data.images import image_bits
+from utils.data.images import image_bits, read_image
 from utils.data.paths import FormFiles
 
 WRONG_SIZE, OTHERWISE = "of the wrong size", "made otherwise"
+
+PICTURES = ("WEBP", "PNG", "BMP", "JPEG", "AVIF", "JXL")
+"""Pillow's names of the formats that are kept; the last one is a plugin's."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Form(_Described):
     preset: Preset
 
     def using(self, machine: Any) -> "Form":
-        """This form with the model (`compress.job.Machine`) that encodes and decodes; most forms need none."""
+        """This form with the model (`compress.options.Machine`) that encodes and decodes; most forms need none."""
         return self
 
     def release(self) -> None:
@@ -201,3 +205,28 @@ class Form(_Described):
 def plural(noun: str) -> str:
     """Of a word or a number of words: copy -> copies, edge map -> edge maps."""
     return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+
+
+def pixels(image: Path) -> np.ndarray:
+    """A train image as forms take it: HxWx3 uint8, HxW for a greyscale one.  Raises OSError with the path."""
+    picture = np.asarray(read_image(image))
+    return picture if image_bits(image)[2] == 24 else np.ascontiguousarray(picture[:, :, 0])
+
+
+def decoded(kept: bytes) -> np.ndarray:
+    """A kept picture (HxWx3 uint8).  Raises OSError for bytes that are none."""
+    try:
+        with Image.open(io.BytesIO(kept), formats=[kind for kind in PICTURES if kind in Image.OPEN]) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # a broken file makes decoders raise anything
+        reason = "not a picture that Pillow reads" if kept else "the file is empty"
+        raise OSError(reason if isinstance(error, Image.UnidentifiedImageError) else str(error)) from error
+
+
+def resize_back(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A generated picture (HxWx3 uint8) at its image's size, height x width.
+
+    The published rule: Lanczos where the generated picture's shorter side is at most the image's, else by area.
+    """
+    enlarge = min(picture.shape[:2]) <= min(height, width)
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_LANCZOS4 if enlarge else cv2.INTER_AREA)

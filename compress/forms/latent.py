@@ -117,9 +117,9 @@ class Latent(Form):
 
     def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:
         """Another device may round a few latents to the next level; another image is farther."""
-        found, fresh = (self.latents(code, image.shape[:2]) for code in (kept, self.encode(image)))
+        latents, fresh = (self.latents(code, image.shape[:2]) for code in (kept, self.encode(image)))
         step = max(np.ptp(fresh), 1e-6) / (2**self.bits - 1)
-        return (OTHERWISE, "the image gives other latents") if np.abs(found - fresh).mean() > step / 2 else None
+        return (OTHERWISE, "the image gives other latents") if np.abs(latents - fresh).mean() > step / 2 else None
 
     @property
     def autoencoder(self) -> "Autoencoder":

@@ -79,5 +79,5 @@ def _table() -> Mapping[str, Callable[[Spec, Preset], Form]]:
 @cache
 def _modules() -> list[ModuleType]:
     """The modules of this folder that have a form."""
-    names = [f"compress.forms.{found.name}" for found in pkgutil.iter_modules(compress.forms.__path__)]
+    names = [f"compress.forms.{entry.name}" for entry in pkgutil.iter_modules(compress.forms.__path__)]
     return [module for module in map(importlib.import_module, names) if hasattr(module, "FORMS")]

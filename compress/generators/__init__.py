@@ -54,7 +54,7 @@ class Direct:
 @cache
 def generators() -> dict[str, type[Any]]:
     """The generators beside ControlNet, by the names that `--model` gives them."""
-    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    modules = [importlib.import_module(f"{__name__}.{entry.name}") for entry in pkgutil.iter_modules(__path__)]
     return {name: made for module in modules for name, made in getattr(module, "GENERATORS", {}).items()}
 
 

@@ -14,14 +14,14 @@ import torch
 from compress.forms import Form
 from compress.generators import Direct, Generator, generator_named
 from compress.generators.controlnet import PictureGenerator
-from compress.job import Machine
-from compress.options import PRECISIONS
+from compress.options import PRECISIONS, Machine
+from compress.plan import Plan
 from compress.presets import Preset
 from compress.records import Recipe
 from ControlNet.cldm import openvino_engine
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.download import download_sd15
-from ControlNet.cldm.model import Lora, ModelError, load_model, weights_fingerprint
+from ControlNet.cldm.model import ModelError, load_model, weights_fingerprint
 from ControlNet.cldm.weights import trained_hint
 from ControlNet.ldm.schedule import ddim_timesteps
 from ControlNet.ldm.text import MAX_LENGTH, nb_tokens
@@ -92,7 +92,7 @@ def model_fingerprint(machine: Machine) -> str:
         made_by = kind.fingerprint
         return made_by(machine) if callable(made_by) else made_by
     try:
-        return weights_fingerprint(machine.model, machine.base, _loras(machine), machine.decoder)
+        return weights_fingerprint(machine.model, machine.base, machine.loras, machine.decoder)
     except ModelError as error:
         raise _refused(machine, error) from error
 
@@ -120,16 +120,12 @@ def recipe_of(form: Form, machine: Machine, device: torch.device, without_weight
         return Recipe(form, None, precision)
 
 
-def _loras(machine: Machine) -> list[Lora]:
-    return [Lora(*lora) for lora in machine.loras]
-
-
 def load(machine: Machine, device: torch.device, precision: str) -> ControlLDM:
     """The model.  precision: what `choose_precision` returns.  Raises UserError where it can't be loaded."""
     home = torch.device("cpu") if machine.low_memory else device  # from where the part at work visits the device
     try:
         dtype = DTYPES.get(precision, torch.float32)
-        return load_model(machine.model, home, dtype, machine.base, _loras(machine), machine.decoder)
+        return load_model(machine.model, home, dtype, machine.base, machine.loras, machine.decoder)
     except ModelError as error:
         raise _refused(machine, error) from error
     except torch.OutOfMemoryError as error:
@@ -137,15 +133,22 @@ def load(machine: Machine, device: torch.device, precision: str) -> ControlLDM:
 
 
 @contextmanager
-def generator(form: Form, machine: Machine, device: torch.device, precision: str | None) -> Iterator[Generator]:
-    """`make_generator`'s.  On leaving, its model is freed, and so is the one that the form loaded to encode."""
-    made = make_generator(form, machine, device, precision)
+def generator(todo: Plan, machine: Machine, device: torch.device) -> Iterator[Generator | None]:
+    """The generator that a plan takes, None where it takes none.
+
+    On leaving, its model is freed, and so is the one that the form has loaded to encode.
+    """
+    if not todo.needs_generator:
+        yield None
+        return
+    recipe = todo.records.recipe
+    made = make_generator(recipe.form, machine, device, recipe.precision)
     try:
         yield made
     finally:
         if hasattr(made, "close"):
             made.close()
-        form.release()
+        recipe.form.release()
         gc.collect()  # the first model of a process is held by the frames of transformers' import
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -25,11 +25,11 @@ from torch import nn
 from compress.forms import Request
 from compress.generators import NoPicture
 from compress.generators.controlnet import Halving, default_batch_size
-from compress.job import Machine
+from compress.options import Machine
 from compress.presets import Preset, Sampling
 from ControlNet.cldm.model import ModelError, load_state_dict
-from utils import json_files
 from utils.errors import UserError
+from utils.files import load_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -210,7 +210,7 @@ def _class_name(folder: Path) -> str:
     """That of a pipeline or of a network."""
     for name in ("model_index.json", "config.json"):
         if (folder / name).is_file():
-            return str(json_files.read(folder / name).get("_class_name", "?"))
+            return str(load_json(folder / name).get("_class_name", "?"))
     raise UserError(f"{folder} is no folder of diffusers': it has neither model_index.json nor config.json.")
 
 
@@ -218,7 +218,7 @@ def _parts(folder: Path) -> list[Path]:
     """The folders of a pipeline's networks, tokenizers and scheduler, and its own before them."""
     if not (folder / "model_index.json").is_file():
         return [folder]
-    index = json_files.read(folder / "model_index.json")
+    index = load_json(folder / "model_index.json")
     names = [name for name, kind in index.items() if isinstance(kind, list) and any(kind)]
     return [folder, *(folder / name for name in sorted(names) if (folder / name).is_dir())]
 
@@ -235,7 +235,7 @@ def _add_part(digest: Any, part: Path, folder: Path) -> None:
     tensor's name, shape and some values in float16."""
     for file in sorted(part.glob("*.json")):
         if not file.name.endswith(".index.json"):
-            config = json_files.read(file)
+            config = load_json(file)
             if "config" in file.name or file.name == "model_index.json":
                 drop = [name for name in config if name.startswith("_") and name != "_class_name"]
                 for name in (*drop, "transformers_version", "torch_dtype", "dtype"):

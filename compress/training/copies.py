@@ -1,61 +1,25 @@
 """The copies that a training run reads: whether they are there, what made them, whether they are still the same."""
 
-import abc
 import hashlib
 import json
 import os
 import shlex
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from compress.forms import Form
-from compress.job import Machine
-from compress.records import recorded_options, recorded_settings
+from compress.records import by_settings, generator_of, recorded_options, recorded_settings
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
+from utils.memory.forms import Copies
 
 MOST_READ = 20_000
 """Copies whose content goes into a digest, spread evenly over the classes: a few seconds' work."""
 
 THREADS = 16
-
-
-class Copies(abc.ABC):
-    """What the trainer knows of copies: how to get them, and what identifies those that it uses.
-
-    exemplars: the train images whose copies are read at present.
-    """
-
-    made_by: list[dict[str, Any]]
-    """See `by_settings`."""
-    generator: str | None = None
-    """The model that made them, by its name or file as compress/run.py takes it; None where none did or it is not
-    recorded."""
-
-    @abc.abstractmethod
-    def make(self, images: Sequence[Path], with_copies: bool) -> int | None:
-        """Make what is missing of these images' edge maps and, with_copies, copies.  Returns the number of copies made,
-        None where copies are made ahead."""
-
-    @abc.abstractmethod
-    def digests(self, exemplars: Sequence[Path]) -> dict[str, Any]:
-        """See `digests_of`."""
-
-    def state(self, exemplars: Sequence[Path]) -> dict[str, Any]:
-        """For a checkpoint: plain values."""
-        return {"made_by": self.made_by, "fingerprint": self.digests(exemplars)}
-
-    def summary(self, exemplars: Sequence[Path]) -> dict[str, Any]:
-        """For results.json: made_by, generator, files (the number of copies) and digest."""
-        made_by = {"made_by": self.made_by, "generator": self.generator}
-        return made_by | {key: value for key, value in self.digests(exemplars).items() if key != "classes"}
-
-    def check(self, state: Mapping[str, Any], exemplars: Sequence[Path]) -> None:
-        """Raises UserError, naming what differs, where the copies are not those of a checkpoint's `state`."""
-        _check_unchanged(state, self.state(exemplars))
 
 
 class CopiesAhead(Copies):
@@ -80,22 +44,6 @@ class CopiesAhead(Copies):
         return self._digests
 
 
-def generator_of(form: Form, options: Sequence[str]) -> str | None:
-    """The model's name or file by a Job's `options`, which leave out the default; None for a form without a model."""
-    if not (form.needs_model or form.needs_weights):
-        return None
-    return options[options.index("--model") + 1] if "--model" in options else Machine.model
-
-
-def by_settings(settings: Iterable[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
-    """What made the copies, from each class's settings (`copy_settings`, flat), None where nothing is recorded.
-
-    [{"classes": number, "settings": {...} or None}], the most frequent settings first.
-    """
-    counts = Counter(json.dumps(each) for each in settings)
-    return [{"classes": count, "settings": json.loads(each)} for each, count in counts.most_common()]
-
-
 def digests_of(paths: DatasetPaths, images: Iterable[Path], copies: int) -> dict[str, Any]:
     """What identifies copies 0 ... K-1 of `images`, as far as they are on disk.
 
@@ -109,9 +57,9 @@ def digests_of(paths: DatasetPaths, images: Iterable[Path], copies: int) -> dict
     to_read = MOST_READ // max(len(by_label), 1)
     with ThreadPoolExecutor(THREADS) as pool:
         classes = dict(zip(by_label, pool.map(lambda files: _of_class(files, to_read), by_label.values()), strict=True))
-    whole = hashlib.sha256(json.dumps([(label, *of_class[:2]) for label, of_class in classes.items()]).encode())
+    whole = hashlib.sha256(json.dumps([(label, *digest[:2]) for label, digest in classes.items()]).encode())
     return {
-        "files": sum(of_class[0] for of_class in classes.values()),
+        "files": sum(digest[0] for digest in classes.values()),
         "digest": whole.hexdigest()[:16],
         "classes": classes,
     }
@@ -119,7 +67,7 @@ def digests_of(paths: DatasetPaths, images: Iterable[Path], copies: int) -> dict
 
 def _of_class(files: Sequence[Path], to_read: int) -> list[Any]:
     """[number of files, digest, digest of times]."""
-    digest, times, found = hashlib.sha256(), hashlib.sha256(), 0
+    digest, times, nb_files = hashlib.sha256(), hashlib.sha256(), 0
     step = -(-len(files) // max(to_read, 1))
     for i, file in enumerate(files):
         try:
@@ -127,40 +75,10 @@ def _of_class(files: Sequence[Path], to_read: int) -> list[Any]:
             content = hashlib.sha256(file.read_bytes()).digest() if i % step == 0 else b""
         except OSError:
             continue
-        found += 1
+        nb_files += 1
         digest.update(os.fsencode(f"{file.name}\0{status.st_size}\0") + content)
         times.update(f"{status.st_mtime_ns} ".encode())
-    return [found, digest.hexdigest()[:16], times.hexdigest()[:16] if step > 1 else ""]
-
-
-def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compare the copies that a run began with, as `Copies.state` describes them, with those on disk.
-
-    Files whose names, sizes and sampled contents agree may have other times where all of them have: the folder was
-    copied.  Raises UserError, naming what differs.
-    """
-    old, new = before["fingerprint"]["classes"], now["fingerprint"]["classes"]
-    changed = [label for label in old if label not in new or old[label][:2] != new[label][:2]]
-    touched = [label for label in old if label in new and old[label][2] != new[label][2]]
-    if len(touched) < len(old):
-        changed = [label for label in old if label in changed or label in touched]
-    changed += [label for label in new if label not in old]
-    if not changed:
-        return
-    details = ", ".join([f"the first is {changed[0]!r}", *_differences(before["made_by"], now["made_by"])])
-    raise UserError(
-        f"the copies of {len(changed)} of {len(new | old)} classes are not those that this run began with ({details}). "
-        "Put the old ones back, or choose another output_dir."
-    )
-
-
-def _differences(before: Sequence[Mapping], now: Sequence[Mapping]) -> list[str]:
-    """Such as "steps 20 -> 50", between the settings of most classes."""
-    if not before or not now or None in (old := before[0]["settings"], new := now[0]["settings"]):
-        return []
-    names = dict.fromkeys([*old, *new])
-    pairs = {name: (old.get(name), new.get(name)) for name in names}
-    return [f"{name.replace('_', ' ')} {one!r} -> {other!r}" for name, (one, other) in pairs.items() if one != other]
+    return [nb_files, digest.hexdigest()[:16], times.hexdigest()[:16] if step > 1 else ""]
 
 
 def check_copies(paths: DatasetPaths, form: Form, images: Iterable[Path], copies: int) -> None:

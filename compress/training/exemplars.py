@@ -5,54 +5,36 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from compress.forms import Form, form_named
 from compress.options import parse_settings
 from compress.presets import PRESETS
 from compress.records import recorded_options
-from compress.training.copies import Copies, CopiesAhead, check_copies
+from compress.training.copies import CopiesAhead, check_copies
 from compress.training.cost import Cost
 from utils.config.schema import Config, MethodInfo
 from utils.data.classes import DataManager
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory.budget import FILL, check_budget, check_bytes, check_smallest, check_total, warn_of_small_classes
+from utils.memory.budget import (
+    FILL,
+    Quotas,
+    check_budget,
+    check_bytes,
+    check_smallest,
+    check_total,
+    warn_of_small_classes,
+)
 from utils.memory.exemplars import ExemplarMemory
+from utils.memory.forms import Copies
 from utils.memory.share import ClassShare, Row
 
 if TYPE_CHECKING:
     from utils.fabric import Fabric
 
-
-def exemplar_form(config: Config, data: DataManager) -> Form:
-    """The form in which exemplars that are not real are kept: as it is on disk, where copies were made ahead."""
-    options, resolution = config.regenerate_options, data.resolution
-    try:
-        form_named(config.syn_form, PRESETS[resolution])
-    except UserError as error:
-        raise UserError(f"syn_form: {error}") from error
-    try:
-        form = parse_settings(options, resolution, config.syn_form)[0]
-        if config.regenerate == "ahead" and not options:
-            options = shlex.join(recorded_options(replace(data.paths, files=form.files).folder("copies")))
-            form = parse_settings(options, resolution, config.syn_form)[0] if options else form
-        if form.needs_weights:
-            form.settings()  # whether the weights are there
-    except UserError as error:
-        raise UserError(f"regenerate_options: {error}") from error
-    return form
-
-
-def quotas(config: Config, form: Form) -> list[tuple[str, int]]:
-    """How many exemplars a class has in each form, in order of choice."""
-    numbers = (FILL if config.real_per_class is None else config.real_per_class), config.syn_per_class
-    return [("real", numbers[0]), (form.name, FILL if numbers[1] == "fill" else numbers[1])]
-
-
-def costs(form: Form, paths: DatasetPaths) -> dict[str, Cost]:
-    """What exemplars cost and keep, by form."""
-    return {"real": Cost(None, paths), form.name: Cost(form, paths)}
+Numbers = tuple[int | None, int | Literal["fill"]]
+"""real_per_class and syn_per_class."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +42,16 @@ class ExemplarPlan:
     """What the exemplars of a run are, decided before any training.
 
     config: with the numbers of exemplars filled in that were left to the budget; form: of those that are not real;
-    paths: the dataset, with the form's files; made_ahead: train images whose copies were made by compress/run.py;
-    on_demand: options of compress/run.py by which the run makes copies itself, None where it makes none.
+    paths: the dataset, with the form's files; quotas: (form, exemplars of a class) in order of choice; costs: what
+    exemplars cost and keep, by form; made_ahead: train images whose copies were made by compress/run.py; on_demand:
+    options of compress/run.py by which the run makes copies itself, None where it makes none.
     """
 
     config: Config
     form: Form
     paths: DatasetPaths
+    quotas: Quotas
+    costs: dict[str, Cost]
     made_ahead: Sequence[Path]
     on_demand: str | None
 
@@ -92,8 +77,8 @@ class ExemplarPlan:
         c = self.config
         return ExemplarMemory(
             self.paths,
-            quotas(c, self.form),
-            costs(self.form, self.paths),
+            self.quotas,
+            self.costs,
             c.memory_per_class,
             c.augmentations_per_image,
             total=None if c.fixed_memory else c.memory_size,
@@ -104,7 +89,7 @@ class ExemplarPlan:
 
 
 def plan_exemplars(
-    config: Config, data: DataManager, form: Form, method: MethodInfo, numbers: Mapping[str, int] | None = None
+    config: Config, data: DataManager, form: Form, method: MethodInfo, numbers: Numbers | None = None
 ) -> ExemplarPlan:
     """Make sure, before any work, that the exemplars can be chosen and fit the budget.
 
@@ -114,25 +99,119 @@ def plan_exemplars(
     if config.memory_only and method.reads_old_images:
         raise UserError(f"memory_only: {method.name} trains on all images of old classes. Set it to false.")
     paths = replace(data.paths, files=form.files)
+    costs = {"real": Cost(None, paths), form.name: Cost(form, paths)}
     images = [class_images for target in range(data.nb_classes) if (class_images := data.train_images(target))]
     fewest = min(images, key=len, default=[])
     if method.uses_memory and data.nb_phases > 1 and fewest and len(fewest) < method.least_exemplars:
         needs = f"{config.model_name} needs at least {method.least_exemplars} train images of each class"
         raise UserError(f"{fewest[0].parent} has {len(fewest)}: {needs}. Add images, or take the class away.")
     if numbers:
-        config = replace(config, real_per_class=numbers["real_per_class"], syn_per_class=numbers["syn_per_class"])
-    elif method.uses_memory:
-        config = within_budget(config, form, images, paths, method.least_exemplars)
+        config = replace(config, real_per_class=numbers[0], syn_per_class=numbers[1])
+    elif method.uses_memory and config.budget_in == "units":
+        config = filled_in(config, form.name, images, costs[form.name], method.least_exemplars)
     if form.deterministic:  # all copies of an image would be equal
         config = replace(config, augmentations_per_image=1)
+    real, synthetic = config.real_per_class, config.syn_per_class
+    quotas = [("real", FILL if real is None else real), (form.name, FILL if synthetic == "fill" else synthetic)]
+    if method.uses_memory and config.budget_in == "bytes" and not numbers:
+        assert config.memory_bytes_per_class is not None  # load_config asks for it
+        check_byte_budget(quotas, config.memory_bytes_per_class, costs, images, paths, method.least_exemplars)
     made_ahead, on_demand = copies_read(config, data, form, paths, method.uses_memory)
-    return ExemplarPlan(config, form, paths, made_ahead, on_demand)
+    return ExemplarPlan(config, form, paths, quotas, costs, made_ahead, on_demand)
+
+
+def exemplar_form(config: Config, paths: DatasetPaths, resolution: str) -> Form:
+    """The form in which exemplars that are not real are kept: as it is on disk, where copies were made ahead.
+
+    resolution: the preset where the options name none.
+    """
+    try:
+        form_named(config.syn_form, PRESETS[resolution])
+    except UserError as error:
+        raise UserError(f"syn_form: {error}") from error
+    options = config.regenerate_options
+    try:
+        form = parse_settings(options, resolution, config.syn_form)[0]
+        if config.regenerate == "ahead" and not options:
+            options = shlex.join(recorded_options(replace(paths, files=form.files).folder("copies")))
+            form = parse_settings(options, resolution, config.syn_form)[0] if options else form
+        if form.needs_weights:
+            form.settings()  # whether the weights are there
+    except UserError as error:
+        raise UserError(f"regenerate_options: {error}") from error
+    return form
+
+
+def filled_in(config: Config, form: str, images: Sequence[Sequence[Path]], cost: Cost, least: int) -> Config:
+    """The config with the numbers of exemplars filled in that are left to a budget in units.
+
+    form: of exemplars that are not real, cost: its; images: of each class; least: exemplars of a class that the method
+    needs.  Raises UserError, with the arithmetic, where a typical class's exemplars don't fit.
+    """
+    sizes = {class_images[0].parent.name: len(class_images) for class_images in images}
+    units = {"real": 1.0, form: 1 / 24}
+    if config.syn_per_class:
+        firsts = [cost.units(class_images[0]) for class_images in images]
+        known = [number for number in firsts if number is not None]
+        if len(known) < len(firsts):
+            raise UserError(f"syn_form: {form} has no count in units. Set budget_in=bytes and memory_bytes_per_class.")
+        units[form] = statistics.median(known)
+    real = config.real_per_class
+    if isinstance(config.syn_per_class, int):
+        synthetic = config.syn_per_class
+        if real is None:
+            real = max(0, int(config.memory_per_class - synthetic * units[form] + 1e-9))
+    else:  # "fill"
+        real = real or 0
+        left = config.memory_per_class - real
+        synthetic = max(0, int(left / units[form] + 1e-9)) if units[form] else max(sizes.values())
+    if real + synthetic < least:
+        what = f"real_per_class + syn_per_class must be at least {least}"
+        raise UserError(f"{config.model_name} needs exemplars of each class: {what}.")
+    quotas = [("real", real), (form, synthetic)]
+    if config.fixed_memory:
+        check_budget(quotas, config.memory_per_class, units)
+        warn_of_small_classes(sizes, quotas)
+    else:
+        assert config.memory_size is not None  # load_config asks for it
+        check_total(config.memory_size, len(images), quotas, units, least)
+    return replace(config, real_per_class=real, syn_per_class=synthetic)
+
+
+def check_byte_budget(
+    quotas: Quotas,
+    budget: int,
+    costs: Mapping[str, Cost],
+    images: Sequence[Sequence[Path]],
+    paths: DatasetPaths,
+    least: int,
+) -> None:
+    """Raises UserError where a typical class's exemplars, or one real exemplar of the smallest, exceed the bytes."""
+    typical = [class_images[len(class_images) // 2] for class_images in images]
+    in_use = [name for name, number in quotas if number]
+    median = {name: round(statistics.median(map(costs[name].expected_bytes, typical))) for name in in_use}
+    labels = [class_images[0].parent.name for class_images in images]
+    texts = paths.class_texts(labels)
+    shares = [ClassShare.empty(i, label, texts[label], in_use) for i, label in enumerate(labels)]
+    check_bytes(quotas, budget, median, max(map(_index_bytes, shares)), least)
+    if in_use == ["real"]:
+        check_smallest(images, budget, shares)
+
+
+def _index_bytes(share: ClassShare) -> int:
+    """Bytes that a class of one exemplar of each form takes beside the payloads (typical ones of 128 bytes or more)."""
+    for each in share.forms:
+        share = share.plus(each.form, Row(128, (32, 32), 24))
+    return share.bytes - sum(each.payloads for each in share.forms)
 
 
 def copies_read(
     config: Config, data: DataManager, form: Form, paths: DatasetPaths, uses_memory: bool
 ) -> tuple[list[Path], str | None]:
-    """`made_ahead` and `on_demand` of an ExemplarPlan.  paths: the dataset, with the form's files."""
+    """`made_ahead` and `on_demand` of an ExemplarPlan.  paths: the dataset, with the form's files.
+
+    Raises UserError where copies that were made ahead are to be made again from the memory, and it is not known how.
+    """
     images = [image for target in range(data.nb_classes) for image in data.train_images(target)]
     may_be_replaced = config.augmentation_prob > 0 and (
         config.real_per_class != 0 or config.augmentation_scope == "all"
@@ -144,90 +223,11 @@ def copies_read(
         return [], config.regenerate_options
     if not (config.memory_only and uses_memory):
         return images, None
-    # New images have theirs ahead, and exemplars get theirs from the memory.
-    return images if may_be_replaced else [], made_with(config, form, paths)
-
-
-def made_with(config: Config, form: Form, paths: DatasetPaths) -> str:
-    """The options that give the copies that were made ahead once more.  Raises UserError where they are unknown."""
-    options = recorded_options(paths.folder("copies"))
-    if not options and form.needs_model:
+    recorded = recorded_options(paths.folder("copies"))
+    if not recorded and form.needs_model:
         raise UserError(
             f"memory_only: how the copies in {paths.folder('copies')} were made is not recorded, so they can't be made "
             "again from the memory alone. Set regenerate=on_demand with regenerate_options."
         )
-    return shlex.join(options) or config.regenerate_options
-
-
-def within_budget(
-    config: Config, form: Form, images: Sequence[Sequence[Path]], paths: DatasetPaths, least: int
-) -> Config:
-    """The config with the numbers of exemplars filled in that are left to the budget.
-
-    images: of each class; least: exemplars of a class that the method needs.
-    Raises UserError, with the arithmetic, where a typical class's exemplars don't fit.
-    """
-    if config.budget_in == "bytes":
-        check_byte_budget(config, form, images, paths, least)
-        return config
-    sizes = _class_sizes(images)
-    units = {"real": 1.0, form.name: 1 / 24}
-    if config.syn_per_class:
-        cost = costs(form, paths)[form.name]
-        of_first = [cost.units(class_images[0]) for class_images in images]
-        known = [number for number in of_first if number is not None]
-        if len(known) < len(of_first):
-            raise UserError(
-                f"syn_form: {form.name} has no count in units. Set budget_in=bytes and memory_bytes_per_class."
-            )
-        units[form.name] = statistics.median(known)
-    real = config.real_per_class
-    if isinstance(config.syn_per_class, int):
-        synthetic = config.syn_per_class
-    else:  # "fill"
-        real = real or 0
-        left = config.memory_per_class - real
-        synthetic = max(0, int(left / units[form.name] + 1e-9)) if units[form.name] else max(sizes.values())
-    if real is None:
-        real = max(0, int(config.memory_per_class - synthetic * units[form.name] + 1e-9))
-    config = replace(config, real_per_class=real, syn_per_class=synthetic)
-    if real + synthetic < least:
-        what = f"real_per_class + syn_per_class must be at least {least}"
-        raise UserError(f"{config.model_name} needs exemplars of each class: {what}.")
-    if config.fixed_memory:
-        check_budget(quotas(config, form), config.memory_per_class, units)
-        warn_of_small_classes(sizes, quotas(config, form))
-    else:
-        assert config.memory_size is not None  # load_config asks for it
-        check_total(config.memory_size, len(images), quotas(config, form), units, least)
-    return config
-
-
-def check_byte_budget(
-    config: Config, form: Form, images: Sequence[Sequence[Path]], paths: DatasetPaths, least: int
-) -> None:
-    """Raises UserError where a typical class's exemplars, or one real exemplar of the smallest, exceed the bytes."""
-    assert config.memory_bytes_per_class is not None  # load_config asks for it
-    cost_of, sizes = costs(form, paths), _class_sizes(images)
-    typical = [class_images[len(class_images) // 2] for class_images in images]
-    in_use = [name for name, number in quotas(config, form) if number]
-    median = {
-        name: round(statistics.median(cost_of[name].expected_bytes(image) for image in typical)) for name in in_use
-    }
-    texts = paths.class_texts(sizes)
-    shares = [ClassShare.empty(i, label, texts[label], in_use) for i, label in enumerate(sizes)]
-    index = max(map(_index_bytes, shares))
-    check_bytes(quotas(config, form), config.memory_bytes_per_class, median, index, least)
-    if config.syn_per_class == 0:
-        check_smallest(images, config.memory_bytes_per_class, shares)
-
-
-def _class_sizes(images: Sequence[Sequence[Path]]) -> dict[str, int]:
-    return {class_images[0].parent.name: len(class_images) for class_images in images}
-
-
-def _index_bytes(share: ClassShare) -> int:
-    """Bytes that a class of one exemplar of each form takes beside the payloads (typical ones of 128 bytes or more)."""
-    for each in share.forms:
-        share = share.plus(each.form, Row(128, (32, 32), 24))
-    return share.bytes - sum(each.payloads for each in share.forms)
+    # New images have theirs ahead, and exemplars get theirs from the memory.
+    return images if may_be_replaced else [], shlex.join(recorded) or config.regenerate_options

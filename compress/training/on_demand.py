@@ -1,22 +1,19 @@
 """Copies made while training goes on, of the chosen exemplars alone (the trainer's `regenerate: on_demand`)."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compress.generators import Generator, build
-from compress.job import Data, Job
-from compress.options import parse_settings
+from compress.generators import build
+from compress.options import Job, parse_settings
 from compress.plan import Plan, plan
-from compress.records import MadeOtherwise, Records
-from compress.regenerate import Regenerator
-from compress.share import by_first, own_part, run_shared
-from compress.training.copies import Copies, by_settings, digests_of, generator_of
+from compress.records import MadeOtherwise, Records, by_settings, generator_of
+from compress.regenerate import regenerate
+from compress.training.copies import Copies, digests_of
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.fabric import Fabric
+from utils.fabric import Fabric, by_first, own_part
 from utils.log import progress
 
 
@@ -39,7 +36,7 @@ class OnDemand(Copies):
             if download:
                 build.download(machine.model)
             self.generator = generator_of(made_form, words)
-            self.job = Job(Data(paths, tuple(range(copies))), made_form, machine, words)
+            self.job = Job(paths, made_form, machine, tuple(range(copies)), words)
             # A wrong path, and below copies of other settings, show now and not after the first phase.
             self.recipe = fabric.broadcast(build.recipe_of(made_form, machine, fabric.device))
         except UserError as error:
@@ -60,19 +57,19 @@ class OnDemand(Copies):
         by_root: dict[Path, list[Path]] = {}
         for image in images:
             by_root.setdefault(image.parents[2], []).append(image)
-        return sum(self._make(root, of_root, with_copies) for root, of_root in by_root.items())
+        return sum(self._make(root, root_images, with_copies) for root, root_images in by_root.items())
 
     def _make(self, root: Path, images: Sequence[Path], with_copies: bool) -> int:
         """The same, for images of one dataset folder."""
         fabric, job = self.fabric, self.job
-        paths = replace(job.data.paths, data_dir=root.parent)
+        paths = replace(job.paths, data_dir=root.parent)
         todo = by_first(fabric, lambda: self._plan(paths, images, with_copies))
-        opened: AbstractContextManager[Generator | None] = nullcontext()
-        if todo.needs_generator:
-            opened = build.generator(job.form, job.machine, fabric.device, self.recipe.precision)
         own = sum(len(task.copy_numbers) for task in own_part(fabric, todo.tasks))
-        with opened as generate, progress(own, "copies", quiet=not fabric.is_global_zero) as bar:
-            result = run_shared(fabric, Regenerator(paths, job.form, generate), todo, bar.update)
+        with (
+            build.generator(todo, job.machine, fabric.device) as generate,
+            progress(own, "copies", quiet=not fabric.is_global_zero) as bar,
+        ):
+            result = regenerate(todo, generate, fabric, bar.update)
         if result.failures:
             more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
             raise UserError(f"an exemplar could not be stored or regenerated: {result.failures[0]}{more}")
@@ -82,8 +79,7 @@ class OnDemand(Copies):
     def digests(self, exemplars: Sequence[Path]) -> dict[str, Any]:
         """Of these exemplars' copies."""
         if self._digests is None or self._digests[0] != exemplars:
-            data = self.job.data
-            self._digests = list(exemplars), digests_of(data.paths, exemplars, len(data.copy_numbers))
+            self._digests = list(exemplars), digests_of(self.job.paths, exemplars, len(self.job.copy_numbers))
         return self._digests[1]
 
     def _forget(self) -> None:
@@ -92,7 +88,7 @@ class OnDemand(Copies):
     def _plan(self, paths: DatasetPaths, images: Sequence[Path], with_copies: bool) -> Plan:
         try:
             records = Records(paths, self.recipe, self.job.options)
-            return plan(records, images, self.job.data.copy_numbers if with_copies else ())
+            return plan(records, images, self.job.copy_numbers if with_copies else ())
         except MadeOtherwise as error:
             raise UserError(
                 f"{error}\nGive this experiment copies of its own with variant=NAME, "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from exps.report.screen import plot, show
 from utils import cli
-from utils.results.files import printable, write_text
+from utils.files import printable, write_text
 from utils.results.records import load_results
 
 

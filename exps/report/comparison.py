@@ -150,20 +150,20 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 
 
 def _sentence(best: Cell, second: Cell) -> str:
-    said = [f"{best.entry.line} is best with {best.average.mean:.1f} %"]
+    parts = [f"{best.entry.line} is best with {best.average.mean:.1f} %"]
     if best.to_codec and not second.entry.is_codec:
-        said.append(f"{best.to_codec} over the best codec")
+        parts.append(f"{best.to_codec} over the best codec")
     if best.to_real and best.entry.form != REAL:
-        said.append(f"{best.to_real} over real exemplars")
+        parts.append(f"{best.to_real} over real exemplars")
     if lead := paired(best.entry.scores, second.entry.scores):
         line, n = second.entry.line, len(lead.differences)
         if lead.error is None:
-            said.append(f"{lead} over the next, {line}; one class order, so no standard error")
+            parts.append(f"{lead} over the next, {line}; one class order, so no standard error")
         elif lead.mean < 2 * lead.error:
-            said.append(f"not told apart from {line} ({lead}, n = {n})")
+            parts.append(f"not told apart from {line} ({lead}, n = {n})")
         else:
-            said.append(f"{lead} over the next, {line} (n = {n})")
-    return "; ".join(said) + "."
+            parts.append(f"{lead} over the next, {line} (n = {n})")
+    return "; ".join(parts) + "."
 
 
 def as_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

@@ -83,8 +83,8 @@ def accuracy_over_bytes(lines: Mapping[tuple[str, str], Sequence[Entry]], looks:
     low = 10 * math.floor(min(value.mean - value.std for value in averages) / 10)
     high = 10 * math.ceil(max(value.mean + value.std for value in averages) / 10)
     axes = _Axes((math.log(sizes[0]), math.log(sizes[-1])), (max(0, low), min(100, high)))
-    shown = sizes if len(sizes) <= 6 else [sizes[0], *sizes[len(sizes) // 3 :: len(sizes) // 3]]
-    axes.grid([(math.log(size), f"{size:,}") for size in shown], "memory (bytes per class, log scale)")
+    ticks = sizes if len(sizes) <= 6 else [sizes[0], *sizes[len(sizes) // 3 :: len(sizes) // 3]]
+    axes.grid([(math.log(size), f"{size:,}") for size in ticks], "memory (bytes per class, log scale)")
     axes.name_y("average incremental accuracy (%)")
     for (method, form), entries in lines.items():
         points = [(math.log(entry.size), entry.averages.average_incremental_accuracy) for entry in entries]
@@ -103,8 +103,8 @@ def accuracy_over_phases(
     names = labels(lines)
     seen = sorted({n for entry in lines.values() for n in entry.results.summary.classes_seen})
     axes = _Axes((seen[0], seen[-1]), limits)
-    shown = seen[:: math.ceil(len(seen) / 8)]
-    axes.grid([(n, str(n)) for n in shown], "classes seen")
+    ticks = seen[:: math.ceil(len(seen) / 8)]
+    axes.grid([(n, str(n)) for n in ticks], "classes seen")
     axes.name_y("top-1 accuracy (%)")
     for (method, form), entry in lines.items():
         top1, classes = entry.averages.top1, entry.results.summary.classes_seen

@@ -17,9 +17,10 @@ from compress.presets import HIGH
 from compress.records import recorded_settings
 from exps.report.screen import drawn
 from utils import cli
-from utils.data.images import image_bits, read_image, write_atomically
+from utils.data.images import image_bits, read_image
 from utils.data.paths import DatasetPaths, data_dir, find_dataset
 from utils.errors import UserError
+from utils.files import write_atomically
 
 
 def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: int = 20) -> None:

@@ -19,7 +19,7 @@ from jinja2 import Environment, Template
 from exps.report import comparison, figures, pictures
 from exps.report.entries import REAL, Entry, Runs, areas, config_differences, entries, lines
 from exps.report.tables import mean_std, paired
-from utils.results.files import write_text
+from utils.files import write_text
 from utils.results.records import Classifier, Spread, load_results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,10 +209,10 @@ def _provenance_groups(compared: Sequence[Entry]) -> list[dict[str, Any]]:
             names += [entry.name] if entry.name not in names else []
     first = dict(next(iter(groups), ()))
     described: list[dict[str, Any]] = []
-    for rows, names in groups.items():
-        about = [row for row in rows if row[0] in pictures.ABOUT_GENERATOR]
-        other = [row for row in rows if row not in about and first.get(row[0], row[1]) != row[1]]
-        described.append({"names": names, "short": [*about, *other], "all": rows})
+    for settings, names in groups.items():
+        about = [row for row in settings if row[0] in pictures.ABOUT_GENERATOR]
+        other = [row for row in settings if row not in about and first.get(row[0], row[1]) != row[1]]
+        described.append({"names": names, "short": [*about, *other], "all": settings})
     return described
 
 

@@ -8,8 +8,7 @@ from exps.report.entries import Entry, Runs, entries
 from exps.report.figures import COLOURS
 from exps.report.tables import mean_std
 from utils import cli
-from utils.data.images import write_atomically
-from utils.results.files import printable
+from utils.files import printable, write_atomically
 from utils.results.records import Spread
 
 _STYLES = ("-", "--", ":", "-.")

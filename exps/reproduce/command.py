@@ -1,22 +1,35 @@
-"""The command of `exps.reproduce`."""
+"""The command of `exps.reproduce`, and its rows as text: for --list, and for docs/reproduced.md."""
 
 import argparse
 import shlex
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import exps.reproduce
-from exps.reproduce.page import number, show, with_records
-from exps.reproduce.rows import FOLDER, Row, Table, figures, find_row, keep, read_records, read_tables, rows_of, shown
+from exps.report.tables import markdown, mean_std
+from exps.reproduce.rows import (
+    FOLDER,
+    Row,
+    Table,
+    figures,
+    find_row,
+    keep,
+    read_records,
+    read_tables,
+    rows_of,
+    user_path,
+)
 from exps.runs import MAIN, ROOT, follow
 from utils import cli
 from utils.errors import UserError
-from utils.results.files import write_text
-from utils.results.records import ResultsFile, load_results
+from utils.files import write_text
+from utils.results.records import ResultsFile, Spread, load_results
 
 PAGE = ROOT / "docs" / "reproduced.md"
+HEADING = "## Recorded runs\n"
+"""What follows it in docs/reproduced.md is written by `python -m exps.reproduce --record`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +70,7 @@ def run(table: Table, row: Row, overrides: Sequence[str], *, only_print: bool) -
     arguments = row.arguments(overrides)
     print(f"{row.name}: {row.method}, {row.dataset}, {row.protocol}; {table.source}, {table.table or 'no table'}")
     print(f"published: average {number(row.average) or '-'}, last {number(row.last) or '-'}")
-    print(f"$ python main.py {shlex.join(['--config', shown(row.base), *arguments[2:]])}", flush=True)
+    print(f"$ python main.py {shlex.join(['--config', user_path(row.base), *arguments[2:]])}", flush=True)
     if only_print:
         print("dry run: nothing was started")
         return 0
@@ -80,9 +93,62 @@ def record(tables: Sequence[Table], file: Path, note: str) -> int:
     if PAGE.is_file():  # not where the project was installed without its docs
         text = with_records(PAGE.read_text(encoding="utf-8"), tables, read_records(FOLDER))
         write_text(PAGE, text)
-        print(shown(PAGE))
+        print(user_path(PAGE))
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def with_records(page: str, tables: Sequence[Table], records: Mapping[str, Mapping[str, Any]]) -> str:
+    """docs/reproduced.md with its last section, the recorded runs, written anew.  page: its present text."""
+    recorded = [(table, row) for table in tables for row in table.rows if row.name in records]
+    waiting = sum(len(table.rows) for table in tables) - len(recorded)
+    total = waiting + len(recorded)
+    lines = [f"{waiting} of {total} published rows wait for somebody with a GPU: each takes hours or days of one."]
+    if recorded:
+        numbers = ("published: average", "last", "recorded: average", "last")
+        header = ["row", "method, dataset, protocol", *numbers, "config"]
+        lines += ["", markdown(header, [_cells(row, records[row.name]) for _, row in recorded])]
+        lines += ["", *(_note(table, row, records[row.name]) for table, row in recorded)]
+    return page.partition(HEADING)[0] + HEADING + "\n" + "\n".join(lines) + "\n"
+
+
+def _cells(row: Row, entry: Mapping[str, Any]) -> list[str]:
+    config = " ".join([f"`{user_path(row.base)}`", *(f"`{override}`" for override in row.overrides)])
+    cells = [f"`{row.name}`", f"{row.method}, {row.dataset}, {row.protocol}", number(row.average), number(row.last)]
+    return [*cells, _recorded(entry, "average"), _recorded(entry, "last"), config]
+
+
+def _recorded(entry: Mapping[str, Any], key: str) -> str:
+    text = mean_std(Spread(mean=entry[key], std=entry.get(f"{key}_std", 0.0)), 2)
+    return f"{text} (NME {entry[f'nme_{key}']:.2f})" if f"nme_{key}" in entry else text
+
+
+def _note(table: Table, row: Row, entry: Mapping[str, Any]) -> str:
+    seeds = ", ".join(map(str, entry["seeds"]))
+    made = f"recorded {entry['date']}, class orders {seeds}" + (f"; {entry['note']}" if entry["note"] else "")
+    remark = f" {row.note}." if row.note else ""
+    return f"- `{row.name}`: {made}. Published in [{table.source}, {table.table}]({table.url}). {table.note}{remark}"
+
+
+def show(tables: Sequence[Table], records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the rows: published average and last accuracy, and recorded ones where there are any."""
+    for table in tables:
+        several = len(table.protocols) > 1
+        header = ["row", "protocol" if several else "method", "published", "recorded"]
+        rows = []
+        for row in table.rows:
+            entry = records.get(row.name)
+            what = f"{row.dataset}, {row.protocol}" if several else row.method
+            recorded = _pair(entry["average"], entry["last"]) if entry else ""
+            rows.append([row.name, what, _pair(row.average, row.last), recorded])
+        if not any(row[-1] for row in rows):
+            rows, header = [row[:-1] for row in rows], header[:-1]
+        print(f"\n{table.title}")
+        cli.show_table(header, rows, left=2)
+
+
+def _pair(average: float | None, last: float | None) -> str:
+    return "-" if average is None and last is None else f"{number(average) or '-'} / {number(last) or '-'}"

@@ -13,7 +13,7 @@ from models import catalogue
 from utils.config.read import load_config, read_json
 from utils.config.schema import Config, differences
 from utils.errors import UserError
-from utils.results.files import write_json
+from utils.files import write_json
 from utils.results.records import CLASSIFIERS, Classifier, ResultsFile
 
 FOLDER = Path(__file__).parent
@@ -122,7 +122,7 @@ def find_row(tables: Sequence[Table], name: str) -> tuple[Table, Row]:
     raise UserError(f"there is no row {name!r}. {hint}")
 
 
-def shown(path: Path) -> str:
+def user_path(path: Path) -> str:
     """A path as a user of the repository types it."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 

@@ -22,14 +22,60 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
-from utils.data.images import content_digest, write_durably
 from utils.errors import UserError
+from utils.files import content_digest, write_durably
+from utils.results.metrics import PhaseMetrics
 
 _PHASE = re.compile(r"phase(\d+)\.pt")
+
+
+class StageRecord(TypedDict):
+    """loss, accuracy (percent): of the last epoch's training batches."""
+
+    stage: str
+    epochs: int
+    loss: float | None
+    accuracy: float | None
+
+
+class TrainingRecord(TypedDict):
+    """epochs, loss, accuracy: of the first stage; seconds: of all; reused: whether another run's network was taken."""
+
+    epochs: int
+    loss: float | None
+    accuracy: float | None
+    stages: list[StageRecord]
+    seconds: float
+    reused: bool
+
+
+class Scores(TypedDict):
+    """Of the classifiers of `utils.results.records.CLASSIFIERS`; nme: None where it is unused."""
+
+    cnn: PhaseMetrics
+    nme: PhaseMetrics | None
+    student: NotRequired[PhaseMetrics]
+    svm: NotRequired[PhaseMetrics]
+
+
+class PhaseRecord(Scores):
+    """memory: `ExemplarMemory.report`, and archive_bytes: the size of the file that holds all of it; copies_on_demand:
+    number made, None where all are made ahead; copies: what made those in use, None where none are; seconds: by part of
+    the phase.
+    """
+
+    phase: int
+    classes_seen: int
+    memory: Mapping[str, Any]
+    parameters: int
+    training: TrainingRecord
+    copies_on_demand: int | None
+    copies: Mapping[str, Any] | None
+    seconds: Mapping[str, float]
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -122,10 +168,10 @@ def fingerprint(settings: Mapping[str, Any], files: Iterable[Path], root: Path) 
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for folder, group in itertools.groupby(files, key=lambda file: file.parent):
-        of_folder, there = list(group), _stamps(folder)
-        digest.update(os.fsencode(f"{folder.relative_to(root).as_posix()}\0{content_digest(of_folder)}\0"))
-        for file in of_folder:
-            digest.update(os.fsencode(f"{file.name}\0{there.get(file.name, -1)}\0"))
+        folder_files, stamps = list(group), _stamps(folder)
+        digest.update(os.fsencode(f"{folder.relative_to(root).as_posix()}\0{content_digest(folder_files)}\0"))
+        for file in folder_files:
+            digest.update(os.fsencode(f"{file.name}\0{stamps.get(file.name, -1)}\0"))
     return digest.hexdigest()[:24]
 
 

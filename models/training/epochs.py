@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from models.training.checkpoint import StageRecord
 from models.training.method import Method
 from models.training.resume import Checkpoints, Place, StepClock
 from models.training.run import Run
@@ -59,8 +60,8 @@ class Epochs:
         self.copies_state: dict[str, Any] | None = None
         """Of the copies that the present phase reads, for its checkpoints."""
 
-    def fit(self, stage: Stage, place: Place) -> dict[str, Any]:
-        """Train one stage.  Returns epochs, loss and accuracy (percent, of the last epoch's training batches).
+    def fit(self, stage: Stage, place: Place) -> StageRecord:
+        """Train one stage.
 
         place: within the phase, at the stage's start or farther on; it moves along.  Raises UserError where there are
         no images, and where training diverges.
@@ -76,8 +77,8 @@ class Epochs:
             warn_of_rising_loss(training.name, losses)
             if not all(bool(parameter.isfinite().all()) for parameter in self.method.network.parameters()):
                 raise self._diverged(training, f"a weight is not finite after epoch {stage.schedule.epochs}")
-        self.run.share(self.method.network)
-        return {"epochs": stage.schedule.epochs, "loss": loss, "accuracy": accuracy}
+        self.run.broadcast_network(self.method.network)
+        return {"stage": stage.name, "epochs": stage.schedule.epochs, "loss": loss, "accuracy": accuracy}
 
     def _set_up(self, stage: Stage, place: Place) -> _Training:
         method, fabric, schedule = self.method, self.fabric, stage.schedule
@@ -99,9 +100,9 @@ class Epochs:
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         if self.config.backbone_lrate is None:
             return trained
-        of_backbones = {id(parameter) for module in network.backbones() for parameter in module.parameters()}
-        heads = [parameter for parameter in trained if id(parameter) not in of_backbones]
-        backbone = [parameter for parameter in trained if id(parameter) in of_backbones]
+        in_backbones = {id(parameter) for module in network.backbones() for parameter in module.parameters()}
+        heads = [parameter for parameter in trained if id(parameter) not in in_backbones]
+        backbone = [parameter for parameter in trained if id(parameter) in in_backbones]
         groups: list[dict[str, Any]] = [{"params": heads}, {"params": backbone, "lr": self.config.backbone_lrate}]
         return [group for group in groups if group["params"]]
 
@@ -234,7 +235,7 @@ class EpochLog:
         self.bar.set_postfix_str(f"epoch {number}, loss {loss:.3f}, run {logs.clock(left)}", refresh=False)
         if self.run.history:
             epoch = training.first_epoch + number
-            self.run.history.epoch(
+            self.run.history.add_epoch(
                 self.method.phase,
                 training.stage.name,
                 epoch,
@@ -289,8 +290,8 @@ def parts(images: Tensor, targets: Tensor, number: int, sizes: tuple[int, int], 
     Gradients add up over the parts of a process and are averaged over processes.  So the mean loss of n images out of
     the N of all counts n/N times the number of processes: the sum over all parts is the mean over the N images.
     """
-    own, of_all = sizes
+    own, total = sizes
     pieces = list(zip(*(tensor.chunk(number if own else 1) for tensor in (images, targets)), strict=True))
     for i, (some, their_targets) in enumerate(pieces):
         size = len(some) if own else 0
-        yield Part(some, their_targets, size, size * nb_processes / of_all, last=i + 1 == len(pieces))
+        yield Part(some, their_targets, size, size * nb_processes / total, last=i + 1 == len(pieces))

@@ -190,6 +190,11 @@ class Method(abc.ABC):
         """B x nb_old."""
         return self.old_outputs(images).logits
 
+    def new_features(self, purpose: str) -> list[Tensor]:
+        """Features of all images of each of the phase's new classes, N x D each.  purpose: for the progress bar."""
+        images = [self.data.train_images(target) for target in self.data.phase_targets(self.phase)]
+        return list(self.run.features(self.network, images, self.describe(purpose)))
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up the network and `state` of a finished phase, from its checkpoint."""
         load_network(self.network, self.data, state)
@@ -224,17 +229,17 @@ def fresh_backbone(
             increments = c.increment if isinstance(c.increment, list) else [c.increment]
             equal = all(increment == c.init_cls for increment in increments)
             stem = stem or ("7x7" if equal else "3x3")
-            backbone = build_backbone(c.convnet_type, data.image_kind, stem, c.pretrained, weights)
+            backbone = build_backbone(c.convnet_type, data.defaults.image_kind, stem, c.pretrained, weights)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"{'pretrained' if c.pretrained else 'convnet_type'}: {error}.") from None
     return backbone.requires_grad_(not c.freeze_backbone)
 
 
-def network_input(c: Config) -> NetworkInput | None:
+def network_input(convnet_type: str, image_size: int | None) -> NetworkInput | None:
     """What a library's backbone takes; None for those whose input the dataset decides.  Raises UserError."""
-    if not c.convnet_type.startswith(LIBRARIES):
+    if not convnet_type.startswith(LIBRARIES):
         return None
     try:
-        return library_input(c.convnet_type, c.image_size)
+        return library_input(convnet_type, image_size)
     except ValueError as error:
         raise UserError(f"convnet_type: {error}.") from None

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from models.training import checkpoint
+from models.training.checkpoint import TrainingRecord
 from models.training.method import Method
 from models.training.run import Run
 
 log = logging.getLogger(__name__)
 
 
-def load(run: Run, method: Method, path: Path) -> dict[str, Any] | None:
+def load(run: Run, method: Method, path: Path) -> TrainingRecord | None:
     """Load the network of phase 0 where it has been trained already.  path: `path_of`.
 
     Returns what `Trainer.train` does; `reused` is false where this very run trained it before it was killed.
@@ -28,12 +29,13 @@ def load(run: Run, method: Method, path: Path) -> dict[str, Any] | None:
     with checkpoint.fitting(path):
         for module, weights in zip(method.network.first_phase_modules(), state["network"], strict=True):
             module.load_state_dict(weights)
-        training = {**state["training"], "reused": state.get("run") != _name(run)}
+        training: TrainingRecord = state["training"]
+        training["reused"] = state.get("run") != _name(run)
     log.info("phase 0 is not trained again: its network is taken from %s", path)
     return training
 
 
-def save(run: Run, method: Method, training: dict[str, Any], path: Path) -> None:
+def save(run: Run, method: Method, training: TrainingRecord, path: Path) -> None:
     """Keep the trained network of phase 0 for other runs.  path: `path_of`, before the training."""
     if run.fabric.is_global_zero:
         weights = [module.state_dict() for module in method.network.first_phase_modules()]
@@ -61,7 +63,7 @@ def _path(run: Run, method: Method) -> Path:
         "layers": [str(layer) for layer in backbone.children()],
         "head": [list(parameter.shape) for parameter in head.parameters()],
         "transform": str(run.train_transform(method.augmentation)),
-        "normalise": str(data.normalise),
+        "normalise": str(data.defaults.normalise),
         "classes": [data.class_names[target] for target in data.phase_targets(0)],
         "schedule": list(method.schedule()),
         "processes": run.fabric.world_size,

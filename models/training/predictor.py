@@ -13,11 +13,11 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from models.networks import ClassifierNet, Outputs
 from utils import log as logs
+from utils.cli import nb_cores
 from utils.config.schema import Config
 from utils.data.batches import Batched, ImageSet, batch_loader
 from utils.data.cache import PictureCache
 from utils.data.phases import PhasedClasses
-from utils.devices import nb_cores
 from utils.fabric import Fabric, all_reduce
 
 _ROWS = 4096
@@ -45,7 +45,7 @@ class Predictor:
 
     def to_device(self, images: Tensor) -> Tensor:
         """A loader's images as a network takes them: they travel as bytes and become floats on the device."""
-        return self.data.normalise(self.fabric.to_device(images)).contiguous(memory_format=torch.channels_last)
+        return self.data.defaults.normalise(self.fabric.to_device(images)).contiguous(memory_format=torch.channels_last)
 
     def predict(
         self,
@@ -85,7 +85,7 @@ class Predictor:
 
     def test_loader(self, images: Sequence[Path]) -> DataLoader:
         """(indices, pictures, zeros) of this process's share of the images, by batches in ascending order."""
-        dataset = ImageSet(images, [0] * len(images), self.data.test_transform, self.pixels)
+        dataset = ImageSet(images, [0] * len(images), self.data.defaults.test_transform, self.pixels)
         own = range(self.fabric.global_rank, len(images), self.fabric.world_size)
         return self.loader(dataset, BatchSampler(own, self.config.batch_size, drop_last=False))
 
@@ -94,7 +94,7 @@ class Predictor:
 
         Small images that are cached need no worker processes: making a batch takes less time than handing it over.
         """
-        cached = self.data.image_kind == "small" and self.pixels is not None
+        cached = self.data.defaults.image_kind == "small" and self.pixels is not None
         workers = 0 if cached else min(self.config.num_workers, nb_cores())
         return batch_loader(dataset, batches, workers, pin_memory=self.fabric.device.type == "cuda")
 

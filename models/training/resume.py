@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.training import checkpoint
+from models.training.checkpoint import StageRecord
 from models.training.run import Run
 from utils.cli import signals
 from utils.config.schema import as_dict, differences
@@ -36,7 +37,7 @@ class Place:
     network and optimizer from, None where there is none.
     """
 
-    stages: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[StageRecord] = field(default_factory=list)
     epoch: int = 0
     step: int = 0
     sums: Tensor = field(default_factory=lambda: torch.zeros(2))
@@ -68,7 +69,7 @@ class Place:
     def next_epoch(self) -> None:
         self.epoch, self.step, self.sums, self.seen = self.epoch + 1, 0, torch.zeros_like(self.sums), 0
 
-    def next_stage(self, done: dict[str, Any]) -> None:
+    def next_stage(self, done: StageRecord) -> None:
         """Start of the next stage; `done` is the current stage's result."""
         self.stages = [*self.stages, done]
         self.epoch, self.step, self.sums, self.seen = 0, 0, torch.zeros_like(self.sums), 0

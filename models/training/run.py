@@ -1,9 +1,9 @@
 """A run: what a method trains on, with what, and where its results go; its random numbers and batches."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from utils.data.datasets import Augmentation
 from utils.data.items import Item
 from utils.data.sampler import EpochBatchSampler, seed_sequence
 from utils.memory.exemplars import ExemplarMemory
+from utils.memory.forms import Copies
 from utils.results.history import History
 
 # isort: split
@@ -28,25 +29,6 @@ from lightning_fabric.plugins import MixedPrecision  # after utils.fabric
 
 _NETWORK, _METHOD = 3, 4
 """Streams of random numbers within a step."""
-
-
-class Copies(Protocol):
-    """Copies of exemplars: how to get them, and what identifies those in use (`compress.training.copies.Copies`)."""
-
-    def make(self, images: Sequence[Path], with_copies: bool) -> int | None:
-        """Make missing edge maps and, with_copies, copies.  Called by all processes, which share the work.
-
-        Returns how many copies all of them made, None where all are made ahead.
-        """
-
-    def state(self, exemplars: Sequence[Path]) -> dict[str, Any]:
-        """What made the copies and what identifies them, for a checkpoint."""
-
-    def summary(self, exemplars: Sequence[Path]) -> dict[str, Any]:
-        """The same in short, for results.json."""
-
-    def check(self, state: Mapping[str, Any], exemplars: Sequence[Path]) -> None:
-        """Raises UserError where the copies are not those of a checkpoint's `state`."""
 
 
 @dataclass
@@ -115,7 +97,7 @@ class Run(Predictor):
         torch.compiler.reset()  # networks of earlier phases and stages would count against the limit of compilations
         return cast(nn.Module, torch.compile(network))
 
-    def share(self, network: nn.Module) -> None:
+    def broadcast_network(self, network: nn.Module) -> None:
         """Give every process the first one's network: each has batch norm statistics of its own."""
         if self.fabric.world_size == 1:
             return
@@ -150,8 +132,8 @@ class Run(Predictor):
 
     def train_transform(self, augmentation: Augmentation | None) -> TrainTransform:
         """augmentation: in place of the config's."""
-        data = self.data
-        return data.train_transform if augmentation is None else data.defaults_with(augmentation).train_transform
+        defaults = self.data.defaults if augmentation is None else self.data.defaults_with(augmentation)
+        return defaults.train_transform
 
     def class_means(
         self, network: ClassifierNet, targets: Iterable[int], description: str = "", loader: DataLoader | None = None

@@ -67,8 +67,8 @@ class Defaults(NamedTuple):
         """
 
         def value(key: str) -> Any:
-            given = getattr(config, key)
-            return getattr(self, key) if given is None else given
+            in_config = getattr(config, key)
+            return getattr(self, key) if in_config is None else in_config
 
         names = ("epochs", "lrate", "milestones", "weight_decay")
         if phase_0:

@@ -14,13 +14,14 @@ from torch import Tensor
 from convs.blocks import fold_adapters
 from convs.resnet import nb_parameters
 from models.training import checkpoint, phase0
+from models.training.checkpoint import PhaseRecord, Scores, TrainingRecord
 from models.training.epochs import Epochs
 from models.training.method import Method
 from models.training.resume import Checkpoints, Place
 from models.training.run import Run
 from utils.errors import UserError
 from utils.memory import archive
-from utils.results.metrics import nearest_mean_scores, phase_metrics
+from utils.results.metrics import PhaseMetrics, nearest_mean_scores, phase_metrics
 from utils.results.records import CLASSIFIERS
 
 log = logging.getLogger(__name__)
@@ -29,15 +30,14 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Takes a method through the phases of a run.
 
-    `records` has a dict for each finished phase: what `evaluate` returns; training (`train`); copies_on_demand (number
-    made, None where all are made ahead); copies (what made those in use, None where none are); seconds.
+    records: of the finished phases.
     """
 
     def __init__(self, method: type[Method], run: Run):
         self.run, self.config, self.data = run, run.config, run.data
         run.reset_gradient_scale()
         self.method = method(run)
-        self.records: list[dict[str, Any]] = []
+        self.records: list[PhaseRecord] = []
         self.checkpoints = Checkpoints(run)
         self.epochs = Epochs(run, self.method, self.checkpoints)
         self.class_means: Tensor | None = None  # for NME, in the phase that was evaluated last
@@ -46,7 +46,7 @@ class Trainer:
 
     # The phases
 
-    def fit(self, after_phase: Callable[[list[dict[str, Any]]], Any] | None = None) -> list[dict[str, Any]]:
+    def fit(self, after_phase: Callable[[list[PhaseRecord]], object] | None = None) -> list[PhaseRecord]:
         """Train every phase that is not done yet.  Returns the records of all, in order.
 
         after_phase: called with the records so far when a phase is done and safe on disk, and where all were before.
@@ -59,14 +59,14 @@ class Trainer:
             self.records.append(record)
             within = None
             if self.run.history:  # before the checkpoint: a run that goes on from it finds the phase's history whole
-                self.run.history.phase(record)
+                self.run.history.add_phase(record)
             self.save_phase()
             self._log_results(record)
             if after_phase:
                 after_phase(self.records)
         return self.records
 
-    def do_phase(self, phase: int, within: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def do_phase(self, phase: int, within: Mapping[str, Any] | None = None) -> PhaseRecord:
         """One phase's record.  within: the checkpoint within the phase, None to start at its beginning."""
         start = time.perf_counter()
         made = self.make_new_copies(phase)
@@ -74,16 +74,21 @@ class Trainer:
         training = self.train(within)
         self.run.seed_torch(phase + 1)  # whether the training was done here, or before the run was killed
         self.method.after_training()
-        self.run.share(self.method.network)  # what each process has worked out may differ in the last bits
+        self.run.broadcast_network(self.method.network)  # what each process has worked out may differ in the last bits
         trained = time.perf_counter()
         copies = self.choose_exemplars()
         chosen = time.perf_counter()
-        results = self.evaluate()
+        scores = self.evaluate()
+        memory = {**self.run.memory.report(), "archive_bytes": self.archive_bytes}
         now = time.perf_counter()
         start -= self.seconds_before
         seconds = {"train": trained - start, "exemplars": chosen - trained, "evaluate": now - chosen}
         return {
-            **results,
+            "phase": phase,
+            "classes_seen": self.method.nb_seen,
+            **scores,
+            "memory": memory,
+            "parameters": nb_parameters(self.method.evaluated),
             "training": training,
             "copies_on_demand": None if copies is None and not made else (copies or 0) + made,
             "copies": self.run.copies.summary(self.run.exemplars_with_copies()) if self.run.copies else None,
@@ -162,38 +167,42 @@ class Trainer:
 
     # Training
 
-    def train(self, within: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def train(self, within: Mapping[str, Any] | None = None) -> TrainingRecord:
         """Train the present phase's stages, unless this training was done before.
 
-        within: see `do_phase`.  Returns what `Epochs.fit` does for the first stage, with `stages`, a list of that for
-        each one, the seconds that all took and whether the network of another run was taken.
+        within: see `do_phase`.
         """
         method, phase = self.method, self.method.phase
         if phase > 0 and method.uses_memory and not self.run.memory.items():
             keys = "memory_per_class, memory_size or memory_bytes_per_class"
             raise UserError(f"{method.describe('training')}: there is not one exemplar. Raise {keys}.")
         cached = phase0.path_of(self.run, method) if phase == 0 else None
-        if cached and (training := phase0.load(self.run, method, cached)) is not None:
-            self.seconds_before = 0.0 if training["reused"] else training["seconds"]
-            return training
+        if cached and (before := phase0.load(self.run, method, cached)) is not None:
+            self.seconds_before = 0.0 if before["reused"] else before["seconds"]
+            return before
         place = Place()
         if within is not None:
             place, method.within_phase = Place.of(within, self.run.fabric), within["within_phase"]
         self.seconds_before = time.perf_counter() - place.began
-        trainings = [record["training"] for record in self.records]
-        stages = [done for training in trainings for done in training.get("stages", [training])]
-        self.epochs.epochs_before = sum(done["epochs"] for done in stages)
+        stages = [stage for record in self.records for stage in record["training"]["stages"]]
+        self.epochs.epochs_before = sum(stage["epochs"] for stage in stages)
         self.epochs.copies_state = self._copies_state(self.run.new_images_with_copies(phase))
         for number, stage in enumerate(method.stages()):
             method.before_stage(stage)
             if number >= len(place.stages):
-                place.next_stage({"stage": stage.name, **self.epochs.fit(stage, place)})
-        first = place.stages[0] if place.stages else {"epochs": 0, "loss": None, "accuracy": None}
-        training = {key: first[key] for key in ("epochs", "loss", "accuracy")}
-        training |= {"stages": place.stages, "seconds": time.perf_counter() - place.began}
+                place.next_stage(self.epochs.fit(stage, place))
+        first = place.stages[0] if place.stages else None
+        training: TrainingRecord = {
+            "epochs": first["epochs"] if first else 0,
+            "loss": first and first["loss"],
+            "accuracy": first and first["accuracy"],
+            "stages": place.stages,
+            "seconds": time.perf_counter() - place.began,
+            "reused": False,
+        }
         if cached:
             phase0.save(self.run, method, training, cached)
-        return {**training, "reused": False}
+        return training
 
     # Exemplars
 
@@ -261,34 +270,26 @@ class Trainer:
 
     # Evaluation
 
-    def evaluate(self) -> dict[str, Any]:
-        """The record of a phase: phase, classes_seen, cnn and nme (`metrics.phase_metrics`; nme None where unused), the
-        same of the method's further classifiers, memory (`ExemplarMemory.report`, and archive_bytes: the size of the
-        file that holds all of it), parameters."""
+    def evaluate(self) -> Scores:
+        """How good the method's classifiers are on the test images of all classes seen."""
         run, method = self.run, self.method
         images = [image for target in range(method.nb_seen) for image in self.data.test_images(target)]
         outputs = run.predict(method.evaluated, images, method.describe("evaluating"))
-        nme, self.class_means = None, method.class_means() if self.config.nme else None
+        scores: Scores = {"cnn": self._metrics(outputs.logits), "nme": None}
+        self.class_means = method.class_means() if self.config.nme else None
         if self.class_means is not None:
-            nme = self._metrics(nearest_mean_scores(outputs.features, self.class_means))
-        further = method.further_scores(images, outputs)
-        return {
-            "phase": method.phase,
-            "classes_seen": method.nb_seen,
-            "cnn": self._metrics(outputs.logits),
-            "nme": nme,
-            "memory": {**run.memory.report(), "archive_bytes": self.archive_bytes},
-            "parameters": nb_parameters(method.evaluated),
-            **{name: self._metrics(scores) for name, scores in further.items()},
-        }
+            scores["nme"] = self._metrics(nearest_mean_scores(outputs.features, self.class_means))
+        for name, further in method.further_scores(images, outputs).items():
+            scores[name] = self._metrics(further)  # type: ignore[literal-required]  # a method names its classifiers
+        return scores
 
-    def _metrics(self, scores: Tensor) -> dict[str, Any]:
+    def _metrics(self, scores: Tensor) -> PhaseMetrics:
         """`phase_metrics` of scores for the test images of all classes seen, by target."""
         phases = range(self.method.phase + 1)
         targets = torch.tensor([t for t in range(self.method.nb_seen) for _ in self.data.test_images(t)])
         return phase_metrics(scores, targets, [self.data.seen_targets(phase).stop for phase in phases])
 
-    def _log_results(self, record: Mapping[str, Any]) -> None:
+    def _log_results(self, record: PhaseRecord) -> None:
         method, memory, parts = self.method, record["memory"], []
         for key, name in CLASSIFIERS.items():
             if (metrics := record.get(key)) is not None:

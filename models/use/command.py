@@ -15,11 +15,10 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from utils import cli
-from utils.data.images import write_atomically
-from utils.results.output import check_is_run
+from utils.files import write_text
+from utils.results.output import check_is_run, seed_folder
 
 COMMANDS = {
     "predict": "The classes of pictures, as a table (CSV): file, class, probability, and the next four classes.",
@@ -53,8 +52,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--data", type=cli.path, metavar="DIR", help=data)
     what = "head: the network's logits; nme: the nearest class mean, which often forgets less"
     default = None if command == "evaluate" else "head"
-    shown = "both, as far as the run has them" if default is None else default
-    parser.add_argument("--classifier", choices=("head", "nme"), default=default, help=f"{what} (default: {shown})")
+    fallback = default or "both, as far as the run has them"
+    parser.add_argument("--classifier", choices=("head", "nme"), default=default, help=f"{what} (default: {fallback})")
     where = {
         "predict": "the CSV (default: the terminal)",
         "evaluate": "write all figures there too, as JSON",
@@ -76,7 +75,7 @@ def _predict(learner, options: argparse.Namespace) -> int:
     for row in itertools.chain([header(learner)], rows(learner, pictures_of(options.images), broken)):
         writer.writerow(row if options.output else map(cli.visible, row))
     if options.output:
-        _write(options.output, table.getvalue())
+        write_text(options.output, table.getvalue())
     for message in broken:
         print(cli.visible(message), file=sys.stderr)
     return 1 if broken else 0
@@ -88,17 +87,13 @@ def _evaluate(learner, options: argparse.Namespace) -> int:
     figures = evaluate(learner, options.data)
     print(cli.visible("\n".join(in_words(figures, options.classifier))))
     if options.output:
-        _write(options.output, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+        write_text(options.output, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 
 def _export(learner, options: argparse.Namespace) -> int:
     from models.use.export import export
 
-    default = learner.folder / f"seed{learner.seed}" / f"phase{learner.phase:02d}.onnx"
+    default = seed_folder(learner.folder, learner.seed) / f"phase{learner.phase:02d}.onnx"
     print(cli.visible("\n".join(map(str, export(learner, options.output or default)))))
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))

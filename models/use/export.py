@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from models.use.learner import Learner
 from utils.data.augment import SmallTest
 from utils.data.augment_large import LargeTest
-from utils.data.images import write_atomically
 from utils.errors import UserError
-from utils.results.files import printable
+from utils.files import printable, write_atomically
 
 OPSET = 18
 
@@ -46,10 +45,10 @@ class Classifier(nn.Module):
 
 def description(learner: Learner) -> dict[str, Any]:
     """What the JSON beside an exported file says."""
-    told = transform(learner)
+    steps = transform(learner)
     return {
-        "input": {"name": "images", "dtype": "float32", "shape": ["batch", 3, told["crop"], told["crop"]]},
-        "transform": told,
+        "input": {"name": "images", "dtype": "float32", "shape": ["batch", 3, steps["crop"], steps["crop"]]},
+        "transform": steps,
         "output": {"name": learner.confidence_name, "shape": ["batch", len(learner.class_names)]},
         "class_names": [printable(name) for name in learner.class_names],
     }
@@ -57,14 +56,14 @@ def description(learner: Learner) -> dict[str, Any]:
 
 def transform(learner: Learner) -> dict[str, Any]:
     """The transform of evaluation, as the JSON says it."""
-    test, normalise = learner.data.test_transform, learner.data.normalise
+    test, normalise = learner.data.defaults.test_transform, learner.data.defaults.normalise
     if isinstance(test, LargeTest):
-        told = {"resize": test.resize, "not_resized_from": test.resize, "interpolation": test.mode, "crop": test.side}
+        steps = {"resize": test.resize, "not_resized_from": test.resize, "interpolation": test.mode, "crop": test.side}
     else:
         assert isinstance(test, SmallTest)
         side = test.prepare.side
-        told = {"resize": side, "not_resized_from": side * 7 // 8, "interpolation": "bilinear", "crop": side}
-    return {"channels": "RGB", **told, "mean": list(normalise.mean), "std": list(normalise.std)}
+        steps = {"resize": side, "not_resized_from": side * 7 // 8, "interpolation": "bilinear", "crop": side}
+    return {"channels": "RGB", **steps, "mean": list(normalise.mean), "std": list(normalise.std)}
 
 
 def export(learner: Learner, file: Path) -> list[Path]:
@@ -75,7 +74,7 @@ def export(learner: Learner, file: Path) -> list[Path]:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"export needs {' and '.join(missing)}: pip install onnx onnxscript")
-    said = description(learner)
+    about = description(learner)
     learner.network.to("cpu")
     learner.network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -83,9 +82,9 @@ def export(learner: Learner, file: Path) -> list[Path]:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             Classifier(learner).eval(),
-            (torch.zeros(2, *said["input"]["shape"][1:]),),
-            input_names=[said["input"]["name"]],
-            output_names=[said["output"]["name"]],
+            (torch.zeros(2, *about["input"]["shape"][1:]),),
+            input_names=[about["input"]["name"]],
+            output_names=[about["output"]["name"]],
             dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
             opset_version=OPSET,
             dynamo=True,
@@ -95,5 +94,5 @@ def export(learner: Learner, file: Path) -> list[Path]:
     model = program.model_proto.SerializeToString()
     beside = file.with_name(file.name + ".json")
     write_atomically(file, lambda out: out.write(model))
-    write_atomically(beside, lambda out: out.write((json.dumps(said, indent=1, ensure_ascii=False) + "\n").encode()))
+    write_atomically(beside, lambda out: out.write((json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode()))
     return [file, beside]

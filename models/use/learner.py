@@ -18,7 +18,7 @@ from utils.config.read import load_config
 from utils.data.phases import PhasedClasses, phase_starts
 from utils.devices import accelerator, launch
 from utils.errors import UserError
-from utils.results.output import check_is_run
+from utils.results.output import check_is_run, seed_folder
 
 
 class Learner:
@@ -44,7 +44,7 @@ class Learner:
     ):
         self.folder = folder
         self.seed, self.phase = _choose(folder, seed, phase)
-        path = checkpoint.phase_path(_checkpoints(folder, self.seed), self.phase)
+        path = checkpoint.phase_path(seed_folder(folder, self.seed) / "checkpoints", self.phase)
         state = checkpoint.load(path, checkpoint.AFTER_PHASE)
         if "picture_size" not in state:
             raise UserError(f"{path} was written by an earlier version, which did not keep the pictures' size.")
@@ -60,7 +60,7 @@ class Learner:
             phase_starts(len(state["class_names"]), config.init_cls, config.increment),
             tuple(state["picture_size"]),
             config.augmentation,
-            network_input(config),
+            network_input(config.convnet_type, config.image_size),
         )
         self.predictor = Predictor(config, self.data, fabric)
         with checkpoint.fitting(path):
@@ -94,7 +94,7 @@ def _choose(folder: Path, seed: int | None, phase: int | None) -> tuple[int, int
     """The class order and phase of a checkpoint that is there."""
     check_is_run(folder)
     seeds = [int(match[1]) for entry in folder.iterdir() if (match := re.fullmatch(r"seed(\d+)", entry.name))]
-    saved = {number: checkpoint.saved_phases(_checkpoints(folder, number)) for number in sorted(seeds)}
+    saved = {n: checkpoint.saved_phases(seed_folder(folder, n) / "checkpoints") for n in sorted(seeds)}
     saved = {number: phases for number, phases in saved.items() if phases}
     if not saved:
         command = f"python main.py --config {shlex.quote(str(folder / 'config.json'))}"
@@ -106,10 +106,6 @@ def _choose(folder: Path, seed: int | None, phase: int | None) -> tuple[int, int
     if phase is None:
         phase = saved[seed][-1]
     if phase not in saved[seed]:
-        there = ", ".join(map(str, saved[seed]))
-        raise UserError(f"--phase: the network of {phase} is not kept, only of {there} (keep_checkpoints=0 keeps all).")
+        kept = f"only of {', '.join(map(str, saved[seed]))}"
+        raise UserError(f"--phase: the network of {phase} is not kept, {kept} (keep_checkpoints=0 keeps all).")
     return seed, phase
-
-
-def _checkpoints(folder: Path, seed: int) -> Path:
-    return folder / f"seed{seed}" / "checkpoints"

@@ -8,22 +8,22 @@ import numpy as np
 import torch
 
 from models.use.learner import Learner
+from utils.cli import nb_cores
 from utils.data.images import UnreadableImage, is_image, read_prepared
-from utils.devices import nb_cores
 from utils.errors import UserError
 
 SHOWN = 5
 
 
-def pictures_of(place: Path) -> list[Path]:
+def pictures_of(root: Path) -> list[Path]:
     """A picture, or those of a folder and its sub-folders, sorted.  Raises UserError where there are none."""
-    if place.is_file():
-        return [place]
-    inside = [path for path in place.rglob("*") if is_image(path) and path.is_file()]
-    found = sorted(path for path in inside if not any(p.startswith(".") for p in path.relative_to(place).parts))
-    if not found:
-        raise UserError(f"--images: {place} " + ("has no pictures." if place.is_dir() else "is not there."))
-    return found
+    if root.is_file():
+        return [root]
+    files = [path for path in root.rglob("*") if is_image(path) and path.is_file()]
+    pictures = sorted(path for path in files if not any(p.startswith(".") for p in path.relative_to(root).parts))
+    if not pictures:
+        raise UserError(f"--images: {root} " + ("has no pictures." if root.is_dir() else "is not there."))
+    return pictures
 
 
 def header(learner: Learner) -> list[str]:
@@ -39,7 +39,7 @@ def rows(learner: Learner, images: Sequence[Path], broken: list[str]) -> Iterato
     broken: gets a message for each picture that can't be read, which has no row.
     """
     predictor, names = learner.predictor, learner.class_names
-    prepare, size = learner.data.test_transform.prepare, learner.config.batch_size
+    prepare, size = learner.data.defaults.test_transform.prepare, learner.config.batch_size
 
     def read(path: Path) -> np.ndarray | str:
         try:
@@ -55,10 +55,10 @@ def rows(learner: Learner, images: Sequence[Path], broken: list[str]) -> Iterato
             good = [(path, picture) for path, picture in read_ones if not isinstance(picture, str)]
             if not good:
                 continue
-            pictures = predictor.to_device(learner.data.test_transform([picture for _, picture in good]))
+            pictures = predictor.to_device(learner.data.defaults.test_transform([picture for _, picture in good]))
             with torch.inference_mode(), predictor.fabric.autocast():
                 outputs = learner.network(pictures)
             best = learner.confidences(outputs).cpu().topk(min(SHOWN, len(names)))
             for (path, _), values, classes in zip(good, best.values.tolist(), best.indices.tolist(), strict=True):
-                shown = zip(classes, values, strict=True)
-                yield [str(path), *(text for target, p in shown for text in (names[target], f"{p:.4f}"))]
+                best_classes = zip(classes, values, strict=True)
+                yield [str(path), *(text for target, p in best_classes for text in (names[target], f"{p:.4f}"))]

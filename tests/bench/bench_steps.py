@@ -44,7 +44,7 @@ from compress.quality import batch, edges_found, predicted, trained
 from exps.runs import MAIN, call, for_each, last_words, threads
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.results.files import write_json, write_text
+from utils.files import write_json, write_text
 from utils.results.records import load_results
 
 ROOT = Path(__file__).resolve().parents[2]

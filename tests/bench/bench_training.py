@@ -162,7 +162,7 @@ def measure_loading(data: DataManager, items: Sequence[Item], side: int, options
     augmentation = data.augmentation
 
     def ours(pixels: PictureCache | None, workers: int) -> Callable[[], int]:
-        dataset = TrainingSet(items, data.paths, data.train_transform, 0.0, 0, "all", 1, 0, pixels)
+        dataset = TrainingSet(items, data.paths, data.defaults.train_transform, 0.0, 0, "all", 1, 0, pixels)
         sampler = EpochBatchSampler(len(items), options.batch_size, 1, 0)
         loader, epochs = batch_loader(dataset, sampler, workers), iter(range(10**9))
         return lambda: gone_through(loader, sampler, next(epochs))
@@ -200,7 +200,7 @@ def measure_training(data: DataManager, items: Sequence[Item], name: str, option
         return epoch
 
     def theirs(workers: int) -> Callable[[], int]:
-        network = IncrementalNet(build_backbone(convnet, data.image_kind, "7x7"))
+        network = IncrementalNet(build_backbone(convnet, data.defaults.image_kind, "7x7"))
         network.grow(data.nb_classes)
         network.to(fabric.device)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -260,7 +260,7 @@ def main() -> None:
             data = DataManager(paths, shuffle=False, seed=0, init_cls=10, increment=10)
             every = data.new_items(0)
             items = every[:: max(1, len(every) // images)][:images]
-            cache = PictureCache(1 << 30, data.train_transform.prepare)
+            cache = PictureCache(1 << 30, data.defaults.train_transform.prepare)
             if options.only != "training":
                 measure_loading(data, items, side, options, cache)
                 if side == 224:

@@ -61,11 +61,11 @@ def _memory(config: Config, method: MethodInfo) -> Iterator[tuple[str, tuple[str
 
 
 def _backbone(config: Config, method: MethodInfo) -> Iterator[tuple[str, tuple[str, ...]]]:
-    of_a_library = "/" in config.convnet_type
-    if method.needs_stages and of_a_library:
+    is_library = "/" in config.convnet_type
+    if method.needs_stages and is_library:
         message = f"{method.name} needs the stages of a ResNet: set convnet_type to resnet18, resnet32, ..."
         yield message, ("convnet_type", "model_name")
-    if config.image_size and not of_a_library:
+    if config.image_size and not is_library:
         yield "image_size is for convnet_type torchvision/... and timm/...", ("image_size", "convnet_type")
     if config.freeze_backbone and config.backbone_lrate:
         message = "backbone_lrate: freeze_backbone leaves the backbone without a learning rate; set one of them"

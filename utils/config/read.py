@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from utils import json_files
 from utils.config.checks import conflicts
 from utils.config.foreign import PILOTS_BACKBONES, PYCIL_DATASETS, PYCIL_ONLY, PYCIL_SCHEDULE
 from utils.config.schema import REQUIRED, Config, Key, MethodInfo, all_keys, keys_of
 from utils.errors import UserError
+from utils.files import load_json
 
 
 class Entry(NamedTuple):
@@ -64,7 +64,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A config file's one JSON object.  Raises UserError that says where it is not one."""
     if not file.exists():
         raise UserError(f"no config file {file}; exps/config.json is one to start from.")
-    values = json_files.read(file)
+    values = load_json(file)
     if not isinstance(values, dict):
         raise UserError(f'{file} must hold one JSON object, like {{"dataset": "Food101", ...}}.')
     return values
@@ -198,8 +198,8 @@ def _in_words(error: ValidationError, entry: Entry) -> str:
     faults = [pair for pair in faults if pair[1] == index]  # of a union one for each type
     words = [fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be") for fault, _ in faults]
     text = re.sub(", (unable to|got a) [^,]*", "", " or ".join(dict.fromkeys(words)).replace(" or must be", " or"))
-    shown = as_json(fault["input"]) if index else entry.shown
-    return "".join(f"[{i}]" for i in index) + f" {text}" + (", not " if text.startswith("must") else ": ") + shown
+    value = as_json(fault["input"]) if index else entry.shown
+    return "".join(f"[{i}]" for i in index) + f" {text}" + (", not " if text.startswith("must") else ": ") + value
 
 
 def _is_among(value: str, choices: Sequence[str]) -> bool:

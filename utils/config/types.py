@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from utils import json_files
 from utils.data.published import labels, without_comments
 from utils.errors import UserError
+from utils.files import load_json
 
 LARGEST, LARGEST_COUNT = 1e30, 10**15
 """Beyond these, numbers overflow in single precision, and counts in Python's own tools."""
@@ -65,7 +65,7 @@ def _listed_or_in_file(value: Any) -> Any:
         return labels(value) or _listed(value)
     try:
         if file.suffix == ".json":
-            return json_files.read(file)
+            return load_json(file)
         return without_comments(file.read_text(encoding="utf-8").splitlines())
     except UserError as error:
         raise ValueError(f"names a list that can't be read: {str(error).removesuffix('.')}") from None

@@ -46,10 +46,10 @@ from utils import cli
 from utils import log as logs
 from utils.curate.sources import SOURCES, Picture, Split, choose, class_folders, is_wordnet_number, read_class_list
 from utils.curate.split_lists import listed_pictures
-from utils.data.images import write_atomically
 from utils.data.paths import DatasetPaths, data_dir
 from utils.data.published import class_lists, find_list
 from utils.errors import UserError
+from utils.files import write_atomically
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_SPLIT = (

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import json_files
 from utils.data.images import is_image
 from utils.data.published import without_comments
 from utils.errors import UserError
+from utils.files import load_json, parse_json
 
 CALTECH_CLUTTER = "257.clutter"
 """Caltech-256's folder of pictures that are in none of its 256 classes; left out unless a class list names it."""
@@ -117,7 +117,7 @@ def food101(root: Path, split: Split, labels: Iterable[str] | None = None) -> li
     for mode in ("train", "test"):
         file = folder / "meta" / f"{mode}.json"
         try:
-            listed = json_files.read(file)
+            listed = load_json(file)
         except UserError as error:
             raise UserError(f"{error} Delete {folder} and unpack it again.") from None
         for label, names in listed.items():
@@ -170,11 +170,11 @@ def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None
                 )
         return divide({label: _images(train / label) for label in taken}, split)
     pictures = []
-    for mode, place in modes.items():
+    for mode, where in modes.items():
         for label in taken:
-            files = _images(place / label)
+            files = _images(where / label)
             if not files:
-                raise UserError(f"class {label!r} has no pictures in {place}. Add some, or leave it out (--classes).")
+                raise UserError(f"class {label!r} has no pictures in {where}. Add some, or leave it out (--classes).")
             pictures += [Picture(mode, label, name, file) for name, file in files.items()]
     return pictures
 
@@ -207,14 +207,14 @@ def _only_folders(folder: Path) -> list[str]:
     return [name for name in class_folders(folder) if any(is_image(path) for path in (folder / name).rglob("*"))]
 
 
-def choose(labels: Iterable[str] | None, available: Sequence[str], place: Path | str) -> list[str]:
+def choose(labels: Iterable[str] | None, available: Sequence[str], where: Path | str) -> list[str]:
     """The labels of a class list, or all found labels without a list.  Raises UserError for a label not found."""
     if not labels:
         return list(available)
     labels = list(dict.fromkeys(labels))
     if missing := sorted(set(labels) - set(available)):
         examples = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"{len(missing)} of {len(labels)} classes of the list are not in {place}: {examples}.")
+        raise UserError(f"{len(missing)} of {len(labels)} classes of the list are not in {where}: {examples}.")
     return labels
 
 
@@ -257,7 +257,7 @@ def read_class_list(file: Path) -> dict[str, str | None]:
                 label, *texts = re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1)
                 pairs.append((label, texts[0] if texts else None))
         else:
-            listed = json_files.parse(content.encode(), str(file))
+            listed = parse_json(content.encode(), str(file))
             items = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
             for key, value in items:
                 label, text = value if isinstance(value, list) else (key, value)

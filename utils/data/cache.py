@@ -27,8 +27,9 @@ import torch.distributed as dist
 from PIL import Image, features
 
 from utils.data.augment import Prepare
-from utils.data.images import content_digest, read_prepared
+from utils.data.images import read_prepared
 from utils.errors import UserError
+from utils.files import content_digest
 
 log = logging.getLogger(__name__)
 

@@ -84,7 +84,7 @@ class DataManager(PhasedClasses):
         listed = dict(zip(self.class_order, zip(self.class_names, self._train, self._test, strict=True), strict=True))
         other = copy.copy(self)
         other.class_order = np.random.RandomState(seed).permutation(self.nb_classes).tolist()
-        names, train, test = zip(*(listed[place] for place in other.class_order), strict=True)
+        names, train, test = zip(*(listed[index] for index in other.class_order), strict=True)
         other.class_names, other._train, other._test = list(names), list(train), list(test)
         return other
 
@@ -113,7 +113,7 @@ class DataManager(PhasedClasses):
     @property
     def decoded_bytes(self) -> int:
         """Of all train images, decoded; an estimate."""
-        width, height = self.picture_size if self.image_kind == "large" else (32, 32)
+        width, height = self.picture_size if self.defaults.image_kind == "large" else (32, 32)
         return 3 * width * height * sum(map(len, self._train))
 
     def check_phases(self, first: int) -> bool:

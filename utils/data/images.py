@@ -4,16 +4,12 @@ Images are read as viewers show them: rotated by their EXIF orientation, on whit
 first frame of several.
 """
 
-import hashlib
 import os
-import secrets
-import socket
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -152,58 +148,3 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return image.convert("RGB")
-
-
-def content_digest(files: Sequence[Path], most: int = 3) -> str:
-    """A digest of the content of up to `most` files, evenly spread over `files`; files that can't be read count as
-    empty.
-
-    It tells the files of two folders apart whose names, sizes and times of modification agree, as after unpacking.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for i in {round(k * (len(files) - 1) / max(most - 1, 1)) for k in range(most)} if files else ():
-        with suppress(OSError):
-            digest.update(Path(files[i]).read_bytes())
-        digest.update(b"\0")
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a temporary file in the target's folder, then rename it.
-
-    A killed process leaves the old file or the new one, never part of one.  Missing folders are created.  An OSError,
-    such as of a full or a read-only disk, names the target and not the temporary file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{temporary_prefix()}{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
-            error.filename, error.filename2 = str(path), None
-        raise
-
-
-def temporary_prefix() -> str:
-    """What the names of this process's half-written files begin with: "." host "." process "-"."""
-    return f".{socket.gethostname()}.{os.getpid()}-"
-
-
-def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """`write_atomically`, after which a power failure leaves the new file."""
-
-    def write_through(file: BinaryIO) -> None:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-    write_atomically(path, write_through)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename
-    finally:
-        os.close(folder)

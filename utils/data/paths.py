@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from utils import json_files
 from utils.data.images import is_image
 from utils.data.published import FETCHED, class_lists, curate_command
 from utils.errors import UserError
+from utils.files import load_json
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class DatasetPaths:
         file = self.root / "class_names.json"
         if not file.is_file():
             return {}
-        texts = json_files.read(file)
+        texts = load_json(file)
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
             raise UserError(f'{file} must be one object of texts, like {{"n01440764": "tench"}}.')
         return {unicodedata.normalize("NFC", label): text for label, text in texts.items()}

@@ -2,20 +2,15 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from utils.data.datasets import (
     Augmentation,
     DatasetDefaults,
-    ImageKind,
     NetworkInput,
     Resolution,
     dataset_defaults,
     default_resolution,
 )
-
-if TYPE_CHECKING:
-    from utils.data.augment import Normalise, TestTransform, TrainTransform
 
 
 class PhasedClasses:
@@ -60,27 +55,9 @@ class PhasedClasses:
         return range(self.phase_targets(phase).stop)
 
     @property
-    def image_kind(self) -> ImageKind:
-        """ "small" (32 x 32 inputs) or "large" (224 x 224 inputs, or what `network_input` says)."""
-        return self.defaults.image_kind
-
-    @property
     def resolution(self) -> Resolution:
         """The preset of compress/run.py."""
         return default_resolution(self.dataset, self.picture_size)
-
-    @property
-    def train_transform(self) -> "TrainTransform":
-        return self.defaults.train_transform
-
-    @property
-    def test_transform(self) -> "TestTransform":
-        return self.defaults.test_transform
-
-    @property
-    def normalise(self) -> "Normalise":
-        """From pictures as the transforms leave them to what networks take."""
-        return self.defaults.normalise
 
     @cached_property
     def defaults(self) -> DatasetDefaults:

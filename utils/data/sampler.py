@@ -70,8 +70,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     def sizes(self, step: int) -> tuple[int, int]:
         """(items of this rank, items of all ranks) in a batch, each as often as it has views; 0 for a rank that repeats
         another's item."""
-        of_all = min(self.batch_size, self.nb_items - step * self.batch_size)
-        return self.views * len(range(self.rank, of_all, self.world_size)), self.views * of_all
+        total = min(self.batch_size, self.nb_items - step * self.batch_size)
+        return self.views * len(range(self.rank, total, self.world_size)), self.views * total
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.data import codecs
-from utils.data.images import write_atomically, write_durably
 from utils.data.items import REAL
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
+from utils.files import write_atomically, write_durably
 from utils.memory import packed
 from utils.memory.exemplars import ExemplarMemory, name_of
 from utils.memory.packed import ClassRecord, DamagedError, Exemplar, Memory

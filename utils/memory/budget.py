@@ -26,7 +26,7 @@ FILL = 2**31
 """A quota's number that stands for "as many as the rest of the budget holds"."""
 
 
-def share(units: float, quotas: Quotas, costs: Mapping[str, float]) -> list[int]:
+def counts_within(units: float, quotas: Quotas, costs: Mapping[str, float]) -> list[int]:
     """How many whole exemplars of each form `units` hold, in the ratio of the quotas.
 
     costs: units of one exemplar, by form.  With f = units / sum(n x cost) it is floor(n f) for each quota n: 2,000
@@ -130,11 +130,13 @@ def fitting(
 
 def check_total(total: float, nb_classes: int, quotas: Quotas, costs: Mapping[str, float], least: int = 1) -> None:
     """Raises UserError if `total` units, shared by `nb_classes` classes, hold less than `least` exemplars for each."""
-    if sum(share(total / nb_classes, quotas, costs)) < least:
+    if sum(counts_within(total / nb_classes, quotas, costs)) < least:
         few = "not one exemplar" if least == 1 else f"less than the {least} exemplars that the method needs"
         ratio = " to ".join(f"{number} {form}" for form, number in quotas)
         larger = range(int(total) + 1, 100 * nb_classes * least)
-        enough = next((units for units in larger if sum(share(units / nb_classes, quotas, costs)) >= least), None)
+        enough = next(
+            (units for units in larger if sum(counts_within(units / nb_classes, quotas, costs)) >= least), None
+        )
         raise UserError(
             f"memory_size = {total:g} units are {total / nb_classes:.3g} for each of {nb_classes} classes: {few} in "
             f"the ratio of {ratio}. Raise memory_size{'' if enough is None else f' to at least {enough}'}."
@@ -167,11 +169,5 @@ def _units(quotas: Quotas, costs: Mapping[str, float]) -> float:
 
 def _in_words(quotas: Quotas, costs: Mapping[str, float]) -> str:
     """Such as "18 real + 48 edges x 1/24"."""
-    return " + ".join(
-        f"{number} {form}" if costs.get(form, 1) == 1 else f"{number} {form} x {_fraction(costs[form])}"
-        for form, number in quotas
-    )
-
-
-def _fraction(cost: float) -> Fraction:
-    return Fraction(cost).limit_denominator(10_000)
+    cost = {form: Fraction(costs.get(form, 1)).limit_denominator(10_000) for form, _ in quotas}
+    return " + ".join(f"{n} {form}" if cost[form] == 1 else f"{n} {form} x {cost[form]}" for form, n in quotas)

@@ -12,9 +12,8 @@ import numpy as np
 from utils.data.items import REAL, Item
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.memory.budget import ROUNDING, Quotas, fitting, moved_boundaries, share
+from utils.memory.budget import ROUNDING, Quotas, counts_within, fitting, moved_boundaries
 from utils.memory.forms import ExemplarForm
-from utils.memory.report import FormReport, MemoryReport
 from utils.memory.selection import SELECTIONS, Features, select
 from utils.memory.share import ClassShare, row_of
 
@@ -50,10 +49,10 @@ class ExemplarMemory:
     own budget; bytes_budget: bytes per class, in place of units; selection: one of `SELECTIONS`; seed: for selection
     "random".
 
-    With a total, n classes have total / n units each, and the quotas are but a ratio (`share`).  As classes arrive,
-    each keeps the start of its list and the boundaries between forms move towards the start: an exemplar that no longer
-    fits in its form passes to the next one, and the last are dropped.  A class thus holds what it would hold had it
-    been given its present share at once.
+    With a total, n classes have total / n units each, and the quotas are but a ratio (`counts_within`).  As classes
+    arrive, each keeps the start of its list and the boundaries between forms move towards the start: an exemplar that
+    no longer fits in its form passes to the next one, and the last are dropped.  A class thus holds what it would hold
+    had it been given its present share at once.
 
     With a budget in bytes, a quota's number is the most that a class keeps in that form: in order of choice, exemplars
     are kept until the next one no longer fits.  What counts is the class's part of the memory's file
@@ -150,7 +149,7 @@ class ExemplarMemory:
             return [number for _, number in self.quotas]
         costs = self._costs([(form, images[0]) for form in self.forms_in_use])
         costs_of_forms = dict(zip(self.forms_in_use, costs, strict=True))
-        return share(self.total / self._nb_classes if units is None else units, self.quotas, costs_of_forms)
+        return counts_within(self.total / self._nb_classes if units is None else units, self.quotas, costs_of_forms)
 
     def _drop_excess(self, target: int) -> None:
         """Drop a class's last exemplars that are not real until it is within its budget."""
@@ -175,10 +174,7 @@ class ExemplarMemory:
         if self.total is None:
             log.warning(
                 "class %r: the last %d of %d exemplars are dropped, with them it takes more than its %s",
-                label,
-                before - len(forms),
-                before,
-                words,
+                *(label, before - len(forms), before, words),
             )
 
     def select(self, target: int, features: Features, m: int) -> list[int]:
@@ -261,24 +257,43 @@ class ExemplarMemory:
         return self.shares(target, expected=True)[-1].bytes
 
     def report(self) -> dict[str, Any]:
-        """What the memory takes, as results.json has it (`MemoryReport`)."""
+        """What the memory takes, as results.json has it (`utils.results.records.Memory`).
+
+        bytes_total is the memory's file without its header, bytes_names its labels and texts; exemplars that are
+        missing have no file on disk, and add no bytes.
+        """
         exemplars = [exemplar for target in self.targets for exemplar in self.of(target)]
-        costs: dict[str, list[float | None]] = {form: [] for form, _ in self.quotas}
-        for form, image in exemplars:
-            costs[form].append(self.cost(form, image))
-        counted = not any(None in form_costs for form_costs in costs.values())
         shares = [self.shares(target)[-1] for target in self.targets if self.of(target)]
-        total = self.budget * len(self.targets) if self.total is None and self.budget else self.total
-        return MemoryReport(
-            units=[self.units(target) for target in self.targets] if counted else None,
-            units_budget=self.budget,
-            units_budget_total=total,
-            class_bytes=[self.bytes(target) for target in self.targets],
-            bytes_budget=self.bytes_budget,
-            forms=[FormReport.of(form, costs[form], shares) for form in costs],
-            bytes_names=sum(share.names for share in shares),
-            bytes_if_all_real=sum(self.file_bytes[name_of(image)] for _, image in exemplars),
-        ).to_json()
+        forms: list[dict[str, Any]] = []
+        for form in dict(self.quotas):
+            costs = [self.cost(form, image) for own_form, image in exemplars if own_form == form]
+            known = [cost for cost in costs if cost is not None]
+            units = float(sum(known)) if len(known) == len(costs) else None
+            parts = [part for share in shares for part in share.forms if part.form == form]
+            sums = {"bytes": sum(part.bytes for part in parts), "missing": sum(part.missing for part in parts)}
+            forms.append({"form": form, "exemplars": len(costs), "units": units, **sums})
+        counted = all(form["units"] is not None for form in forms)
+        class_units = [self.units(target) for target in self.targets] if counted else []
+        real, others = ([form for form in forms if (form["form"] == REAL) == is_real] for is_real in (True, False))
+        names = sum(share.names for share in shares)
+        return {
+            "units_per_class_mean": sum(class_units) / max(len(class_units), 1) if counted else None,
+            "units_per_class_max": max(class_units, default=0.0) if counted else None,
+            "units_total": float(sum(class_units)) if counted else None,
+            "units_budget": self.budget,
+            "units_budget_total": self.budget * len(self.targets) if self.total is None and self.budget else self.total,
+            "bytes_per_class_max": max(map(self.bytes, self.targets), default=0),
+            "bytes_budget": self.bytes_budget,
+            "forms": forms,
+            "nb_real": sum(form["exemplars"] for form in real),
+            "nb_synthetic": sum(form["exemplars"] for form in others),
+            "bytes_real": sum(form["bytes"] for form in real),
+            "bytes_prompts": sum(form["bytes"] for form in others),
+            "bytes_names": names,
+            "bytes_total": sum(form["bytes"] for form in forms) + names,
+            "bytes_if_all_real": sum(self.file_bytes[name_of(image)] for _, image in exemplars),
+            "edge_maps_missing": sum(form["missing"] for form in others),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON and for `torch.load(weights_only=True)`.

@@ -1,10 +1,14 @@
-"""The forms in which exemplars are kept, as far as the memory must know them.
+"""The forms in which exemplars are kept, and their copies, as far as memory and trainer must know them.
 
-The forms themselves are in compress/forms/; main.py hands them to the memory, by name.
+The forms themselves are in compress/forms/, and what makes copies in compress/training/: main.py hands them over.
 """
 
+import abc
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from utils.errors import UserError
 
 
 class ExemplarForm(Protocol):
@@ -27,3 +31,71 @@ class ExemplarForm(Protocol):
 
     def expected_bytes(self, image: Path) -> int:
         """The same, of what has not been made yet too.  Raises UserError naming a file that can't be read."""
+
+
+class Copies(abc.ABC):
+    """Copies of train images: how to get them, and what identifies those in use.
+
+    exemplars: the train images whose copies are read at present.
+    """
+
+    made_by: list[dict[str, Any]]
+    """See `compress.records.by_settings`."""
+    generator: str | None = None
+    """The model that made them, by its name or file as compress/run.py takes it; None where none did or it is not
+    recorded."""
+
+    @abc.abstractmethod
+    def make(self, images: Sequence[Path], with_copies: bool) -> int | None:
+        """Make what is missing of these images' edge maps and, with_copies, copies.
+
+        Called by all processes, which share the work.  Returns the number of copies that all of them made, None where
+        copies are made ahead.
+        """
+
+    @abc.abstractmethod
+    def digests(self, exemplars: Sequence[Path]) -> dict[str, Any]:
+        """See `compress.training.copies.digests_of`."""
+
+    def state(self, exemplars: Sequence[Path]) -> dict[str, Any]:
+        """For a checkpoint: plain values."""
+        return {"made_by": self.made_by, "fingerprint": self.digests(exemplars)}
+
+    def summary(self, exemplars: Sequence[Path]) -> dict[str, Any]:
+        """For results.json: made_by, generator, files (the number of copies) and digest."""
+        made_by = {"made_by": self.made_by, "generator": self.generator}
+        return made_by | {key: value for key, value in self.digests(exemplars).items() if key != "classes"}
+
+    def check(self, state: Mapping[str, Any], exemplars: Sequence[Path]) -> None:
+        """Raises UserError, naming what differs, where the copies are not those of a checkpoint's `state`."""
+        _check_unchanged(state, self.state(exemplars))
+
+
+def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compare the copies that a run began with, as `Copies.state` describes them, with those on disk.
+
+    Files whose names, sizes and sampled contents agree may have other times where all of them have: the folder was
+    copied.  Raises UserError, naming what differs.
+    """
+    old, new = before["fingerprint"]["classes"], now["fingerprint"]["classes"]
+    changed = [label for label in old if label not in new or old[label][:2] != new[label][:2]]
+    touched = [label for label in old if label in new and old[label][2] != new[label][2]]
+    if len(touched) < len(old):
+        changed = [label for label in old if label in changed or label in touched]
+    changed += [label for label in new if label not in old]
+    if not changed:
+        return
+    details = ", ".join([f"the first is {changed[0]!r}", *_differences(before["made_by"], now["made_by"])])
+    raise UserError(
+        f"the copies of {len(changed)} of {len(new | old)} classes are not those that this run began with ({details}). "
+        "Put the old ones back, or choose another output_dir."
+    )
+
+
+def _differences(before: Sequence[Mapping], now: Sequence[Mapping]) -> list[str]:
+    """Such as "steps 20 -> 50", between the settings of most classes."""
+    if not before or not now or None in (old := before[0]["settings"], new := now[0]["settings"]):
+        return []
+    names = dict.fromkeys([*old, *new])
+    pairs = {name: (old.get(name), new.get(name)) for name in names}
+    return [f"{name.replace('_', ' ')} {one!r} -> {other!r}" for name, (one, other) in pairs.items() if one != other]

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.errors import UserError
-from utils.results.files import write_csv
+from utils.files import write_csv
 from utils.results.records import Phase
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class History:
         self._phase: int | None = None  # whose event file is open
         self._events: EventsWriter | None = None
 
-    def epoch(
+    def add_epoch(
         self,
         phase: int,
         stage: str,
@@ -76,7 +76,7 @@ class History:
         self.rows.append(row)
         self._write()
 
-    def phase(self, record: Mapping[str, Any]) -> None:
+    def add_phase(self, record: Mapping[str, Any]) -> None:
         """Add what a finished phase came to.  record: the trainer's."""
         done = Phase.of_training(record, ())
         phase = done.phase

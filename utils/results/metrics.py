@@ -4,7 +4,7 @@ Plain arithmetic on NumPy arrays and on tensors' own methods, so that reading re
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -12,16 +12,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def phase_metrics(scores: "Tensor", targets: "Tensor", phase_ends: Sequence[int]) -> dict:
-    """The accuracies of a classifier on the test images of all classes seen.
+class PhaseMetrics(TypedDict):
+    """The accuracies of a classifier on the test images of all C classes seen.
 
-    scores: N x C on the CPU, higher is likelier; targets: N, in 0 ... C-1; phase_ends: number of classes seen after
-    phase 0, 1, ..., the last one C.  Returns
-        top1, top5 (100 where C <= 5), old, new: accuracy over all images, over those of earlier phases (None in phase
-        0), and over the newest phase's; per_class: C accuracies; per_phase: over the images of each phase's classes;
-        per_ten: over the images of each ten classes, in target order; confusion: C x C counts as a tensor, rows are the
-        true classes.
+    top1, top5 (100 where C <= 5), old, new: over all images, over those of earlier phases (None in phase 0), and over
+    the newest phase's; per_class: C accuracies; per_phase: over the images of each phase's classes; per_ten: over the
+    images of each ten classes, in target order; confusion: C x C counts, rows are the true classes.
     """
+
+    top1: float
+    top5: float
+    old: float | None
+    new: float
+    per_class: list[float]
+    per_phase: list[float]
+    per_ten: list[float]
+    confusion: "Tensor"
+
+
+def phase_metrics(scores: "Tensor", targets: "Tensor", phase_ends: Sequence[int]) -> PhaseMetrics:
+    """scores: N x C on the CPU, higher is likelier; targets: N, in 0 ... C-1; phase_ends: number of classes seen after
+    phase 0, 1, ..., the last one C."""
     nb_classes = phase_ends[-1]
     pairs = targets.numpy() * nb_classes + scores.argmax(dim=1).numpy()
     confusion = np.bincount(pairs, minlength=nb_classes**2).reshape(nb_classes, nb_classes)

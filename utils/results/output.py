@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import ArrayLike
 
 from utils.config.read import read_json
 from utils.config.schema import Config, as_dict, differences
 from utils.errors import UserError
-from utils.results.files import write_csv, write_json
+from utils.files import write_csv, write_json
 from utils.results.records import Classifier, ClassOrder, ResultsFile, read_results
 
-Matrix = Sequence[Sequence[int]]
 PHASE_COLUMNS = (
     *("seed", "phase", "classes_seen"),
     *(f"{classifier}_{key}" for classifier in ("cnn", "nme") for key in ("top1", "top5", "old", "new")),
@@ -64,7 +64,7 @@ class Output:
         with lock:
             yield
 
-    def write(self, order: ClassOrder, confusions: Mapping[Classifier, Sequence[Matrix]]) -> ResultsFile:
+    def write(self, order: ClassOrder, confusions: Mapping[Classifier, Sequence[ArrayLike]]) -> ResultsFile:
         """Put a class order in its place in results.json, beside the others.
 
         confusions: a matrix a phase.  Returns the new content of results.json.
@@ -130,9 +130,10 @@ def confusion_file(folder: Path, seed: int, phase: int, classifier: Classifier) 
     return seed_folder(folder, seed) / f"confusion_phase{phase:02d}{suffix}.csv"
 
 
-def write_confusion(path: Path, confusion: Matrix, class_names: Sequence[str]) -> None:
+def write_confusion(path: Path, confusion: ArrayLike, class_names: Sequence[str]) -> None:
     """A confusion matrix as CSV: a row a true class, a column a predicted one, counts of test images."""
-    names, rows = list(class_names[: len(confusion)]), np.asarray(confusion).tolist()
+    rows = np.asarray(confusion).tolist()
+    names = list(class_names[: len(rows)])
     write_csv(path, ["true \\ predicted", *names], [[name, *row] for name, row in zip(names, rows, strict=True)])
 
 

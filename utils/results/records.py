@@ -13,8 +13,8 @@ import numpy as np
 from annotated_types import MinLen
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from utils import json_files
 from utils.errors import UserError
+from utils.files import load_json
 from utils.results.metrics import average_incremental_accuracy, backward_transfer, forgetting, forgetting_in_tens
 
 Classifier = Literal["cnn", "nme", "student", "svm"]
@@ -69,7 +69,7 @@ class FormMemory(Record):
 
 
 class Memory(Record):
-    """The exemplar memory (`utils.memory.report`); units: raw bits over the raw bits of a real image."""
+    """The exemplar memory (`ExemplarMemory.report`); units: raw bits over the raw bits of a real image."""
 
     units_total: float | None
     bytes_total: int
@@ -194,10 +194,10 @@ class ClassOrder(ByClassifier[OverPhases]):
 def _over_phases(phases: Sequence[Phase], classifier: str, class_names: Sequence[str]) -> OverPhases | None:
     """None where nearest means are not used; where another classifier is not, the head stands in, as in phase 0 for
     FOSTER's student."""
-    found = [getattr(phase, classifier) for phase in phases]
-    if classifier == "nme" and None in found:
+    measured = [getattr(phase, classifier) for phase in phases]
+    if classifier == "nme" and None in measured:
         return None
-    by_phase: list[Metrics] = [metrics or phase.cnn for metrics, phase in zip(found, phases, strict=True)]
+    by_phase: list[Metrics] = [metrics or phase.cnn for metrics, phase in zip(measured, phases, strict=True)]
     top1 = [metrics.top1 for metrics in by_phase]
     per_phase = [metrics.per_phase for metrics in by_phase]
     curves = itertools.zip_longest(*(metrics.per_class.values() for metrics in by_phase))
@@ -318,7 +318,7 @@ class Results(ResultsFile):
 
 def read_results(file: Path) -> ResultsFile:
     """The content of a results.json.  Raises UserError for a file that is none."""
-    content = json_files.read(file)
+    content = load_json(file)
     try:  # without the summary, which is worked out anew: earlier versions had less in it
         return ResultsFile.model_validate({**content, "summary": None} if isinstance(content, dict) else content)
     except ValidationError as error:
