@@ -32,6 +32,7 @@ from utils.data.classes import DataManager
 from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
 from utils.data.published import FETCHED, class_lists, curate_command, labels
 from utils.errors import UserError
+from utils.files import check_folder
 from utils.results.output import Output, seed_folder
 from utils.results.records import CLASSIFIERS, ClassOrder, ResultsFile
 
@@ -150,9 +151,9 @@ def prepare(config: Config) -> "Experiment":
     paths = DatasetPaths(data_folder, config.dataset, config.variant)
     assert config.output_dir is not None  # load_config fills it in
     folder = Path(config.output_dir)
-    check_writable("output_dir", folder)
+    check_folder("output_dir", folder)
     if config.phase0_cache:
-        check_writable("phase0_cache", Path(config.phase0_cache))
+        check_folder("phase0_cache", Path(config.phase0_cache))
     orders = class_orders(config, paths)
     data = orders[config.seed[0]]
     numbers = gone_images(folder, orders) if config.memory_only else None
@@ -314,15 +315,6 @@ def gone_images(folder: Path, orders: Mapping[int, DataManager]) -> "Numbers | N
             data.picture_size = tuple(state["picture_size"])
             numbers = state["config"]["real_per_class"], state["config"]["syn_per_class"]
     return numbers
-
-
-def check_writable(key: str, folder: Path) -> None:
-    """Raises UserError where a folder can't be made or written to."""
-    existing = next(above for above in (folder, *folder.absolute().parents) if above.exists())
-    if not existing.is_dir():
-        raise UserError(f"{key}: {folder} can't be written to: {existing} is not a folder.")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"{key}: {folder} can't be written to.")
 
 
 def copies_saved(config: Config, data: DataManager, records: "Sequence[PhaseRecord]") -> str:

@@ -53,6 +53,15 @@ def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.close(folder)
 
 
+def check_folder(key: str, folder: Path) -> None:
+    """Raises UserError where a folder can't be made or written to."""
+    existing = next(above for above in (folder, *folder.absolute().parents) if above.exists())
+    if not existing.is_dir():
+        raise UserError(f"{key}: {folder} can't be written to: {existing} is not a folder.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{key}: {folder} can't be written to.")
+
+
 OLD = 3600.0
 """Seconds after which a half-written file is nobody's any more: no write takes as long."""
 
