@@ -66,8 +66,14 @@ class ExemplarPlan:
         if self.on_demand is not None:
             from compress.training.on_demand import OnDemand  # imports ControlNet: other runs need not spend seconds
 
-            otherwise = {"resolution": self.form.preset.name, "form": self.form.name}  # what the options don't name
-            copies = OnDemand(self.paths, self.on_demand, **otherwise, copies=number, fabric=fabric)
+            copies = OnDemand(
+                self.paths,
+                self.on_demand,
+                resolution=self.form.preset.name,
+                form=self.form.name,
+                copies=number,
+                fabric=fabric,
+            )
         elif self.made_ahead:
             copies = CopiesAhead(self.paths, self.form, self.made_ahead, number)
         self.form.release()
