@@ -47,15 +47,18 @@ def run(job: Job, device: str) -> int:
     Of several processes each looks at its part of the disk and makes its part of the files; the first one talks.
     """
     fabric = launch(*accelerator(device), patience=PATIENCE)
-    images, empty = together(fabric, lambda: select(job))
+    with together(fabric):
+        images, empty = select(job)
     if job.download and not job.verify:
         by_first(fabric, lambda: download(job.machine.model))
     recipe = by_first(fabric, lambda: expected_recipe(job, fabric.device, images))
-    records = together(fabric, lambda: Records(job.paths, recipe, job.options))
+    with together(fabric):
+        records = Records(job.paths, recipe, job.options)
     if job.verify:
         is_well = verify_and_report(fabric, records, images, job.copy_numbers).is_well
         return DONE if (is_well and not empty) or not fabric.is_global_zero else SOME_FAILED
-    todo = together(fabric, lambda: find_work(fabric, job, records, images))
+    with together(fabric):
+        todo = find_work(fabric, job, records, images)
     if fabric.is_global_zero:
         warn_of_settings(job.form, job.machine, job.paths.class_texts(), images)
         report_plan(todo, f"{job.paths.dataset}, {job.form.preset.name} resolution")

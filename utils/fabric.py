@@ -6,7 +6,8 @@ two monitors that this project does not use.  Import Fabric from here.
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch.distributed
@@ -69,10 +70,11 @@ def by_all(fabric: Fabric, function: Callable[[], T]) -> list[T]:
     return [value for value, _ in values]
 
 
-def together(fabric: Fabric, function: Callable[[], T]) -> T:
-    """The call's value, where all processes call it alike; a UserError that all meet is printed by process 0 alone."""
+@contextmanager
+def together(fabric: Fabric) -> Iterator[None]:
+    """For what all processes do alike: a UserError that all meet is printed by process 0 alone."""
     try:
-        return function()
+        yield
     except UserError:
         if fabric.is_global_zero:
             raise
