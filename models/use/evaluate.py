@@ -72,5 +72,6 @@ def in_words(figures: dict[str, Any], classifier: Literal["head", "nme"] | None 
             continue
         parts = [f"{key} {metrics[key]:.2f} %" for key in ("top1", "top5", "old", "new") if metrics[key] is not None]
         yield f"{name}: {', '.join(parts)}  ({figures['images']} pictures of {len(figures['classes'])} classes)"
+    yield f"accuracy on each class, {shown[0].upper()}:"
     for name in figures["classes"]:
         yield f"{figures[shown[0]]['per_class'][name]:7.2f} %  {name}"
