@@ -209,10 +209,10 @@ def _provenance_groups(compared: Sequence[Entry]) -> list[dict[str, Any]]:
             names += [entry.name] if entry.name not in names else []
     first = dict(next(iter(groups), ()))
     described: list[dict[str, Any]] = []
-    for rows, names in groups.items():
-        about = [row for row in rows if row[0] in pictures.ABOUT_GENERATOR]
-        other = [row for row in rows if row not in about and first.get(row[0], row[1]) != row[1]]
-        described.append({"names": names, "short": [*about, *other], "all": rows})
+    for settings, names in groups.items():
+        about = [row for row in settings if row[0] in pictures.ABOUT_GENERATOR]
+        other = [row for row in settings if row not in about and first.get(row[0], row[1]) != row[1]]
+        described.append({"names": names, "short": [*about, *other], "all": settings})
     return described
 
 
