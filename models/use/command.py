@@ -102,3 +102,4 @@ def _export(learner, options: argparse.Namespace) -> int:
 
 def _write(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+    print("written:", cli.visible(str(path)), file=sys.stderr)
