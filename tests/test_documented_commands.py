@@ -2,7 +2,7 @@
 
 A command goes to its own parser, in this process, and stops there: most take minutes to days.  A config is read and
 checked with the keys that the command gives it.  `RUN` has the pages whose commands a test runs to the end; `NOT_OURS`
-the programs that are not called, and why.
+the programs that are not called, and why.  tests/test_photographs.py runs README's commands for one's own photographs.
 """
 
 import argparse

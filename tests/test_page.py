@@ -11,6 +11,7 @@ from scipy import stats
 from exps.report import command as report
 from exps.report import entries, figures
 from exps.report import page as page_module
+from tests.shapes import make_shapes
 from tests.test_report import write
 from utils.files import write_json
 from utils.results.output import confusion_file, write_confusion
@@ -184,6 +185,15 @@ def test_the_best_of_a_column_is_bold_and_named_on_top(page, tmp_path):
     assert f"by the head: edges, p = 0.4 is best with 67.0 %; {lead}" in top
     assert "by the nearest means of exemplars: edges, p = 0.4 is best with 62.0 %" in top
     assert "uses 206 of 1,000 bytes" in found.sections["runs"], "1,234 bytes of six classes"
+
+
+def test_every_class_unfolds_with_all_its_copies(page, tmp_path):
+    make_shapes(tmp_path / "data", train=2, test=1, copies=3)
+    where = {"dataset": "Shapes", "data_dir": str(tmp_path / "data"), "syn_form": "edges", "syn_per_class": 2}
+    found = page(write(tmp_path / "run", config=where))
+    assert found.text.count('alt="red square: edges, copy') == 3
+    assert found.text.count('alt="blue disc: edges, copy') == 4, "the first classes' first copies are in view, too"
+    assert "<summary>red square, all copies</summary>" in found.text
 
 
 def test_one_class_order_has_no_spread(page, tmp_path):

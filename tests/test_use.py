@@ -93,7 +93,7 @@ def test_evaluate_by_one_classifier(trained, capsys):
     capsys.readouterr()
     for classifier, key in (("head", "cnn"), ("nme", "nme")):
         assert main.main(["evaluate", run, "--classifier", classifier]) == 0
-        first, *classes = capsys.readouterr().out.splitlines()
+        first, _, *classes = capsys.readouterr().out.splitlines()
         expected = phase_of(trained("icarl"), 2)[key]
         assert first.startswith(f"{key.upper()}: top1 {expected['top1']:.2f} %")
         assert {line[10:].strip(): float(line[:7]) for line in classes} == pytest.approx(

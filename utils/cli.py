@@ -244,7 +244,7 @@ def visible(text: str) -> str:
     return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-FOLDED = 16
+FOLDED = 14
 """Characters of a table's cell that are never folded while a terminal has room for them and the first columns."""
 
 

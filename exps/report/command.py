@@ -1,6 +1,7 @@
 """The command of `exps.report`."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def command(argv: Sequence[str] | None) -> None:
         from exps.report.page import page  # imports Jinja2
 
         write_text(arguments.html, page(runs, file=arguments.html))
+    if written := [cli.visible(str(file)) for file in (arguments.plot, arguments.html) if file]:
+        print("written:", *written, file=sys.stderr)
 
 
 def named_paths(arguments: Sequence[str]) -> dict[str, Path]:

@@ -4,7 +4,7 @@ import base64
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from utils.results.records import Copies
 SIDE = 112
 """Most pixels of a picture's longer side."""
 MOST_CLASSES = 20
-"""Up to this number, a confusion matrix is a table whose cells say what they count."""
+"""Up to this number, a confusion matrix is a table whose cells say what they count; and classes of which forms show."""
+MOST_COPIES = 10
+"""Copies of an image that are shown."""
 MODELS = Path(__file__).resolve().parents[2] / "ControlNet" / "models"
 """Of bundled models, beside which lies what they were trained on."""
 TRAINED_ON = {"sd15": "LAION-5B's captioned pictures (Stable Diffusion 1.5), and edge maps of 3 million pictures"}
@@ -31,11 +33,13 @@ TRAINED_ON = {"sd15": "LAION-5B's captioned pictures (Stable Diffusion 1.5), and
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with what is said of it.  uri: None where there is nothing to show; alt: what it shows."""
+    """A picture with what is said of it.  uri: None where there is nothing to show; alt: what it shows; others: further
+    copies, as `uri`."""
 
     uri: str | None
     note: str
     alt: str = ""
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,11 @@ class Confusion:
     in_order: bool
 
 
-def form_rows(compared: Sequence[Entry], most: int = 4) -> tuple[list[str], list[list[Picture]]]:
+def form_rows(compared: Sequence[Entry]) -> tuple[list[str], list[list[Picture]]]:
     """What the forms of several runs of one dataset keep: (titles, rows of pictures), a row an image.
 
-    The columns are the image, then for each form what is kept and the first copy.  Shows an image of each of the first
-    classes, as far as files are at hand; no rows where none is, or where the runs have several datasets.
+    The columns are the image, then for each form what is kept and the copies.  Shows an image of each of the first
+    MOST_CLASSES classes, as far as files are at hand; no rows where none is, or where the runs have several datasets.
     """
     forms = [form for form in dict.fromkeys(entry.form for entry in compared) if form != REAL]
     datasets = {
@@ -71,7 +75,7 @@ def form_rows(compared: Sequence[Entry], most: int = 4) -> tuple[list[str], list
             form: DatasetPaths(folder, dataset, variant, form_named(form, PRESETS["high"]).files) for form in forms
         }
         paths = DatasetPaths(folder, dataset, variant)
-        classes = [images for label in paths.classes()[:most] if (images := paths.images(label))]
+        classes = [images for label in paths.classes()[:MOST_CLASSES] if (images := paths.images(label))]
     except UserError:
         return [], []
     # Of a class's images the first one of which the most forms have copies: those made on demand are few.
@@ -79,13 +83,16 @@ def form_rows(compared: Sequence[Entry], most: int = 4) -> tuple[list[str], list
     titles = ["original"]
     rows = [[_thumbnail(image, image.stat().st_size, f"{image.parent.name}: original")] for image in first]
     for form, own in form_paths.items():
-        files = [(own.find_kept(image), own.copy(image, 0)) for image in first]
-        if any(kept or copy.is_file() for kept, copy in files):
+        files = [(own.find_kept(image), [own.copy(image, k) for k in range(MOST_COPIES)]) for image in first]
+        if any(kept or copies[0].is_file() for kept, copies in files):
             titles += [f"{form}: kept", f"{form}: comes back"]
-            for image, row, (kept, copy) in zip(first, rows, files, strict=True):
+            for image, row, (kept, copies) in zip(first, rows, files, strict=True):
                 size = kept.stat().st_size if kept else None
                 row.append(_thumbnail(kept, size, f"{image.parent.name}: {form}, kept"))
-                row.append(_thumbnail(copy if copy.is_file() else None, None, f"{image.parent.name}: {form}, copy"))
+                alt = f"{image.parent.name}: {form}, copy"
+                pictures = [_thumbnail(copy, None, alt) for copy in copies if copy.is_file()]
+                others = tuple(picture.uri for picture in pictures[1:] if picture.uri)
+                row.append(replace(pictures[0], others=others) if pictures else _thumbnail(None, None, alt))
     return (titles, rows) if len(titles) > 1 else ([], [])
 
 

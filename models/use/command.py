@@ -15,6 +15,7 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from utils import cli
 from utils.files import write_text
@@ -75,7 +76,7 @@ def _predict(learner, options: argparse.Namespace) -> int:
     for row in itertools.chain([header(learner)], rows(learner, pictures_of(options.images), broken)):
         writer.writerow(row if options.output else map(cli.visible, row))
     if options.output:
-        write_text(options.output, table.getvalue())
+        _write(options.output, table.getvalue())
     for message in broken:
         print(cli.visible(message), file=sys.stderr)
     return 1 if broken else 0
@@ -87,7 +88,7 @@ def _evaluate(learner, options: argparse.Namespace) -> int:
     figures = evaluate(learner, options.data)
     print(cli.visible("\n".join(in_words(figures, options.classifier))))
     if options.output:
-        write_text(options.output, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+        _write(options.output, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     return 0
 
 
@@ -97,3 +98,8 @@ def _export(learner, options: argparse.Namespace) -> int:
     default = seed_folder(learner.folder, learner.seed) / f"phase{learner.phase:02d}.onnx"
     print(cli.visible("\n".join(map(str, export(learner, options.output or default)))))
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    write_text(path, text)
+    print("written:", cli.visible(str(path)), file=sys.stderr)

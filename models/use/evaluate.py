@@ -79,5 +79,6 @@ def in_words(figures: Evaluation, classifier: Literal["head", "nme"] | None = No
         parts = [f"{key} {metrics[key]:.2f} %" for key in ("top1", "top5", "old", "new") if metrics[key] is not None]
         yield f"{name}: {', '.join(parts)}  ({figures['images']} pictures of {len(figures['classes'])} classes)"
     assert chosen is not None  # --classifier nme is refused where a run has none
+    yield f"accuracy on each class, {'NME' if classifier == 'nme' else 'CNN'}:"
     for name in figures["classes"]:
         yield f"{chosen['per_class'][name]:7.2f} %  {name}"

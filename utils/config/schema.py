@@ -156,7 +156,7 @@ class Config:
     )
     memory_only: bool = setting(
         False,
-        "later phases read exemplars from the memory's file (memory/phaseNN.memory) alone, as if the folders of old "
+        "later phases read exemplars only from the memory's file (memory/phaseNN.memory), as if the folders of old "
         "classes were gone: they may be deleted after a phase; copies are made again from what the file keeps",
         result=False,
     )
