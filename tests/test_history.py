@@ -153,7 +153,7 @@ def test_going_on_in_the_middle_of_a_phase(tmp_path):
     for epoch in (1, 2, 3):
         history.add_epoch(1, "training", epoch, step=10 + epoch, loss=float(epoch), **curves_of)
     later = History(tmp_path)
-    later.epoch(1, "training", 2, step=12, loss=7.0, **curves_of)
+    later.add_epoch(1, "training", 2, step=12, loss=7.0, **curves_of)
     later.close()
     assert [(row["epoch"], row["loss"]) for row in table(tmp_path / "epochs.csv")] == [("1", "1"), ("2", "7")]
     assert curves(tmp_path)["train/loss"] == [(11, 1.0), (12, 7.0)]
