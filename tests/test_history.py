@@ -192,7 +192,7 @@ def test_wandb_gets_the_curves_through_lightning_s_logger(tmp_path, monkeypatch)
     monkeypatch.setattr(history.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(pytorch_lightning.loggers, "WandbLogger", Recorder)
     written = history.History(tmp_path, loggers=["wandb"])
-    written.epoch(0, "training", 1, step=1, learning_rate=0.1, loss=2.0, accuracy=50.0, seconds=1.0)
+    written.add_epoch(0, "training", 1, step=1, learning_rate=0.1, loss=2.0, accuracy=50.0, seconds=1.0)
     options, (step, metrics) = made
     assert options["resume"] == "allow"
     assert (step, metrics["train/loss"], metrics["train/train_accuracy"]) == (1, 2.0, 50.0)
