@@ -111,7 +111,7 @@ def test_a_run_and_one_that_was_killed_in_an_epoch_tell_the_same(train, tmp_path
     by_hand = sum(per_phase[2][phase] - per_phase[phase][phase] for phase in range(2)) / 2
     assert run["cnn"]["backward_transfer"] == pytest.approx(by_hand)
 
-    written = History.epoch
+    written = History.add_epoch
 
     def killed(history, phase, stage, epoch, **curves):
         written(history, phase, stage, epoch, **curves)
