@@ -119,7 +119,7 @@ def test_a_run_and_one_that_was_killed_in_an_epoch_tell_the_same(train, tmp_path
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(History, "epoch", killed)
+        patch.setattr(History, "add_epoch", killed)
         assert train(**SHORT) == 130
     left = results(tmp_path / "out")
     assert left["summary"] is None
