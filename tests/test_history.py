@@ -111,7 +111,7 @@ def test_a_run_and_one_that_was_killed_in_an_epoch_tell_the_same(train, tmp_path
     by_hand = sum(per_phase[2][phase] - per_phase[phase][phase] for phase in range(2)) / 2
     assert run["cnn"]["backward_transfer"] == pytest.approx(by_hand)
 
-    written = History.epoch
+    written = History.add_epoch
 
     def killed(history, phase, stage, epoch, **curves):
         written(history, phase, stage, epoch, **curves)
@@ -119,7 +119,7 @@ def test_a_run_and_one_that_was_killed_in_an_epoch_tell_the_same(train, tmp_path
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(History, "epoch", killed)
+        patch.setattr(History, "add_epoch", killed)
         assert train(**SHORT) == 130
     left = results(tmp_path / "out")
     assert left["summary"] is None
@@ -192,7 +192,7 @@ def test_wandb_gets_the_curves_through_lightning_s_logger(tmp_path, monkeypatch)
     monkeypatch.setattr(history.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(pytorch_lightning.loggers, "WandbLogger", Recorder)
     written = history.History(tmp_path, loggers=["wandb"])
-    written.epoch(0, "training", 1, step=1, learning_rate=0.1, loss=2.0, accuracy=50.0, seconds=1.0)
+    written.add_epoch(0, "training", 1, step=1, learning_rate=0.1, loss=2.0, accuracy=50.0, seconds=1.0)
     options, (step, metrics) = made
     assert options["resume"] == "allow"
     assert (step, metrics["train/loss"], metrics["train/train_accuracy"]) == (1, 2.0, 50.0)

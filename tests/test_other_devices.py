@@ -93,7 +93,7 @@ def test_coil_keeps_its_loaders_for_a_phase(paths, tmp_path, monkeypatch):
 def test_processes_share_what_is_worked_out_after_training(paths, tmp_path, monkeypatch, method):
     """The last thing that happens to a phase's network before it is evaluated."""
     shared = []
-    monkeypatch.setattr(Run, "share", lambda self, network: shared.append(state_of(network)))
+    monkeypatch.setattr(Run, "broadcast_network", lambda self, network: shared.append(state_of(network)))
     trainer = new_trainer(paths, tmp_path / "run", method, **SHORT)
     for phase in range(2):
         trainer.do_phase(phase)
