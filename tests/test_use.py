@@ -201,7 +201,8 @@ def test_the_transform_is_told_as_it_is(size, test):
     """To one level of 255 where Pillow and torch round the other way."""
     rng, normalise = np.random.default_rng(0), Normalise(*IMAGENET_STATISTICS)
     picture = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-    learner = SimpleNamespace(data=SimpleNamespace(test_transform=test, normalise=normalise))
+    defaults = SimpleNamespace(test_transform=test, normalise=normalise)
+    learner = SimpleNamespace(data=SimpleNamespace(defaults=defaults))
     told = as_told(picture, export.transform(learner))
     expected = normalise(test([test.prepare(picture)]))[0].numpy()
     levels = np.abs(told - expected) * 255 * np.array(normalise.std)[:, None, None]
