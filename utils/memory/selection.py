@@ -56,7 +56,7 @@ def closest_to_mean(features: Features, m: int) -> list[int]:
 
 def _unit_rows(features: Features) -> tuple[np.ndarray, np.ndarray]:
     """(rows of unit length, their lengths before) in float64; a row of zeros stays one."""
-    if not isinstance(features, np.ndarray):
+    if hasattr(features, "detach"):  # a tensor: torch, which takes seconds, is not imported to ask
         features = features.detach().cpu().double().numpy()
     x = np.asarray(features, dtype=np.float64)
     if not np.isfinite(x).all():
