@@ -135,7 +135,7 @@ def test_table_plot_and_command(tmp_path, capsys):
     rows = capsys.readouterr().out.splitlines()
     assert [row.split("  ")[0] for row in rows[2 : rows.index("")]] == ["real", "ours (CNN)", "ours (NME)"]
     assert "60.0" in rows[2]
-    assert "66.0 ± 2.8" in rows[3]
+    assert "66.0±2.8" in rows[3]
     assert png.read_bytes().startswith(b"\x89PNG")
     assert command.main([str(tmp_path / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err
