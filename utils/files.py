@@ -74,7 +74,7 @@ def temporary_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         return []
-    # Without a host before 2026-12.
+    # Earlier versions wrote names without the host.
     names = [(file, re.match(r"\.(?:(.+)\.)?(\d+)-", file.name)) for file in folder.glob(".*.tmp")]
     return [file for file, name in names if name and _is_abandoned(file, name[1], int(name[2]))]
 
@@ -152,7 +152,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Indented."""
+    """Write a value as indented JSON, in UTF-8."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -26,8 +26,11 @@ class Evaluation(TypedDict):
 
 
 def evaluate(learner: Learner, folder: Path | None) -> Evaluation:
-    """folder: a dataset, or a folder of class folders; None: the run's own dataset.  Folders that are no class of the
+    """Classify the pictures of a folder and compare with the names of their class folders.
+
+    folder: a dataset, or a folder of class folders; None: the run's own dataset.  Folders that are no class of the
     network, and classes without a folder, are left out; an accuracy of which nothing is left is None.
+    Raises UserError for a folder that is not there, or has no picture of the network's classes.
     """
     config, names = learner.config, learner.class_names
     data = data_dir(config.data_dir)
