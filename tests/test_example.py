@@ -52,10 +52,13 @@ def test_a_file_that_is_no_picture_is_refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.long
 def test_equal_bytes_on_one_page(monkeypatch, capsys):
     page = EXAMPLE.with_name("equal_bytes.py")
-    assert page.read_text().count("\n") < 120
+    assert page.read_text().count("\n") < 150
     monkeypatch.setattr(sys, "argv", [str(page), "--bytes", "600", "--draws", "1"])
     runpy.run_path(str(page), run_name="__main__")
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
-    assert rows.keys() == {"real", "webp", "webp@14", "threshold", "mean"}
+    assert rows.keys() == {"real", "webp", "webp@14", "threshold", "code", "text"}
     assert float(rows["webp"][1]) > float(rows["real"][1]) + 10
-    assert int(rows["real"][2].strip("(")) < int(rows["webp"][2].strip("("))
+    assert float(rows["code"][1]) > max(float(rows[form][1]) for form in ("webp@14", "text"))
+    numbers = [int(rows[form][4].strip("(")) for form in ("real", "webp", "webp@14", "code")]
+    assert numbers == sorted(set(numbers))
+    assert rows["code"][4] == rows["text"][4]
