@@ -22,7 +22,7 @@ from models.training.method import Method
 from models.training.stages import Defaults, Stage
 from utils.config.schema import Config, setting
 from utils.config.types import Count, NonNegative
-from utils.data.sampler import seed_sequence
+from utils.data.batches import seed_sequence
 from utils.fabric import all_reduce
 
 _MEMORY = 2

@@ -25,7 +25,7 @@ from tests.methods import METHODS
 from tests.shapes import make_shapes
 from tests.test_resume import assert_ends_alike
 from utils import devices
-from utils.data.sampler import EpochBatchSampler
+from utils.data.batches import EpochBatchSampler
 from utils.devices import launch
 from utils.errors import UserError
 

@@ -22,13 +22,11 @@ from tests.folders import make_dataset, save_noise, save_picture
 from utils.data import batches as batches_module
 from utils.data import cache as cache_module
 from utils.data.augment_large import FullSize
-from utils.data.batches import ImageSet, TrainingSet, batch_loader
+from utils.data.batches import EpochBatchSampler, ImageSet, PathTable, TrainingSet, batch_loader
 from utils.data.cache import PictureCache, open_cache
-from utils.data.classes import DataManager
+from utils.data.classes import DataManager, Item
 from utils.data.datasets import dataset_defaults
-from utils.data.items import Item, PathTable
 from utils.data.paths import DatasetPaths
-from utils.data.sampler import EpochBatchSampler
 from utils.errors import UserError
 
 DEFAULTS = dataset_defaults("Toy", (32, 32))
@@ -127,22 +125,8 @@ def test_seed_and_phase_change_the_choices(greys, change):
     assert 0.02 < (numbers == others).mean() < 0.45  # one in five by chance
 
 
-def test_without_copies_only_unreplaced_images_can_be_trained_on(greys):
+def test_without_copies_unreplaced_images_can_be_trained_on(greys):
     assert len(training_set(greys, "new", 0.0, copies=0)) == 24
-    for role, p in (("edges", 0.0), ("real", 0.1)):
-        with pytest.raises(UserError, match="augmentations_per_image"):
-            training_set(greys, role, p, copies=0)
-
-
-@pytest.mark.parametrize("p", [-0.1, 1.1])
-def test_p_is_a_probability(greys, p):
-    with pytest.raises(UserError, match="augmentation_prob"):
-        training_set(greys, "new", p)
-
-
-def test_an_unknown_scope_is_refused(greys):
-    with pytest.raises(UserError, match="augmentation_scope"):
-        training_set(greys, "new", 0.5, scope="exemplar")
 
 
 # --- randomness depends on (model_seed, phase, epoch, item) alone ---

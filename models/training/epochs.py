@@ -20,7 +20,7 @@ from models.training.run import Run
 from models.training.stages import Stage, divergence, learning_only
 from utils import log as logs
 from utils.cli import signals
-from utils.data.sampler import EpochBatchSampler
+from utils.data.batches import EpochBatchSampler
 from utils.errors import Stopped, UserError
 from utils.fabric import all_reduce
 

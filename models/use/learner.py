@@ -15,7 +15,7 @@ from models.training import checkpoint
 from models.training.method import network_input
 from models.training.predictor import Predictor
 from utils.config.read import load_config
-from utils.data.phases import PhasedClasses, phase_starts
+from utils.data.classes import PhasedClasses, phase_starts
 from utils.devices import accelerator, launch
 from utils.errors import UserError
 from utils.results.output import check_is_run, seed_folder

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, features
 
-from utils.data.varint import read_varint, varint
 from utils.errors import UserError
 
 Size = tuple[int, int]
@@ -34,7 +33,7 @@ Size = tuple[int, int]
 @dataclass(frozen=True)
 class Codec:
     """kind: Pillow's name of the format; ending: of its files; options: what Pillow's encoder is told beside the
-    quality; magic: (place, bytes) that tell a whole file; payload: (file, quality, size, greyscale) -> its payload,
+    quality; magic: (offset, bytes) that tell a whole file; payload: (file, quality, size, greyscale) -> its payload,
     None where it has none; file: (payload, quality, size, greyscale) -> the file; also: other options that may give a
     smaller payload, of the same pixels.
     """
@@ -111,6 +110,28 @@ def _written(image: np.ndarray, name: str, quality: int, options: Mapping[str, A
     colours = {"subsampling": "4:0:0"} if name == "avif" and image.ndim == 2 else {}
     Image.fromarray(image).save(file, CODECS[name].kind, quality=quality, **options, **colours)
     return file.getvalue()
+
+
+# Numbers of as few bytes as they need
+
+
+def varint(number: int) -> bytes:
+    """A number from 0 on in groups of 7 bits, lowest first; the top bit of a byte says that more follow (LEB128)."""
+    groups = bytearray()
+    while number > 127:
+        groups.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*groups, number])
+
+
+def read_varint(data: bytes, start: int = 0) -> tuple[int, int]:
+    """(the number, the offset after it).  Raises ValueError where the data end before, and for more than 35 bits."""
+    number = 0
+    for index in range(start, min(start + 5, len(data))):
+        number |= (data[index] & 127) << 7 * (index - start)
+        if data[index] < 128:
+            return number, index + 1
+    raise ValueError("the data end within a number" if start + 5 > len(data) else "a number of more than 35 bits")
 
 
 # JPEG
@@ -304,11 +325,11 @@ def _jxl_file(payload: bytes, quality: int, size: Size, greyscale: bool) -> byte
     return head + _jxl_entry(min(len(beginning + payload), 17_407)) + beginning + payload
 
 
+_PROGRESSIVE = {"optimize": True, "progressive": True}
+_BASELINE = {"optimize": False, "progressive": False}
+
 CODECS = {
-    "jpeg": Codec(
-        *("JPEG", ".jpg", {"optimize": True, "progressive": True}, (0, b"\xff\xd8"), _jpeg_payload, _jpeg_file),
-        also={"optimize": False, "progressive": False},
-    ),
+    "jpeg": Codec("JPEG", ".jpg", _PROGRESSIVE, (0, b"\xff\xd8"), _jpeg_payload, _jpeg_file, also=_BASELINE),
     "webp": Codec("WebP", ".webp", {"method": 6}, (0, b"RIFF"), _webp_payload, _webp_file),
     "avif": Codec("AVIF", ".avif", {"speed": 4}, (4, b"ftyp"), _avif_payload, _avif_file),
     "jxl": Codec("JXL", ".jxl", {"effort": 7}, (0, b"\xff\x0a"), _jxl_payload, _jxl_file),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.data import codecs
-from utils.data.items import REAL
+from utils.data.classes import REAL
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.files import write_atomically, write_durably
