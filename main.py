@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from compress.training.exemplars import ExemplarPlan, Numbers
     from models.training.checkpoint import PhaseRecord
     from utils.data.cache import PictureCache
-    from utils.fabric import Fabric
+    from utils.devices import Fabric
 
 log = logging.getLogger("main")
 

@@ -30,9 +30,8 @@ from compress.records import MadeOtherwise, Recipe, Records, State, model_option
 from compress.regenerate import Regenerator, regenerate
 from compress.summary import report, report_estimate, report_findings, report_plan
 from compress.verify import Findings, look_around, verify
-from utils.devices import accelerator, launch
+from utils.devices import Fabric, accelerator, by_all, by_first, launch, own_part, together
 from utils.errors import UserError
-from utils.fabric import Fabric, by_all, by_first, own_part, together
 
 DONE, SOME_FAILED = 0, 1
 MIXING = "Make those again with --replace, or put this run's beside them with --keep-apart NAME."

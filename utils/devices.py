@@ -1,35 +1,48 @@
-"""Devices and processes, through Lightning Fabric: one CPU or GPU, several, or the processes of torchrun or SLURM."""
+"""Devices and processes, through Lightning Fabric: one CPU or GPU, several, or the processes of torchrun or SLURM.
+
+Fabric imports torchmetrics only to see whether it is installed, which takes seconds (transformers, scipy) and serves
+two monitors that this project does not use.  Import Fabric from here.
+"""
 
 import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
 
 # isort: split
 import atexit
+import importlib
 import os
+import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from utils.errors import UserError
-from utils.fabric import Fabric
 
-# isort: split
+if "torchmetrics" not in sys.modules:
+    sys.modules["torchmetrics"] = None  # type: ignore[assignment]  # "not installed", for the time of this import
+    try:
+        importlib.import_module("lightning_fabric")
+    finally:
+        del sys.modules["torchmetrics"]
+
+from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import SLURMEnvironment
 from lightning_fabric.strategies import DDPStrategy
 
-_PATIENCE = timedelta(days=7)
-"""How long processes wait for each other: a process may make copies alone for hours.  When one ends, torchrun or srun
-ends the others."""
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)  # a process may make copies alone for hours; where one ends, torchrun ends the others
 _ENDED = "escort: exit code of the first process that ended"
 _LEFT = "escort: processes that know"
 
-
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
-_device: torch.device | None = None
-"""That of the Fabric that was launched last."""
+_device: torch.device | None = None  # of the Fabric that was launched last
 
 
 def launch(
@@ -45,7 +58,7 @@ def launch(
     (they then communicate through gloo); None for processes that train together.
     Raises UserError for a device that is not there, more processes than GPUs, or a precision that the device lacks.
     """
-    per_node, nodes = started_processes()
+    per_node, nodes = _started_processes()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator == "auto":
         accelerator = "cuda" if gpus else "cpu"
@@ -122,11 +135,11 @@ def ended_by_another(error: Exception) -> tuple[int, str] | None:
     return None
 
 
-def started_processes() -> tuple[int, int]:
+def _started_processes() -> tuple[int, int]:
     """(processes on each node, nodes) that torchrun or SLURM has started; (1, 1) without them.
 
-    Raises UserError where SLURM has several tasks for the job but srun has not started them, which others would wait
-    for, and where it does not say how many tasks a node has.
+    Raises UserError where SLURM has several tasks but srun has not started them, or where it does not say how many
+    tasks a node has.
     """
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["GROUP_WORLD_SIZE"])
@@ -170,3 +183,52 @@ def accelerator(device: str | list[int]) -> tuple[str, int | list[int]]:
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"a device is auto, cpu, cuda or cuda:N, not {device!r}.")
     return device, 1
+
+
+# What processes tell each other
+
+
+def all_reduce(fabric: Fabric, tensor: Tensor, op: str) -> Tensor:
+    """Fabric's, of one tensor.  op: "sum", "mean" or "max"."""
+    return cast(Tensor, fabric.all_reduce(tensor, reduce_op=op))
+
+
+def by_all(fabric: Fabric, function: Callable[[], T]) -> list[T]:
+    """What each process's call returns, by rank, in all of them.
+
+    UserErrors end them all; the first one is printed by process 0.
+    """
+    value: Any = None
+    error: str | None = None
+    try:
+        value = function()
+    except UserError as raised:
+        error = str(raised)
+    values: list[Any] = [(value, error)] * fabric.world_size
+    if fabric.world_size > 1:
+        torch.distributed.all_gather_object(values, (value, error))
+    errors = [error for _, error in values if error is not None]
+    if errors:
+        raise UserError(errors[0]) if fabric.is_global_zero else SystemExit(2)
+    return [value for value, _ in values]
+
+
+def by_first(fabric: Fabric, function: Callable[[], T]) -> T:
+    """What process 0's call returns, in all of them.  A UserError ends them all, and is printed by process 0."""
+    return cast(T, by_all(fabric, lambda: function() if fabric.is_global_zero else None)[0])
+
+
+@contextmanager
+def together(fabric: Fabric) -> Iterator[None]:
+    """For what all processes do alike: a UserError that all meet is printed by process 0 alone."""
+    try:
+        yield
+    except UserError:
+        if fabric.is_global_zero:
+            raise
+        raise SystemExit(2) from None
+
+
+def own_part(fabric: Fabric, items: Sequence[T]) -> Sequence[T]:
+    """Every n-th of the items, for each of n processes."""
+    return items[fabric.global_rank :: fabric.world_size]

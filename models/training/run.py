@@ -23,7 +23,7 @@ from utils.memory.forms import Copies
 from utils.results.history import History
 
 # isort: split
-from lightning_fabric.plugins import MixedPrecision  # after utils.fabric
+from lightning_fabric.plugins import MixedPrecision  # after utils.devices
 
 _NETWORK, _METHOD = 3, 4
 """Streams of random numbers within a step."""
