@@ -30,26 +30,24 @@ that share no picture: `MNIST` (100 train and 150 test pictures a class, for inc
 
 import argparse
 import difflib
-import functools
 import gzip
 import importlib.util
 import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from utils import cli
 from utils import log as logs
-from utils.curate.sources import SOURCES, Picture, Split, choose, class_folders, is_wordnet_number, read_class_list
-from utils.curate.split_lists import listed_pictures
+from utils.curate.sources import SOURCES, Picture, Split, choose, class_folders, listed_pictures
 from utils.data.paths import DatasetPaths, data_dir
-from utils.data.published import class_lists, find_list
+from utils.data.published import class_lists, find_list, without_comments
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import parse_json, write_atomically, write_text
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_SPLIT = (
@@ -74,21 +72,16 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
     return table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(int)
 
 
-def digits() -> Iterator[tuple[str, list[Picture]]]:
-    """(name, pictures) of both digit datasets."""
+def digits() -> dict[str, list[Picture]]:
+    """The pictures of both digit datasets, by name."""
     images, labels = read_digits()
     by_digit = [images[labels == digit] for digit in range(10)]
-    for dataset in dict.fromkeys(dataset for dataset, *_ in DIGIT_SPLIT):
-        yield (
-            dataset,
-            [
-                Picture(mode, str(digit), f"{i:04d}.png", by_digit[digit][i])
-                for name, mode, chosen in DIGIT_SPLIT
-                if name == dataset
-                for digit in range(10)
-                for i in chosen
-            ],
+    datasets: dict[str, list[Picture]] = {}
+    for dataset, mode, indices in DIGIT_SPLIT:
+        datasets.setdefault(dataset, []).extend(
+            Picture(mode, str(digit), f"{i:04d}.png", by_digit[digit][i]) for digit in range(10) for i in indices
         )
+    return datasets
 
 
 def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture], *, link: bool = False) -> int:
@@ -99,56 +92,111 @@ def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture], *, link: bo
     Raises UserError where the dataset holds other pictures: of another source or another split, which could put the
     same picture into train and test.
     """
-    wanted: dict[tuple[str, str], set[str]] = {}
+    wanted: dict[Path, set[str]] = {}  # class folder -> file names
     for picture in pictures:
-        wanted.setdefault((picture.mode, picture.label), set()).add(picture.name)
-    existing = {}
+        wanted.setdefault(paths.folder(picture.mode) / picture.label, set()).add(picture.name)
+    existing = set()
     for mode in ("train", "test"):
         for label in class_folders(paths.folder(mode)):
-            files = paths.images(label, mode)
-            names = {file.name for file in files}
-            existing[mode, label] = {file.name for file in files if file.exists()}  # not a link to what has moved
-            if strangers := sorted(names - wanted.get((mode, label), set())):
+            folder, files = paths.folder(mode) / label, paths.images(label, mode)
+            existing.update(file for file in files if file.exists())  # not a link to what has moved
+            if strangers := sorted({file.name for file in files} - wanted.get(folder, set())):
                 raise UserError(
-                    f"{paths.folder(mode) / label} holds {strangers[0]} (and {len(strangers) - 1} more files), from "
-                    f"another source or split. Delete {paths.root}, or choose another name with --dataset."
+                    f"{folder} holds {strangers[0]} (and {len(strangers) - 1} more files), from another source or "
+                    f"split. Delete {paths.root}, or choose another name with --dataset."
                 )
-    missing = [p for p in pictures if p.name not in existing.get((p.mode, p.label), ())]
+    written = 0
     with logs.progress(len(pictures), paths.dataset) as bar:
-        bar.update(len(pictures) - len(missing))
-        for picture in missing:
+        for picture in pictures:
             file = paths.folder(picture.mode) / picture.label / picture.name
-            if link and isinstance(picture.content, Path):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.unlink(missing_ok=True)  # a broken link
-                file.symlink_to(picture.content.absolute())
-            else:
-                write_atomically(file, functools.partial(_fill, picture.content))
+            if file not in existing:
+                _write(file, picture.content, link)
+                written += 1
             bar.update()
-    return len(missing)
+    return written
 
 
-def _fill(content: Path | np.ndarray, file: BinaryIO) -> None:
+def _write(file: Path, content: Path | np.ndarray, link: bool) -> None:
     if not isinstance(content, Path):
-        Image.fromarray(content).save(file, "PNG")
+        image = Image.fromarray(content)
+        write_atomically(file, lambda target: image.save(target, "PNG"))
+        return
+    if link:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)  # a broken link
+        file.symlink_to(content.absolute())
         return
     try:
         source = content.open("rb")
     except OSError as error:
         raise UserError(f"{content} can't be read ({error.strerror}). Unpack its archive again.") from None
     with source:
-        shutil.copyfileobj(source, file, 1 << 20)
+        write_atomically(file, lambda target: shutil.copyfileobj(source, target, 1 << 20))
 
 
-def write_class_names(paths: DatasetPaths, texts: Mapping[str, str]) -> bool:
-    """Write class_names.json, the classes' texts in prompts, unless there is one.  Returns whether it was written."""
+def write_dataset(
+    paths: DatasetPaths, pictures: Sequence[Picture], texts: Mapping[str, str], *, link: bool = False
+) -> None:
+    """Write a dataset in the project's layout, and print a line on each of its parts.
+
+    texts: of the classes in prompts, for class_names.json, unless there is one; bytes of a label that are not UTF-8
+    become JSON escapes.
+    """
+    written = write_pictures(paths, pictures, link=link)
     file = paths.root / "class_names.json"
-    if not file.exists():
-        content = json.dumps(dict(texts), indent=1, ensure_ascii=False) + "\n"
-        # Bytes of a folder's name that are not UTF-8 become JSON escapes.
-        write_atomically(file, lambda f: f.write(content.encode("utf-8", "backslashreplace")))
-        return True
-    return False
+    if texts and not file.exists():
+        write_text(file, json.dumps(dict(texts), indent=1, ensure_ascii=False) + "\n")
+        print(f"{file}: {len(texts)} texts for the prompts, which you may edit")
+    for mode in ("train", "test"):
+        labels = [picture.label for picture in pictures if picture.mode == mode]
+        if labels:
+            print(f"{paths.folder(mode)}: {len(labels)} images of {len(set(labels))} classes")
+    print(f"{written} of {len(pictures)} images were written now")
+
+
+def read_class_list(file: Path) -> dict[str, str | None]:
+    """Class labels and their texts (None without one), from a file in one of these formats:
+
+        n01440764                        one label a line; "# ..." is a comment,
+        n01440764 tench, Tinca tinca     and a text after a tab, or after a space behind a WordNet number (ImageNet's
+                                         LOC_synset_mapping.txt): its first name is taken,
+        {"n01440764": "tench"}           JSON,
+        {"0": ["n01440764", "tench"]}    JSON as imagenet_class_index.json has it,
+        ["n01440764", ...]               a JSON list of labels.
+
+    Raises UserError for anything else.
+    """
+    pairs: list[tuple[str, str | None]] = []
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+        if file.suffix.lower() != ".json":
+            for line in without_comments(content.splitlines()):
+                label, *texts = re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1)
+                pairs.append((label, texts[0] if texts else None))
+        else:
+            listed = parse_json(content.encode(), str(file))
+            items = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
+            pairs = [value if isinstance(value, list) else (key, value) for key, value in items]
+        entries: dict[str, str | None] = {}
+        for label, text in pairs:
+            if entries.setdefault(label, text) != text:
+                raise ValueError(f"{label} has two texts, {entries[label]!r} and {text!r}; keep one")
+        if not entries or not all(isinstance(t, str | None) and isinstance(label, str) for label, t in entries.items()):
+            raise ValueError("it has no labels, or values that are not texts")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is no list of classes ({error}). It may have one label a line.") from None
+    return {label: text and text.partition(",")[0].strip() for label, text in entries.items()}
+
+
+def _class_list(name_or_file: Path) -> Path:
+    """The file of a class list: the user's own, else a published one of this name.  Raises UserError."""
+    if name_or_file.is_file() or name_or_file.suffix or len(name_or_file.parts) > 1:
+        return name_or_file
+    if file := find_list(str(name_or_file)):
+        return file
+    near = difflib.get_close_matches(str(name_or_file), class_lists(), 1, 0.5)
+    hint = f"Did you mean {near[0]}?" if near else f"Lists: {', '.join(class_lists())}."
+    raise UserError(f"--classes: {name_or_file} is neither a file nor a published list. {hint}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,7 +244,7 @@ def _part(text: str) -> slice:
     return slice(*(int(number) if number else None for number in (start, stop)))
 
 
-def take_parts(pictures: Sequence[Picture], parts: Mapping[str, slice]) -> list[Picture]:
+def _take_parts(pictures: Sequence[Picture], parts: Mapping[str, slice]) -> list[Picture]:
     """Of each class and mode, this part of the pictures sorted by name.  Raises UserError for an empty one."""
     groups: dict[tuple[str, str], list[Picture]] = {}
     for picture in sorted(pictures, key=lambda picture: picture.name):
@@ -216,7 +264,7 @@ def curate(options: argparse.Namespace) -> None:
     root = data_dir(options.data_dir)
     if options.what == "digits":
         names = {str(digit): f"digit {name}" for digit, name in enumerate(DIGIT_NAMES)}
-        for dataset, pictures in digits():
+        for dataset, pictures in digits().items():
             write_dataset(DatasetPaths(root, dataset), pictures, names)
         return
     if options.what in class_lists():
@@ -236,48 +284,23 @@ def curate(options: argparse.Namespace) -> None:
     listed = read_class_list(_class_list(options.classes)) if options.classes else {}
     texts = read_class_list(options.texts) if options.texts else {}
 
-    lists = {mode: file for mode in ("train", "test") if (file := getattr(options, f"{mode}_list"))}
-    if lists and (options.what != "folder" or len(lists) < 2):
-        raise UserError("--train-list and --test-list go together, with folder.")
-    if lists:
-        pictures = listed_pictures(source, lists, listed)
+    if options.train_list or options.test_list:
+        if options.what != "folder" or not (options.train_list and options.test_list):
+            raise UserError("--train-list and --test-list go together, with folder.")
+        pictures = listed_pictures(source, {"train": options.train_list, "test": options.test_list}, listed)
     else:
         pictures = SOURCES[options.what].pictures(source, split, listed)
     chosen = set(choose(listed, list(dict.fromkeys(picture.label for picture in pictures)), options.what))
     pictures = [picture for picture in pictures if picture.label in chosen]
-    pictures = take_parts(pictures, {"train": options.train_part, "test": options.test_part})
+    pictures = _take_parts(pictures, {"train": options.train_part, "test": options.test_part})
     labels = sorted({picture.label for picture in pictures})
     prompts = {label: texts.get(label) or listed.get(label) or "" for label in labels}
     named = {label: text.replace("_", " ") or SOURCES[options.what].text(label) for label, text in prompts.items()}
-    if unsaid := [label for label in labels if named[label] == label and is_wordnet_number(label)]:
+    # WordNet's numbers mean nothing to a text encoder.
+    if unsaid := [label for label in labels if named[label] == label and re.fullmatch(r"n\d{8}", label)]:
         print(
             f"class_names.json is not written, as {len(unsaid)} classes have no text for prompts, such as {unsaid[0]}: "
             f"give a list with --texts FILE, or write it yourself."
         )
         named = {}
     write_dataset(paths, pictures, named, link=options.link)
-
-
-def _class_list(name_or_file: Path) -> Path:
-    """The file of a class list: the user's own, else a published one of this name.  Raises UserError."""
-    if name_or_file.is_file() or name_or_file.suffix or len(name_or_file.parts) > 1:
-        return name_or_file
-    if file := find_list(str(name_or_file)):
-        return file
-    near = difflib.get_close_matches(str(name_or_file), class_lists(), 1, 0.5)
-    hint = f"Did you mean {near[0]}?" if near else f"Lists: {', '.join(class_lists())}."
-    raise UserError(f"--classes: {name_or_file} is neither a file nor a published list. {hint}")
-
-
-def write_dataset(
-    paths: DatasetPaths, pictures: Sequence[Picture], texts: Mapping[str, str], *, link: bool = False
-) -> None:
-    """Write a dataset in the project's layout, and print a line on each of its parts."""
-    written = write_pictures(paths, pictures, link=link)
-    if texts and write_class_names(paths, texts):
-        print(f"{paths.root / 'class_names.json'}: {len(texts)} texts for the prompts, which you may edit")
-    for mode in ("train", "test"):
-        labels = [picture.label for picture in pictures if picture.mode == mode]
-        if labels:
-            print(f"{paths.folder(mode)}: {len(labels)} images of {len(set(labels))} classes")
-    print(f"{written} of {len(pictures)} images were written now")
