@@ -11,15 +11,18 @@ from torchvision.transforms import functional
 
 from utils.data.augment import (
     FitSmall,
+    FullSize,
+    LargeTest,
+    LargeTrain,
     SmallAutoAugment,
     SmallTest,
     SmallTrain,
     brightened,
     brightness_factors,
     random_bits,
+    random_boxes,
     uniform,
 )
-from utils.data.augment_large import FullSize, LargeTest, LargeTrain, random_boxes
 from utils.data.autoaugment import CIFAR10_POLICY, IMAGENET_POLICY, auto_augment
 from utils.data.images import read_prepared
 

@@ -21,7 +21,7 @@ from tests.chance import CHI2_999, chi2
 from tests.folders import make_dataset, save_noise, save_picture
 from utils.data import batches as batches_module
 from utils.data import cache as cache_module
-from utils.data.augment_large import FullSize
+from utils.data.augment import FullSize
 from utils.data.batches import EpochBatchSampler, ImageSet, PathTable, TrainingSet, batch_loader
 from utils.data.cache import PictureCache, open_cache
 from utils.data.classes import DataManager, Item

@@ -34,10 +34,9 @@ NOTICES = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 class Signals:
     """Those of NOTICES.  Each raises `Stopped` at once, but while `delayed` holds, the first one is only noted."""
 
-    def __init__(self):
-        self.received: int | None = None
-        self._delayed = False
-        self._since = 0.0
+    received: int | None = None
+    _delayed = False
+    _since = 0.0
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -85,8 +84,8 @@ def run(command: Callable[[], int | None], *, stopped: str = "the same command g
     """Call a command and return its exit code; None counts as 0.
 
     UserError and OSError (a full disk, a file that may not be read) become one line on stderr, of one process where
-    several run the command together; other exceptions are bugs and pass through.  stopped: what to say after a signal,
-    unless the exception has an attribute `going_on`.
+    several run the command together; other exceptions are bugs.  stopped: what to say after a signal, unless the
+    exception has an attribute `going_on`.
     """
     _tolerate_odd_streams()
     _share_the_cores()
@@ -105,9 +104,16 @@ def run(command: Callable[[], int | None], *, stopped: str = "the same command g
             return 0
         return _refuse(f"{error.strerror or error}" + (f": {os.fsdecode(error.filename)}" if error.filename else ""))
     except Exception as error:
-        if (shared_code := _ended_by_another(error)) is None:
+        if not _runs_together():
             raise
-        return shared_code
+        from utils import devices
+
+        if (end := devices.ended_by_another(error)) is None:
+            raise
+        code, message = end
+        if message:
+            print(visible(f"error: {message}"), file=sys.stderr)
+        return code
 
 
 def program(script: str) -> str:
@@ -121,10 +127,10 @@ SPINS = "20000"
 
 
 def _share_the_cores() -> None:
-    """Let torch's threads give way to other programs.  It must be called before torch is imported.
+    """Let torch's threads give way to other programs: GNU's OpenMP lets a thread that waits spin for milliseconds, and
+    where another program has its core, a small network takes ten times as long (docs/benchmarks.md).
 
-    GNU's OpenMP lets a thread that waits spin for milliseconds.  Where another program has taken a core, that is what
-    the thread waits for, and a small network takes ten times as long (docs/benchmarks.md).
+    To be called before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
@@ -169,20 +175,6 @@ def _end(code: int, message: str) -> int:
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # all read the same config: one line for a machine
     if is_first:
         print(visible(message), file=sys.stderr)
-    return code
-
-
-def _ended_by_another(error: Exception) -> int | None:
-    """An exit code, where an exception only tells that another process has ended; else None."""
-    if not _runs_together():
-        return None
-    from utils import devices
-
-    if (end := devices.ended_by_another(error)) is None:
-        return None
-    code, message = end
-    if message:
-        print(visible(f"error: {message}"), file=sys.stderr)
     return code
 
 

@@ -85,12 +85,9 @@ def digits() -> dict[str, list[Picture]]:
 
 
 def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture], *, link: bool = False) -> int:
-    """Write the pictures that are not there yet.  Returns their number.
+    """Write the pictures that are not there yet, or make symbolic links to those that are files.  Returns their number.
 
-    link: make symbolic links to pictures that are files, in place of copies.
-
-    Raises UserError where the dataset holds other pictures: of another source or another split, which could put the
-    same picture into train and test.
+    Raises UserError where the dataset holds pictures of another source or split: one could be in train and test.
     """
     wanted: dict[Path, set[str]] = {}  # class folder -> file names
     for picture in pictures:
@@ -278,6 +275,8 @@ def curate(options: argparse.Namespace) -> None:
         raise UserError("folder needs --source DIR, the folder of class folders, and --dataset NAME, its new name.")
     paths = DatasetPaths(root, options.dataset or options.what)
     source = options.source or root / "downloads"
+    if options.what == "folder" and not source.is_dir():
+        raise UserError(f"--source: {source} is not a folder.")
     if source.resolve() == paths.root.resolve():
         raise UserError(f"--source is {paths.root}, where the dataset would be written. Choose another --dataset.")
     split = Split(options.test_share, options.split_seed)

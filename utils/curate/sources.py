@@ -38,33 +38,25 @@ class Picture(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How each class is divided where there is no official split.
-
-    share: of the test pictures, between 0 and 1; seed: of the choice.
-    """
+    """How each class is divided where there is no official split; share: of the test pictures, between 0 and 1."""
 
     share: float = 0.2
     seed: int = 0
 
 
 def divide(files: Mapping[str, Mapping[str, Path]], split: Split) -> list[Picture]:
-    """Divide label -> name -> file into train and test pictures: of a class's n, round(share * n) are test pictures,
-    but at least one of each kind.
+    """Divide label -> name -> file: of a class's n, round(share * n) are test pictures, but at least one of each kind.
 
-    They are chosen by a hash of seed, label and name, the same on every machine.  Raises UserError for a class with one
-    picture.
+    A hash of seed, label and name chooses them, on every machine the same.  Raises UserError for one picture.
     """
     pictures = []
-    for label, class_files in files.items():
-        if len(class_files) < 2:
-            raise UserError(f"class {label!r} has {len(class_files)} pictures: too few to divide into train and test.")
-        digests = {
-            name: hashlib.sha256(f"{split.seed}/{label}/{name}".encode("utf-8", "surrogateescape")).digest()
-            for name in class_files
-        }
-        count = min(max(round(split.share * len(class_files)), 1), len(class_files) - 1)
-        for_test = set(sorted(class_files, key=digests.__getitem__)[:count])
-        for name, file in class_files.items():
+    for label, named in files.items():
+        if len(named) < 2:
+            raise UserError(f"class {label!r} has {len(named)} pictures: too few to divide into train and test.")
+        texts = {name: f"{split.seed}/{label}/{name}".encode("utf-8", "surrogateescape") for name in named}
+        count = min(max(round(split.share * len(named)), 1), len(named) - 1)
+        for_test = sorted(named, key=lambda name: hashlib.sha256(texts[name]).digest())[:count]
+        for name, file in named.items():
             pictures.append(Picture("test" if name in for_test else "train", label, name, file))
     return pictures
 
@@ -125,11 +117,10 @@ def caltech256(root: Path, split: Split, labels: Iterable[str] | None = None) ->
     _torchvision("Caltech256", root)
     folder = root / "caltech256" / "256_ObjectCategories"
     folders = class_folders(folder)
-    taken = choose(labels, folders, folder) if labels else [label for label in folders if label != CALTECH_CLUTTER]
+    taken = choose(labels or [label for label in folders if label != CALTECH_CLUTTER], folders, folder)
     # only .jpg: there are a stray folder and a script among the archive's pictures
-    return divide(
-        {label: {file.name: file for file in sorted((folder / label).glob("*.jpg"))} for label in taken}, split
-    )
+    files = {label: sorted((folder / label).glob("*.jpg")) for label in taken}
+    return divide({label: {file.name: file for file in files[label]} for label in taken}, split)
 
 
 # Folders of class folders
@@ -140,10 +131,8 @@ def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None
     in <folder>/[train/]<label>/ are divided.
 
     labels: the classes to take, None for all.  Pictures in sub-folders of a class folder are named folder_file.
-    Raises UserError where the folder, a class or pictures of a class are missing.
+    Raises UserError where a class or pictures of a class are missing.
     """
-    if not folder.is_dir():
-        raise UserError(f"--source: {folder} is not a folder.")
     has_train = bool(class_folders(folder / "train"))
     train = folder / "train" if has_train else folder
     taken = choose(labels, class_folders(train), train)
@@ -172,10 +161,10 @@ def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None
 
 
 def _check_level(folder: Path, labels: Sequence[str]) -> None:
-    """Raise UserError where sub-folders are not classes but parts of a split, or groups of classes.
+    """Raise UserError where sub-folders are parts of a split (Kaggle's ImageNet-100: train.X1, ..., val.X) or groups of
+    classes: they hold folders with pictures, and no picture themselves.
 
-    Such are Kaggle's ImageNet-100 (train.X1, ..., train.X4, val.X) and a folder of datasets: they hold folders with
-    pictures, and no picture themselves.  One folder of pictures in each class, as Tiny ImageNet has it, is accepted.
+    One folder of pictures in each class, as Tiny ImageNet has it, is accepted.
     """
     inner = {label: names for label in labels if (names := _only_folders(folder / label))}
     parts = [label for label in inner if re.fullmatch(rf"({'|'.join(MODE_FOLDERS)})(\d+|[._-].*)?", label)]
@@ -229,7 +218,7 @@ def _images(folder: Path) -> dict[str, Path]:
 # Splits that were published as two lists of pictures
 
 
-def read_split_list(file: Path) -> list[PurePosixPath]:
+def _read_split_list(file: Path) -> list[PurePosixPath]:
     """The pictures that a list names: [<train, test, val, ...>/]<class label>/<file name>, each once.
 
     A line is a path, with or without a class number behind it or a dash in front:
@@ -265,9 +254,7 @@ def listed_pictures(folder: Path, lists: Mapping[str, Path], labels: Iterable[st
     others in <folder>/<label>/, then in the folders of the list's own mode, then in those of the other.
     Raises UserError for pictures that are not there, or are in both lists.
     """
-    if not folder.is_dir():
-        raise UserError(f"--source: {folder} is not a folder.")
-    named = {mode: read_split_list(file) for mode, file in lists.items()}
+    named = {mode: _read_split_list(file) for mode, file in lists.items()}
     all_labels = list(dict.fromkeys(path.parent.name for paths in named.values() for path in paths))
     taken = set(choose(labels, all_labels, " and ".join(map(str, lists.values()))))
     names_in = functools.cache(lambda at: frozenset(os.listdir(at)) if at.is_dir() else frozenset())
@@ -304,8 +291,7 @@ def _parts(folder: Path, listed: PurePosixPath, mode: str) -> list[str]:
 
 
 def readable(label: str) -> str:
-    """A class label as a text for prompts: "apple_pie" -> "apple pie", "001.Black_footed_Albatross" -> "Black footed
-    Albatross"."""
+    """A class label as a text for prompts: "apple_pie" -> "apple pie", "001.Laysan_Albatross" -> "Laysan Albatross"."""
     without_number = re.sub(r"^(\d+\.|0\d+[_-]|\d{3,}[_-])", "", label)
     return " ".join(without_number.replace("_", " ").split()) or label
 
@@ -320,7 +306,7 @@ class Source(NamedTuple):
     """A dataset, or kind of folder, that `python -m utils.curate` knows by name.
 
     pictures: (folder of the archives or class folders, split, labels to take, none for all) -> pictures; it may ignore
-    a split that it does not need, and labels, as the command leaves out what was not asked for.
+    the split and the labels, as the command takes those of the labels.
     text: class label -> the text of its prompts, where no list gives one.
     """
 

@@ -28,8 +28,8 @@ class Known:
     """Defaults by a dataset's name.
 
     flip: whether training mirrors images; small_statistics: mean and standard deviation of each channel, for small
-    images (large ones are normalised with ImageNet's); resolution: the preset of compress/run.py, None to choose by the
-    images' size; pycil_jitter: whether PyCIL jitters the brightness of this dataset's large images.
+    images (large ones have ImageNet's); resolution: the preset of compress/run.py, None to choose by the images' size;
+    pycil_jitter: whether PyCIL jitters the brightness of this dataset's large images.
     """
 
     flip: bool = True
@@ -108,29 +108,25 @@ def dataset_defaults(
     network_input: of a backbone with a size of its own, to which images of all sizes are brought.
     """
     # These import torch, whose import takes seconds: the size and the preset are known before.
-    from utils.data.augment import BRIGHTNESS, Normalise, SmallAutoAugment, SmallTest, SmallTrain, Unaugmented
-    from utils.data.augment_large import SIDE, LargeTest, LargeTrain
+    from utils.data import augment
 
-    entry = known(name)
-    kind: ImageKind = "small" if min(sample_image_size) <= SMALL_SIDE and network_input is None else "large"
+    entry, autoaugment = known(name), augmentation == "autoaugment"
     train: TrainTransform
     test: TestTransform
-    if kind == "small":
-        test, statistics = SmallTest(), entry.small_statistics
-        train = SmallAutoAugment(entry.flip) if augmentation == "autoaugment" else SmallTrain(entry.flip)
+    if min(sample_image_size) <= SMALL_SIDE and network_input is None:
+        kind: ImageKind = "small"
+        test, statistics = augment.SmallTest(), entry.small_statistics
+        train = augment.SmallAutoAugment(entry.flip) if autoaugment else augment.SmallTrain(entry.flip)
     else:
-        side, test, statistics = SIDE, LargeTest(), IMAGENET_STATISTICS
+        kind, side, statistics = "large", augment.SIDE, IMAGENET_STATISTICS
+        test = augment.LargeTest()
         if network_input is not None:
             side, statistics = network_input.side, (network_input.mean, network_input.std)
-            test = LargeTest(side, network_input.resize, network_input.mode)
-        train = LargeTrain(entry.flip, side=side)
+            test = augment.LargeTest(side, network_input.resize, network_input.mode)
+        train = augment.LargeTrain(entry.flip, side=side)
         if augmentation == "pycil":
-            train = LargeTrain(entry.flip, BRIGHTNESS if entry.pycil_jitter else 0.0, autoaugment=False, side=side)
+            brightness = augment.BRIGHTNESS if entry.pycil_jitter else 0.0
+            train = augment.LargeTrain(entry.flip, brightness, autoaugment=False, side=side)
     if augmentation == "none":
-        train = Unaugmented(test)
-    return DatasetDefaults(
-        image_kind=kind,
-        train_transform=train,
-        test_transform=test,
-        normalise=Normalise(*statistics),
-    )
+        train = test
+    return DatasetDefaults(kind, train, test, augment.Normalise(*statistics))
