@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import os
 import pickle
 import re
 import shlex
@@ -22,7 +23,7 @@ from tests.folders import make_dataset, save_noise, save_picture
 from utils.data import batches as batches_module
 from utils.data import cache as cache_module
 from utils.data.augment import FullSize
-from utils.data.batches import EpochBatchSampler, ImageSet, PathTable, TrainingSet, batch_loader
+from utils.data.batches import EpochBatchSampler, ImageSet, TrainingSet, batch_loader, path_table
 from utils.data.cache import PictureCache, open_cache
 from utils.data.classes import DataManager, Item
 from utils.data.datasets import dataset_defaults
@@ -390,8 +391,8 @@ def test_the_first_missing_copy_is_the_one_that_is_gone(tmp_path):
 def test_workers_do_not_copy_the_paths():
     """A forked process that reads all of them writes to next to no memory."""
     paths = [Path(f"/data/Many/train/class {i // 1000}/{i:08d}.jpg") for i in range(50_000)]
-    table = PathTable(paths)
-    assert list(table) == list(map(str, paths))
+    table = path_table(paths)
+    assert list(map(os.fsdecode, table)) == list(map(str, paths))
 
     def private_kib() -> int:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

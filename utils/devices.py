@@ -48,14 +48,12 @@ _device: torch.device | None = None  # of the Fabric that was launched last
 def launch(
     accelerator: str, devices: int | list[int], precision: Precision = "32-true", patience: timedelta | None = None
 ) -> Fabric:
-    """The launched Fabric.  On GPUs too float32 is float32, and kernels are not chosen by timing.
-
-    cuDNN's convolutions round float32 to TensorFloat-32's 10 bits by default, which makes pictures and features depend
-    on the device.  With cudnn.benchmark, runs that are equal otherwise may choose different kernels.
+    """The launched Fabric.  Pictures and features do not depend on the device: on GPUs too float32 is float32, which
+    cuDNN would round to TensorFloat-32's 10 bits, and kernels are not chosen by timing (cudnn.benchmark).
 
     accelerator: "auto", "cpu" or "cuda"; devices: their number or indices, ignored where torchrun or SLURM has started
     the processes; patience: how long a process waits for the others, where they work separately and meet at the end
-    (they then communicate through gloo); None for processes that train together.
+    (through gloo); None for processes that train together.
     Raises UserError for a device that is not there, more processes than GPUs, or a precision that the device lacks.
     """
     per_node, nodes = _started_processes()
@@ -101,9 +99,9 @@ def _leave() -> None:
 
 
 def end_together(code: int) -> tuple[int, bool]:
-    """Let the processes of a run end, one after an error or a signal.
+    """Let the processes of a run end, one of them after an error or a signal.
 
-    Returns the exit code of the first one that ends, and whether it is this one, which then says why.
+    Returns the exit code of the first that ends, and whether it is this one, which then says why.
     """
     store, world_size = _get_default_store(), torch.distributed.get_world_size()
     own = f"{code} {torch.distributed.get_rank()}"
@@ -194,10 +192,7 @@ def all_reduce(fabric: Fabric, tensor: Tensor, op: str) -> Tensor:
 
 
 def by_all(fabric: Fabric, function: Callable[[], T]) -> list[T]:
-    """What each process's call returns, by rank, in all of them.
-
-    UserErrors end them all; the first one is printed by process 0.
-    """
+    """What each process's call returns, by rank, in all of them.  UserErrors end them all; process 0 prints one."""
     value: Any = None
     error: str | None = None
     try:

@@ -108,25 +108,18 @@ def load_json(file: Path) -> Any:
     take the last one), and for values nested too deeply.
     """
     try:
-        content = file.read_bytes()
+        return json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_no_key_twice)
     except OSError as error:
         raise UserError(f"{file} can't be read ({error.strerror}).") from None
-    return parse_json(content, str(file))
-
-
-def parse_json(content: bytes, name: str) -> Any:
-    """The same of a file's content.  name: of the file, for messages."""
-    try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_no_key_twice)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        raise UserError(f"{name} is not valid JSON: {where}.") from None
+        raise UserError(f"{file} is not valid JSON: {where}.") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not in UTF-8: byte {error.start} is {error.object[error.start]:#04x}.") from None
+        raise UserError(f"{file} is not in UTF-8: byte {error.start} is {error.object[error.start]:#04x}.") from None
     except RecursionError:
-        raise UserError(f"{name} can't be read as JSON: its values are nested too deeply.") from None
+        raise UserError(f"{file} can't be read as JSON: its values are nested too deeply.") from None
     except ValueError as error:  # a key given twice, a number of too many digits
-        raise UserError(f"{name} can't be read as JSON: {error}.") from None
+        raise UserError(f"{file} can't be read as JSON: {error}.") from None
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

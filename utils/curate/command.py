@@ -44,10 +44,10 @@ from PIL import Image
 from utils import cli
 from utils import log as logs
 from utils.curate.sources import SOURCES, Picture, Split, choose, class_folders, listed_pictures
+from utils.data.datasets import class_lists, find_list, without_comments
 from utils.data.paths import DatasetPaths, data_dir
-from utils.data.published import class_lists, find_list, without_comments
 from utils.errors import UserError
-from utils.files import parse_json, write_atomically, write_text
+from utils.files import load_json, write_atomically, write_text
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_SPLIT = (
@@ -89,28 +89,23 @@ def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture], *, link: bo
 
     Raises UserError where the dataset holds pictures of another source or split: one could be in train and test.
     """
-    wanted: dict[Path, set[str]] = {}  # class folder -> file names
-    for picture in pictures:
-        wanted.setdefault(paths.folder(picture.mode) / picture.label, set()).add(picture.name)
+    wanted = {paths.folder(picture.mode) / picture.label / picture.name: picture for picture in pictures}
     existing = set()
     for mode in ("train", "test"):
         for label in class_folders(paths.folder(mode)):
-            folder, files = paths.folder(mode) / label, paths.images(label, mode)
+            files = paths.images(label, mode)
             existing.update(file for file in files if file.exists())  # not a link to what has moved
-            if strangers := sorted({file.name for file in files} - wanted.get(folder, set())):
+            if strangers := [file for file in files if file not in wanted]:
                 raise UserError(
-                    f"{folder} holds {strangers[0]} (and {len(strangers) - 1} more files), from another source or "
-                    f"split. Delete {paths.root}, or choose another name with --dataset."
+                    f"{strangers[0].parent} holds {strangers[0].name} (and {len(strangers) - 1} more files), from "
+                    f"another source or split. Delete {paths.root}, or choose another name with --dataset."
                 )
-    written = 0
-    with logs.progress(len(pictures), paths.dataset) as bar:
-        for picture in pictures:
-            file = paths.folder(picture.mode) / picture.label / picture.name
-            if file not in existing:
-                _write(file, picture.content, link)
-                written += 1
+    missing = [file for file in wanted if file not in existing]
+    with logs.progress(len(wanted), paths.dataset, done=len(wanted) - len(missing)) as bar:
+        for file in missing:
+            _write(file, wanted[file].content, link)
             bar.update()
-    return written
+    return len(missing)
 
 
 def _write(file: Path, content: Path | np.ndarray, link: bool) -> None:
@@ -163,17 +158,16 @@ def read_class_list(file: Path) -> dict[str, str | None]:
 
     Raises UserError for anything else.
     """
-    pairs: list[tuple[str, str | None]] = []
     try:
-        content = file.read_text(encoding="utf-8-sig")
-        if file.suffix.lower() != ".json":
-            for line in without_comments(content.splitlines()):
-                label, *texts = re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1)
-                pairs.append((label, texts[0] if texts else None))
-        else:
-            listed = parse_json(content.encode(), str(file))
+        pairs: list[tuple[str, str | None]]
+        if file.suffix.lower() == ".json":
+            listed = load_json(file)
             items = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
             pairs = [value if isinstance(value, list) else (key, value) for key, value in items]
+        else:
+            lines = without_comments(file.read_text(encoding="utf-8-sig").splitlines())
+            parts = [re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1) for line in lines]
+            pairs = [(label, texts[0] if texts else None) for label, *texts in parts]
         entries: dict[str, str | None] = {}
         for label, text in pairs:
             if entries.setdefault(label, text) != text:

@@ -52,13 +52,10 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
 
     `set_epoch(e)` sets the epoch of the next iteration, `set_epoch(e, step)` skips its first `step` batches.
     Each (model_seed, phase, epoch) has one permutation of all items, cut into batches of `batch_size` items over all
-    processes; the last batch may be smaller.  Rank r takes items r, r + world_size, ... of each batch.
-
-    All ranks take the same number of steps, or distributed training would hang: where the last batch has fewer items
-    than there are ranks, the ranks without an item repeat one, which `sizes` does not count.
+    processes; the last batch may be smaller.  Rank r takes items r, r + world_size, ... of each batch; in a last batch
+    of fewer items than ranks, ranks without an item repeat one, which `sizes` does not count, or training would hang.
 
     views: how often a batch has its items, one after another, with random numbers of their own.
-
     Raises UserError for a batch_size below world_size.
     """
 
@@ -106,24 +103,13 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             yield [(epoch + view * _VIEW, index) for view in range(self.views) for index in own]
 
 
-class PathTable(Sequence[str]):
-    """The texts of paths, kept in two blocks of bytes.
+def path_table(paths: Iterable[Path]) -> np.ndarray:
+    """The paths as bytes, in one block of memory.
 
     Worker processes share their parent's memory until it is written to, and reading a Python object writes its
-    reference count.  A list of Path objects would thus be copied into each worker: 200 MB for ImageNet.
-    They are returned as texts, because a new Path interns its parts, which touches the parent's strings.
+    reference count: a list of Path objects would be copied into each worker, 200 MB for ImageNet.
     """
-
-    def __init__(self, paths: Iterable[Path]):
-        names = [os.fsencode(path) for path in paths]
-        self._text = b"".join(names)
-        self._ends = np.cumsum([0, *map(len, names)])
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices are taken
-        return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]])
+    return np.array([os.fsencode(path) for path in paths], np.bytes_)
 
 
 class Batched(Dataset, abc.ABC):
@@ -140,14 +126,12 @@ class Batched(Dataset, abc.ABC):
 
 
 class TrainingSet(Batched):
-    """The training set of a phase, augmented differently in each epoch.
+    """The training set of a phase, augmented differently in each epoch.  Keys are (epoch, index).
 
     An exemplar that is not kept as an image is read as one of its K copies, each equally often.  An image is replaced
     by one of its K copies with probability p: new images and real exemplars for scope "all", only real exemplars for
     "exemplars".
-
     augmentation_prob: p; augmentations_per_image: K; pixels: cache of decoded pictures, None to decode each time.
-    Keys are (epoch, index); the result for a key does not depend on earlier calls.
     """
 
     def __init__(
@@ -162,11 +146,9 @@ class TrainingSet(Batched):
         phase: int,
         pixels: PictureCache | None = None,
     ):
-        self.images = PathTable(item.image for item in items)
-        self.paths = paths
-        self.transform = transform
+        self.images, self.paths = path_table(item.image for item in items), paths
+        self.transform, self.pixels = transform, pixels
         self.augmentations_per_image = augmentations_per_image
-        self.pixels = pixels
         chances = {NEW: augmentation_prob if augmentation_scope == "all" else 0.0, REAL: augmentation_prob}
         self._copy_prob = np.array([chances.get(item.role, 1.0) for item in items])
         self._targets = np.array([item.target for item in items], np.int64)
@@ -198,12 +180,12 @@ class TrainingSet(Batched):
         """The prepared picture of an item (number _ITSELF) or of one of its copies."""
         if (picture := self._seen.get((index, number))) is not None:
             return picture
-        image = self.images[index]
+        image = os.fsdecode(self.images[index])
         path = image if number == _ITSELF else self.paths.copy(Path(image), number)
         if self.pixels is None:
             return read_prepared(path, self.transform.prepare)
-        picture, kept = self.pixels.read(path)
-        if kept:
+        picture, is_cached = self.pixels.read(path)
+        if is_cached:
             self._seen[index, number] = picture
         return picture
 
@@ -212,7 +194,7 @@ class ImageSet(Batched):
     """Images under the test transform, for evaluation and features.  Keys are indices.
 
     pixels: cache of decoded pictures.  Small ones are added to it, as decoding takes most of their batches' time; large
-    ones are not: they are read once per phase, and the cache is for training pictures.
+    ones, which are read once per phase, are not.
     """
 
     def __init__(
@@ -224,16 +206,14 @@ class ImageSet(Batched):
     ):
         if len(images) != len(targets):
             raise ValueError(f"{len(images)} images, {len(targets)} targets")
-        self.images = PathTable(images)
-        self.targets = np.array(targets, np.int64)
-        self.transform = transform
-        self.pixels = pixels
+        self.images, self.targets = path_table(images), np.array(targets, np.int64)
+        self.transform, self.pixels = transform, pixels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitems__(self, keys: Sequence[int]) -> Batch:
-        pictures = [self._picture(self.images[index]) for index in keys]
+        pictures = [self._picture(os.fsdecode(self.images[index])) for index in keys]
         index = np.array(keys, np.int64)
         return torch.from_numpy(index), self.transform(pictures), torch.from_numpy(self.targets[index])
 
@@ -271,28 +251,22 @@ def _fitting_workers(dataset: Batched, batches: Iterable[Sequence], workers: int
         free = shutil.disk_usage("/dev/shm").free
     except OSError:
         return workers
-    first = next(iter(batches), None) if workers and free < _AMPLE_SHARED_MEMORY else None
-    if first is None:
+    if not workers or free >= _AMPLE_SHARED_MEMORY or not (first := next(iter(batches), [])):
         return workers
     needed = workers * (_PREFETCHED + 1) * len(first) * dataset[first[0]][1].nbytes
     if needed <= free:
         return workers
     log.warning(
-        "num_workers: %d workers need up to %d MB of shared memory, /dev/shm has %d MB: continuing without workers. "
-        "Enlarge it (docker run --shm-size=2g), or lower batch_size or num_workers.",
-        workers,
-        needed >> 20,
-        free >> 20,
+        f"num_workers: {workers} workers need up to {needed >> 20} MB of shared memory, /dev/shm has {free >> 20} MB: "
+        "continuing without workers. Enlarge it (docker run --shm-size=2g), or lower batch_size or num_workers."
     )
     return 0
 
 
 def _start_worker(worker: int) -> None:
-    """Share memory with the main process, and outlive the signals that it gets.
-
-    The garbage collector must not write to, and so copy, the main process's objects.  Ctrl-C and a scheduler's notice
-    reach the workers too, when training wants a few more batches.  The main process ends them, and multiprocessing does
-    so by SIGTERM: after that they live for some seconds at most.
+    """Share memory with the main process: the garbage collector must not write to, and so copy, its objects.  Outlive
+    Ctrl-C and a scheduler's notice, after which training wants a few more batches; multiprocessing ends workers by
+    SIGTERM, after which they live for some seconds at most.
     """
     gc.freeze()
     for notice in NOTICES:

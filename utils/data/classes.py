@@ -141,10 +141,7 @@ class DataManager(PhasedClasses):
         paths.warn_of_nested(labels)
 
     def _hold_out(self, number: int) -> None:
-        """Part the train images of each class into those that stay and `number` that are evaluated.
-
-        Which ones is a function of the class's label and its images, the same in all runs.  Raises UserError.
-        """
+        """Evaluate on `number` train images of each class, a function of its label and images.  Raises UserError."""
         for target, (label, images) in enumerate(zip(self.class_names, self._train, strict=True)):
             if len(images) <= number:
                 where = self.paths.folder("train") / label
@@ -192,10 +189,7 @@ class DataManager(PhasedClasses):
         return 3 * width * height * sum(map(len, self._train))
 
     def check_phases(self, first: int) -> bool:
-        """Make sure that there are train images of the classes of a phase and of those after it.
-
-        Returns whether those of a class of an earlier phase are gone.  Raises UserError.
-        """
+        """Whether train images of classes of earlier phases are gone.  Raises UserError where later ones' are."""
         self._check_no_class_is_empty(self.phase_starts[first])
         return not all(self._train)
 
@@ -231,9 +225,9 @@ def phase_starts(nb_classes: int, init_cls: int, increment: int | Sequence[int])
 def typical_size(images: Mapping[str, Sequence[Path]]) -> tuple[int, int]:
     """(width, height) of a dataset's typical image, by headers.
 
-    images: of each class, by label.  Takes the first image of up to nine classes, evenly spread over the sorted labels
-    so that the order of the classes does not matter, and of these the one with the median shorter side.
-    At least one class must have an image.  Raises UnreadableImage.
+    images: of each class, by label; at least one.  Of the first images of up to nine classes, evenly spread over the
+    sorted labels so that the classes' order does not matter, the one with the median shorter side.
+    Raises UnreadableImage.
     """
     first = [images[label][0] for label in sorted(images) if images[label]]
     chosen = np.linspace(0, len(first) - 1, min(len(first), 9)).round().astype(int)

@@ -210,15 +210,14 @@ def _level(size: Size) -> int:
 
 def _sequence_header(quality: int, size: Size, greyscale: bool) -> bytes:
     """Of an AV1 still picture as libaom writes it (section 5.5): 8 bits, full range, BT.709 primaries, sRGB transfer,
-    BT.601 matrix, 4:2:0 or greyscale; blocks of 64, all tools but superresolution and, in
-    what is lossless, directional enhancement."""
+    BT.601 matrix, 4:2:0 or greyscale; blocks of 64, all tools but superresolution and, in what is lossless,
+    directional enhancement."""
     height, width = size
-    bits = f"00011{_level(size):05b}"
-    lengths = [max(1, (side - 1).bit_length()) for side in (width, height)]
-    bits += "".join(f"{length - 1:04b}" for length in lengths)
-    bits += "".join(f"{side - 1:0{length}b}" for side, length in zip((width, height), lengths, strict=True))
-    bits += f"0110{int(quality < 100)}10{int(greyscale)}1{1:08b}{13:08b}{6:08b}1" + "000" * (not greyscale) + "01"
-    return int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8))
+    columns, rows = (max(1, (side - 1).bit_length()) for side in (width, height))
+    bits = f"00011{_level(size):05b}{columns - 1:04b}{rows - 1:04b}{width - 1:0{columns}b}{height - 1:0{rows}b}"
+    bits += f"0110{int(quality < 100)}10{int(greyscale)}1{1:08b}{13:08b}{6:08b}1{'' if greyscale else '000'}01"
+    nb_bytes = -(-len(bits) // 8)
+    return int(bits.ljust(8 * nb_bytes, "0"), 2).to_bytes(nb_bytes)
 
 
 def _stream_start(quality: int, size: Size, greyscale: bool) -> bytes:
@@ -248,7 +247,7 @@ def _avif_file(payload: bytes, quality: int, size: Size, greyscale: bool) -> byt
     """The boxes are those that libavif writes (AV1 Image File Format, section 2; ISO/IEC 23008-12)."""
     stream = _stream_start(quality, size, greyscale) + varint(len(payload)) + payload
     channels, level = (1 if greyscale else 3), _level(size)
-    start = _box(b"ftyp", b"avif\0\0\0\0avifmif1miaf" + b"MA1B" * (not greyscale))
+    start = _box(b"ftyp", b"avif\0\0\0\0avifmif1miaf", b"" if greyscale else b"MA1B")
     properties = [
         _box(b"ispe", bytes(4), size[1].to_bytes(4), size[0].to_bytes(4)),
         _box(b"pixi", bytes(4), bytes([channels, *[8] * channels])),
@@ -264,11 +263,7 @@ def _avif_file(payload: bytes, quality: int, size: Size, greyscale: bool) -> byt
             _box(b"pitm", bytes(4) + b"\0\x01"),
             _box(b"iloc", bytes(4) + b"\x44\0\0\x01\0\x01\0\0\0\x01", offset.to_bytes(4), len(stream).to_bytes(4)),
             _box(b"iinf", bytes(4) + b"\0\x01", _box(b"infe", b"\x02\0\0\0\0\x01\0\0av01Color\0")),
-            _box(
-                b"iprp",
-                _box(b"ipco", *properties),
-                _box(b"ipma", bytes(4) + b"\0\0\0\x01\0\x01\x04\x01\x02\x83\x04"),
-            ),
+            _box(b"iprp", _box(b"ipco", *properties), _box(b"ipma", bytes(7) + b"\x01\0\x01\x04\x01\x02\x83\x04")),
         )
 
     return start + meta(len(start) + len(meta(0)) + 8) + _box(b"mdat", stream)
@@ -286,8 +281,7 @@ def _jxl_entry(length: int) -> bytes:
 def _jxl_shared(quality: int, size: Size, greyscale: bool) -> tuple[bytes, bytes]:
     """(the headers up to the table of contents, the section's beginning) that smooth pictures of this size share.
 
-    They are the encoder's; its version is one of the form's settings.  Empty where a side is longer than that of
-    pictures of one section.
+    They are the encoder's, whose version is one of the form's settings.  Empty for pictures of several sections.
     """
     if max(size) > 256:
         return b"", b""
@@ -314,10 +308,9 @@ def _jxl_parts(file: bytes) -> tuple[bytes, bytes]:
 
 
 def _jxl_payload(file: bytes, quality: int, size: Size, greyscale: bool) -> bytes | None:
-    shared, (head, section) = _jxl_shared(quality, size, greyscale), _jxl_parts(file)
-    if not section or head != shared[0] or not section.startswith(shared[1]):
-        return None
-    return section[len(shared[1]) :]
+    (shared, beginning), (head, section) = _jxl_shared(quality, size, greyscale), _jxl_parts(file)
+    is_like_others = section and head == shared and section.startswith(beginning)
+    return section[len(beginning) :] if is_like_others else None
 
 
 def _jxl_file(payload: bytes, quality: int, size: Size, greyscale: bool) -> bytes:

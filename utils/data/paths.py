@@ -6,10 +6,10 @@
     <data-dir>/<dataset>/exemplars/<class-label>/<stem>_seed00.jpg
 
 Other exemplar forms have folders of their own instead of the last two (`FormFiles`).  A variant's folders are
-`edge_maps-<variant>` and `exemplars-<variant>`.  Paths are built from their parts, so the data folder's own path may
-contain `train`.  What belongs to a train image lies beside the `train` folder that the image itself is in, which may be
-another data folder's: exemplars that come from a memory's archive are in one of their own.  Where two images of a class
-differ only in their ending (`a.jpg`, `a.png`), the files derived from them have the whole name as their stem.
+`edge_maps-<variant>` and `exemplars-<variant>`.  What belongs to a train image lies beside the `train` folder that the
+image itself is in, which may be another data folder's: exemplars from a memory's archive are in one of their own.
+Where two images of a class differ only in their ending (`a.jpg`, `a.png`), files derived from them have the whole name
+as their stem.
 """
 
 import difflib
@@ -24,8 +24,8 @@ from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.data.datasets import FETCHED, class_lists, curate_command
 from utils.data.images import is_image
-from utils.data.published import FETCHED, class_lists, curate_command
 from utils.errors import UserError
 from utils.files import load_json
 
@@ -55,10 +55,9 @@ def find_dataset(folder: Path, name: str) -> str:
 
 @dataclass(frozen=True)
 class FormFiles:
-    """The folders of an exemplar form, beside `train`; the defaults are those of edge maps.
+    """The folders of an exemplar form, beside `train`, and the endings of its files; by default those of edge maps.
 
-    kept: folder of the kept files; copies: folder of the copies; kept_endings: of kept files: the first is written, all
-    are read; copy_ending: of copies.
+    kept_endings: the first is written, all are read.
     """
 
     kept: str = "edge_maps"
@@ -71,8 +70,8 @@ class FormFiles:
 class DatasetPaths:
     """One dataset's folders.
 
-    data_dir: the folder of all datasets; dataset: the dataset's folder name in it; variant: name of a separate set of
-    kept files and copies, "" for the default one; files: of the exemplar form.
+    data_dir: of all datasets; dataset: the folder's name in it; variant: name of a separate set of kept files and
+    copies, "" for the default one; files: of the exemplar form.
     Raises UserError for a dataset or variant that is no folder name.
     """
 
@@ -168,16 +167,11 @@ class DatasetPaths:
         """The folder with the copies of a class's images."""
         return self.folder("copies") / label
 
-    def copy_names(self, image: Path, count: int) -> list[str]:
-        """File names of copies 0 ... count-1 of a train image, within its class's `copies_folder`."""
-        return [self.copy_name(image, k) for k in range(count)]
-
     def class_texts(self, labels: Iterable[str] | None = None) -> dict[str, str]:
         """Class label -> its text in prompts: the entry of `class_names.json`, else the label.
 
-        labels: of some classes, whether they have a folder or not; None for all that have one.  Labels match whether
-        their accents are composed or not.  Bytes of a label that are not UTF-8 become "?".  For all classes, logs a
-        warning about entries that match none.
+        labels: None for all that have a folder, with a warning about entries that match none.  Labels match whether
+        their accents are composed or not.  Bytes of a label that are not UTF-8 become "?".
         """
         entries = self._class_names()
         chosen = self.classes() if labels is None else labels
