@@ -195,9 +195,9 @@ def prepare(config: Config) -> "Experiment":
 
 def start(config: Config) -> "Fabric":
     """The processes of the run, on its device.  Raises UserError."""
-    from utils.devices import accelerator, launch
+    from utils.devices import launch
 
-    fabric = launch(*accelerator(config.device), config.precision)
+    fabric = launch(config.device, config.precision)
     if config.batch_size < fabric.world_size:
         raise UserError(
             f"batch_size {config.batch_size} is less than one image for each of {fabric.world_size} processes."

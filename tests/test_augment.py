@@ -10,6 +10,8 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from utils.data.augment import (
+    CIFAR10_POLICY,
+    IMAGENET_POLICY,
     FitSmall,
     FullSize,
     LargeTest,
@@ -17,13 +19,13 @@ from utils.data.augment import (
     SmallAutoAugment,
     SmallTest,
     SmallTrain,
+    auto_augment,
     brightened,
     brightness_factors,
     random_bits,
     random_boxes,
     uniform,
 )
-from utils.data.autoaugment import CIFAR10_POLICY, IMAGENET_POLICY, auto_augment
 from utils.data.images import read_prepared
 
 SIZES = [(32, 32), (28, 28), (32, 47), (47, 32), (64, 64), (17, 29)]

@@ -137,8 +137,8 @@ def _share_the_cores() -> None:
 
 
 def _tolerate_odd_streams() -> None:
-    """Let a program whose output is closed, as by >&-, write to nowhere; Python leaves it without the stream.  Names
-    that the terminal's encoding does not know are printed escaped, instead of ending the command."""
+    """A closed stream (>&-), which Python leaves out, leads nowhere; names that the terminal's encoding does not know
+    are printed escaped."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -233,13 +233,12 @@ def output_file(text: str) -> Path:
     return file
 
 
+# Control characters but the tab and the end of a line, and those that turn the direction of writing.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but the tab and the end of a line, and those that turn the direction of writing."""
 
 
 def visible(text: str) -> str:
-    """A text for the terminal with control characters as escapes: names and texts of other people's files could clear
-    the screen, colour it or pretend to be other lines."""
+    """A text for the terminal with control characters as escapes: other people's files could clear or colour it."""
     return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 

@@ -10,6 +10,7 @@ import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
 import atexit
 import importlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,32 +46,33 @@ Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 _device: torch.device | None = None  # of the Fabric that was launched last
 
 
-def launch(
-    accelerator: str, devices: int | list[int], precision: Precision = "32-true", patience: timedelta | None = None
-) -> Fabric:
+def launch(device: str | list[int], precision: Precision = "32-true", patience: timedelta | None = None) -> Fabric:
     """The launched Fabric.  Pictures and features do not depend on the device: on GPUs too float32 is float32, which
     cuDNN would round to TensorFloat-32's 10 bits, and kernels are not chosen by timing (cudnn.benchmark).
 
-    accelerator: "auto", "cpu" or "cuda"; devices: their number or indices, ignored where torchrun or SLURM has started
-    the processes; patience: how long a process waits for the others, where they work separately and meet at the end
-    (through gloo); None for processes that train together.
+    device: auto, cpu, cuda, cuda:N or the indices of CUDA devices; which ones is ignored where torchrun or SLURM has
+    started the processes; patience: how long a process waits for the others, where they work separately and meet at the
+    end (through gloo); None for processes that train together.
     Raises UserError for a device that is not there, more processes than GPUs, or a precision that the device lacks.
     """
     per_node, nodes = _started_processes()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if accelerator == "auto":
-        accelerator = "cuda" if gpus else "cpu"
+    if isinstance(device, str) and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UserError(f"a device is auto, cpu, cuda or cuda:N, not {device!r}.")
+    on_cpu = device == "cpu" or (device == "auto" and not gpus)
+    devices: int | list[int] = 1
     if per_node * nodes > 1:
-        if accelerator == "cuda" and per_node > gpus:
+        if not on_cpu and per_node > gpus:
             raise UserError(f"{per_node} processes were started on this machine, which has {gpus} GPUs for them.")
         devices = per_node
-    elif accelerator == "cuda":
-        highest = max(devices) if isinstance(devices, list) else devices - 1
-        if highest >= gpus:
+    elif not on_cpu:
+        devices = device if isinstance(device, list) else [int(device.partition(":")[2] or 0)]
+        if max(devices) >= gpus:
             available = f"this machine has CUDA devices 0 to {gpus - 1}" if gpus else "this machine has no CUDA device"
-            raise UserError(f'there is no device cuda:{highest}; {available}. Choose another, or "cpu".')
-    if precision == "16-mixed" and accelerator == "cpu":
+            raise UserError(f'there is no device cuda:{max(devices)}; {available}. Choose another, or "cpu".')
+    if precision == "16-mixed" and on_cpu:
         raise UserError("precision: 16-mixed needs a GPU, and this runs on the CPU. Use 32-true or bf16-mixed.")
+    accelerator = "cpu" if on_cpu else "cuda"
     strategy: DDPStrategy | Literal["auto"] = "auto"
     if per_node * nodes > 1 or (isinstance(devices, list) and len(devices) > 1):
         backend = None if patience is None else "gloo"
@@ -166,21 +168,6 @@ def check_compiler(device: torch.device) -> None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise UserError(f"compile: torch.compile does not work here ({reason[:200]}). Set compile to false.") from error
-
-
-def accelerator(device: str | list[int]) -> tuple[str, int | list[int]]:
-    """Lightning Fabric's (accelerator, devices) of a device: auto, cpu, cuda, cuda:N or the numbers of CUDA devices.
-
-    Raises UserError for any other name.
-    """
-    if isinstance(device, list):
-        return "cuda", device
-    kind, _, index = device.partition(":")
-    if kind == "cuda" and index.isdecimal():
-        return "cuda", [int(index)]
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"a device is auto, cpu, cuda or cuda:N, not {device!r}.")
-    return device, 1
 
 
 # What processes tell each other

@@ -104,8 +104,8 @@ def content_digest(files: Sequence[Path], most: int = 3) -> str:
 def load_json(file: Path) -> Any:
     """The value of a JSON file in UTF-8, with or without a byte order mark.
 
-    Raises UserError for a file that can't be read or is not JSON, for an object that has a key twice (Python would
-    take the last one), and for values nested too deeply.
+    Raises UserError for a file that can't be read or is not JSON, and for a key twice in an object (Python would take
+    the last one).
     """
     try:
         return json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_no_key_twice)

@@ -54,8 +54,7 @@ DIGIT_SPLIT = (
     ("MNIST-ControlNet", "train", range(250)),
     ("MNIST", "train", range(250, 350)),
     ("MNIST", "test", range(350, 500)),
-)
-"""(dataset, mode, indices of a class's 500 digits in the package's order)."""
+)  # dataset, mode, indices of a class's 500 digits in the package's order
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +89,7 @@ def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture], *, link: bo
     Raises UserError where the dataset holds pictures of another source or split: one could be in train and test.
     """
     wanted = {paths.folder(picture.mode) / picture.label / picture.name: picture for picture in pictures}
-    existing = set()
+    existing: set[Path] = set()
     for mode in ("train", "test"):
         for label in class_folders(paths.folder(mode)):
             files = paths.images(label, mode)
@@ -163,7 +162,7 @@ def read_class_list(file: Path) -> dict[str, str | None]:
         if file.suffix.lower() == ".json":
             listed = load_json(file)
             items = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
-            pairs = [value if isinstance(value, list) else (key, value) for key, value in items]
+            pairs = [tuple(value) if isinstance(value, list) else (key, value) for key, value in items]
         else:
             lines = without_comments(file.read_text(encoding="utf-8-sig").splitlines())
             parts = [re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1) for line in lines]
@@ -212,6 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for mode in ("train", "test"):
         parser.add_argument(f"--{mode}-list", type=cli.path, metavar="FILE", help=f"of a folder, the {mode} pictures")
+        parser.add_argument(f"--{mode}-part", type=_part, default=slice(None), metavar="A:B", help=(
+            f"of each class, only {mode} pictures A to B - 1, counted from 0; 0:0 takes none"
+        ))  # fmt: skip
     parser.add_argument("--test-share", type=float, default=Split().share, metavar="X", help=(
         "share of each class's test pictures, where there is no official split (default: %(default)s)"
     ))  # fmt: skip
@@ -221,10 +223,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--link", action="store_true", help=(
         "make symbolic links to the source's pictures in place of copies; the source must stay where it is"
     ))  # fmt: skip
-    for mode in ("train", "test"):
-        parser.add_argument(f"--{mode}-part", type=_part, default=slice(None), metavar="A:B", help=(
-            f"of each class, only {mode} pictures A to B - 1, counted from 0; 0:0 takes none"
-        ))  # fmt: skip
     return cli.run(lambda: curate(parser.parse_args(arguments)))
 
 
