@@ -14,7 +14,7 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -239,7 +239,7 @@ def batch_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
-        collate_fn=_unchanged,
+        collate_fn=tuple,  # the batch as it is
         worker_init_fn=_start_worker,
         generator=torch.Generator(),
     )
@@ -272,10 +272,6 @@ def _start_worker(worker: int) -> None:
     for notice in NOTICES:
         signal.signal(notice, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
 
 
 @lru_cache(maxsize=64)

@@ -236,10 +236,9 @@ def _memory_file() -> int:
 
 def _write(fd: int, data: bytes, offset: int) -> None:
     """Write all of it.  Raises OSError if disk or memory is full (writing through the map would raise SIGBUS)."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _free_memory() -> int:

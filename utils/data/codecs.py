@@ -68,12 +68,12 @@ def stripped(file: bytes, name: str, quality: int, size: Size, greyscale: bool) 
     return payload if file_of(payload, name, quality, size, greyscale) == file else file
 
 
-def file_of(kept: bytes, name: str, quality: int, size: Size, greyscale: bool) -> bytes:
+def file_of(data: bytes, name: str, quality: int, size: Size, greyscale: bool) -> bytes:
     """The whole file of a payload; what is a whole file already is returned as it is.
 
     A payload that no encoder has written gives a file that does not decode, or shows anything.
     """
-    return kept if is_file(kept, name) else CODECS[name].file(kept, quality, size, greyscale)
+    return data if is_file(data, name) else CODECS[name].file(data, quality, size, greyscale)
 
 
 def reduced(height: int, width: int, side: int | None) -> tuple[int, int]:
@@ -82,10 +82,10 @@ def reduced(height: int, width: int, side: int | None) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def is_file(kept: bytes, name: str) -> bool:
+def is_file(data: bytes, name: str) -> bool:
     """Whether these bytes are a whole file, and not a payload."""
     offset, magic = CODECS[name].magic
-    return kept[offset : offset + len(magic)] == magic
+    return data[offset : offset + len(magic)] == magic
 
 
 def check_codec(name: str) -> None:
