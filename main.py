@@ -29,8 +29,8 @@ from utils.config.read import load_config
 from utils.config.schema import Config, as_dict
 from utils.config.show import help_text
 from utils.data.classes import DataManager
+from utils.data.datasets import FETCHED, class_lists, curate_command, published_labels
 from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
-from utils.data.published import FETCHED, class_lists, curate_command, labels
 from utils.errors import UserError
 from utils.files import check_folder
 from utils.results.output import Output, seed_folder
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from compress.training.exemplars import ExemplarPlan, Numbers
     from models.training.checkpoint import PhaseRecord
     from utils.data.cache import PictureCache
-    from utils.fabric import Fabric
+    from utils.devices import Fabric
 
 log = logging.getLogger("main")
 
@@ -106,7 +106,7 @@ def list_what_there_is(kind: str, folder: str | None) -> None:
         on_disk = datasets(data_dir(folder))
         sizes = {
             **dict.fromkeys(FETCHED, ""),
-            **{name: f" {len(labels(name) or ())} classes," for name in class_lists()},
+            **{name: f" {len(published_labels(name) or ())} classes," for name in class_lists()},
         }
         missing = [name for name in sizes if name not in on_disk]
         names = [*on_disk, *(f"{name}:{sizes[name]} not there; {curate_command(name)} makes it" for name in missing)]
@@ -195,9 +195,9 @@ def prepare(config: Config) -> "Experiment":
 
 def start(config: Config) -> "Fabric":
     """The processes of the run, on its device.  Raises UserError."""
-    from utils.devices import accelerator, launch
+    from utils.devices import launch
 
-    fabric = launch(*accelerator(config.device), config.precision)
+    fabric = launch(config.device, config.precision)
     if config.batch_size < fabric.world_size:
         raise UserError(
             f"batch_size {config.batch_size} is less than one image for each of {fabric.world_size} processes."

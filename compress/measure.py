@@ -69,11 +69,11 @@ def seconds_of_copy(paths: DatasetPaths, images: Sequence[Path], form: Form, mac
     """Seconds that a copy takes here, measured on a batch.  Raises UserError without the model's weights."""
     from compress.generators.build import choose_precision, make_generator
     from compress.summary import seconds_per_copy
-    from utils.devices import accelerator, launch
+    from utils.devices import launch
 
     if not form.needs_model:
         return 0.0
-    fabric = launch(*accelerator(device))
+    fabric = launch(device)
     precision = choose_precision(machine.precision, fabric.device, machine.engine)
     generator = make_generator(form, machine, fabric.device, precision)
     text = next(iter(paths.class_texts().values()))

@@ -12,7 +12,7 @@ from typing import Self
 from compress.forms import pixels, plural
 from compress.records import MadeOtherwise, Record, Records, State, read_mark
 from utils.data.images import image_bits
-from utils.fabric import Fabric, by_all, own_part
+from utils.devices import Fabric, by_all, own_part
 
 READERS = 16
 """Threads that look at many small files: most of the time is spent waiting for the disk or the network."""

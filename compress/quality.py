@@ -62,7 +62,7 @@ def look(paths: DatasetPaths, labels: Sequence[str], most: int) -> tuple[list[Lo
         names = {file.name for file in folder.iterdir()} if (folder := paths.copies_folder(label)).is_dir() else set()
         chosen = [image for image in images if paths.copy_name(image, 0) in names][: min(most, -(-len(images) // 2))]
         for image in chosen:
-            on_disk = [name in names for name in paths.copy_names(image, len(names) + 1)]
+            on_disk = [paths.copy_name(image, k) in names for k in range(len(names) + 1)]
             copies = [pixels(paths.copy(image, k)) for k in range(on_disk.index(False))]
             looked.append(Looked(label, pixels(image), copies))
         rest += [(image, label) for image in images if image not in chosen]

@@ -22,8 +22,8 @@ from compress.generators import Generator, NoPicture, batches
 from compress.overlap import Budget, map_ahead
 from compress.plan import Part, Plan, Task
 from utils.data.images import image_bits
+from utils.devices import Fabric, by_all, own_part
 from utils.errors import UserError
-from utils.fabric import Fabric, by_all, own_part
 from utils.files import temporary_files, write_atomically
 
 THREADS = 4

@@ -30,9 +30,8 @@ from compress.records import MadeOtherwise, Recipe, Records, State, model_option
 from compress.regenerate import Regenerator, regenerate
 from compress.summary import report, report_estimate, report_findings, report_plan
 from compress.verify import Findings, look_around, verify
-from utils.devices import accelerator, launch
+from utils.devices import Fabric, by_all, by_first, launch, own_part, together
 from utils.errors import UserError
-from utils.fabric import Fabric, by_all, by_first, own_part, together
 
 DONE, SOME_FAILED = 0, 1
 MIXING = "Make those again with --replace, or put this run's beside them with --keep-apart NAME."
@@ -46,7 +45,7 @@ def run(job: Job, device: str) -> int:
 
     Of several processes each looks at its part of the disk and makes its part of the files; the first one talks.
     """
-    fabric = launch(*accelerator(device), patience=PATIENCE)
+    fabric = launch(device, patience=PATIENCE)
     with together(fabric):
         images, empty = select(job)
     if job.download and not job.verify:

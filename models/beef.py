@@ -26,7 +26,7 @@ from models.training.method import Method
 from models.training.stages import Defaults, Schedule, Stage
 from utils.config.schema import Config, setting
 from utils.config.types import Count, NonNegative, Positive
-from utils.data.items import Item
+from utils.data.classes import Item
 
 LANGEVIN_STEPS = 3
 LANGEVIN_RATE = 1e-2

@@ -21,7 +21,7 @@ from models.training.method import Method
 from models.training.stages import Defaults, Stage
 from utils.config.schema import Config, setting
 from utils.config.types import Fraction
-from utils.data.items import Item
+from utils.data.classes import Item
 from utils.errors import UserError
 
 

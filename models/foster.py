@@ -27,7 +27,7 @@ from models.training.method import Method
 from models.training.stages import Defaults, Stage
 from utils.config.schema import Config, setting
 from utils.config.types import Count, Fraction, NonNegative, Positive
-from utils.data.items import Item
+from utils.data.classes import Item
 
 
 class Pair(ClassifierNet):

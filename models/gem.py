@@ -22,8 +22,8 @@ from models.training.method import Method
 from models.training.stages import Defaults, Stage
 from utils.config.schema import Config, setting
 from utils.config.types import Count, NonNegative
-from utils.data.sampler import seed_sequence
-from utils.fabric import all_reduce
+from utils.data.batches import seed_sequence
+from utils.devices import all_reduce
 
 _MEMORY = 2
 """The stream of random numbers that draws exemplars."""

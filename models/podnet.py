@@ -22,7 +22,7 @@ from models.training.method import Method
 from models.training.stages import Defaults, Schedule, Stage
 from utils.config.schema import Config, setting
 from utils.config.types import Count, NonNegative, Positive
-from utils.data.items import Item
+from utils.data.classes import Item
 
 MARGIN = 0.6  # the paper's delta
 

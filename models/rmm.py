@@ -30,7 +30,7 @@ from models.training.run import Run
 from utils.config.schema import Config, setting
 from utils.config.types import Rates
 from utils.data.batches import ImageSet
-from utils.data.items import Item
+from utils.data.classes import Item
 from utils.errors import UserError
 
 

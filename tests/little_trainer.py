@@ -41,7 +41,7 @@ def new_trainer(paths: DatasetPaths, folder: Path, method: str, *, exemplars: in
     data = DataManager(paths, shuffle=False, seed=1, init_cls=2, increment=2)
     total = None if checked.fixed_memory else checked.memory_size
     memory = ExemplarMemory(paths, [("real", exemplars)], {"real": Cost(None, paths)}, None, 0, total=total)
-    return Trainer(METHODS[method], Run(checked, data, launch("cpu", 1), memory, folder / "run", folder))
+    return Trainer(METHODS[method], Run(checked, data, launch("cpu"), memory, folder / "run", folder))
 
 
 def after_phase_0(paths: DatasetPaths, folder: Path, method: str, **values) -> Trainer:

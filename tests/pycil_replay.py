@@ -398,5 +398,5 @@ def train_with(config: Config, reference: Reference, pictures: Pictures, measure
     )
     folders = (scratch / "checkpoints", scratch / "phase0")
     given = {"reference": reference, "pictures": pictures, "measured": measured}
-    run = FedRun(config, data, launch("cpu", 1), memory, *folders, **given)
+    run = FedRun(config, data, launch("cpu"), memory, *folders, **given)
     FedTrainer(fed(METHODS[reference.method], reference, pictures, measured), run).fit()

@@ -17,8 +17,8 @@ from compress.presets import HIGH
 from compress.training.cost import Cost
 from tests.conftest import long_but
 from tests.folders import make_dataset, save_noise
+from utils.data.codecs import varint
 from utils.data.paths import DatasetPaths
-from utils.data.varint import varint
 from utils.errors import UserError
 from utils.memory import archive, packed
 from utils.memory.__main__ import main as look

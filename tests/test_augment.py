@@ -10,17 +10,22 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from utils.data.augment import (
+    CIFAR10_POLICY,
+    IMAGENET_POLICY,
     FitSmall,
+    FullSize,
+    LargeTest,
+    LargeTrain,
     SmallAutoAugment,
     SmallTest,
     SmallTrain,
+    auto_augment,
     brightened,
     brightness_factors,
     random_bits,
+    random_boxes,
     uniform,
 )
-from utils.data.augment_large import FullSize, LargeTest, LargeTrain, random_boxes
-from utils.data.autoaugment import CIFAR10_POLICY, IMAGENET_POLICY, auto_augment
 from utils.data.images import read_prepared
 
 SIZES = [(32, 32), (28, 28), (32, 47), (47, 32), (64, 64), (17, 29)]

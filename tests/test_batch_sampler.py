@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.chance import CHI2_999, chi2
-from utils.data.sampler import EpochBatchSampler
+from utils.data.batches import EpochBatchSampler
 from utils.errors import UserError
 
 

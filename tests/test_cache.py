@@ -11,8 +11,7 @@ import pytest
 
 from tests import forks
 from tests.folders import save_noise
-from utils.data.augment import FitSmall, SmallTest
-from utils.data.augment_large import FullSize
+from utils.data.augment import FitSmall, FullSize, SmallTest
 from utils.data.batches import ImageSet
 from utils.data.cache import PictureCache, open_cache
 from utils.data.images import UnreadableImage, read_image, read_prepared
@@ -259,7 +258,7 @@ RANK = """
 import sys
 from pathlib import Path
 import torch.distributed as dist
-from utils.data.augment_large import FullSize
+from utils.data.augment import FullSize
 from utils.data.cache import open_cache
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/meet", rank=rank, world_size=2)

@@ -88,12 +88,15 @@ def test_the_names_in_a_memory_are_escaped(tmp_path, capsys):
 )
 def test_where_an_output_can_t_be_written_is_said_first(command, arguments, tmp_path, monkeypatch, capsys):
     (tmp_path / "in the way").touch()
-    for place, words in (("in the way/x.png", f"{tmp_path}/in the way is a file."), ("", "it is a folder.")):
+    for place, words in (("in the way/x.png", f"{tmp_path}/in the way is not a folder."), ("", "it is a folder.")):
         assert command([*arguments, f"{tmp_path}/{place}"]) == 2
         assert words in capsys.readouterr().err
     monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)  # as of a disk that is mounted read-only
     assert command([*arguments, f"{tmp_path}/new/x.png"]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}/new/x.png can't be written: {tmp_path} is read-only.\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {tmp_path}/new/x.png: {tmp_path}/new can't be written to: {tmp_path} is read-only.\n"
+    )
 
 
 @pytest.mark.parametrize(

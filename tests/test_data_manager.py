@@ -7,8 +7,7 @@ import pytest
 
 from compress.options import fitting_preset
 from tests.folders import make_dataset, save_noise, save_picture
-from utils.data.classes import DataManager
-from utils.data.items import Item
+from utils.data.classes import DataManager, Item
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 

@@ -25,7 +25,7 @@ from tests.methods import METHODS
 from tests.shapes import make_shapes
 from tests.test_resume import assert_ends_alike
 from utils import devices
-from utils.data.sampler import EpochBatchSampler
+from utils.data.batches import EpochBatchSampler
 from utils.devices import launch
 from utils.errors import UserError
 
@@ -131,7 +131,7 @@ def test_sixteen_bits(train, at_once):
         assert ours["training"]["loss"] != theirs["training"]["loss"]
         assert ours["training"]["loss"] == pytest.approx(theirs["training"]["loss"], rel=0.02)
     with pytest.raises(UserError, match="precision: 16-mixed needs a GPU"):
-        launch("cpu", 1, "16-mixed")
+        launch("cpu", "16-mixed")
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_processes_wait_for_each_other_for_days(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
     for patience in (None, PATIENCE):
-        launch("cpu", 1, patience=patience)
+        launch("cpu", patience=patience)
         assert asked["timeout"] >= timedelta(days=1)
 
 
@@ -239,7 +239,7 @@ def test_weights_are_sent_tensor_by_tensor_to_where_they_are(monkeypatch):
 def test_float32_is_float32_on_a_gpu_too_and_kernels_are_not_chosen_by_timing():
     """cuDNN's convolutions would round it to TensorFloat-32's 10 bits."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-    launch("cpu", 1)
+    launch("cpu")
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cudnn.benchmark

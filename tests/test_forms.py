@@ -20,7 +20,7 @@ from compress.presets import HIGH, LOW
 from compress.records import read_mark
 from ControlNet.cldm.model import load_model
 from tests.digits import make_digits
-from utils.devices import accelerator, launch
+from utils.devices import launch
 from utils.errors import UserError
 
 
@@ -227,7 +227,7 @@ def test_latents_are_computed_on_the_process_s_device(monkeypatch):
     """In reader threads, too, where CUDA's current device is the first one, whatever the process's is."""
     form = form_named("latent:4", HIGH).using(Machine(model="tiny"))
     form.release()
-    launch(*accelerator("cpu"))
+    launch("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert form.autoencoder.device == torch.device("cpu")
 

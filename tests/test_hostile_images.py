@@ -24,7 +24,7 @@ from tests import hostile_images
 from tests.folders import make_dataset
 from tests.little_model import little_model
 from tests.regenerating import Maker, edges
-from utils.data.augment_large import FullSize
+from utils.data.augment import FullSize
 from utils.data.batches import ImageSet
 from utils.data.images import MAX_PIXELS, UnreadableImage, image_bits, is_image, read_image
 from utils.data.paths import DatasetPaths

@@ -14,7 +14,7 @@ from convs.library import library_backbone, library_input
 from tests.conftest import long_but
 from tests.little_config import train_little
 from tests.shapes import make_shapes
-from utils.data.augment_large import LargeTest
+from utils.data.augment import LargeTest
 
 from torchvision import models, transforms  # isort: skip
 

@@ -14,7 +14,7 @@ from compress.training.cost import Cost
 from tests.folders import save_noise, save_picture
 from tests.test_budget import edges_cost
 from tests.test_herding import herding_by_hand
-from utils.data.items import Item
+from utils.data.classes import Item
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.memory.budget import FILL

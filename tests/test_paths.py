@@ -29,7 +29,7 @@ def test_layout_is_the_documented_one(tmp_path):
     assert paths.copy(image, 12).name == "0001_seed12.jpg"
     assert paths.copy(image, 123).name == "0001_seed123.jpg"
     folder = paths.copies_folder("apple_pie")
-    assert [folder / name for name in paths.copy_names(image, 3)] == [paths.copy(image, k) for k in range(3)]
+    assert [folder / paths.copy_name(image, k) for k in range(3)] == [paths.copy(image, k) for k in range(3)]
 
 
 @pytest.mark.parametrize("data_folder", ["train", "my train data/train/x", "exemplars", "edge_maps/test"])

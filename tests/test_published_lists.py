@@ -10,7 +10,8 @@ import main
 from tests.folders import save_noise
 from utils.curate import command
 from utils.curate.sources import SOURCES
-from utils.data.published import FETCHED, FOLDER, class_lists, find_list, labels
+from utils.data.datasets import FETCHED, FOLDER, class_lists, find_list
+from utils.data.datasets import published_labels as labels
 
 PUBLISHED = {  # count, first, last
     "ImageNet1000": (1000, "n01440764", "n15075141"),

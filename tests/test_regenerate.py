@@ -283,9 +283,7 @@ def test_half_written_files_of_dead_processes_are_removed(paths):
         (folder / f".{here}.{os.getppid()}-abc.tmp").touch()  # a process that runs may be writing it
         (folder / others).touch()
         (folder / f".another-host.{gone.pid}-old.tmp").touch()
-        (folder / f".{gone.pid}-old.tmp").touch()  # of a version that did not name the host
-        for name in (f".another-host.{gone.pid}-old.tmp", f".{gone.pid}-old.tmp"):
-            os.utime(folder / name, (an_hour_ago, an_hour_ago))
+        os.utime(folder / f".another-host.{gone.pid}-old.tmp", (an_hour_ago, an_hour_ago))
         (folder / "mine.tmp").touch()
     Maker(paths, SMALL, None)(images_of(paths), [])
     left = {file.name for folder in folders for file in folder.iterdir() if file.suffix == ".tmp"}

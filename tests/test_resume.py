@@ -21,7 +21,7 @@ from tests.conftest import long_but
 from tests.digits import make_digits
 from tests.little_config import results, train_little, without, write_config
 from tests.shapes import make_shapes
-from utils.data.sampler import EpochBatchSampler
+from utils.data.batches import EpochBatchSampler
 
 SHORT = {"epochs": 2, "compression_epochs": 2, "ft_epochs": 1, "milestones": [1], "init_milestones": [1]}
 EVERY_STEP = {"checkpoint_every": 1e-9}

@@ -20,8 +20,7 @@ from tests.little_config import phases, train_little
 from tests.little_trainer import SHORT, keys_of
 from tests.methods import METHODS
 from tests.shapes import SHAPES, make_shapes
-from utils.data.augment import Normalise, SmallTest
-from utils.data.augment_large import LargeTest
+from utils.data.augment import LargeTest, Normalise, SmallTest
 from utils.data.datasets import IMAGENET_STATISTICS
 
 pytestmark = pytest.mark.xdist_group("use")  # its runs are trained once, not once a worker

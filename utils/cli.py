@@ -20,12 +20,12 @@ from types import FrameType
 from typing import TextIO
 
 from utils.errors import Stopped, UserError
+from utils.files import check_folder
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 10.0
 """Seconds within which a second signal is taken for the first one's echo: torchrun passes on what all have had."""
-
 
 NOTICES = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 """Signals that ask a command to end."""
@@ -34,10 +34,9 @@ NOTICES = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 class Signals:
     """Those of NOTICES.  Each raises `Stopped` at once, but while `delayed` holds, the first one is only noted."""
 
-    def __init__(self):
-        self.received: int | None = None
-        self._delayed = False
-        self._since = 0.0
+    received: int | None = None
+    _delayed = False
+    _since = 0.0
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -85,12 +84,11 @@ def run(command: Callable[[], int | None], *, stopped: str = "the same command g
     """Call a command and return its exit code; None counts as 0.
 
     UserError and OSError (a full disk, a file that may not be read) become one line on stderr, of one process where
-    several run the command together; other exceptions are bugs and pass through.  stopped: what to say after a signal,
-    unless the exception has an attribute `going_on`.
+    several run the command together; other exceptions are bugs.  stopped: what to say after a signal, unless the
+    exception has an attribute `going_on`.
     """
-    discard_closed_streams()
-    tolerate_odd_names()
-    share_the_cores()
+    _tolerate_odd_streams()
+    _share_the_cores()
     try:
         with signals.caught():
             code = _exit_code(command)
@@ -99,17 +97,23 @@ def run(command: Callable[[], int | None], *, stopped: str = "the same command g
     except UserError as error:
         return _refuse(error)
     except KeyboardInterrupt as stop:
-        note, number = getattr(stop, "note", ""), getattr(stop, "number", signal.SIGINT)
-        what_next = getattr(stop, "going_on", stopped)
-        return _end(128 + number, f"\nstopped; {note}; {what_next}" if note else f"\nstopped; {what_next}")
+        words = ["\nstopped", getattr(stop, "note", ""), getattr(stop, "going_on", stopped)]
+        return _end(128 + getattr(stop, "number", signal.SIGINT), "; ".join(word for word in words if word))
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             return 0
         return _refuse(f"{error.strerror or error}" + (f": {os.fsdecode(error.filename)}" if error.filename else ""))
     except Exception as error:
-        if (shared_code := _ended_by_another(error)) is None:
+        if not _runs_together():
             raise
-        return shared_code
+        from utils import devices
+
+        if (end := devices.ended_by_another(error)) is None:
+            raise
+        code, message = end
+        if message:
+            print(visible(f"error: {message}"), file=sys.stderr)
+        return code
 
 
 def program(script: str) -> str:
@@ -122,14 +126,25 @@ SPINS = "20000"
 """How often a thread of torch on a CPU looks whether the others have finished, before it sleeps."""
 
 
-def share_the_cores() -> None:
-    """Let torch's threads give way to other programs.  It must be called before torch is imported.
+def _share_the_cores() -> None:
+    """Let torch's threads give way to other programs: GNU's OpenMP lets a thread that waits spin for milliseconds, and
+    where another program has its core, a small network takes ten times as long (docs/benchmarks.md).
 
-    GNU's OpenMP lets a thread that waits spin for milliseconds.  Where another program has taken a core, that is what
-    the thread waits for, and a small network takes ten times as long (docs/benchmarks.md).
+    To be called before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+def _tolerate_odd_streams() -> None:
+    """A closed stream (>&-), which Python leaves out, leads nowhere; names that the terminal's encoding does not know
+    are printed escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (until the process ends)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _exit_code(command: Callable[[], int | None]) -> int:
@@ -160,20 +175,6 @@ def _end(code: int, message: str) -> int:
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # all read the same config: one line for a machine
     if is_first:
         print(visible(message), file=sys.stderr)
-    return code
-
-
-def _ended_by_another(error: Exception) -> int | None:
-    """An exit code, where an exception only tells that another process has ended; else None."""
-    if not _runs_together():
-        return None
-    from utils import devices
-
-    if (end := devices.ended_by_another(error)) is None:
-        return None
-    code, message = end
-    if message:
-        print(visible(f"error: {message}"), file=sys.stderr)
     return code
 
 
@@ -226,21 +227,18 @@ def at_least(least: int) -> Callable[[str], int]:
 def output_file(text: str) -> Path:
     """An argument that is a file to write, for argparse.  Raises UserError, before any work, where that can't be."""
     file = path(text)
-    folder = next(above for above in file.absolute().parents if above.exists())
     if file.is_dir():
         raise UserError(f"{file} can't be written: it is a folder.")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{file} can't be written: {folder} {'is read-only' if folder.is_dir() else 'is a file'}.")
+    check_folder(str(file), file.absolute().parent)
     return file
 
 
+# Control characters but the tab and the end of a line, and those that turn the direction of writing.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but the tab and the end of a line, and those that turn the direction of writing."""
 
 
 def visible(text: str) -> str:
-    """A text for the terminal with control characters as escapes: names and texts of other people's files could clear
-    the screen, colour it or pretend to be other lines."""
+    """A text for the terminal with control characters as escapes: other people's files could clear or colour it."""
     return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
@@ -291,36 +289,21 @@ def show_table(
         console.print(Text(visible(f"\n{note}")))
 
 
-def discard_closed_streams() -> None:
-    """Let a program whose output is closed, as by >&-, write to nowhere; Python leaves it without the stream."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (until the process ends)
-
-
-def tolerate_odd_names() -> None:
-    """Print a name that the terminal's encoding does not know escaped, instead of ending the command."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def options_as_overrides(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> list[str]:
     """The arguments, with `--key value` and `--key=value` of keys that are no options of the parser as `key=value`.
 
     None takes sys.argv.  Raises UserError for an option without a value.
     """
     known = {option for action in parser._actions for option in action.option_strings}
-    waiting = list(sys.argv[1:] if argv is None else argv)
+    waiting = iter(sys.argv[1:] if argv is None else argv)
     arguments = []
-    while waiting:
-        argument = waiting.pop(0)
+    for argument in waiting:
         name, equals, value = argument.partition("=")
         if argument.startswith("--") and len(argument) > 2 and name not in known:
             if not equals:
-                if not waiting or waiting[0].startswith("--"):
+                value = next(waiting, "--")
+                if value.startswith("--"):
                     raise UserError(f"{name} needs a value, as in {name} VALUE.")
-                value = waiting.pop(0)
             argument = f"{name[2:].replace('-', '_')}={value}"
         arguments.append(argument)
     return arguments

@@ -1,65 +1,78 @@
-"""Devices and processes, through Lightning Fabric: one CPU or GPU, several, or the processes of torchrun or SLURM."""
+"""Devices and processes, through Lightning Fabric: one CPU or GPU, several, or the processes of torchrun or SLURM.
+
+Fabric imports torchmetrics only to see whether it is installed, which takes seconds (transformers, scipy) and serves
+two monitors that this project does not use.  Import Fabric from here.
+"""
 
 import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
 
 # isort: split
 import atexit
+import importlib
 import os
+import re
+import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from utils.errors import UserError
-from utils.fabric import Fabric
 
-# isort: split
+if "torchmetrics" not in sys.modules:
+    sys.modules["torchmetrics"] = None  # type: ignore[assignment]  # "not installed", for the time of this import
+    try:
+        importlib.import_module("lightning_fabric")
+    finally:
+        del sys.modules["torchmetrics"]
+
+from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import SLURMEnvironment
 from lightning_fabric.strategies import DDPStrategy
 
-_PATIENCE = timedelta(days=7)
-"""How long processes wait for each other: a process may make copies alone for hours.  When one ends, torchrun or srun
-ends the others."""
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)  # a process may make copies alone for hours; where one ends, torchrun ends the others
 _ENDED = "escort: exit code of the first process that ended"
 _LEFT = "escort: processes that know"
 
-
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
-_device: torch.device | None = None
-"""That of the Fabric that was launched last."""
+_device: torch.device | None = None  # of the Fabric that was launched last
 
 
-def launch(
-    accelerator: str, devices: int | list[int], precision: Precision = "32-true", patience: timedelta | None = None
-) -> Fabric:
-    """The launched Fabric.  On GPUs too float32 is float32, and kernels are not chosen by timing.
+def launch(device: str | list[int], precision: Precision = "32-true", patience: timedelta | None = None) -> Fabric:
+    """The launched Fabric.  Pictures and features do not depend on the device: on GPUs too float32 is float32, which
+    cuDNN would round to TensorFloat-32's 10 bits, and kernels are not chosen by timing (cudnn.benchmark).
 
-    cuDNN's convolutions round float32 to TensorFloat-32's 10 bits by default, which makes pictures and features depend
-    on the device.  With cudnn.benchmark, runs that are equal otherwise may choose different kernels.
-
-    accelerator: "auto", "cpu" or "cuda"; devices: their number or indices, ignored where torchrun or SLURM has started
-    the processes; patience: how long a process waits for the others, where they work separately and meet at the end
-    (they then communicate through gloo); None for processes that train together.
+    device: auto, cpu, cuda, cuda:N or the indices of CUDA devices; which ones is ignored where torchrun or SLURM has
+    started the processes; patience: how long a process waits for the others, where they work separately and meet at the
+    end (through gloo); None for processes that train together.
     Raises UserError for a device that is not there, more processes than GPUs, or a precision that the device lacks.
     """
-    per_node, nodes = started_processes()
+    per_node, nodes = _started_processes()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if accelerator == "auto":
-        accelerator = "cuda" if gpus else "cpu"
+    if isinstance(device, str) and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UserError(f"a device is auto, cpu, cuda or cuda:N, not {device!r}.")
+    on_cpu = device == "cpu" or (device == "auto" and not gpus)
+    devices: int | list[int] = 1
     if per_node * nodes > 1:
-        if accelerator == "cuda" and per_node > gpus:
+        if not on_cpu and per_node > gpus:
             raise UserError(f"{per_node} processes were started on this machine, which has {gpus} GPUs for them.")
         devices = per_node
-    elif accelerator == "cuda":
-        highest = max(devices) if isinstance(devices, list) else devices - 1
-        if highest >= gpus:
+    elif not on_cpu:
+        devices = device if isinstance(device, list) else [int(device.partition(":")[2] or 0)]
+        if max(devices) >= gpus:
             available = f"this machine has CUDA devices 0 to {gpus - 1}" if gpus else "this machine has no CUDA device"
-            raise UserError(f'there is no device cuda:{highest}; {available}. Choose another, or "cpu".')
-    if precision == "16-mixed" and accelerator == "cpu":
+            raise UserError(f'there is no device cuda:{max(devices)}; {available}. Choose another, or "cpu".')
+    if precision == "16-mixed" and on_cpu:
         raise UserError("precision: 16-mixed needs a GPU, and this runs on the CPU. Use 32-true or bf16-mixed.")
+    accelerator = "cpu" if on_cpu else "cuda"
     strategy: DDPStrategy | Literal["auto"] = "auto"
     if per_node * nodes > 1 or (isinstance(devices, list) and len(devices) > 1):
         backend = None if patience is None else "gloo"
@@ -88,9 +101,9 @@ def _leave() -> None:
 
 
 def end_together(code: int) -> tuple[int, bool]:
-    """Let the processes of a run end, one after an error or a signal.
+    """Let the processes of a run end, one of them after an error or a signal.
 
-    Returns the exit code of the first one that ends, and whether it is this one, which then says why.
+    Returns the exit code of the first that ends, and whether it is this one, which then says why.
     """
     store, world_size = _get_default_store(), torch.distributed.get_world_size()
     own = f"{code} {torch.distributed.get_rank()}"
@@ -122,11 +135,11 @@ def ended_by_another(error: Exception) -> tuple[int, str] | None:
     return None
 
 
-def started_processes() -> tuple[int, int]:
+def _started_processes() -> tuple[int, int]:
     """(processes on each node, nodes) that torchrun or SLURM has started; (1, 1) without them.
 
-    Raises UserError where SLURM has several tasks for the job but srun has not started them, which others would wait
-    for, and where it does not say how many tasks a node has.
+    Raises UserError where SLURM has several tasks but srun has not started them, or where it does not say how many
+    tasks a node has.
     """
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["GROUP_WORLD_SIZE"])
@@ -157,16 +170,47 @@ def check_compiler(device: torch.device) -> None:
         raise UserError(f"compile: torch.compile does not work here ({reason[:200]}). Set compile to false.") from error
 
 
-def accelerator(device: str | list[int]) -> tuple[str, int | list[int]]:
-    """Lightning Fabric's (accelerator, devices) of a device: auto, cpu, cuda, cuda:N or the numbers of CUDA devices.
+# What processes tell each other
 
-    Raises UserError for any other name.
-    """
-    if isinstance(device, list):
-        return "cuda", device
-    kind, _, index = device.partition(":")
-    if kind == "cuda" and index.isdecimal():
-        return "cuda", [int(index)]
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"a device is auto, cpu, cuda or cuda:N, not {device!r}.")
-    return device, 1
+
+def all_reduce(fabric: Fabric, tensor: Tensor, op: str) -> Tensor:
+    """Fabric's, of one tensor.  op: "sum", "mean" or "max"."""
+    return cast(Tensor, fabric.all_reduce(tensor, reduce_op=op))
+
+
+def by_all(fabric: Fabric, function: Callable[[], T]) -> list[T]:
+    """What each process's call returns, by rank, in all of them.  UserErrors end them all; process 0 prints one."""
+    value: Any = None
+    error: str | None = None
+    try:
+        value = function()
+    except UserError as raised:
+        error = str(raised)
+    values: list[Any] = [(value, error)] * fabric.world_size
+    if fabric.world_size > 1:
+        torch.distributed.all_gather_object(values, (value, error))
+    errors = [error for _, error in values if error is not None]
+    if errors:
+        raise UserError(errors[0]) if fabric.is_global_zero else SystemExit(2)
+    return [value for value, _ in values]
+
+
+def by_first(fabric: Fabric, function: Callable[[], T]) -> T:
+    """What process 0's call returns, in all of them.  A UserError ends them all, and is printed by process 0."""
+    return cast(T, by_all(fabric, lambda: function() if fabric.is_global_zero else None)[0])
+
+
+@contextmanager
+def together(fabric: Fabric) -> Iterator[None]:
+    """For what all processes do alike: a UserError that all meet is printed by process 0 alone."""
+    try:
+        yield
+    except UserError:
+        if fabric.is_global_zero:
+            raise
+        raise SystemExit(2) from None
+
+
+def own_part(fabric: Fabric, items: Sequence[T]) -> Sequence[T]:
+    """Every n-th of the items, for each of n processes."""
+    return items[fabric.global_rank :: fabric.world_size]

@@ -17,17 +17,21 @@ from typing import Any, BinaryIO
 from utils.errors import UserError
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, durably: bool = False) -> None:
     """Let `write` fill a temporary file in the target's folder, then rename it.
 
     A killed process leaves the old file or the new one, never part of one.  Missing folders are created.  An OSError,
     such as of a full or a read-only disk, names the target and not the temporary file.
+    durably: wait until a power failure, too, leaves the new file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{socket.gethostname()}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
             write(file)
+            if durably:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
@@ -35,31 +39,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None
         raise
-
-
-def write_durably(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """`write_atomically`, after which a power failure leaves the new file."""
-
-    def write_through(file: BinaryIO) -> None:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-    write_atomically(path, write_through)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
+    if durably:
+        folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the rename
-    finally:
         os.close(folder)
 
 
-def check_folder(key: str, folder: Path) -> None:
-    """Raises UserError where a folder can't be made or written to."""
+def check_folder(name: str, folder: Path) -> None:
+    """Raises UserError where a folder can't be made or written to.  name: what is to be there, for the message."""
     existing = next(above for above in (folder, *folder.absolute().parents) if above.exists())
-    if not existing.is_dir():
-        raise UserError(f"{key}: {folder} can't be written to: {existing} is not a folder.")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"{key}: {folder} can't be written to.")
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        reason = "is read-only" if existing.is_dir() else "is not a folder"
+        raise UserError(f"{name}: {folder} can't be written to: {existing} {reason}.")
 
 
 OLD = 3600.0
@@ -72,22 +63,19 @@ def temporary_files(folder: Path) -> list[Path]:
     On this machine they no longer run; of other machines and containers, which may share the disk, nothing has been
     written for OLD seconds.
     """
-    if not folder.is_dir():
-        return []
-    # Earlier versions wrote names without the host.
-    names = [(file, re.match(r"\.(?:(.+)\.)?(\d+)-", file.name)) for file in folder.glob(".*.tmp")]
-    return [file for file, name in names if name and _is_abandoned(file, name[1], int(name[2]))]
+    return [file for file in folder.glob(".*.tmp") if _is_abandoned(file)]
 
 
-def _is_abandoned(file: Path, host: str | None, process: int) -> bool:
+def _is_abandoned(file: Path) -> bool:
+    writer = re.match(r"\.(.+)\.(\d+)-", file.name)  # machine and process
     try:
         age = time.time() - file.stat().st_mtime
     except FileNotFoundError:  # moved into place meanwhile
         return False
-    return age > OLD or (host == socket.gethostname() and not is_running(process))
+    return writer is not None and (age > OLD or (writer[1] == socket.gethostname() and not _is_running(int(writer[2]))))
 
 
-def is_running(process: int) -> bool:
+def _is_running(process: int) -> bool:
     """Whether another process of this number runs on this machine."""
     if process == os.getpid():
         return False  # this process has not begun to write: another machine or container had the same number
@@ -101,8 +89,7 @@ def is_running(process: int) -> bool:
 
 
 def content_digest(files: Sequence[Path], most: int = 3) -> str:
-    """A digest of the content of up to `most` files, evenly spread over `files`; files that can't be read count as
-    empty.
+    """A digest of up to `most` files, evenly spread over `files`; those that can't be read count as empty.
 
     It tells the files of two folders apart whose names, sizes and times of modification agree, as after unpacking.
     """
@@ -117,29 +104,22 @@ def content_digest(files: Sequence[Path], most: int = 3) -> str:
 def load_json(file: Path) -> Any:
     """The value of a JSON file in UTF-8, with or without a byte order mark.
 
-    Raises UserError for a file that can't be read or is not JSON, for an object that has a key twice (Python would
-    take the last one), and for values nested too deeply.
+    Raises UserError for a file that can't be read or is not JSON, and for a key twice in an object (Python would take
+    the last one).
     """
     try:
-        content = file.read_bytes()
+        return json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_no_key_twice)
     except OSError as error:
         raise UserError(f"{file} can't be read ({error.strerror}).") from None
-    return parse_json(content, str(file))
-
-
-def parse_json(content: bytes, name: str) -> Any:
-    """The same of a file's content.  name: of the file, for messages."""
-    try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_no_key_twice)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        raise UserError(f"{name} is not valid JSON: {where}.") from None
+        raise UserError(f"{file} is not valid JSON: {where}.") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not in UTF-8: byte {error.start} is {error.object[error.start]:#04x}.") from None
+        raise UserError(f"{file} is not in UTF-8: byte {error.start} is {error.object[error.start]:#04x}.") from None
     except RecursionError:
-        raise UserError(f"{name} can't be read as JSON: its values are nested too deeply.") from None
+        raise UserError(f"{file} can't be read as JSON: its values are nested too deeply.") from None
     except ValueError as error:  # a key given twice, a number of too many digits
-        raise UserError(f"{name} can't be read as JSON: {error}.") from None
+        raise UserError(f"{file} can't be read as JSON: {error}.") from None
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

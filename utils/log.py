@@ -20,7 +20,7 @@ class _Screen(logging.Handler):
 
 
 class _File(logging.FileHandler):
-    """Says once where the log can't be written, as on a full disk, in place of logging's traceback for each line."""
+    """Says once that the log can't be written, as on a full disk, in place of logging's traceback for each line."""
 
     failed = False
 
@@ -42,23 +42,18 @@ def start(file: Path | None, *, quiet: bool = False) -> None:
 
     quiet: send them nowhere, for all processes of a run but the first.  A further call replaces the earlier handlers.
     """
-    handlers: list[logging.Handler] = []
-    if not quiet:
-        screen = _Screen(logging.INFO)
-        screen.setFormatter(logging.Formatter("%(message)s"))
-        handlers.append(screen)
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            to_file = _File(file, encoding="utf-8", errors="backslashreplace")
-            to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-            handlers.append(to_file)
+    handlers: list[logging.Handler] = [logging.NullHandler() if quiet else _Screen(logging.INFO)]
+    if file is not None and not quiet:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(_File(file, encoding="utf-8", errors="backslashreplace"))
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in PACKAGES:
         logger = logging.getLogger(name)
         logger.setLevel(logging.DEBUG)
         for handler in logger.handlers[:]:
             logger.removeHandler(handler)
             handler.close()
-        for handler in handlers or [logging.NullHandler()]:
+        for handler in handlers:
             logger.addHandler(handler)
 
 

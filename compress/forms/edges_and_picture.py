@@ -20,9 +20,8 @@ from compress.forms import OTHERWISE, Condition, Form, Spec, files_named, form_n
 from compress.forms.edges import SKETCH, Edges, edges, is_picture
 from compress.forms.picture import Picture
 from compress.presets import Preset
-from utils.data.codecs import CODECS
+from utils.data.codecs import CODECS, read_varint, varint
 from utils.data.paths import FormFiles
-from utils.data.varint import read_varint, varint
 from utils.errors import UserError
 
 _EARLIER = struct.Struct("<I")

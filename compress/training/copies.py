@@ -94,7 +94,7 @@ def check_copies(paths: DatasetPaths, form: Form, images: Iterable[Path], copies
             folder = paths.copies_folder(label)
             on_disk[label] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
         wanted += copies
-        gaps = [k for k, name in enumerate(paths.copy_names(image, copies)) if name not in on_disk[label]]
+        gaps = [k for k in range(copies) if paths.copy_name(image, k) not in on_disk[label]]
         missing += len(gaps)
         if gaps and first is None:
             first = paths.copy(image, gaps[0])

@@ -31,7 +31,7 @@ from utils.memory.forms import Copies
 from utils.memory.share import ClassShare, Row
 
 if TYPE_CHECKING:
-    from utils.fabric import Fabric
+    from utils.devices import Fabric
 
 Numbers = tuple[int | None, int | Literal["fill"]]
 """real_per_class and syn_per_class."""

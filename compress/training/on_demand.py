@@ -12,8 +12,8 @@ from compress.records import MadeOtherwise, Records, by_settings, generator_of
 from compress.regenerate import regenerate
 from compress.training.copies import Copies, digests_of
 from utils.data.paths import DatasetPaths
+from utils.devices import Fabric, by_first, own_part
 from utils.errors import UserError
-from utils.fabric import Fabric, by_first, own_part
 from utils.log import progress
 
 

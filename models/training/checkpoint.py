@@ -27,7 +27,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 
 from utils.errors import UserError
-from utils.files import content_digest, write_durably
+from utils.files import content_digest, write_atomically
 from utils.results.metrics import PhaseMetrics
 
 _PHASE = re.compile(r"phase(\d+)\.pt")
@@ -84,7 +84,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     Raises UserError where the disk is full or the folder can't be written to; what was there before stays.
     """
     try:
-        write_durably(path, lambda file: torch.save(dict(state), file))
+        write_atomically(path, lambda file: torch.save(dict(state), file), durably=True)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's writer, on a full disk
             raise

@@ -20,12 +20,12 @@ from models.training.run import Run
 from models.training.stages import Stage, divergence, learning_only
 from utils import log as logs
 from utils.cli import signals
-from utils.data.sampler import EpochBatchSampler
+from utils.data.batches import EpochBatchSampler
+from utils.devices import all_reduce
 from utils.errors import Stopped, UserError
-from utils.fabric import all_reduce
 
 # isort: split
-from lightning_fabric.wrappers import _FabricModule  # after utils.fabric
+from lightning_fabric.wrappers import _FabricModule  # after utils.devices
 
 log = logging.getLogger(__name__)
 

@@ -25,9 +25,8 @@ from models.networks import ClassifierNet, GrowingNet, IncrementalNet, NewBackbo
 from models.training.run import Run
 from models.training.stages import Defaults, Schedule, Stage
 from utils.config.schema import Config
+from utils.data.classes import Item, PhasedClasses
 from utils.data.datasets import Augmentation, NetworkInput
-from utils.data.items import Item
-from utils.data.phases import PhasedClasses
 from utils.errors import UserError
 
 

@@ -17,8 +17,8 @@ from utils.cli import nb_cores
 from utils.config.schema import Config
 from utils.data.batches import Batched, ImageSet, batch_loader
 from utils.data.cache import PictureCache
-from utils.data.phases import PhasedClasses
-from utils.fabric import Fabric, all_reduce
+from utils.data.classes import PhasedClasses
+from utils.devices import Fabric, all_reduce
 
 _ROWS = 4096
 """How many rows of predictions the processes add up at a time."""

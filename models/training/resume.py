@@ -21,8 +21,8 @@ from models.training.checkpoint import StageRecord
 from models.training.run import Run
 from utils.cli import signals
 from utils.config.schema import as_dict, differences
+from utils.devices import Fabric, all_reduce
 from utils.errors import UserError
-from utils.fabric import Fabric, all_reduce
 
 log = logging.getLogger(__name__)
 

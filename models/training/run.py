@@ -15,17 +15,15 @@ from models.networks import ClassifierNet
 from models.training.predictor import Predictor
 from models.training.stages import Stage
 from utils.data.augment import TrainTransform
-from utils.data.batches import TrainingSet
-from utils.data.classes import DataManager
+from utils.data.batches import EpochBatchSampler, TrainingSet, seed_sequence
+from utils.data.classes import DataManager, Item
 from utils.data.datasets import Augmentation
-from utils.data.items import Item
-from utils.data.sampler import EpochBatchSampler, seed_sequence
 from utils.memory.exemplars import ExemplarMemory
 from utils.memory.forms import Copies
 from utils.results.history import History
 
 # isort: split
-from lightning_fabric.plugins import MixedPrecision  # after utils.fabric
+from lightning_fabric.plugins import MixedPrecision  # after utils.devices
 
 _NETWORK, _METHOD = 3, 4
 """Streams of random numbers within a step."""

@@ -9,8 +9,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from utils.config.schema import Config
+from utils.data.classes import Item
 from utils.data.datasets import Augmentation
-from utils.data.items import Item
 from utils.errors import UserError
 
 

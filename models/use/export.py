@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from models.use.learner import Learner
-from utils.data.augment import SmallTest
-from utils.data.augment_large import LargeTest
+from utils.data.augment import LargeTest, SmallTest
 from utils.errors import UserError
 from utils.files import printable, write_atomically
 

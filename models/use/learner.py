@@ -15,8 +15,8 @@ from models.training import checkpoint
 from models.training.method import network_input
 from models.training.predictor import Predictor
 from utils.config.read import load_config
-from utils.data.phases import PhasedClasses, phase_starts
-from utils.devices import accelerator, launch
+from utils.data.classes import PhasedClasses, phase_starts
+from utils.devices import launch
 from utils.errors import UserError
 from utils.results.output import check_is_run, seed_folder
 
@@ -53,7 +53,7 @@ class Learner:
         config = self.config = load_config(folder / "config.json", overrides, methods=methods, backbones=backbones)
         on_gpu = torch.cuda.is_available() and config.device != "cpu"
         precision = "32-true" if config.precision == "16-mixed" and not on_gpu else config.precision
-        fabric = launch(*accelerator(config.device), precision)
+        fabric = launch(config.device, precision)
         self.data = PhasedClasses(
             config.dataset,
             state["class_names"],

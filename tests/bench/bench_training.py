@@ -46,13 +46,11 @@ from models.training.stages import Schedule, Stage
 from models.training.trainer import Trainer
 from tests.methods import METHODS
 from utils.config.schema import Config
-from utils.data.batches import TrainingSet, batch_loader
+from utils.data.batches import EpochBatchSampler, TrainingSet, batch_loader
 from utils.data.cache import PictureCache
-from utils.data.classes import DataManager
+from utils.data.classes import DataManager, Item
 from utils.data.datasets import CIFAR10_STATISTICS, IMAGENET_STATISTICS
-from utils.data.items import Item
 from utils.data.paths import DatasetPaths
-from utils.data.sampler import EpochBatchSampler
 from utils.memory.exemplars import ExemplarMemory
 
 WORKERS = (0, 1, 2)

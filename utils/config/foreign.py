@@ -1,6 +1,6 @@
 """Keys and names of other projects' configs (PyCIL, PILOT, timm), and what they mean here."""
 
-from utils.config.types import Augmentation
+from utils.data.datasets import Augmentation
 
 PYCIL_ONLY: dict[str, tuple[tuple | None, str]] = {
     "skip": ((False,), "phase 0 is trained, or reused from phase0_cache"),

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from utils.config.types import (
-    Augmentation,
     ClassOrder,
     Count,
     Device,
@@ -31,6 +30,7 @@ from utils.config.types import (
     Text,
     YesOrFile,
 )
+from utils.data.datasets import Augmentation
 
 PYCIL = "PyCIL"
 ESCORT = "ESCORT's paper"

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from utils.data.published import labels, without_comments
+from utils.data.datasets import published_labels, without_comments
 from utils.errors import UserError
 from utils.files import load_json
 
@@ -62,7 +62,7 @@ def _listed_or_in_file(value: Any) -> Any:
         return _listed(value)
     file = Path(value).expanduser()
     if file.suffix not in (".json", ".txt"):
-        return labels(value) or _listed(value)
+        return published_labels(value) or _listed(value)
     try:
         if file.suffix == ".json":
             return load_json(file)
@@ -96,7 +96,6 @@ def _device(value: Any) -> Any:
     return [int(text) for text in texts]
 
 
-Augmentation = Literal["pescr", "pycil", "autoaugment", "none"]
 Text = Annotated[str, BeforeValidator(_as_text), AfterValidator(_name_of_a_file)]
 """A number or true stands for its digits or letters."""
 Folder = Annotated[Text, AfterValidator(_folder)]

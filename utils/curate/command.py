@@ -30,34 +30,31 @@ that share no picture: `MNIST` (100 train and 150 test pictures a class, for inc
 
 import argparse
 import difflib
-import functools
 import gzip
 import importlib.util
 import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from utils import cli
 from utils import log as logs
-from utils.curate.sources import SOURCES, Picture, Split, choose, class_folders, is_wordnet_number, read_class_list
-from utils.curate.split_lists import listed_pictures
+from utils.curate.sources import SOURCES, Picture, Split, choose, class_folders, listed_pictures
+from utils.data.datasets import class_lists, find_list, without_comments
 from utils.data.paths import DatasetPaths, data_dir
-from utils.data.published import class_lists, find_list
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import load_json, write_atomically, write_text
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_SPLIT = (
     ("MNIST-ControlNet", "train", range(250)),
     ("MNIST", "train", range(250, 350)),
     ("MNIST", "test", range(350, 500)),
-)
-"""(dataset, mode, indices of a class's 500 digits in the package's order)."""
+)  # dataset, mode, indices of a class's 500 digits in the package's order
 
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -74,81 +71,122 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
     return table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(int)
 
 
-def digits() -> Iterator[tuple[str, list[Picture]]]:
-    """(name, pictures) of both digit datasets."""
+def digits() -> dict[str, list[Picture]]:
+    """The pictures of both digit datasets, by name."""
     images, labels = read_digits()
     by_digit = [images[labels == digit] for digit in range(10)]
-    for dataset in dict.fromkeys(dataset for dataset, *_ in DIGIT_SPLIT):
-        yield (
-            dataset,
-            [
-                Picture(mode, str(digit), f"{i:04d}.png", by_digit[digit][i])
-                for name, mode, chosen in DIGIT_SPLIT
-                if name == dataset
-                for digit in range(10)
-                for i in chosen
-            ],
+    datasets: dict[str, list[Picture]] = {}
+    for dataset, mode, indices in DIGIT_SPLIT:
+        datasets.setdefault(dataset, []).extend(
+            Picture(mode, str(digit), f"{i:04d}.png", by_digit[digit][i]) for digit in range(10) for i in indices
         )
+    return datasets
 
 
 def write_pictures(paths: DatasetPaths, pictures: Sequence[Picture], *, link: bool = False) -> int:
-    """Write the pictures that are not there yet.  Returns their number.
+    """Write the pictures that are not there yet, or make symbolic links to those that are files.  Returns their number.
 
-    link: make symbolic links to pictures that are files, in place of copies.
-
-    Raises UserError where the dataset holds other pictures: of another source or another split, which could put the
-    same picture into train and test.
+    Raises UserError where the dataset holds pictures of another source or split: one could be in train and test.
     """
-    wanted: dict[tuple[str, str], set[str]] = {}
-    for picture in pictures:
-        wanted.setdefault((picture.mode, picture.label), set()).add(picture.name)
-    existing = {}
+    wanted = {paths.folder(picture.mode) / picture.label / picture.name: picture for picture in pictures}
+    existing: set[Path] = set()
     for mode in ("train", "test"):
         for label in class_folders(paths.folder(mode)):
             files = paths.images(label, mode)
-            names = {file.name for file in files}
-            existing[mode, label] = {file.name for file in files if file.exists()}  # not a link to what has moved
-            if strangers := sorted(names - wanted.get((mode, label), set())):
+            existing.update(file for file in files if file.exists())  # not a link to what has moved
+            if strangers := [file for file in files if file not in wanted]:
                 raise UserError(
-                    f"{paths.folder(mode) / label} holds {strangers[0]} (and {len(strangers) - 1} more files), from "
+                    f"{strangers[0].parent} holds {strangers[0].name} (and {len(strangers) - 1} more files), from "
                     f"another source or split. Delete {paths.root}, or choose another name with --dataset."
                 )
-    missing = [p for p in pictures if p.name not in existing.get((p.mode, p.label), ())]
-    with logs.progress(len(pictures), paths.dataset) as bar:
-        bar.update(len(pictures) - len(missing))
-        for picture in missing:
-            file = paths.folder(picture.mode) / picture.label / picture.name
-            if link and isinstance(picture.content, Path):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.unlink(missing_ok=True)  # a broken link
-                file.symlink_to(picture.content.absolute())
-            else:
-                write_atomically(file, functools.partial(_fill, picture.content))
+    missing = [file for file in wanted if file not in existing]
+    with logs.progress(len(wanted), paths.dataset, done=len(wanted) - len(missing)) as bar:
+        for file in missing:
+            _write(file, wanted[file].content, link)
             bar.update()
     return len(missing)
 
 
-def _fill(content: Path | np.ndarray, file: BinaryIO) -> None:
+def _write(file: Path, content: Path | np.ndarray, link: bool) -> None:
     if not isinstance(content, Path):
-        Image.fromarray(content).save(file, "PNG")
+        image = Image.fromarray(content)
+        write_atomically(file, lambda target: image.save(target, "PNG"))
+        return
+    if link:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)  # a broken link
+        file.symlink_to(content.absolute())
         return
     try:
         source = content.open("rb")
     except OSError as error:
         raise UserError(f"{content} can't be read ({error.strerror}). Unpack its archive again.") from None
     with source:
-        shutil.copyfileobj(source, file, 1 << 20)
+        write_atomically(file, lambda target: shutil.copyfileobj(source, target, 1 << 20))
 
 
-def write_class_names(paths: DatasetPaths, texts: Mapping[str, str]) -> bool:
-    """Write class_names.json, the classes' texts in prompts, unless there is one.  Returns whether it was written."""
+def write_dataset(
+    paths: DatasetPaths, pictures: Sequence[Picture], texts: Mapping[str, str], *, link: bool = False
+) -> None:
+    """Write a dataset in the project's layout, and print a line on each of its parts.
+
+    texts: of the classes in prompts, for class_names.json, unless there is one; bytes of a label that are not UTF-8
+    become JSON escapes.
+    """
+    written = write_pictures(paths, pictures, link=link)
     file = paths.root / "class_names.json"
-    if not file.exists():
-        content = json.dumps(dict(texts), indent=1, ensure_ascii=False) + "\n"
-        # Bytes of a folder's name that are not UTF-8 become JSON escapes.
-        write_atomically(file, lambda f: f.write(content.encode("utf-8", "backslashreplace")))
-        return True
-    return False
+    if texts and not file.exists():
+        write_text(file, json.dumps(dict(texts), indent=1, ensure_ascii=False) + "\n")
+        print(f"{file}: {len(texts)} texts for the prompts, which you may edit")
+    for mode in ("train", "test"):
+        labels = [picture.label for picture in pictures if picture.mode == mode]
+        if labels:
+            print(f"{paths.folder(mode)}: {len(labels)} images of {len(set(labels))} classes")
+    print(f"{written} of {len(pictures)} images were written now")
+
+
+def read_class_list(file: Path) -> dict[str, str | None]:
+    """Class labels and their texts (None without one), from a file in one of these formats:
+
+        n01440764                        one label a line; "# ..." is a comment,
+        n01440764 tench, Tinca tinca     and a text after a tab, or after a space behind a WordNet number (ImageNet's
+                                         LOC_synset_mapping.txt): its first name is taken,
+        {"n01440764": "tench"}           JSON,
+        {"0": ["n01440764", "tench"]}    JSON as imagenet_class_index.json has it,
+        ["n01440764", ...]               a JSON list of labels.
+
+    Raises UserError for anything else.
+    """
+    try:
+        pairs: list[tuple[str, str | None]]
+        if file.suffix.lower() == ".json":
+            listed = load_json(file)
+            items = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
+            pairs = [tuple(value) if isinstance(value, list) else (key, value) for key, value in items]
+        else:
+            lines = without_comments(file.read_text(encoding="utf-8-sig").splitlines())
+            parts = [re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1) for line in lines]
+            pairs = [(label, texts[0] if texts else None) for label, *texts in parts]
+        entries: dict[str, str | None] = {}
+        for label, text in pairs:
+            if entries.setdefault(label, text) != text:
+                raise ValueError(f"{label} has two texts, {entries[label]!r} and {text!r}; keep one")
+        if not entries or not all(isinstance(t, str | None) and isinstance(label, str) for label, t in entries.items()):
+            raise ValueError("it has no labels, or values that are not texts")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is no list of classes ({error}). It may have one label a line.") from None
+    return {label: text and text.partition(",")[0].strip() for label, text in entries.items()}
+
+
+def _class_list(name_or_file: Path) -> Path:
+    """The file of a class list: the user's own, else a published one of this name.  Raises UserError."""
+    if name_or_file.is_file() or name_or_file.suffix or len(name_or_file.parts) > 1:
+        return name_or_file
+    if file := find_list(str(name_or_file)):
+        return file
+    near = difflib.get_close_matches(str(name_or_file), class_lists(), 1, 0.5)
+    hint = f"Did you mean {near[0]}?" if near else f"Lists: {', '.join(class_lists())}."
+    raise UserError(f"--classes: {name_or_file} is neither a file nor a published list. {hint}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,6 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for mode in ("train", "test"):
         parser.add_argument(f"--{mode}-list", type=cli.path, metavar="FILE", help=f"of a folder, the {mode} pictures")
+        parser.add_argument(f"--{mode}-part", type=_part, default=slice(None), metavar="A:B", help=(
+            f"of each class, only {mode} pictures A to B - 1, counted from 0; 0:0 takes none"
+        ))  # fmt: skip
     parser.add_argument("--test-share", type=float, default=Split().share, metavar="X", help=(
         "share of each class's test pictures, where there is no official split (default: %(default)s)"
     ))  # fmt: skip
@@ -182,10 +223,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--link", action="store_true", help=(
         "make symbolic links to the source's pictures in place of copies; the source must stay where it is"
     ))  # fmt: skip
-    for mode in ("train", "test"):
-        parser.add_argument(f"--{mode}-part", type=_part, default=slice(None), metavar="A:B", help=(
-            f"of each class, only {mode} pictures A to B - 1, counted from 0; 0:0 takes none"
-        ))  # fmt: skip
     return cli.run(lambda: curate(parser.parse_args(arguments)))
 
 
@@ -196,7 +233,7 @@ def _part(text: str) -> slice:
     return slice(*(int(number) if number else None for number in (start, stop)))
 
 
-def take_parts(pictures: Sequence[Picture], parts: Mapping[str, slice]) -> list[Picture]:
+def _take_parts(pictures: Sequence[Picture], parts: Mapping[str, slice]) -> list[Picture]:
     """Of each class and mode, this part of the pictures sorted by name.  Raises UserError for an empty one."""
     groups: dict[tuple[str, str], list[Picture]] = {}
     for picture in sorted(pictures, key=lambda picture: picture.name):
@@ -216,7 +253,7 @@ def curate(options: argparse.Namespace) -> None:
     root = data_dir(options.data_dir)
     if options.what == "digits":
         names = {str(digit): f"digit {name}" for digit, name in enumerate(DIGIT_NAMES)}
-        for dataset, pictures in digits():
+        for dataset, pictures in digits().items():
             write_dataset(DatasetPaths(root, dataset), pictures, names)
         return
     if options.what in class_lists():
@@ -230,54 +267,31 @@ def curate(options: argparse.Namespace) -> None:
         raise UserError("folder needs --source DIR, the folder of class folders, and --dataset NAME, its new name.")
     paths = DatasetPaths(root, options.dataset or options.what)
     source = options.source or root / "downloads"
+    if options.what == "folder" and not source.is_dir():
+        raise UserError(f"--source: {source} is not a folder.")
     if source.resolve() == paths.root.resolve():
         raise UserError(f"--source is {paths.root}, where the dataset would be written. Choose another --dataset.")
     split = Split(options.test_share, options.split_seed)
     listed = read_class_list(_class_list(options.classes)) if options.classes else {}
     texts = read_class_list(options.texts) if options.texts else {}
 
-    lists = {mode: file for mode in ("train", "test") if (file := getattr(options, f"{mode}_list"))}
-    if lists and (options.what != "folder" or len(lists) < 2):
-        raise UserError("--train-list and --test-list go together, with folder.")
-    if lists:
-        pictures = listed_pictures(source, lists, listed)
+    if options.train_list or options.test_list:
+        if options.what != "folder" or not (options.train_list and options.test_list):
+            raise UserError("--train-list and --test-list go together, with folder.")
+        pictures = listed_pictures(source, {"train": options.train_list, "test": options.test_list}, listed)
     else:
         pictures = SOURCES[options.what].pictures(source, split, listed)
     chosen = set(choose(listed, list(dict.fromkeys(picture.label for picture in pictures)), options.what))
     pictures = [picture for picture in pictures if picture.label in chosen]
-    pictures = take_parts(pictures, {"train": options.train_part, "test": options.test_part})
+    pictures = _take_parts(pictures, {"train": options.train_part, "test": options.test_part})
     labels = sorted({picture.label for picture in pictures})
     prompts = {label: texts.get(label) or listed.get(label) or "" for label in labels}
     named = {label: text.replace("_", " ") or SOURCES[options.what].text(label) for label, text in prompts.items()}
-    if unsaid := [label for label in labels if named[label] == label and is_wordnet_number(label)]:
+    # WordNet's numbers mean nothing to a text encoder.
+    if unsaid := [label for label in labels if named[label] == label and re.fullmatch(r"n\d{8}", label)]:
         print(
             f"class_names.json is not written, as {len(unsaid)} classes have no text for prompts, such as {unsaid[0]}: "
             f"give a list with --texts FILE, or write it yourself."
         )
         named = {}
     write_dataset(paths, pictures, named, link=options.link)
-
-
-def _class_list(name_or_file: Path) -> Path:
-    """The file of a class list: the user's own, else a published one of this name.  Raises UserError."""
-    if name_or_file.is_file() or name_or_file.suffix or len(name_or_file.parts) > 1:
-        return name_or_file
-    if file := find_list(str(name_or_file)):
-        return file
-    near = difflib.get_close_matches(str(name_or_file), class_lists(), 1, 0.5)
-    hint = f"Did you mean {near[0]}?" if near else f"Lists: {', '.join(class_lists())}."
-    raise UserError(f"--classes: {name_or_file} is neither a file nor a published list. {hint}")
-
-
-def write_dataset(
-    paths: DatasetPaths, pictures: Sequence[Picture], texts: Mapping[str, str], *, link: bool = False
-) -> None:
-    """Write a dataset in the project's layout, and print a line on each of its parts."""
-    written = write_pictures(paths, pictures, link=link)
-    if texts and write_class_names(paths, texts):
-        print(f"{paths.root / 'class_names.json'}: {len(texts)} texts for the prompts, which you may edit")
-    for mode in ("train", "test"):
-        labels = [picture.label for picture in pictures if picture.mode == mode]
-        if labels:
-            print(f"{paths.folder(mode)}: {len(labels)} images of {len(set(labels))} classes")
-    print(f"{written} of {len(pictures)} images were written now")

@@ -3,21 +3,21 @@
 A source lists pictures with their places in the project's layout.  The table SOURCES, at the end, has them all.
 """
 
+import functools
 import hashlib
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
 from utils.data.images import is_image
-from utils.data.published import without_comments
 from utils.errors import UserError
-from utils.files import load_json, parse_json
+from utils.files import load_json
 
 CALTECH_CLUTTER = "257.clutter"
 """Caltech-256's folder of pictures that are in none of its 256 classes; left out unless a class list names it."""
@@ -38,33 +38,25 @@ class Picture(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How each class is divided where there is no official split.
-
-    share: of the test pictures, between 0 and 1; seed: of the choice.
-    """
+    """How each class is divided where there is no official split; share: of the test pictures, between 0 and 1."""
 
     share: float = 0.2
     seed: int = 0
 
 
 def divide(files: Mapping[str, Mapping[str, Path]], split: Split) -> list[Picture]:
-    """Divide label -> name -> file into train and test pictures: of a class's n, round(share * n) are test pictures,
-    but at least one of each kind.
+    """Divide label -> name -> file: of a class's n, round(share * n) are test pictures, but at least one of each kind.
 
-    They are chosen by a hash of seed, label and name, the same on every machine.  Raises UserError for a class with one
-    picture.
+    A hash of seed, label and name chooses them, on every machine the same.  Raises UserError for one picture.
     """
     pictures = []
-    for label, class_files in files.items():
-        if len(class_files) < 2:
-            raise UserError(f"class {label!r} has {len(class_files)} pictures: too few to divide into train and test.")
-        digests = {
-            name: hashlib.sha256(f"{split.seed}/{label}/{name}".encode("utf-8", "surrogateescape")).digest()
-            for name in class_files
-        }
-        count = min(max(round(split.share * len(class_files)), 1), len(class_files) - 1)
-        for_test = set(sorted(class_files, key=digests.__getitem__)[:count])
-        for name, file in class_files.items():
+    for label, named in files.items():
+        if len(named) < 2:
+            raise UserError(f"class {label!r} has {len(named)} pictures: too few to divide into train and test.")
+        texts = {name: f"{split.seed}/{label}/{name}".encode("utf-8", "surrogateescape") for name in named}
+        count = min(max(round(split.share * len(named)), 1), len(named) - 1)
+        for_test = sorted(named, key=lambda name: hashlib.sha256(texts[name]).digest())[:count]
+        for name, file in named.items():
             pictures.append(Picture("test" if name in for_test else "train", label, name, file))
     return pictures
 
@@ -77,24 +69,18 @@ def _torchvision(name: str, root: Path, **arguments):
     import torchvision_compat  # noqa: F401, I001  (before torchvision)
     from torchvision import datasets
 
-    entries = set(root.rglob("*")) if root.is_dir() else None
+    existing = {root, *root.rglob("*")} if root.is_dir() else set()
     try:
         return getattr(datasets, name)(str(root), download=True, **arguments)
     except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
+        for made in sorted({root, *root.rglob("*")} - existing, reverse=True):
+            with suppress(OSError):  # only folders that the failed download has left empty
+                made.rmdir()
         reason = str(error).strip().partition("\n")[0]
-        _remove_empty_folders(root, entries)
         raise UserError(
             f"{name} is not in {root} and can't be downloaded ({reason}). "
             f"Put it there, packed or unpacked as torchvision keeps it, or name its folder with --source."
         ) from None
-
-
-def _remove_empty_folders(root: Path, entries: set[Path] | None) -> None:
-    """Remove the empty folders that a failed download made; there: what root had before, None if there was no root."""
-    folders = [path for path in root.rglob("*") if path.is_dir() and (entries is None or path not in entries)]
-    for folder in [*sorted(folders, reverse=True), *([root] if entries is None else [])]:
-        with suppress(OSError):
-            folder.rmdir()
 
 
 def cifar(root: Path, split: Split, labels: Iterable[str] | None = None, *, name: str) -> list[Picture]:
@@ -131,11 +117,10 @@ def caltech256(root: Path, split: Split, labels: Iterable[str] | None = None) ->
     _torchvision("Caltech256", root)
     folder = root / "caltech256" / "256_ObjectCategories"
     folders = class_folders(folder)
-    taken = choose(labels, folders, folder) if labels else [label for label in folders if label != CALTECH_CLUTTER]
+    taken = choose(labels or [label for label in folders if label != CALTECH_CLUTTER], folders, folder)
     # only .jpg: there are a stray folder and a script among the archive's pictures
-    return divide(
-        {label: {file.name: file for file in sorted((folder / label).glob("*.jpg"))} for label in taken}, split
-    )
+    files = {label: sorted((folder / label).glob("*.jpg")) for label in taken}
+    return divide({label: {file.name: file for file in files[label]} for label in taken}, split)
 
 
 # Folders of class folders
@@ -146,10 +131,8 @@ def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None
     in <folder>/[train/]<label>/ are divided.
 
     labels: the classes to take, None for all.  Pictures in sub-folders of a class folder are named folder_file.
-    Raises UserError where the folder, a class or pictures of a class are missing.
+    Raises UserError where a class or pictures of a class are missing.
     """
-    if not folder.is_dir():
-        raise UserError(f"--source: {folder} is not a folder.")
     has_train = bool(class_folders(folder / "train"))
     train = folder / "train" if has_train else folder
     taken = choose(labels, class_folders(train), train)
@@ -157,33 +140,31 @@ def image_folder(folder: Path, split: Split, labels: Iterable[str] | None = None
         raise UserError(f"{train} has no class folders; pictures belong in {train}/<class-label>/.")
     if not labels:
         _check_level(train, taken)
-    for name in TEST_FOLDERS if has_train else ():
-        if set(taken) & set(class_folders(folder / name)):
-            modes = {"train": train, "test": folder / name}
-            break
-    else:
-        for name in TEST_FOLDERS if has_train else ():
-            if (folder / name).is_dir() and any(is_image(path) for path in (folder / name).iterdir()):
+    others = [folder / name for name in TEST_FOLDERS if has_train and (folder / name).is_dir()]
+    test = next((other for other in others if set(taken) & set(class_folders(other))), None)
+    if test is None:
+        for other in others:
+            if any(is_image(path) for path in other.iterdir()):
                 raise UserError(
-                    f"{folder / name} holds pictures without class folders. Sort them into class folders, or rename "
-                    f"{folder / name} to divide {train} instead."
+                    f"{other} holds pictures without class folders. Sort them into class folders, or rename {other} "
+                    f"to divide {train} instead."
                 )
         return divide({label: _images(train / label) for label in taken}, split)
     pictures = []
-    for mode, where in modes.items():
+    for mode, part in (("train", train), ("test", test)):
         for label in taken:
-            files = _images(where / label)
+            files = _images(part / label)
             if not files:
-                raise UserError(f"class {label!r} has no pictures in {where}. Add some, or leave it out (--classes).")
+                raise UserError(f"class {label!r} has no pictures in {part}. Add some, or leave it out (--classes).")
             pictures += [Picture(mode, label, name, file) for name, file in files.items()]
     return pictures
 
 
 def _check_level(folder: Path, labels: Sequence[str]) -> None:
-    """Raise UserError where sub-folders are not classes but parts of a split, or groups of classes.
+    """Raise UserError where sub-folders are parts of a split (Kaggle's ImageNet-100: train.X1, ..., val.X) or groups of
+    classes: they hold folders with pictures, and no picture themselves.
 
-    Such are Kaggle's ImageNet-100 (train.X1, ..., train.X4, val.X) and a folder of datasets: they hold folders with
-    pictures, and no picture themselves.  One folder of pictures in each class, as Tiny ImageNet has it, is accepted.
+    One folder of pictures in each class, as Tiny ImageNet has it, is accepted.
     """
     inner = {label: names for label in labels if (names := _only_folders(folder / label))}
     parts = [label for label in inner if re.fullmatch(rf"({'|'.join(MODE_FOLDERS)})(\d+|[._-].*)?", label)]
@@ -234,48 +215,83 @@ def _images(folder: Path) -> dict[str, Path]:
     return named
 
 
+# Splits that were published as two lists of pictures
+
+
+def _read_split_list(file: Path) -> list[PurePosixPath]:
+    """The pictures that a list names: [<train, test, val, ...>/]<class label>/<file name>, each once.
+
+    A line is a path, with or without a class number behind it or a dash in front:
+
+        train/n01440764/n01440764_18.JPEG 0        PODNet's lists of ImageNet
+        n01514668/n01514668_23056.JPEG             FOSTER's
+        - data/imagenet-r/test/n02128757/art_4.jpg CODA-Prompt's of ImageNet-R, as YAML
+
+    The last two parts count, and the one before where it is one of MODE_FOLDERS.  Lines that are no path of a picture,
+    such as YAML's other lines, are left out.  Raises UserError where none is left.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} can't be read ({getattr(error, 'strerror', None) or 'it is no UTF-8'}).") from None
+    named = []
+    for line in lines:
+        words = re.sub(r"^-\s+|[\s,]+\d+$", "", line.strip()).strip("\"'")
+        path = PurePosixPath(words.replace("\\", "/"))
+        if len(path.parts) >= 2 and is_image(path):
+            has_mode = path.parts[-3:-2] and path.parts[-3] in MODE_FOLDERS
+            named.append(PurePosixPath(*path.parts[-3 if has_mode else -2 :]))
+    if not named:
+        raise UserError(f"{file} is no list of pictures. It may have a line <class-label>/<file> for each.")
+    return list(dict.fromkeys(named))
+
+
+def listed_pictures(folder: Path, lists: Mapping[str, Path], labels: Iterable[str] | None = None) -> list[Picture]:
+    """The pictures of two lists, in <folder>/<label>/ or <folder>/{train,test,val,...}/<label>/.
+
+    lists: "train" and "test" to files; labels: of the classes to take, None or empty for all that are named.
+    A picture that its list names as test/<label>/<file> is looked for in <folder>/test/, where there is such a folder;
+    others in <folder>/<label>/, then in the folders of the list's own mode, then in those of the other.
+    Raises UserError for pictures that are not there, or are in both lists.
+    """
+    named = {mode: _read_split_list(file) for mode, file in lists.items()}
+    all_labels = list(dict.fromkeys(path.parent.name for paths in named.values() for path in paths))
+    taken = set(choose(labels, all_labels, " and ".join(map(str, lists.values()))))
+    names_in = functools.cache(lambda at: frozenset(os.listdir(at)) if at.is_dir() else frozenset())
+    pictures: list[Picture] = []
+    missing: set[Path] = set()
+    files: dict[str, set[Path]] = {"train": set(), "test": set()}
+    for mode, paths in named.items():
+        for path in (path for path in paths if path.parent.name in taken):
+            label, name = path.parts[-2:]
+            candidates = [folder / part / label / name for part in _parts(folder, path, mode)]
+            file = next((file for file in candidates if name in names_in(file.parent)), None)
+            if file is None:
+                file = folder / path
+                missing.add(file)
+            pictures.append(Picture(mode, label, name, file))
+            files[mode].add(file)
+    if twice := sorted(files["train"] & files["test"]):
+        raise UserError(f"{len(twice)} pictures are in both lists, such as {twice[0].relative_to(folder)}.")
+    if missing:
+        example = min(missing).relative_to(folder)
+        raise UserError(f"{len(missing)} of {len(pictures)} listed pictures are not in {folder}, such as {example}.")
+    return pictures
+
+
+def _parts(folder: Path, listed: PurePosixPath, mode: str) -> list[str]:
+    """Where the class folder of a listed picture may be, in this order, relative to the source's folder."""
+    if len(listed.parts) > 2 and (folder / listed.parts[0]).is_dir():
+        return [listed.parts[0]]
+    own = ["train"] if mode == "train" else list(TEST_FOLDERS)
+    return ["", *own, *(name for name in MODE_FOLDERS if name not in own)]
+
+
 # Texts for the classes
 
 
-def read_class_list(file: Path) -> dict[str, str | None]:
-    """Class labels and their texts (None without one), from a file in one of these formats:
-
-        n01440764                        one label a line; "# ..." is a comment,
-        n01440764 tench, Tinca tinca     and a text after a tab, or after a space behind a WordNet number (ImageNet's
-                                         LOC_synset_mapping.txt): its first name is taken,
-        {"n01440764": "tench"}           JSON,
-        {"0": ["n01440764", "tench"]}    JSON as imagenet_class_index.json has it,
-        ["n01440764", ...]               a JSON list of labels.
-
-    Raises UserError for anything else.
-    """
-    try:
-        content = file.read_text(encoding="utf-8-sig")
-        pairs: list[tuple[str, str | None]] = []
-        if file.suffix.lower() != ".json":
-            for line in without_comments(content.splitlines()):
-                label, *texts = re.split(r"\s*\t\s*|(?<=^n\d{8})\s+", line, maxsplit=1)
-                pairs.append((label, texts[0] if texts else None))
-        else:
-            listed = parse_json(content.encode(), str(file))
-            items = listed.items() if isinstance(listed, dict) else ((label, None) for label in listed)
-            for key, value in items:
-                label, text = value if isinstance(value, list) else (key, value)
-                pairs.append((label, text))
-        entries: dict[str, str | None] = {}
-        for label, text in pairs:
-            if entries.setdefault(label, text) != text:
-                raise ValueError(f"{label} has two texts, {entries[label]!r} and {text!r}; keep one")
-        if not entries or not all(isinstance(t, str | None) and isinstance(label, str) for label, t in entries.items()):
-            raise ValueError("it has no labels, or values that are not texts")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is no list of classes ({error}). It may have one label a line.") from None
-    return {label: text and text.partition(",")[0].strip() for label, text in entries.items()}
-
-
 def readable(label: str) -> str:
-    """A class label as a text for prompts: "apple_pie" -> "apple pie", "001.Black_footed_Albatross" -> "Black footed
-    Albatross"."""
+    """A class label as a text for prompts: "apple_pie" -> "apple pie", "001.Laysan_Albatross" -> "Laysan Albatross"."""
     without_number = re.sub(r"^(\d+\.|0\d+[_-]|\d{3,}[_-])", "", label)
     return " ".join(without_number.replace("_", " ").split()) or label
 
@@ -286,16 +302,11 @@ def readable_caltech(label: str) -> str:
     return re.sub(r"(?<=\w\w)-(?=\w\w)", " ", words)
 
 
-def is_wordnet_number(label: str) -> bool:
-    """Whether a label is a WordNet number, such as ImageNet's n01440764, which means nothing to a text encoder."""
-    return re.fullmatch(r"n\d{8}", label) is not None
-
-
 class Source(NamedTuple):
     """A dataset, or kind of folder, that `python -m utils.curate` knows by name.
 
     pictures: (folder of the archives or class folders, split, labels to take, none for all) -> pictures; it may ignore
-    a split that it does not need, and labels, as the command leaves out what was not asked for.
+    the split and the labels, as the command takes those of the labels.
     text: class label -> the text of its prompts, where no list gives one.
     """
 
@@ -304,8 +315,8 @@ class Source(NamedTuple):
 
 
 SOURCES = {
-    "CIFAR10": Source(partial(cifar, name="CIFAR10")),
-    "CIFAR100": Source(partial(cifar, name="CIFAR100")),
+    "CIFAR10": Source(functools.partial(cifar, name="CIFAR10")),
+    "CIFAR100": Source(functools.partial(cifar, name="CIFAR100")),
     "Food101": Source(food101),
     "Caltech256": Source(caltech256, readable_caltech),
     "folder": Source(image_folder),

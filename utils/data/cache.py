@@ -17,6 +17,7 @@ import os
 import socket
 import struct
 import tempfile
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -34,8 +35,7 @@ from utils.files import content_digest
 log = logging.getLogger(__name__)
 
 _MAGIC = b"ESCORT pixels 2\n"
-_OPEN_FILES = Path("/proc/self/fd")
-"""Where Linux shows the files that a process has open, through which others open them."""
+_OPEN_FILES = Path("/proc/self/fd")  # where Linux shows the files that a process has open, for others to open them
 _START = 24  # of the first record
 _RECORD = struct.Struct("<16sIII")
 
@@ -43,13 +43,13 @@ _RECORD = struct.Struct("<16sIII")
 class PictureCache:
     """Prepared pictures (H x W x 3, uint8) up to a number of bytes; once full, no more are added.
 
-    budget: bytes; prepare: the first part of the dataset's transforms; file: where pictures are kept, for other
-    processes and runs; None keeps them in memory, for this process and those that open `path`; contents: folder ->
-    digest of what it holds (`content_digest`), for some folders.
+    budget: bytes; prepare: the first part of the dataset's transforms; file: for other processes and runs; None keeps
+    pictures in memory, for this process and those that open `path`; contents: folder -> digest of what it holds
+    (`content_digest`), for some folders.
 
     Records are appended under a lock, and each process has its own index of them.  The key is a picture's path, size,
-    modification time, preparation and its folder's digest, so that a changed file gets a new record.  Checksums detect
-    pixels that a crash of the machine has lost.
+    modification time, preparation and its folder's digest: a changed file gets a new record.  Checksums detect pixels
+    that a crash of the machine has lost.
     """
 
     def __init__(
@@ -59,21 +59,11 @@ class PictureCache:
         self.prepare = prepare
         self.file = file
         self.contents = contents or {}
-        self._index: dict[bytes, tuple[int, int, int, int]] = {}  # key -> offset of pixels, height, width, checksum
         self._full = False
-        self._fd = -1
-        is_sound = self._open()
-        if file is not None and not is_sound:
+        is_whole = self._open()
+        if file is not None and not is_whole:
             file.unlink(missing_ok=True)  # others may have it open, so it is replaced, not truncated
             self._open()
-
-    def __del__(self):
-        self._close()
-
-    def _close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
     def __reduce__(self):
         if self.file is None and not _OPEN_FILES.is_dir():
@@ -95,8 +85,8 @@ class PictureCache:
             return picture, True
         picture = read_prepared(path, self.prepare)
         self._add(path, picture)
-        kept = self.find(path)
-        return (picture, False) if kept is None else (kept, True)
+        cached = self.find(path)
+        return (picture, False) if cached is None else (cached, True)
 
     def find(self, path: str | Path) -> np.ndarray | None:
         """The prepared picture from the cache, read-only; None if it is not there."""
@@ -111,19 +101,20 @@ class PictureCache:
 
     def _open(self) -> bool:
         """Open the file, or make it, and index its records.  Returns whether it is whole."""
-        self._close()
         if self.file is None:
             self._fd = _memory_file()
         else:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+        weakref.finalize(self, os.close, self._fd)
+        # key -> offset of pixels, height, width, checksum
+        self._scanned, self._index = _START, dict[bytes, tuple[int, int, int, int]]()
         with self._locked():
             if os.fstat(self._fd).st_size == 0:
                 _write(self._fd, _MAGIC + struct.pack("<Q", _START), 0)
             if os.fstat(self._fd).st_size < _START + self.budget:
                 os.ftruncate(self._fd, _START + self.budget)
             self._map = mmap.mmap(self._fd, 0, prot=mmap.PROT_READ)
-            self._scanned, self._index = _START, {}
             self._scan()
             return self._map[: len(_MAGIC)] == _MAGIC and self._scanned == self._end()
 
@@ -144,17 +135,17 @@ class PictureCache:
     def _add(self, path: str | Path, picture: np.ndarray) -> None:
         if self._full:
             return
-        data = np.ascontiguousarray(picture)
-        height, width, _ = data.shape
+        height, width, _ = picture.shape
+        pixels = picture.tobytes()
         try:
             with self._locked():
                 self._scan()
-                key, end = self._key(path), self._scanned + _RECORD.size + data.nbytes
+                key, end = self._key(path), self._scanned + _RECORD.size + len(pixels)
                 if end > _START + self.budget or self._scanned != self._end():
                     self._full = True
                 elif key is not None and key not in self._index:
-                    record = _RECORD.pack(key, height, width, zlib.crc32(data.data))
-                    _write(self._fd, record + data.tobytes(), self._scanned)
+                    record = _RECORD.pack(key, height, width, zlib.crc32(pixels))
+                    _write(self._fd, record + pixels, self._scanned)
                     _write(self._fd, struct.pack("<Q", end), len(_MAGIC))
         except OSError as error:
             self._full = True
@@ -190,9 +181,9 @@ def open_cache(
 ) -> PictureCache | None:
     """The cache of a run, or None.  To be called by all processes of a run.
 
-    kind: "none", "ram" or "disk"; gib: its budget in GiB, in memory at most half of what is free; folder: of the file;
-    root: the dataset's folder; expected: bytes of all pictures, to report how many of them fit; images: of each of the
-    dataset's folders, of which a few are read to recognise the folder in a file of earlier runs.
+    kind: "none", "ram" or "disk"; gib: its budget, in memory at most half of what is free; folder: of the file; root:
+    the dataset's folder; expected: bytes of all pictures, to report how many fit; images: of each of the dataset's
+    folders, of which a few are read to recognise the folder in a file of earlier runs.
     Raises UserError for a folder that can't be written to.
     """
     if kind == "none" or gib == 0:
@@ -208,8 +199,8 @@ def open_cache(
             log.info("cache: worker processes have no part in it on this system; num_workers=0 or cache=disk uses it")
         return _in_memory(budget, prepare)
     contents = {os.path.abspath(files[0].parent): content_digest(files) for files in images if files}
-    of = "\0".join([str(root.absolute()), Image.__version__, *(features.version(lib) or "" for lib in ("jpg", "webp"))])
-    name = hashlib.sha256(os.fsencode(of)).hexdigest()[:16]  # decoders of other versions may round differently
+    decoders = [Image.__version__, *(features.version(library) or "" for library in ("jpg", "webp"))]  # which round
+    name = hashlib.sha256(os.fsencode("\0".join([str(root.absolute()), *decoders]))).hexdigest()[:16]
     try:
         return PictureCache(budget, prepare, folder / f"{root.name}-{name}.pixels", contents)
     except OSError as error:
@@ -245,10 +236,9 @@ def _memory_file() -> int:
 
 def _write(fd: int, data: bytes, offset: int) -> None:
     """Write all of it.  Raises OSError if disk or memory is full (writing through the map would raise SIGBUS)."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _free_memory() -> int:

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, features
 
-from utils.data.varint import read_varint, varint
 from utils.errors import UserError
 
 Size = tuple[int, int]
@@ -34,7 +33,7 @@ Size = tuple[int, int]
 @dataclass(frozen=True)
 class Codec:
     """kind: Pillow's name of the format; ending: of its files; options: what Pillow's encoder is told beside the
-    quality; magic: (place, bytes) that tell a whole file; payload: (file, quality, size, greyscale) -> its payload,
+    quality; magic: (offset, bytes) that tell a whole file; payload: (file, quality, size, greyscale) -> its payload,
     None where it has none; file: (payload, quality, size, greyscale) -> the file; also: other options that may give a
     smaller payload, of the same pixels.
     """
@@ -69,12 +68,12 @@ def stripped(file: bytes, name: str, quality: int, size: Size, greyscale: bool) 
     return payload if file_of(payload, name, quality, size, greyscale) == file else file
 
 
-def file_of(kept: bytes, name: str, quality: int, size: Size, greyscale: bool) -> bytes:
+def file_of(data: bytes, name: str, quality: int, size: Size, greyscale: bool) -> bytes:
     """The whole file of a payload; what is a whole file already is returned as it is.
 
     A payload that no encoder has written gives a file that does not decode, or shows anything.
     """
-    return kept if is_file(kept, name) else CODECS[name].file(kept, quality, size, greyscale)
+    return data if is_file(data, name) else CODECS[name].file(data, quality, size, greyscale)
 
 
 def reduced(height: int, width: int, side: int | None) -> tuple[int, int]:
@@ -83,10 +82,10 @@ def reduced(height: int, width: int, side: int | None) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def is_file(kept: bytes, name: str) -> bool:
+def is_file(data: bytes, name: str) -> bool:
     """Whether these bytes are a whole file, and not a payload."""
     offset, magic = CODECS[name].magic
-    return kept[offset : offset + len(magic)] == magic
+    return data[offset : offset + len(magic)] == magic
 
 
 def check_codec(name: str) -> None:
@@ -111,6 +110,28 @@ def _written(image: np.ndarray, name: str, quality: int, options: Mapping[str, A
     colours = {"subsampling": "4:0:0"} if name == "avif" and image.ndim == 2 else {}
     Image.fromarray(image).save(file, CODECS[name].kind, quality=quality, **options, **colours)
     return file.getvalue()
+
+
+# Numbers of as few bytes as they need
+
+
+def varint(number: int) -> bytes:
+    """A number from 0 on in groups of 7 bits, lowest first; the top bit of a byte says that more follow (LEB128)."""
+    groups = bytearray()
+    while number > 127:
+        groups.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*groups, number])
+
+
+def read_varint(data: bytes, start: int = 0) -> tuple[int, int]:
+    """(the number, the offset after it).  Raises ValueError where the data end before, and for more than 35 bits."""
+    number = 0
+    for index in range(start, min(start + 5, len(data))):
+        number |= (data[index] & 127) << 7 * (index - start)
+        if data[index] < 128:
+            return number, index + 1
+    raise ValueError("the data end within a number" if start + 5 > len(data) else "a number of more than 35 bits")
 
 
 # JPEG
@@ -189,15 +210,14 @@ def _level(size: Size) -> int:
 
 def _sequence_header(quality: int, size: Size, greyscale: bool) -> bytes:
     """Of an AV1 still picture as libaom writes it (section 5.5): 8 bits, full range, BT.709 primaries, sRGB transfer,
-    BT.601 matrix, 4:2:0 or greyscale; blocks of 64, all tools but superresolution and, in
-    what is lossless, directional enhancement."""
+    BT.601 matrix, 4:2:0 or greyscale; blocks of 64, all tools but superresolution and, in what is lossless,
+    directional enhancement."""
     height, width = size
-    bits = f"00011{_level(size):05b}"
-    lengths = [max(1, (side - 1).bit_length()) for side in (width, height)]
-    bits += "".join(f"{length - 1:04b}" for length in lengths)
-    bits += "".join(f"{side - 1:0{length}b}" for side, length in zip((width, height), lengths, strict=True))
-    bits += f"0110{int(quality < 100)}10{int(greyscale)}1{1:08b}{13:08b}{6:08b}1" + "000" * (not greyscale) + "01"
-    return int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8))
+    columns, rows = (max(1, (side - 1).bit_length()) for side in (width, height))
+    bits = f"00011{_level(size):05b}{columns - 1:04b}{rows - 1:04b}{width - 1:0{columns}b}{height - 1:0{rows}b}"
+    bits += f"0110{int(quality < 100)}10{int(greyscale)}1{1:08b}{13:08b}{6:08b}1{'' if greyscale else '000'}01"
+    nb_bytes = -(-len(bits) // 8)
+    return int(bits.ljust(8 * nb_bytes, "0"), 2).to_bytes(nb_bytes)
 
 
 def _stream_start(quality: int, size: Size, greyscale: bool) -> bytes:
@@ -227,7 +247,7 @@ def _avif_file(payload: bytes, quality: int, size: Size, greyscale: bool) -> byt
     """The boxes are those that libavif writes (AV1 Image File Format, section 2; ISO/IEC 23008-12)."""
     stream = _stream_start(quality, size, greyscale) + varint(len(payload)) + payload
     channels, level = (1 if greyscale else 3), _level(size)
-    start = _box(b"ftyp", b"avif\0\0\0\0avifmif1miaf" + b"MA1B" * (not greyscale))
+    start = _box(b"ftyp", b"avif\0\0\0\0avifmif1miaf", b"" if greyscale else b"MA1B")
     properties = [
         _box(b"ispe", bytes(4), size[1].to_bytes(4), size[0].to_bytes(4)),
         _box(b"pixi", bytes(4), bytes([channels, *[8] * channels])),
@@ -243,11 +263,7 @@ def _avif_file(payload: bytes, quality: int, size: Size, greyscale: bool) -> byt
             _box(b"pitm", bytes(4) + b"\0\x01"),
             _box(b"iloc", bytes(4) + b"\x44\0\0\x01\0\x01\0\0\0\x01", offset.to_bytes(4), len(stream).to_bytes(4)),
             _box(b"iinf", bytes(4) + b"\0\x01", _box(b"infe", b"\x02\0\0\0\0\x01\0\0av01Color\0")),
-            _box(
-                b"iprp",
-                _box(b"ipco", *properties),
-                _box(b"ipma", bytes(4) + b"\0\0\0\x01\0\x01\x04\x01\x02\x83\x04"),
-            ),
+            _box(b"iprp", _box(b"ipco", *properties), _box(b"ipma", bytes(7) + b"\x01\0\x01\x04\x01\x02\x83\x04")),
         )
 
     return start + meta(len(start) + len(meta(0)) + 8) + _box(b"mdat", stream)
@@ -265,8 +281,7 @@ def _jxl_entry(length: int) -> bytes:
 def _jxl_shared(quality: int, size: Size, greyscale: bool) -> tuple[bytes, bytes]:
     """(the headers up to the table of contents, the section's beginning) that smooth pictures of this size share.
 
-    They are the encoder's; its version is one of the form's settings.  Empty where a side is longer than that of
-    pictures of one section.
+    They are the encoder's, whose version is one of the form's settings.  Empty for pictures of several sections.
     """
     if max(size) > 256:
         return b"", b""
@@ -293,10 +308,9 @@ def _jxl_parts(file: bytes) -> tuple[bytes, bytes]:
 
 
 def _jxl_payload(file: bytes, quality: int, size: Size, greyscale: bool) -> bytes | None:
-    shared, (head, section) = _jxl_shared(quality, size, greyscale), _jxl_parts(file)
-    if not section or head != shared[0] or not section.startswith(shared[1]):
-        return None
-    return section[len(shared[1]) :]
+    (shared, beginning), (head, section) = _jxl_shared(quality, size, greyscale), _jxl_parts(file)
+    is_like_others = section and head == shared and section.startswith(beginning)
+    return section[len(beginning) :] if is_like_others else None
 
 
 def _jxl_file(payload: bytes, quality: int, size: Size, greyscale: bool) -> bytes:
@@ -304,11 +318,11 @@ def _jxl_file(payload: bytes, quality: int, size: Size, greyscale: bool) -> byte
     return head + _jxl_entry(min(len(beginning + payload), 17_407)) + beginning + payload
 
 
+_PROGRESSIVE = {"optimize": True, "progressive": True}
+_BASELINE = {"optimize": False, "progressive": False}
+
 CODECS = {
-    "jpeg": Codec(
-        *("JPEG", ".jpg", {"optimize": True, "progressive": True}, (0, b"\xff\xd8"), _jpeg_payload, _jpeg_file),
-        also={"optimize": False, "progressive": False},
-    ),
+    "jpeg": Codec("JPEG", ".jpg", _PROGRESSIVE, (0, b"\xff\xd8"), _jpeg_payload, _jpeg_file, also=_BASELINE),
     "webp": Codec("WebP", ".webp", {"method": 6}, (0, b"RIFF"), _webp_payload, _webp_file),
     "avif": Codec("AVIF", ".avif", {"speed": 4}, (4, b"ftyp"), _avif_payload, _avif_file),
     "jxl": Codec("JXL", ".jxl", {"effort": 7}, (0, b"\xff\x0a"), _jxl_payload, _jxl_file),

@@ -1,17 +1,23 @@
-"""Defaults of a dataset: its transforms, its statistics and the preset of compress/run.py.
+"""What is known of datasets: their transforms, statistics and presets of compress/run.py, and published class lists.
 
 Any folder in the layout of `utils.data.paths` is a dataset; the size of its images selects the transforms.  `KNOWN`
 adds what the size does not tell; a dataset need not be in it.
+
+A class list that the field has fixed is a text file, `published/NAME.txt`: comments, which begin with "# ", say what
+the list is and where it comes from; then a line a class, in the published order: its label, and after a tab its text
+for prompts.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
-
-from utils.config.types import Augmentation
 
 if TYPE_CHECKING:
     from utils.data.augment import Normalise, TestTransform, TrainTransform
 
+Augmentation = Literal["pescr", "pycil", "autoaugment", "none"]
 ImageKind = Literal["small", "large"]
 Resolution = Literal["high", "low"]
 
@@ -28,8 +34,8 @@ class Known:
     """Defaults by a dataset's name.
 
     flip: whether training mirrors images; small_statistics: mean and standard deviation of each channel, for small
-    images (large ones are normalised with ImageNet's); resolution: the preset of compress/run.py, None to choose by the
-    images' size; pycil_jitter: whether PyCIL jitters the brightness of this dataset's large images.
+    images (large ones have ImageNet's); resolution: the preset of compress/run.py, None to choose by the images' size;
+    pycil_jitter: whether PyCIL jitters the brightness of this dataset's large images.
     """
 
     flip: bool = True
@@ -108,29 +114,69 @@ def dataset_defaults(
     network_input: of a backbone with a size of its own, to which images of all sizes are brought.
     """
     # These import torch, whose import takes seconds: the size and the preset are known before.
-    from utils.data.augment import BRIGHTNESS, Normalise, SmallAutoAugment, SmallTest, SmallTrain, Unaugmented
-    from utils.data.augment_large import SIDE, LargeTest, LargeTrain
+    from utils.data import augment
 
-    entry = known(name)
-    kind: ImageKind = "small" if min(sample_image_size) <= SMALL_SIDE and network_input is None else "large"
+    entry, autoaugment = known(name), augmentation == "autoaugment"
     train: TrainTransform
     test: TestTransform
-    if kind == "small":
-        test, statistics = SmallTest(), entry.small_statistics
-        train = SmallAutoAugment(entry.flip) if augmentation == "autoaugment" else SmallTrain(entry.flip)
+    if min(sample_image_size) <= SMALL_SIDE and network_input is None:
+        kind: ImageKind = "small"
+        test, statistics = augment.SmallTest(), entry.small_statistics
+        train = augment.SmallAutoAugment(entry.flip) if autoaugment else augment.SmallTrain(entry.flip)
     else:
-        side, test, statistics = SIDE, LargeTest(), IMAGENET_STATISTICS
+        kind, side, statistics = "large", augment.SIDE, IMAGENET_STATISTICS
+        test = augment.LargeTest()
         if network_input is not None:
             side, statistics = network_input.side, (network_input.mean, network_input.std)
-            test = LargeTest(side, network_input.resize, network_input.mode)
-        train = LargeTrain(entry.flip, side=side)
+            test = augment.LargeTest(side, network_input.resize, network_input.mode)
+        train = augment.LargeTrain(entry.flip, side=side)
         if augmentation == "pycil":
-            train = LargeTrain(entry.flip, BRIGHTNESS if entry.pycil_jitter else 0.0, autoaugment=False, side=side)
+            brightness = augment.BRIGHTNESS if entry.pycil_jitter else 0.0
+            train = augment.LargeTrain(entry.flip, brightness, autoaugment=False, side=side)
     if augmentation == "none":
-        train = Unaugmented(test)
-    return DatasetDefaults(
-        image_kind=kind,
-        train_transform=train,
-        test_transform=test,
-        normalise=Normalise(*statistics),
-    )
+        train = test
+    return DatasetDefaults(kind, train, test, augment.Normalise(*statistics))
+
+
+# Published class lists
+
+FOLDER = Path(__file__).parent / "published"
+FETCHED = {"CIFAR10": "CIFAR10", "CIFAR100": "CIFAR100", "Food101": "Food101", "Caltech256": "Caltech256"}
+FETCHED |= {"MNIST": "digits"}
+"""Datasets that `python -m utils.curate WHAT` makes from what it downloads or brings, and WHAT."""
+
+
+def curate_command(name: str) -> str | None:
+    """The command that makes a dataset of this name, in any case of letters; None where there is none."""
+    if what := {dataset.lower(): what for dataset, what in FETCHED.items()}.get(name.lower()):
+        return f"python -m utils.curate {what}"
+    listed = find_list(name)
+    return f"python -m utils.curate {listed.stem} --source DIR" if listed else None
+
+
+def class_lists() -> list[str]:
+    """The names of the lists."""
+    return sorted(file.stem for file in FOLDER.glob("*.txt"))
+
+
+def find_list(name: str) -> Path | None:
+    """The file of a list by its name, in any case and with or without hyphens; None for an unknown one."""
+    files = {_plain(file.stem): file for file in FOLDER.glob("*.txt")}
+    return files.get(_plain(name))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name).lower()
+
+
+def published_labels(name: str) -> list[str] | None:
+    """The labels of a list in the published order; None for an unknown name."""
+    if (file := find_list(name)) is None:
+        return None
+    return [line.partition("\t")[0] for line in without_comments(file.read_text(encoding="utf-8").splitlines())]
+
+
+def without_comments(lines: Iterable[str]) -> list[str]:
+    """The lines of a list of classes, stripped, without empty ones and comments ("# ...")."""
+    stripped = (line.strip() for line in lines)
+    return [line for line in stripped if line and not line.startswith("# ")]

@@ -1,7 +1,5 @@
-"""Reading image files with Pillow, and writing files atomically.
-
-Images are read as viewers show them: rotated by their EXIF orientation, on white where they are transparent, and the
-first frame of several.
+"""Reading image files with Pillow, as viewers show them: rotated by their EXIF orientation, on white where they are
+transparent, and the first frame of several.
 """
 
 import os
@@ -21,12 +19,10 @@ Image.init()
 _LEFT_OUT = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
 _FORMATS = tuple(sorted(Image.OPEN.keys() - _LEFT_OUT, key=lambda kind: (kind not in ("JPEG", "PNG", "WEBP"), kind)))
 """Formats that files are tried as, frequent ones first: formats without a magic number take time to rule out."""
-_PICTURES_NOT_READ = {".eps", ".heic", ".heif", ".jxl", ".svg", ".wmf"}
-IMAGE_ENDINGS = frozenset(
-    {ending for ending, kind in Image.registered_extensions().items() if kind in _FORMATS} | _PICTURES_NOT_READ
-)
-"""Lower-case file endings of images, with the dot: what Pillow reads, and a few that it doesn't, so that these are
-reported as unreadable and not ignored."""
+_PICTURES_NOT_READ = {".eps", ".heic", ".heif", ".jxl", ".svg", ".wmf"}  # they are reported, and not ignored
+IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in _FORMATS}
+IMAGE_ENDINGS |= _PICTURES_NOT_READ
+"""Lower-case file endings of images, with the dot."""
 
 MAX_PIXELS = 90_000_000
 """Larger pictures are refused as decompression bombs: these take a quarter of a GiB as RGB."""
@@ -54,8 +50,8 @@ def is_image(path: PurePath) -> bool:
 def read_image(path: str | Path) -> Image.Image:
     """The picture as RGB, fully decoded: a truncated file fails here and not later.
 
-    Raises OSError, with the path in its message, for anything that is wrong with the file or its content, for more than
-    MAX_PIXELS, and for 32 bits a channel, whose range is unknown.
+    Raises OSError, with the path in its message, for anything that is wrong with the file or its content, more than
+    MAX_PIXELS, and 32 bits a channel, whose range is unknown.
     """
     with _opened(path) as image:
         turn = _TURNS.get(_orientation(image))
@@ -77,12 +73,10 @@ def image_bits(path: Path) -> tuple[int, int, int]:
 
 
 class UnreadableImage(UserError):
-    """A picture that can't be decoded; the message names the file.
-
-    A DataLoader re-raises its workers' errors with their traceback as the message; only its last line is kept.
-    """
+    """A picture that can't be decoded; the message names the file."""
 
     def __init__(self, message: str):
+        # A DataLoader re-raises its workers' errors with their traceback as the message: its last line is enough.
         super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
@@ -103,8 +97,7 @@ def read_prepared(path: str | Path, prepare: Callable[[Image.Image], np.ndarray]
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """The picture with its header read.  Any error, in opening it or in the `with` body, becomes an OSError with the
-    path."""
+    """The picture with its header read.  Any error, also in the `with` body, becomes an OSError with the path."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or a device may never end
             raise OSError("not a file, but a folder, pipe or device")

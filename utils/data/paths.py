@@ -6,13 +6,14 @@
     <data-dir>/<dataset>/exemplars/<class-label>/<stem>_seed00.jpg
 
 Other exemplar forms have folders of their own instead of the last two (`FormFiles`).  A variant's folders are
-`edge_maps-<variant>` and `exemplars-<variant>`.  Paths are built from their parts, so the data folder's own path may
-contain `train`.  What belongs to a train image lies beside the `train` folder that the image itself is in, which may be
-another data folder's: exemplars that come from a memory's archive are in one of their own.  Where two images of a class
-differ only in their ending (`a.jpg`, `a.png`), the files derived from them have the whole name as their stem.
+`edge_maps-<variant>` and `exemplars-<variant>`.  What belongs to a train image lies beside the `train` folder that the
+image itself is in, which may be another data folder's: exemplars from a memory's archive are in one of their own.
+Where two images of a class differ only in their ending (`a.jpg`, `a.png`), files derived from them have the whole name
+as their stem.
 """
 
 import difflib
+import functools
 import hashlib
 import logging
 import os
@@ -20,18 +21,20 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Collection, Container, Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.data.datasets import FETCHED, class_lists, curate_command
 from utils.data.images import is_image
-from utils.data.published import FETCHED, class_lists, curate_command
 from utils.errors import UserError
 from utils.files import load_json
 
 log = logging.getLogger(__name__)
 
-_WARNED: set[tuple[Path, str]] = set()  # warnings about datasets that this process has logged
+
+@functools.cache
+def _warn_once(warning: str) -> None:
+    log.warning("%s", warning)
 
 
 def data_dir(chosen: str | os.PathLike | None = None) -> Path:
@@ -52,10 +55,9 @@ def find_dataset(folder: Path, name: str) -> str:
 
 @dataclass(frozen=True)
 class FormFiles:
-    """The folders of an exemplar form, beside `train`; the defaults are those of edge maps.
+    """The folders of an exemplar form, beside `train`, and the endings of its files; by default those of edge maps.
 
-    kept: folder of the kept files; copies: folder of the copies; kept_endings: of kept files: the first is written, all
-    are read; copy_ending: of copies.
+    kept_endings: the first is written, all are read.
     """
 
     kept: str = "edge_maps"
@@ -68,8 +70,8 @@ class FormFiles:
 class DatasetPaths:
     """One dataset's folders.
 
-    data_dir: the folder of all datasets; dataset: the dataset's folder name in it; variant: name of a separate set of
-    kept files and copies, "" for the default one; files: of the exemplar form.
+    data_dir: of all datasets; dataset: the folder's name in it; variant: name of a separate set of kept files and
+    copies, "" for the default one; files: of the exemplar form.
     Raises UserError for a dataset or variant that is no folder name.
     """
 
@@ -77,6 +79,7 @@ class DatasetPaths:
     dataset: str
     variant: str = ""
     files: FormFiles = FormFiles()
+    _other_stems: dict[Path, dict[str, str]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "data_dir", Path(self.data_dir))
@@ -100,33 +103,30 @@ class DatasetPaths:
         """Sorted class labels: the names of the mode's sub-folders.  Raises UserError if there are none."""
         folder = self.folder(mode)
         if not folder.is_dir():
+            put = f"{others} put" if (others := self._other_ways()) else "Put"
             raise UserError(
-                f"no {mode} images of dataset {self.dataset!r}: {folder} is not a folder. {self._how_to_get_it()}"
-                f"ut images in {folder}/<class-label>/, or set another folder with --data-dir or data_dir."
+                f"no {mode} images of dataset {self.dataset!r}: {folder} is not a folder. {put} images in "
+                f"{folder}/<class-label>/, or set another folder with --data-dir or data_dir."
             )
         labels = sorted(entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
         if not labels:
             raise UserError(f"{folder} has no class folders; images belong in {folder}/<class-label>/.")
         return labels
 
-    def _how_to_get_it(self) -> str:
-        """The beginning of an advice, up to "p" of "put images ...", where the dataset is not there."""
+    def _other_ways(self) -> str:
+        """To get a dataset that is not there, than to put images into its folders; "" for none."""
         if self.root.is_dir():
-            return "P"
+            return ""
         if command := curate_command(self.dataset):
             where = f" --data-dir {shlex.quote(str(self.data_dir))}" if self.data_dir != data_dir() else ""
-            return f"{command}{where} makes it; or p"
+            return f"{command}{where} makes it; or"
         names = {name.lower(): name for name in (*class_lists(), *FETCHED, *datasets(self.data_dir))}
         near = difflib.get_close_matches(self.dataset.lower(), names, n=1)
-        return f"Did you mean {names[near[0]]!r}? Else p" if near else "P"
+        return f"Did you mean {names[near[0]]!r}? Else" if near else ""
 
     def images(self, label: str, mode: str = "train") -> list[Path]:
         """Sorted image files of a class, by their endings.  Raises UserError for a folder that can't be listed."""
         return _images(self.folder(mode) / label)
-
-    @cached_property
-    def _other_stems(self) -> dict[Path, dict[str, str]]:
-        return {}
 
     def _stem(self, image: Path) -> str:
         folder = image.parent
@@ -167,35 +167,19 @@ class DatasetPaths:
         """The folder with the copies of a class's images."""
         return self.folder("copies") / label
 
-    def copy_names(self, image: Path, count: int) -> list[str]:
-        """File names of copies 0 ... count-1 of a train image, within its class's `copies_folder`."""
-        return [self.copy_name(image, k) for k in range(count)]
-
     def class_texts(self, labels: Iterable[str] | None = None) -> dict[str, str]:
         """Class label -> its text in prompts: the entry of `class_names.json`, else the label.
 
-        labels: of some classes, whether they have a folder or not; None for all that have one.  Labels match whether
-        their accents are composed or not.  Bytes of a label that are not UTF-8 become "?".  For all classes, logs a
-        warning about entries that match none.
+        labels: None for all that have a folder, with a warning about entries that match none.  Labels match whether
+        their accents are composed or not.  Bytes of a label that are not UTF-8 become "?".
         """
-        entries, every = self._class_names(), labels is None
-        labels = self.classes() if labels is None else labels
-        texts = {
-            label: entries.get(unicodedata.normalize("NFC", label), label).encode("utf-8", "replace").decode()
-            for label in labels
-        }
-        if not every:
-            return texts
-        unused = entries.keys() - {unicodedata.normalize("NFC", label) for label in labels}
-        if unused and self._warn_once("class_names.json"):
-            log.warning(
-                "%s: %d of its %d entries match no class folder, such as %r",
-                self.root / "class_names.json",
-                len(unused),
-                len(entries),
-                min(unused),
-            )
-        return texts
+        entries = self._class_names()
+        chosen = self.classes() if labels is None else labels
+        composed = {label: unicodedata.normalize("NFC", label) for label in chosen}
+        if labels is None and (unused := entries.keys() - composed.values()):
+            match = f"{len(unused)} of its {len(entries)} entries match no class folder, such as {min(unused)!r}"
+            _warn_once(f"{self.root / 'class_names.json'}: {match}")
+        return {label: entries.get(name, label).encode("utf-8", "replace").decode() for label, name in composed.items()}
 
     def _class_names(self) -> dict[str, str]:
         """The entries of class_names.json, by label in composed form (NFC)."""
@@ -207,11 +191,6 @@ class DatasetPaths:
             raise UserError(f'{file} must be one object of texts, like {{"n01440764": "tench"}}.')
         return {unicodedata.normalize("NFC", label): text for label, text in texts.items()}
 
-    def _warn_once(self, what: str) -> bool:
-        first = (self.root, what) not in _WARNED
-        _WARNED.add((self.root, what))
-        return first
-
     def warn_of_nested(self, labels: Iterable[str]) -> None:
         """Log a warning if class folders of `train` have sub-folders with pictures, which are not used."""
         nested = []
@@ -220,10 +199,9 @@ class DatasetPaths:
                 continue
             with os.scandir(folder) as entries:
                 nested += [Path(e.path) for e in entries if e.is_dir() and not e.name.startswith(".")]
-        holding = [folder for folder in nested if any(is_image(path) for path in _entries(folder))]
-        if holding and self._warn_once("nested"):
+        if holding := [folder for folder in nested if any(is_image(path) for path in _entries(folder))]:
             more = f" (and {len(holding) - 1} more folders)" if len(holding) > 1 else ""
-            log.warning("%s%s: pictures in sub-folders of a class folder are not used", holding[0], more)
+            _warn_once(f"{holding[0]}{more}: pictures in sub-folders of a class folder are not used")
 
 
 def _distinct_stems(names: Collection[str]) -> dict[str, str]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.data import codecs
-from utils.data.items import REAL
+from utils.data.classes import REAL
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
-from utils.files import write_atomically, write_durably
+from utils.files import write_atomically
 from utils.memory import packed
 from utils.memory.exemplars import ExemplarMemory, name_of
 from utils.memory.packed import ClassRecord, DamagedError, Exemplar, Memory
@@ -32,7 +32,7 @@ _ENDINGS = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".
 def write(memory: ExemplarMemory, path: Path) -> int:
     """Write the file, in one piece.  Returns its size in bytes."""
     content = packed.packed(content_of(memory))
-    write_durably(path, lambda file: file.write(content))  # with memory_only, the exemplars are nowhere else
+    write_atomically(path, lambda file: file.write(content), durably=True)  # memory_only: they are nowhere else
     return len(content)
 
 

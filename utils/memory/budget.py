@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.items import REAL
+from utils.data.classes import REAL
 from utils.errors import UserError
 from utils.memory.forms import ExemplarForm
 from utils.memory.share import ClassShare, Row, row_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.data.items import REAL, Item
+from utils.data.classes import REAL, Item
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.memory.budget import ROUNDING, Quotas, counts_within, fitting, moved_boundaries

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from utils.data.classes import REAL
+from utils.data.codecs import read_varint, varint
 from utils.data.images import MAX_PIXELS
-from utils.data.items import REAL
-from utils.data.varint import read_varint, varint
 from utils.memory.share import COLUMNS, Row, columns, named
 
 MAGIC = b"ESCORTm\x01"

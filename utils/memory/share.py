@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+from utils.data.classes import REAL
+from utils.data.codecs import varint
 from utils.data.images import image_bits
-from utils.data.items import REAL
-from utils.data.varint import varint
 
 COLUMNS = 4
 """Lengths, widths, heights, bits per pixel; real exemplars, which are files, have lengths alone."""
