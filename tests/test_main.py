@@ -19,7 +19,8 @@ from compress.coding.edge_maps import encode
 from compress.options import parse_settings
 from compress.training import on_demand
 from compress.training.cost import Cost
-from models.training.epochs import Epochs, warn_of_rising_loss
+from models.training import trainer
+from models.training.epochs import warn_of_rising_loss
 from models.training.trainer import Trainer
 from tests.conftest import long_but
 from tests.little_config import results, train_little
@@ -141,7 +142,7 @@ def test_a_finished_run_is_reused(train, tmp_path, monkeypatch, capsys):
     (file,) = (tmp_path / "out" / "seed1993" / "checkpoints").glob("*.pt")
     confusions = [record["cnn"]["confusion"] for record in torch.load(file, weights_only=True)["records"]]
     assert all(isinstance(confusion, torch.Tensor) for confusion in confusions), "lists take long to write and read"
-    monkeypatch.setattr(Epochs, "fit", None)
+    monkeypatch.setattr(trainer, "train_stage", None)
     assert train("epochs=1", "init_epoch=1") == 0
     assert "all 3 phases are done already" in capsys.readouterr().out
     assert results(tmp_path / "out") == before

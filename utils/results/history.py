@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from utils.errors import UserError
 from utils.files import write_csv
@@ -25,8 +25,8 @@ from utils.results.records import Phase
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventsWriter
 
-COLUMNS = ("phase", "stage", "epoch", "learning_rate", "loss", "train_accuracy", "seconds")
 _CURVES = ("learning_rate", "loss", "train_accuracy", "seconds")
+COLUMNS = ("phase", "stage", "epoch", *_CURVES)
 
 
 class History:
@@ -48,26 +48,16 @@ class History:
         self._phase: int | None = None  # whose event file is open
         self._events: EventsWriter | None = None
 
-    def add_epoch(
-        self,
-        phase: int,
-        stage: str,
-        epoch: int,
-        *,
-        step: int,
-        learning_rate: float,
-        loss: float,
-        accuracy: float,
-        seconds: float,
-    ) -> None:
+    def add_epoch(self, phase: int, stage: str, epoch: int, step: int, figures: Mapping[str, float]) -> None:
         """Add an epoch, in place of itself and of all later ones that an interrupted run has left.
 
-        epoch: from 1, counted through the stages of the phase; step: from 1, counted through all phases.
+        epoch: from 1, counted through the stages of the phase; step: from 1, counted through all phases; figures:
+        learning_rate, loss, train_accuracy (percent), seconds.
         """
         self.rows = [row for row in self.rows if (int(row["phase"]), int(row["epoch"])) < (phase, epoch)]
-        values = (phase, stage, epoch, f"{learning_rate:.6g}", f"{loss:.6g}", f"{accuracy:.6g}", f"{seconds:.3f}")
-        row = dict(zip(COLUMNS, map(str, values), strict=True))
-        self._step, curves = step, {f"train/{key}": float(row[key]) for key in _CURVES}
+        row = {"phase": str(phase), "stage": stage, "epoch": str(epoch)}
+        row |= {key: f"{figures[key]:{'.3f' if key == 'seconds' else '.6g'}}" for key in _CURVES}
+        self._step, curves = step, _curves_of(row)
         if self.tensorboard:
             self._open(phase, first_step=step - epoch)
             self._add(step, curves)
@@ -76,24 +66,21 @@ class History:
         self.rows.append(row)
         self._write()
 
-    def add_phase(self, record: Mapping[str, Any]) -> None:
-        """Add what a finished phase came to.  record: the trainer's."""
-        done = Phase.of_training(record, ())
-        phase = done.phase
+    def add_phase(self, record: Phase) -> None:
+        """Add what a finished phase came to."""
+        phase = record.phase
         if any(int(row["phase"]) > phase for row in self.rows):
             self.rows = [row for row in self.rows if int(row["phase"]) <= phase]
             self._write()
-        if not self.tensorboard and not self._wandb:
-            return
-        figures: dict[str, float | None] = {
+        figures = {
             f"{classifier}/{key}": getattr(metrics, key)
-            for classifier, metrics in (("cnn", done.cnn), ("nme", done.nme))
-            if metrics is not None
+            for classifier, metrics in record.classifiers.items()
+            if classifier in ("cnn", "nme")
             for key in ("top1", "top5", "old", "new")
         }
-        figures |= {"memory/units": done.memory.units_total, "memory/bytes": done.memory.bytes_total}
-        figures |= {"network/parameters": done.parameters}
-        figures |= {f"seconds/{key}": seconds for key, seconds in done.seconds.to_json().items()}
+        figures |= {"memory/units": record.memory.units_total, "memory/bytes": record.memory.bytes_total}
+        figures |= {"network/parameters": record.parameters}
+        figures |= {f"seconds/{key}": seconds for key, seconds in record.seconds.to_json().items()}
         values = {tag: value for tag, value in figures.items() if value is not None}
         if self._wandb:
             self._wandb.log_metrics({**values, "phase": phase}, step=self._step)
@@ -138,7 +125,7 @@ class History:
         self._events, self._phase = EventsWriter(str(self.folder / "events"), f".phase{phase:02d}"), phase
         for row in self.rows:
             if int(row["phase"]) == phase:
-                self._add(first_step + int(row["epoch"]), {f"train/{key}": float(row[key]) for key in _CURVES})
+                self._add(first_step + int(row["epoch"]), _curves_of(row))
 
     def _add(self, step: int, values: Mapping[str, float]) -> None:
         assert self._events is not None, "opened"
@@ -148,6 +135,10 @@ class History:
         for tag, value in values.items():
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
         self._events.flush()
+
+
+def _curves_of(row: Mapping[str, str]) -> dict[str, float]:
+    return {f"train/{key}": float(row[key]) for key in _CURVES}
 
 
 def check_loggers(loggers: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from utils.config.read import read_json
 from utils.config.schema import Config, as_dict, differences
 from utils.errors import UserError
 from utils.files import write_csv, write_json
-from utils.results.records import Classifier, ClassOrder, ResultsFile, read_results
+from utils.results.records import CLASSIFIERS, Classifier, ClassOrder, ResultsFile, read_results
 
 PHASE_COLUMNS = (
     *("seed", "phase", "classes_seen"),
@@ -64,15 +64,18 @@ class Output:
         with lock:
             yield
 
-    def write(self, order: ClassOrder, confusions: Mapping[Classifier, Sequence[ArrayLike]]) -> ResultsFile:
-        """Put a class order in its place in results.json, beside the others.
+    def write(self, order: ClassOrder) -> ResultsFile:
+        """Put a class order in its place in results.json, beside the others.  Returns the new content of results.json.
 
-        confusions: a matrix a phase.  Returns the new content of results.json.
+        The confusion matrices of classifiers that all its phases have become files of their own.
         """
-        for classifier, matrices in confusions.items():
-            for phase, matrix in enumerate(matrices):
-                path = confusion_file(self.folder, order.seed, phase, classifier)
-                write_confusion(path, matrix, order.class_names)
+        for classifier in CLASSIFIERS:
+            metrics = [phase.classifiers.get(classifier) for phase in order.phases]
+            matrices = [each.confusion for each in metrics if each is not None and each.confusion is not None]
+            if len(matrices) == len(metrics):
+                for phase, matrix in enumerate(matrices):
+                    path = confusion_file(self.folder, order.seed, phase, classifier)
+                    write_confusion(path, matrix, order.class_names)
         with FileLock(self.folder / ".results.lock"):
             others = [other for other in self._orders() if other.seed != order.seed]
             orders = sorted([*others, order], key=lambda one: one.seed)
