@@ -63,33 +63,28 @@ class Copies(abc.ABC):
 
     def summary(self, exemplars: Sequence[Path]) -> dict[str, Any]:
         """For results.json: made_by, generator, files (the number of copies) and digest."""
-        made_by = {"made_by": self.made_by, "generator": self.generator}
-        return made_by | {key: value for key, value in self.digests(exemplars).items() if key != "classes"}
+        digests = self.digests(exemplars)
+        about = {"made_by": self.made_by, "generator": self.generator}
+        return {**about, "files": digests["files"], "digest": digests["digest"]}
 
     def check(self, state: Mapping[str, Any], exemplars: Sequence[Path]) -> None:
-        """Raises UserError, naming what differs, where the copies are not those of a checkpoint's `state`."""
-        _check_unchanged(state, self.state(exemplars))
+        """Raises UserError, naming what differs, where the copies are not those of a checkpoint's `state`.
 
-
-def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compare the copies that a run began with, as `Copies.state` describes them, with those on disk.
-
-    Files whose names, sizes and sampled contents agree may have other times where all of them have: the folder was
-    copied.  Raises UserError, naming what differs.
-    """
-    old, new = before["fingerprint"]["classes"], now["fingerprint"]["classes"]
-    changed = [label for label in old if label not in new or old[label][:2] != new[label][:2]]
-    touched = [label for label in old if label in new and old[label][2] != new[label][2]]
-    if len(touched) < len(old):
-        changed = [label for label in old if label in changed or label in touched]
-    changed += [label for label in new if label not in old]
-    if not changed:
-        return
-    details = ", ".join([f"the first is {changed[0]!r}", *_differences(before["made_by"], now["made_by"])])
-    raise UserError(
-        f"the copies of {len(changed)} of {len(new | old)} classes are not those that this run began with ({details}). "
-        "Put the old ones back, or choose another output_dir."
-    )
+        Files whose names, sizes and sampled contents agree may have other times where all of them have: the folder was
+        copied.
+        """
+        old, new = state["fingerprint"]["classes"], self.digests(exemplars)["classes"]
+        changed = [label for label in old if label not in new or old[label][:2] != new[label][:2]]
+        touched = [label for label in old if label in new and old[label][2] != new[label][2]]
+        if len(touched) < len(old):
+            changed = [label for label in old if label in changed or label in touched]
+        changed += [label for label in new if label not in old]
+        if changed:
+            details = ", ".join([f"the first is {changed[0]!r}", *_differences(state["made_by"], self.made_by)])
+            raise UserError(
+                f"the copies of {len(changed)} of {len(new | old)} classes are not those that this run began with "
+                f"({details}). Put the old ones back, or choose another output_dir."
+            )
 
 
 def _differences(before: Sequence[Mapping], now: Sequence[Mapping]) -> list[str]:
