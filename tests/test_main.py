@@ -27,6 +27,7 @@ from tests.little_config import results, train_little
 from tests.shapes import SHAPES, make_shapes
 from utils.data.classes import DataManager
 from utils.errors import Stopped, UserError
+from utils.results.records import Metrics, Phase
 
 
 @pytest.fixture(scope="module")
@@ -364,13 +365,17 @@ def test_a_phase_0_cache_here(train, tmp_path, monkeypatch, capsys):
 
 
 def test_one_class_for_all_is_said(caplog):
-    one, two = {"confusion": [[0, 5], [0, 5]]}, {"confusion": [[0, 5], [1, 4]]}
-    main.warn_of_one_class({"phase": 3, "cnn": one, "nme": two}, ["cat", "dog"])
+    def phase(number, cnn, nme):
+        metrics = [confusion and Metrics(top1=50.0, confusion=confusion) for confusion in (cnn, nme)]
+        return Phase.model_construct(phase=number, cnn=metrics[0], nme=metrics[1])
+
+    one, two = [[0, 5], [0, 5]], [[0, 5], [1, 4]]
+    main.warn_of_one_class(phase(3, one, two), ["cat", "dog"])
     (record,) = caplog.records
     assert "phase 3: the head (CNN) takes all 10 test images for 'dog'" in record.getMessage()
     caplog.clear()
-    main.warn_of_one_class({"phase": 0, "cnn": {"confusion": [[5]]}, "nme": None}, ["cat"])
-    main.warn_of_one_class({"phase": 3, "cnn": two, "nme": two}, ["cat", "dog"])
+    main.warn_of_one_class(phase(0, [[5]], None), ["cat"])
+    main.warn_of_one_class(phase(3, two, two), ["cat", "dog"])
     assert not caplog.records
 
 

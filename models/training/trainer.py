@@ -67,7 +67,7 @@ class Trainer:
     def do_phase(self, phase: int, within: Mapping[str, Any] | None = None) -> Phase:
         """One phase's record.  within: the checkpoint within the phase, None to start at its beginning."""
         start = time.perf_counter()
-        made = self._make(self.run.new_images_with_copies(phase)) or 0
+        made = self._make_copies_of_new_images(phase)
         self.start_phase(phase)
         training = self.train(within)
         self.run.seed_torch(phase + 1)  # whether the training was done here, or before the run was killed
@@ -127,8 +127,8 @@ class Trainer:
         if copies and self.run.copies and next_phase < self.data.nb_phases:
             images = self.run.exemplars_with_copies()
             if within is not None:
+                self._make_copies_of_new_images(next_phase)
                 images += self.run.new_images_with_copies(next_phase)
-                self._make(self.run.new_images_with_copies(next_phase))
             self.run.copies.check(copies, images)
         return within
 
@@ -142,7 +142,7 @@ class Trainer:
             if self.config.memory_only:
                 self._take_from_archive(state["phase"])
             self._make_kept_files()  # what was deleted since then
-            self._make_copies_of_exemplars()
+            self._make_copies_of_exemplars(state["phase"])
 
     def save_phase(self) -> None:
         """Save the phase that has just been done."""
@@ -222,11 +222,12 @@ class Trainer:
             self.archive_bytes = archive.write(memory, self._archive_path(method.phase))
         if self.config.memory_only:
             self._take_from_archive(method.phase)
-        return self._make_copies_of_exemplars(finished)
+        return self._make_copies_of_exemplars(method.phase, finished)
 
-    def _make(self, images: Sequence[Path], with_copies: bool = True) -> int | None:
-        """Make what is missing of images' kept files and copies.  Returns what `Copies.make` does."""
-        return self.run.copies.make(images, with_copies) if self.run.copies else None
+    def _make_copies_of_new_images(self, phase: int) -> int:
+        """Make what is missing of the copies of a phase's new images.  Returns the number of copies made."""
+        images = self.run.new_images_with_copies(phase)
+        return (self.run.copies.make(images, with_copies=True) or 0) if self.run.copies and images else 0
 
     def _make_kept_files(self, finished: Collection[Path] = ()) -> None:
         """Make what is missing of the files that are kept of exemplars, and drop exemplars that do not fit then.
@@ -234,16 +235,20 @@ class Trainer:
         finished: exemplars that have theirs.
         """
         if self.run.copies is not None:
-            self._make([image for image in self.run.exemplars_with_copies() if image not in finished], False)
+            images = [image for image in self.run.exemplars_with_copies() if image not in finished]
+            self.run.copies.make(images, with_copies=False)
             self.run.memory.enforce_budget()  # edge maps cost what they cost
 
-    def _make_copies_of_exemplars(self, finished: Collection[Path] = ()) -> int | None:
+    def _make_copies_of_exemplars(self, phase: int, finished: Collection[Path] = ()) -> int | None:
         """Make what is missing of the exemplars' copies, where these are read again.
 
         finished: exemplars that have theirs.  Returns what `choose_exemplars` does.
         """
-        needed = self.method.phase + 1 < self.data.nb_phases or self.config.nme
-        return self._make([image for image in self.run.exemplars_with_copies() if image not in finished], needed)
+        if self.run.copies is None:
+            return None
+        needed = phase + 1 < self.data.nb_phases or self.config.nme
+        images = [image for image in self.run.exemplars_with_copies() if image not in finished]
+        return self.run.copies.make(images, with_copies=needed)
 
     def _archive_path(self, phase: int) -> Path:
         return self.run.folder.parent / "memory" / f"phase{phase:02d}.memory"
