@@ -66,11 +66,7 @@ class Predictor:
         return self.data.defaults.normalise(self.fabric.to_device(images)).contiguous(memory_format=torch.channels_last)
 
     def predict(
-        self,
-        network: ClassifierNet,
-        images: Sequence[Path],
-        description: str = "",
-        loader: DataLoader | None = None,
+        self, network: ClassifierNet, images: Sequence[Path], description: str = "", loader: DataLoader | None = None
     ) -> Outputs:
         """Logits (N x classes) and features (N x D) of images, on the CPU, in their order.
 
@@ -153,13 +149,15 @@ class Run(Predictor):
 
     def seed_step(self, phase: int, epoch: int, step: int) -> None:
         """What networks draw in a step (dropout), on all devices, is a function of these and the process alone."""
-        seeds = seed_sequence(self.config.model_seed, phase, epoch, _NETWORK, step, self.fabric.global_rank)
-        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        torch.manual_seed(self._seed(phase, epoch, _NETWORK, step))
 
     def generator(self, phase: int, epoch: int, step: int) -> torch.Generator:
         """For what a method draws in a step, on the run's device and in each process for itself."""
-        seeds = seed_sequence(self.config.model_seed, phase, epoch, _METHOD, step, self.fabric.global_rank)
-        return torch.Generator(self.fabric.device).manual_seed(int(seeds.generate_state(1)[0]))
+        return torch.Generator(self.fabric.device).manual_seed(self._seed(phase, epoch, _METHOD, step))
+
+    def _seed(self, phase: int, epoch: int, stream: int, step: int) -> int:
+        seeds = seed_sequence(self.config.model_seed, phase, epoch, stream, step, self.fabric.global_rank)
+        return int(seeds.generate_state(1)[0])
 
     # Images with copies
 
@@ -205,8 +203,9 @@ class Run(Predictor):
     def training_loader(self, stage: Stage, phase: int) -> tuple[DataLoader, EpochBatchSampler]:
         """Shuffled and augmented batches of (indices, images, targets), and the sampler that chooses the epoch."""
         c, fabric = self.config, self.fabric
-        others = {"rank": fabric.global_rank, "world_size": fabric.world_size, "views": stage.views}
-        sampler = EpochBatchSampler(len(stage.items), stage.batch_size or c.batch_size, c.model_seed, phase, **others)
+        ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
+        size = stage.batch_size or c.batch_size
+        sampler = EpochBatchSampler(len(stage.items), size, c.model_seed, phase, **ranks, views=stage.views)
         return self.loader(self.training_set(stage.items, phase, stage.augmentation), sampler), sampler
 
     def training_set(self, items: Sequence[Item], phase: int, augmentation: Augmentation | None = None) -> TrainingSet:

@@ -32,8 +32,6 @@ from utils.config.types import (
     YesOrFile,
 )
 
-PYCIL = "PyCIL"
-ESCORT = "ESCORT's paper"
 SECTIONS = {
     "prefix": "The experiment",
     "real_per_class": "Exemplars, prompts and copies",
@@ -58,39 +56,43 @@ def setting(default: Any, meaning: str, *, source: str = "ours", result: bool = 
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def pycil(default: Any, meaning: str, **options: Any) -> Any:
+    """A key of PyCIL."""
+    return setting(default, meaning, source="PyCIL", **options)
+
+
+def paper(default: Any, meaning: str) -> Any:
+    """A key of ESCORT's paper."""
+    return setting(default, meaning, source="ESCORT's paper")
+
+
 @dataclass(kw_only=True)
 class Config:
     """A checked config: the keys that all methods share, and in `settings` the method's own."""
 
     # The experiment, with PyCIL's keys
-    prefix: Text = setting("", "a name for the run, to use in other keys as ${prefix}", result=False, source=PYCIL)
-    dataset: FolderName = setting(REQUIRED, "the dataset's folder in data_dir", source=PYCIL)
-    memory_size: Natural | None = setting(
-        None, "units that all classes share, where fixed_memory is false", source=PYCIL
-    )
-    memory_per_class: NonNegative = setting(
-        20.0, "B: memory budget of a class, in units of one real image", source=ESCORT
-    )
+    prefix: Text = pycil("", "a name for the run, to use in other keys as ${prefix}", result=False)
+    dataset: FolderName = pycil(REQUIRED, "the dataset's folder in data_dir")
+    memory_size: Natural | None = pycil(None, "units that all classes share, where fixed_memory is false")
+    memory_per_class: NonNegative = paper(20.0, "B: memory budget of a class, in units of one real image")
     budget_in: Literal["units", "bytes"] = setting(
         "units", "what a class's budget counts: raw bits, as the paper (memory_per_class), or true bytes"
     )
     memory_bytes_per_class: Count | None = setting(
         None, "budget_in bytes: a class's budget, files as they are kept and its text counted"
     )
-    fixed_memory: bool = setting(
+    fixed_memory: bool = pycil(
         True,
         "each class has its own budget; false: all seen share memory_size, real : syn_per_class is a ratio; where it "
         "is not given and memory_size is: false, as in PyCIL",
-        source=PYCIL,
     )
     exemplar_selection: Literal["herding", "random", "closest"] = setting("herding", "how exemplars are chosen")
-    shuffle: bool = setting(True, "shuffle the class order with seed", source=PYCIL)
-    init_cls: Count = setting(REQUIRED, "classes of phase 0", source=PYCIL)
-    increment: Increments = setting(
+    shuffle: bool = pycil(True, "shuffle the class order with seed")
+    init_cls: Count = pycil(REQUIRED, "classes of phase 0")
+    increment: Increments = pycil(
         REQUIRED,
         "classes of each later phase; a list: of phase 1, 2, ..., its last number repeats; the last phase takes what "
         "is left; 0: there is none, as init_cls is all classes",
-        source=PYCIL,
     )
     class_order: ClassOrder | None = setting(
         None,
@@ -105,8 +107,8 @@ class Config:
     class_sort: Literal["text", "number"] = setting(
         "text", "how class labels are sorted: as text, as PyCIL does, or by the numbers in them (2 before 10)"
     )
-    model_name: str = setting(REQUIRED, "the method", source=PYCIL)
-    convnet_type: str = setting(REQUIRED, "the backbone", source=PYCIL, also=["backbone_type"])
+    model_name: str = pycil(REQUIRED, "the method")
+    convnet_type: str = pycil(REQUIRED, "the backbone", also=["backbone_type"])
     pretrained: YesOrFile = setting(
         False,
         "start from pretrained weights: those that the library has downloaded earlier (torch's cache; timm's: Hugging "
@@ -119,27 +121,26 @@ class Config:
     backbone_lrate: Positive | None = setting(
         None, "learning rate of the backbone in all phases, which decays as the heads' does; null: theirs"
     )
-    device: Device = setting(
+    device: Device = pycil(
         "auto",
         '"auto", "cpu", "cuda", or CUDA devices as PyCIL writes them: ["0"], ["0", "1"]; [-1] is the CPU',
         result=False,
-        source=PYCIL,
     )
-    seed: Seeds = setting([1993], "class orders, a run each; mean and spread are reported", result=False, source=PYCIL)
+    seed: Seeds = pycil([1993], "class orders, a run each; mean and spread are reported", result=False)
 
     # ESCORT
-    real_per_class: Natural | None = setting(
-        None, "R: exemplars of a class kept as images; null: as many as the budget holds", source=ESCORT
+    real_per_class: Natural | None = paper(
+        None, "R: exemplars of a class kept as images; null: as many as the budget holds"
     )
-    syn_per_class: Natural | Literal["fill"] = setting(
-        0, 'S: exemplars of a class kept as prompts; "fill": as many as the rest of the budget holds', source=ESCORT
+    syn_per_class: Natural | Literal["fill"] = paper(
+        0, 'S: exemplars of a class kept as prompts; "fill": as many as the rest of the budget holds'
     )
-    augmentations_per_image: Natural = setting(5, "K: copies regenerated from each prompt", source=ESCORT)
+    augmentations_per_image: Natural = paper(5, "K: copies regenerated from each prompt")
     # exps/config.json takes 0.4.  Training on copies of the new images too closes the gap between what a class looks
     # like when it is new (images) and when it is old (copies).  At K = 5 each copy then makes 8 % of an image's reads
     # (14 times in 170 epochs, enough to be learnt from), while the image itself still makes most of them (60 %).
-    augmentation_prob: Probability = setting(
-        0.0, "p: probability that a real image is replaced by one of its copies when it is read", source=ESCORT
+    augmentation_prob: Probability = paper(
+        0.0, "p: probability that a real image is replaced by one of its copies when it is read"
     )
     augmentation: Augmentation = setting(
         "pescr",
@@ -172,49 +173,40 @@ class Config:
 
     # The schedule (PyCIL keeps these in its method files)
     model_seed: Natural = setting(1993, "initial weights, batch order, augmentation, choice of copies")
-    batch_size: Count = setting(
-        128, "images of a training step, over all devices together", source=PYCIL, also=["init_batch_size"]
-    )
+    batch_size: Count = pycil(128, "images of a training step, over all devices together", also=["init_batch_size"])
     accumulate_batches: Count = setting(
         1, "parts in which a batch is processed one after another, so that large ones fit; one step for all of them"
     )
-    momentum: Fraction = setting(0.9, "SGD's momentum", source=PYCIL)
-    init_epoch: Natural | None = setting(
-        None, "phase 0: epochs; null: the method's own", source=PYCIL, also=["init_epochs", "trained_epoch"]
+    momentum: Fraction = pycil(0.9, "SGD's momentum")
+    init_epoch: Natural | None = pycil(
+        None, "phase 0: epochs; null: the method's own", also=["init_epochs", "trained_epoch"]
     )
-    init_lr: Positive | None = setting(None, "phase 0: learning rate; null: the method's own", source=PYCIL)
-    init_milestones: Epochs | None = setting(
-        None, "phase 0: epochs after which the rate decays; null: the method's own", source=PYCIL
-    )
-    init_lr_decay: Positive = setting(0.1, "phase 0: factor of each decay", source=PYCIL)
-    init_weight_decay: NonNegative | None = setting(None, "phase 0: weight decay; null: the method's own", source=PYCIL)
-    epochs: Count | None = setting(
+    init_lr: Positive | None = pycil(None, "phase 0: learning rate; null: the method's own")
+    init_milestones: Epochs | None = pycil(None, "phase 0: epochs after which the rate decays; null: the method's own")
+    init_lr_decay: Positive = pycil(0.1, "phase 0: factor of each decay")
+    init_weight_decay: NonNegative | None = pycil(None, "phase 0: weight decay; null: the method's own")
+    epochs: Count | None = pycil(
         None,
         "later phases: epochs; null: the method's own",
-        source=PYCIL,
         also=["boosting_epochs", "tuned_epoch", "expansion_epochs"],
     )
-    lrate: Positive | None = setting(
-        None, "later phases: learning rate; null: the method's own", source=PYCIL, also=["lr", "finetune_lr"]
+    lrate: Positive | None = pycil(
+        None, "later phases: learning rate; null: the method's own", also=["lr", "finetune_lr"]
     )
-    milestones: Epochs | None = setting(
-        None, "later phases: epochs after which the rate decays; null: the method's own", source=PYCIL
-    )
+    milestones: Epochs | None = pycil(None, "later phases: epochs after which the rate decays; null: the method's own")
     scheduler: Scheduler | None = setting(
         None,
         "how the rate falls, at milestones or along half a cosine; null: at milestones where they are given, else as "
         "the method does",
     )
-    lrate_decay: Positive = setting(0.1, "later phases: factor of each decay", source=PYCIL)
-    weight_decay: NonNegative | None = setting(None, "later phases: weight decay; null: the method's own", source=PYCIL)
-    T: Positive = setting(2.0, "temperature of knowledge distillation", source=PYCIL)
+    lrate_decay: Positive = pycil(0.1, "later phases: factor of each decay")
+    weight_decay: NonNegative | None = pycil(None, "later phases: weight decay; null: the method's own")
+    T: Positive = pycil(2.0, "temperature of knowledge distillation")
 
     # The machine
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = setting("32-true", "arithmetic of training")
     compile: bool = setting(False, "torch.compile the network, again in each phase: takes minutes, for GPUs")
-    num_workers: Natural = setting(
-        8, "processes that read images (at most one a core is used)", result=False, source=PYCIL
-    )
+    num_workers: Natural = pycil(8, "processes that read images (at most one a core is used)", result=False)
     cache: Literal["none", "ram", "disk"] = setting(
         "ram",
         "where decoded images are kept, for all phases and processes; disk: pixel_cache beside phase0_cache, for "
