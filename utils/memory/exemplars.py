@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,15 @@ from utils.errors import UserError
 from utils.memory.budget import ROUNDING, Quotas, counts_within, fitting, moved_boundaries
 from utils.memory.forms import ExemplarForm
 from utils.memory.packed import ClassShare, row_of
-from utils.memory.selection import SELECTIONS, Features, select
+from utils.memory.selection import Features, select
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class ClassExemplars:
-    """images: of a class's exemplars, in order of choice; counts: how many of them each quota holds; empty_share: what
-    the class takes in the memory's file without them; units: its budget, where that is not its share of the total.
-    """
+    """Of a class.  images: in order of choice; counts: how many of them each quota holds; empty_share: what the class
+    takes in the memory's file without them; units: its budget, where that is not its share of the total."""
 
     images: list[Path]
     counts: list[int]
@@ -38,16 +37,17 @@ class ClassExemplars:
         del self.images[sum(self.counts) :]
 
 
+@dataclass
 class ExemplarMemory:
     """The exemplars of all classes seen: of each class a list of images in order of choice, cut by quotas.
 
     `update` adds classes; all else reads what there is.
 
     paths: the dataset's folders; quotas: (form, exemplars of a class) in order, such as [("real", 18), ("edges", 48)];
-    forms: what each form costs and keeps, by name; budget: units per class, None for no limit; copies: K, the pictures
-    that come back from an exemplar that is not real; total: units of all classes together, None if each class has its
-    own budget; bytes_budget: bytes per class, in place of units; selection: one of `SELECTIONS`; seed: for selection
-    "random".
+    forms: what each form costs and keeps, by name; class_budget: units per class, None for no limit; copies: K, the
+    pictures that come back from an exemplar that is not real; total: units of all classes together, None if each class
+    has its own budget; bytes_budget: bytes per class, in place of units; selection: one of `SELECTIONS`; seed: for
+    selection "random".
 
     With a total, n classes have total / n units each, and the quotas are but a ratio (`counts_within`).  As classes
     arrive, each keeps the start of its list and the boundaries between forms move towards the start: an exemplar that
@@ -59,38 +59,26 @@ class ExemplarMemory:
     (`utils.memory.packed`), with its text where a form needs it.
     """
 
-    def __init__(
-        self,
-        paths: DatasetPaths,
-        quotas: Quotas,
-        forms: Mapping[str, ExemplarForm],
-        budget: float | None,
-        copies: int,
-        *,
-        total: float | None = None,
-        bytes_budget: int | None = None,
-        selection: str = "herding",
-        seed: int = 0,
-    ):
-        if selection not in SELECTIONS:
-            raise ValueError(f"selection {selection!r} is none of {', '.join(SELECTIONS)}")
-        for form, number in quotas:
+    paths: DatasetPaths
+    quotas: Quotas
+    forms: Mapping[str, ExemplarForm]
+    class_budget: float | None
+    copies: int
+    _: KW_ONLY
+    total: float | None = None
+    bytes_budget: int | None = None
+    selection: str = "herding"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for form, number in self.quotas:
             if number < 0:
                 raise UserError(f"{number} exemplars of form {form!r}: the number can't be negative.")
-        self.paths = paths
-        self.quotas = list(quotas)
-        self.forms = forms
-        self.forms_in_use = list(dict.fromkeys(form for form, number in quotas if number))
-        self.copies = copies
-        self.total = total
-        self.bytes_budget = bytes_budget
-        self.selection = selection
-        self.seed = seed
-        self._class_budget = budget
-        self._nb_classes = 1  # that share the total
+        self.forms_in_use = list(dict.fromkeys(form for form, number in self.quotas if number))
         self.classes: dict[int, ClassExemplars] = {}  # by target
-        self._units: dict[tuple[str, Path], float | None] = {}  # of exemplars that have been made
         self.file_bytes: dict[tuple[str, str], int] = {}  # of images by class and name, which may be gone by now
+        self._nb_classes = 1  # that share the total
+        self._units: dict[tuple[str, Path], float | None] = {}  # of exemplars that have been made
 
     def update(
         self,
@@ -132,7 +120,7 @@ class ExemplarMemory:
     def enforce_budget(self) -> None:
         """Drop the last exemplars of each class that are not real until its true cost is within its budget.
 
-        To be called when what `update` had to estimate has been made.  Warns of a class with a budget of its own.
+        To be called when what `update` had to estimate has been made.
         """
         for target in self.targets:
             self._drop_excess(target)
@@ -151,7 +139,7 @@ class ExemplarMemory:
         return counts_within(self.total / self._nb_classes if units is None else units, self.quotas, costs)
 
     def _drop_excess(self, target: int) -> None:
-        """Drop a class's last exemplars that are not real until it is within its budget."""
+        """Drop a class's last exemplars that are not real until it is within its budget; warn where it is its own."""
         exemplars = self.classes[target]
         taken: list[float]  # by none of the exemplars, by the first one, by two, ...
         if self.bytes_budget is not None:
@@ -187,7 +175,7 @@ class ExemplarMemory:
         """Units of a class at present; None for no limit and for a budget in bytes."""
         if self.bytes_budget is not None:
             return None
-        return self._class_budget if self.total is None else self.total / self._nb_classes
+        return self.class_budget if self.total is None else self.total / self._nb_classes
 
     @property
     def targets(self) -> list[int]:
@@ -314,10 +302,7 @@ class ExemplarMemory:
         return {"forms": [form for form, _ in self.quotas], "classes": classes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; the present content is dropped.
-
-        Raises UserError for exemplars of other forms than the quotas have.
-        """
+        """Restore what `state_dict` returned.  Raises UserError for exemplars of other forms than the quotas have."""
         if state["forms"] != (forms := [form for form, _ in self.quotas]):
             theirs, ours = ", ".join(state["forms"]), ", ".join(forms)
             raise UserError(f"the checkpoint's exemplars have the forms {theirs}, this run's {ours}.")

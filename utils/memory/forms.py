@@ -1,4 +1,4 @@
-"""The forms in which exemplars are kept, and their copies, as far as memory and trainer must know them.
+"""The forms in which exemplars are kept, and their copies: what memory and trainer need of them.
 
 The forms themselves are in compress/forms/, and what makes copies in compress/training/: main.py hands them over.
 """
@@ -42,8 +42,7 @@ class Copies(abc.ABC):
     made_by: list[dict[str, Any]]
     """See `compress.records.by_settings`."""
     generator: str | None = None
-    """The model that made them, by its name or file as compress/run.py takes it; None where none did or it is not
-    recorded."""
+    """The model that made them, by its name or file; None where none did or it is not recorded."""
 
     @abc.abstractmethod
     def make(self, images: Sequence[Path], with_copies: bool) -> int | None:
