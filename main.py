@@ -236,7 +236,7 @@ class Experiment:
         method = catalogue.load(config.model_name)
         if not method.uses_memory and config.syn_per_class:
             log.info("%s keeps no exemplars: the memory's keys change nothing", config.model_name)
-        folder, memory, copies = self.output.seed_folder(seed), self.exemplars.empty_memory(), self.copies
+        folder, memory, copies = seed_folder(self.output.folder, seed), self.exemplars.empty_memory(), self.copies
         with self.output.working_on(seed, alone=fabric.is_global_zero):
             history = History(folder, loggers=config.logger) if fabric.is_global_zero else None
             folders = folder / "checkpoints", self.phase0_cache

@@ -32,9 +32,8 @@ COLUMNS = ("phase", "stage", "epoch", *_CURVES)
 class History:
     """What one seed's run writes down after each epoch and each phase.  For one process of a run alone.
 
-    folder: of this seed's results, where an earlier part of the run may have left its history; loggers: "tensorboard"
-    for event files, "wandb" for Weights & Biases.  Raises UserError for an epochs.csv that is not of this kind, and as
-    `check_loggers` does.
+    folder: of this seed's results, where an earlier part of the run may have left its history; loggers: as in the
+    config.  Raises UserError for an epochs.csv that is not of this kind, and as `check_loggers` does.
     """
 
     def __init__(self, folder: Path, *, loggers: Sequence[str] = ("tensorboard",)):
@@ -57,12 +56,8 @@ class History:
         self.rows = [row for row in self.rows if (int(row["phase"]), int(row["epoch"])) < (phase, epoch)]
         row = {"phase": str(phase), "stage": stage, "epoch": str(epoch)}
         row |= {key: f"{figures[key]:{'.3f' if key == 'seconds' else '.6g'}}" for key in _CURVES}
-        self._step, curves = step, _curves_of(row)
-        if self.tensorboard:
-            self._open(phase, first_step=step - epoch)
-            self._add(step, curves)
-        if self._wandb:
-            self._wandb.log_metrics({**curves, "phase": phase}, step=step)
+        self._step = step
+        self._log(phase, step, _curves_of(row), first_step=step - epoch)
         self.rows.append(row)
         self._write()
 
@@ -72,22 +67,22 @@ class History:
         if any(int(row["phase"]) > phase for row in self.rows):
             self.rows = [row for row in self.rows if int(row["phase"]) <= phase]
             self._write()
-        figures = {
-            f"{classifier}/{key}": getattr(metrics, key)
-            for classifier, metrics in record.classifiers.items()
-            if classifier in ("cnn", "nme")
-            for key in ("top1", "top5", "old", "new")
-        }
-        figures |= {"memory/units": record.memory.units_total, "memory/bytes": record.memory.bytes_total}
+        seconds, memory = record.seconds.to_json(), record.memory
+        figures = {f"seconds/{key}": value for key, value in seconds.items()}
+        figures |= {"memory/units": memory.units_total, "memory/bytes": memory.bytes_total}
         figures |= {"network/parameters": record.parameters}
-        figures |= {f"seconds/{key}": seconds for key, seconds in record.seconds.to_json().items()}
-        values = {tag: value for tag, value in figures.items() if value is not None}
+        for name, metrics in (("cnn", record.cnn), ("nme", record.nme)):
+            figures |= {f"{name}/{key}": getattr(metrics, key, None) for key in ("top1", "top5", "old", "new")}
+        self._log(phase, phase, {tag: value for tag, value in figures.items() if value is not None})
+        self.close()
+
+    def _log(self, phase: int, step: int, values: Mapping[str, float], first_step: int = 0) -> None:
+        """step: of the curves; first_step: that of the phase's first epoch, less one."""
         if self._wandb:
             self._wandb.log_metrics({**values, "phase": phase}, step=self._step)
         if self.tensorboard:
-            self._open(phase)
-            self._add(phase, values)
-            self.close()
+            self._open(phase, first_step)
+            self._add(step, values)
 
     def close(self) -> None:
         """Close the event file that is being written, if there is one."""
@@ -110,7 +105,7 @@ class History:
     def _write(self) -> None:
         write_csv(self.path, COLUMNS, [list(row.values()) for row in self.rows])
 
-    def _open(self, phase: int, first_step: int = 0) -> None:
+    def _open(self, phase: int, first_step: int) -> None:
         """Begin a phase's event file, unless it is open, with those of its epochs that are behind already."""
         if self._phase == phase:
             return

@@ -48,9 +48,12 @@ class ByClassifier(Record, Generic[Figures]):
 
 
 class Metrics(Record):
-    """A classifier after a phase, on the test images of all classes seen (`utils.results.metrics.phase_metrics`).
+    """A classifier after a phase, on the test images of all C classes seen.
 
-    per_class: by label, in the order of learning; confusion: in checkpoints and files of its own, not in results.json.
+    top1, top5 (100 where C <= 5), old, new: over all images, over those of earlier phases (None in phase 0), and over
+    the newest phase's; per_class: by label, in the order of learning; per_phase: over the images of each phase's
+    classes; per_ten: over those of each ten classes in this order; confusion: C x C counts, rows are the true classes;
+    in checkpoints and files of its own, not in results.json.
     """
 
     top1: float
@@ -184,14 +187,14 @@ class ClassOrder(ByClassifier[OverPhases]):
     @classmethod
     def of(cls, seed: int, class_names: Sequence[str], phases: Sequence[Phase], nb_phases: int) -> "ClassOrder":
         """phases: those that are done; nb_phases: of all."""
-        further = {name for phase in phases for name in phase.classifiers} - {"cnn", "nme"}
+        used = {"cnn", "nme", *(name for phase in phases for name in phase.classifiers)}
         return cls.model_validate(
             {
                 "seed": seed,
                 "finished": len(phases) == nb_phases,
                 "class_names": list(class_names),
                 "phases": list(phases),
-                **{name: _over_phases(phases, name, class_names) for name in ("cnn", "nme", *further)},
+                **{name: _over_phases(phases, name, class_names) for name in CLASSIFIERS if name in used},
                 "memory": phases[-1].memory,
                 "seconds": sum(phase.seconds.total for phase in phases),
                 "seconds_reused": sum(phase.training.seconds for phase in phases if phase.training.reused),
@@ -199,13 +202,12 @@ class ClassOrder(ByClassifier[OverPhases]):
         )
 
 
-def _over_phases(phases: Sequence[Phase], classifier: str, class_names: Sequence[str]) -> OverPhases | None:
+def _over_phases(phases: Sequence[Phase], classifier: Classifier, class_names: Sequence[str]) -> OverPhases | None:
     """None where nearest means are not used; where another classifier is not, the head stands in, as in phase 0 for
     FOSTER's student."""
-    measured = [getattr(phase, classifier) for phase in phases]
-    if classifier == "nme" and None in measured:
+    if classifier == "nme" and any(phase.nme is None for phase in phases):
         return None
-    by_phase: list[Metrics] = [metrics or phase.cnn for metrics, phase in zip(measured, phases, strict=True)]
+    by_phase = [phase.classifiers.get(classifier, phase.cnn) for phase in phases]
     top1 = [metrics.top1 for metrics in by_phase]
     per_phase = [metrics.per_phase for metrics in by_phase]
     curves = itertools.zip_longest(*(metrics.per_class.values() for metrics in by_phase))
