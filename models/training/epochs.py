@@ -96,7 +96,11 @@ class _StageLoop:
         self.first_epoch = sum(done.epochs for done in progress.stages)
         self.loader, self.sampler = run.training_loader(stage, method.phase)
         optimizer = schedule.build_optimizer(self._parameters(), run.config.momentum)
-        self.network, self.optimizer = run.fabric.setup(run.compiled(method.network), optimizer)
+        network: Any = method.network
+        if run.config.compile:
+            torch.compiler.reset()  # networks of earlier stages would count against the limit of compilations
+            network = torch.compile(network)
+        self.network, self.optimizer = run.fabric.setup(network, optimizer)
         self.scheduler = schedule.scheduler(self.optimizer)
         progress.sums = run.fabric.to_device(progress.sums)
         state, progress.checkpoint = progress.checkpoint, None  # it is large

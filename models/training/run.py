@@ -6,7 +6,6 @@ import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -181,13 +180,6 @@ class Run(Predictor):
         precision = self.fabric.strategy.precision
         if isinstance(precision, MixedPrecision) and precision.scaler is not None:
             precision.scaler = torch.amp.GradScaler(precision.device)
-
-    def compiled(self, network: nn.Module) -> nn.Module:
-        """The network, or, where `compile` is set, a compiled module that shares its weights."""
-        if not self.config.compile:
-            return network
-        torch.compiler.reset()  # networks of earlier phases and stages would count against the limit of compilations
-        return cast(nn.Module, torch.compile(network))
 
     def broadcast_network(self, network: nn.Module) -> None:
         """Give every process the first one's network: each has batch norm statistics of its own."""

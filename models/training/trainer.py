@@ -141,8 +141,8 @@ class Trainer:
         if len(self.records) < self.data.nb_phases and method.uses_memory:
             if self.config.memory_only:
                 self._take_from_archive(state["phase"])
-            self._make_kept_files()  # what was deleted since then
-            self._make_copies_of_exemplars(state["phase"])
+            self._make_missing(with_copies=False)  # what was deleted since then
+            self._make_missing(with_copies=True)
 
     def save_phase(self) -> None:
         """Save the phase that has just been done."""
@@ -205,7 +205,7 @@ class Trainer:
     # Exemplars
 
     def choose_exemplars(self) -> int | None:
-        """Choose among all real images of the new classes, then make copies.
+        """Choose among all real images of the new classes, then make copies, if they are read again.
 
         Returns the number of copies made, None where all are made ahead.
         """
@@ -217,38 +217,30 @@ class Trainer:
         images = [self.data.train_images(target) for target in targets]
         features = self.run.features(method.evaluated, images, method.describe("choosing exemplars"))
         memory.update(dict(zip(targets, images, strict=True)), features, method.exemplar_units)
-        self._make_kept_files(finished)
+        self._make_missing(finished, with_copies=False)
         if self.run.fabric.is_global_zero:
             self.archive_bytes = archive.write(memory, self._archive_path(method.phase))
         if self.config.memory_only:
             self._take_from_archive(method.phase)
-        return self._make_copies_of_exemplars(method.phase, finished)
+        read_again = method.phase + 1 < self.data.nb_phases or self.config.nme
+        return self._make_missing(finished, with_copies=read_again)
 
     def _make_copies_of_new_images(self, phase: int) -> int:
         """Make what is missing of the copies of a phase's new images.  Returns the number of copies made."""
         images = self.run.new_images_with_copies(phase)
         return (self.run.copies.make(images, with_copies=True) or 0) if self.run.copies and images else 0
 
-    def _make_kept_files(self, finished: Collection[Path] = ()) -> None:
-        """Make what is missing of the files that are kept of exemplars, and drop exemplars that do not fit then.
+    def _make_missing(self, finished: Collection[Path] = (), *, with_copies: bool) -> int | None:
+        """Make what is missing of the exemplars' kept files and copies, and drop exemplars that do not fit then.
 
-        finished: exemplars that have theirs.
-        """
-        if self.run.copies is not None:
-            images = [image for image in self.run.exemplars_with_copies() if image not in finished]
-            self.run.copies.make(images, with_copies=False)
-            self.run.memory.enforce_budget()  # edge maps cost what they cost
-
-    def _make_copies_of_exemplars(self, phase: int, finished: Collection[Path] = ()) -> int | None:
-        """Make what is missing of the exemplars' copies, where these are read again.
-
-        finished: exemplars that have theirs.  Returns what `choose_exemplars` does.
+        finished: exemplars that have theirs.  Returns the number of copies made, None where all are made ahead.
         """
         if self.run.copies is None:
             return None
-        needed = phase + 1 < self.data.nb_phases or self.config.nme
         images = [image for image in self.run.exemplars_with_copies() if image not in finished]
-        return self.run.copies.make(images, with_copies=needed)
+        made = self.run.copies.make(images, with_copies)
+        self.run.memory.enforce_budget()  # edge maps cost what they cost
+        return made
 
     def _archive_path(self, phase: int) -> Path:
         return self.run.folder.parent / "memory" / f"phase{phase:02d}.memory"

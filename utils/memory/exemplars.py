@@ -15,7 +15,7 @@ from utils.errors import UserError
 from utils.memory.budget import ROUNDING, Quotas, counts_within, fitting, moved_boundaries
 from utils.memory.forms import ExemplarForm
 from utils.memory.packed import ClassShare, row_of
-from utils.memory.selection import Features, select
+from utils.memory.selection import SELECTIONS, Features, select
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ class ExemplarMemory:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection {self.selection!r} is none of {', '.join(SELECTIONS)}")
         for form, number in self.quotas:
             if number < 0:
                 raise UserError(f"{number} exemplars of form {form!r}: the number can't be negative.")
