@@ -197,13 +197,11 @@ class Checkpoints:
         self.clock.restart()
 
     def save_within_phase(self, state: Mapping[str, Any]) -> None:
-        """In place of the one before within the phase."""
         if self.run.fabric.is_global_zero:
             save(self.unfinished, {**self._common(), **state})
         self.clock.restart()
 
     def forget_unfinished(self) -> None:
-        """Remove the checkpoint within the phase."""
         if self.run.fabric.is_global_zero:
             self.unfinished.unlink(missing_ok=True)
 

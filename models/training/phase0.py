@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 
 def load(run: Run, method: Method, path: Path) -> Training | None:
-    """Load the network of phase 0 where it has been trained already.  path: `path_of`.
+    """Load the network of phase 0 where it has been trained already, and return the record of its training.
 
-    Returns what `Trainer.train` does; `reused` is false where this very run trained it before it was killed.
+    path: `path_of`.  `reused` is false where this very run trained it before it was killed.
     """
     if not run.fabric.broadcast(path.is_file()):  # another job may write the file at this moment
         return None
@@ -34,7 +34,7 @@ def load(run: Run, method: Method, path: Path) -> Training | None:
         for module, weights in zip(method.network.first_phase_modules(), state["network"], strict=True):
             module.load_state_dict(weights)
         training = Training.model_validate(state["training"])
-        training.reused = state.get("run") != _name(run)
+        training.reused = state.get("run") != str(run.folder.absolute())
     log.info("phase 0 is not trained again: its network is taken from %s", path)
     return training
 
@@ -43,7 +43,7 @@ def save(run: Run, method: Method, training: Training, path: Path) -> None:
     """Keep the trained network of phase 0 for other runs.  path: `path_of`, before the training."""
     if run.fabric.is_global_zero:
         weights = [module.state_dict() for module in method.network.first_phase_modules()]
-        checkpoint.save(path, {"network": weights, "training": training.to_json(), "run": _name(run)})
+        checkpoint.save(path, {"network": weights, "training": training.to_json(), "run": str(run.folder.absolute())})
     run.fabric.barrier()
 
 
@@ -116,7 +116,3 @@ def _digest(backbone: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _name(run: Run) -> str:
-    return str(run.folder.absolute())

@@ -41,8 +41,8 @@ def counts_within(units: float, quotas: Quotas, costs: Mapping[str, float]) -> l
 def moved_boundaries(before: Sequence[int], after: Sequence[int]) -> list[int]:
     """The numbers of exemplars in each form when a class's share shrinks from `before` to `after`.
 
-    The boundaries between forms only move towards the start of the list: of 2 real exemplars and 6 edge maps, a share
-    of 1 and 3 leaves 1 and 3; of 2 and 1, a share of 1 and 4 leaves 1 and 2, as there are but three.
+    Boundaries between forms only move towards the start: of 2 real exemplars and 6 edge maps, a share of 1 and 3 leaves
+    1 and 3; of 2 and 1, a share of 1 and 4 leaves 1 and 2, as there are but three.
     """
     ends = np.minimum(np.cumsum(before), np.cumsum(after))
     return np.diff(ends, prepend=0).tolist()
@@ -89,7 +89,7 @@ def check_bytes(quotas: Quotas, budget: int, sizes: Mapping[str, int], index: in
 def check_smallest(images: Sequence[Sequence[Path]], budget: int, shares: Sequence[ClassShare]) -> None:
     """Raises UserError if there is a class of which not one image file has room in a budget in bytes.
 
-    images: of each class; shares: of each class without exemplars.
+    images, shares: of each class; shares without exemplars.
     """
     needed = {}  # folder of a class -> bytes with its smallest image
     for class_images, share in zip(images, shares, strict=True):
@@ -108,8 +108,7 @@ def fitting(
     """How many of a class's images, in order of choice, each quota holds within a budget in bytes.
 
     share: of the class without exemplars.  The first image that does not fit ends its quota: the rest of the budget
-    goes to the next form.
-    Raises UserError if not one exemplar fits.
+    goes to the next form.  Raises UserError if not one exemplar fits.
     """
     counts, first = [], 0
     for form, number in quotas:
@@ -146,10 +145,7 @@ def check_total(total: float, nb_classes: int, quotas: Quotas, costs: Mapping[st
 
 
 def warn_of_small_classes(sizes: Mapping[str, int], quotas: Quotas) -> None:
-    """Log a warning if classes have fewer train images than exemplars: all of their images are kept then.
-
-    sizes: number of train images by class label.
-    """
+    """Log a warning if classes have fewer train images than exemplars.  sizes: number of images by class label."""
     limited = [(form, number) for form, number in quotas if number != FILL]
     wanted = sum(number for _, number in limited)
     short = sorted((count, label) for label, count in sizes.items() if count < wanted)
