@@ -125,7 +125,8 @@ class _StageLoop:
 
     def fit(self) -> tuple[float, float]:
         """Returns the mean loss and the accuracy (percent) of the last epoch."""
-        loss, accuracy, losses = 0.0, 0.0, []
+        loss, accuracy = 0.0, 0.0
+        losses: list[float] = []
         progress, epochs, steps = self.progress, self.stage.schedule.epochs, len(self.sampler)
         done, quiet = progress.epoch * steps + progress.step, not self.fabric.is_global_zero
         self.bar = logs.progress(epochs * steps, self.name, done=done, quiet=quiet, rate=False)
@@ -238,15 +239,10 @@ def seconds_left(run: Run, method: Method, for_an_image: float, images: int) -> 
 
 
 def warn_of_rising_loss(name: str, losses: Sequence[float]) -> None:
-    """Say so where a stage of three epochs or more ends with a larger loss than its first epoch's.
-
-    losses: means of the epochs that this process has trained.
-    """
+    """Say so where three epochs or more end with a larger loss than the first one's.  losses: means of the epochs."""
     if len(losses) > 2 and losses[-1] > max(losses[0], 0.0):
-        log.warning(
-            "%s: the loss rose from %.3f to %.3f: a lower learning rate may help (see epochs.csv)",
-            *(name, losses[0], losses[-1]),
-        )
+        words = "%s: the loss rose from %.3f to %.3f: a lower learning rate may help (see epochs.csv)"
+        log.warning(words, name, losses[0], losses[-1])
 
 
 class Part(NamedTuple):
@@ -266,10 +262,9 @@ class Part(NamedTuple):
 def parts(images: Tensor, targets: Tensor, number: int, sizes: tuple[int, int], nb_processes: int) -> Iterator[Part]:
     """A process's images in (up to) so many parts, weighted so that the gradients of all are that of the batch's mean.
 
-    sizes: images of this process that count, and of all processes (`EpochBatchSampler.sizes`).
-
-    Gradients add up over the parts of a process and are averaged over processes.  So the mean loss of n images out of
-    the N of all counts n/N times the number of processes: the sum over all parts is the mean over the N images.
+    sizes: images of this process that count, and of all processes (`EpochBatchSampler.sizes`).  Gradients add up over
+    the parts of a process and are averaged over processes.  So the mean loss of n images out of the N of all counts n/N
+    times the number of processes: the sum over all parts is the mean over the N images.
     """
     own, total = sizes
     pieces = list(zip(*(tensor.chunk(number if own else 1) for tensor in (images, targets)), strict=True))

@@ -67,10 +67,10 @@ class Predictor:
     def predict(
         self, network: ClassifierNet, images: Sequence[Path], description: str = "", loader: DataLoader | None = None
     ) -> Outputs:
-        """Logits (N x classes) and features (N x D) of images, on the CPU, in their order.
+        """Logits (N x classes) and features (N x D) of images, on the CPU.  The network is in eval mode afterwards.
 
         description: of the progress bar, "" for none; loader: `test_loader` of the images, where they are looked at
-        again and again: its worker processes stay.  The network is in eval mode afterwards.
+        again and again: its worker processes stay.
         """
         logits = torch.zeros(len(images), network.nb_classes)
         features = torch.zeros(len(images), network.nb_features)
@@ -203,17 +203,9 @@ class Run(Predictor):
     def training_set(self, items: Sequence[Item], phase: int, augmentation: Augmentation | None = None) -> TrainingSet:
         """augmentation: in place of the config's."""
         c = self.config
-        return TrainingSet(
-            items,
-            self.data.paths,
-            self.train_transform(augmentation),
-            c.augmentation_prob,
-            c.augmentations_per_image,
-            c.augmentation_scope,
-            c.model_seed,
-            phase,
-            self.pixels,
-        )
+        copies = c.augmentation_prob, c.augmentations_per_image, c.augmentation_scope
+        transform = self.train_transform(augmentation)
+        return TrainingSet(items, self.data.paths, transform, *copies, c.model_seed, phase, self.pixels)
 
     def train_transform(self, augmentation: Augmentation | None) -> TrainTransform:
         """augmentation: in place of the config's."""

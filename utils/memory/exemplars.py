@@ -92,8 +92,7 @@ class ExemplarMemory:
 
         classes: target -> its train images, n of them; features: of each class, n x d, in the same order; units: of a
         target, its budget in place of its share of the total until the next update, None for the share.
-        A class of fewer images than the quotas ask for keeps all.  What has not been made of an exemplar is estimated:
-        `enforce_budget`, once it has been made, drops what takes more.
+        A class of fewer images than the quotas ask for keeps all.  What has not been made of an exemplar is estimated.
         Raises UserError where not one exemplar of a class fits its budget in bytes.
         """
         if known := classes.keys() & self.classes.keys():
@@ -263,12 +262,13 @@ class ExemplarMemory:
         def total(key: str, *, real: bool) -> int:
             return sum(form[key] for form in forms if (form["form"] == REAL) == real)
 
+        budget, nb_classes = self.budget, len(self.targets)
         return {
-            "units_per_class_mean": sum(class_units) / max(len(class_units), 1) if counted else None,
+            "units_per_class_mean": sum(class_units) / max(nb_classes, 1) if counted else None,
             "units_per_class_max": max(class_units, default=0.0) if counted else None,
             "units_total": float(sum(class_units)) if counted else None,
-            "units_budget": self.budget,
-            "units_budget_total": self.budget * len(self.targets) if self.total is None and self.budget else self.total,
+            "units_budget": budget,
+            "units_budget_total": budget * nb_classes if self.total is None and budget else self.total,
             "bytes_per_class_max": max(map(self.bytes, self.targets), default=0),
             "bytes_budget": self.bytes_budget,
             "forms": forms,

@@ -18,10 +18,8 @@ class ExemplarForm(Protocol):
         """What a kept file depends on beside its image: plain values."""
 
     def units(self, image: Path) -> float | None:
-        """Cost of a train image's exemplar, in units of one real image; before it is made, what it will cost.
-
-        None for a form that has no such count.  Raises UserError naming a file that can't be read.
-        """
+        """What a train image's exemplar costs, or will cost, in units of a real image; None for a form without such a
+        count.  Raises UserError naming a file that can't be read."""
 
     def kept(self, image: Path) -> bytes | None:
         """What is kept of a train image, as it goes into the memory's file; None while it has not been made."""
@@ -46,10 +44,9 @@ class Copies(abc.ABC):
 
     @abc.abstractmethod
     def make(self, images: Sequence[Path], with_copies: bool) -> int | None:
-        """Make what is missing of these images' edge maps and, with_copies, copies.
+        """Make what is missing of these images' kept files and, with_copies, copies; all processes share the work.
 
-        Called by all processes, which share the work.  Returns the number of copies that all of them made, None where
-        copies are made ahead.
+        Returns the number of copies that all of them made, None where copies are made ahead.
         """
 
     @abc.abstractmethod
