@@ -101,11 +101,6 @@ def phase_path(folder: Path, phase: int) -> Path:
     return folder / f"phase{phase:02d}.pt"
 
 
-def unfinished_path(folder: Path) -> Path:
-    """Where the checkpoint within the present phase lies."""
-    return folder / "unfinished.pt"
-
-
 def saved_phases(folder: Path) -> list[int]:
     """The phases whose checkpoints are in a folder, ascending."""
     names = os.listdir(folder) if folder.is_dir() else []
@@ -154,7 +149,7 @@ class Checkpoints:
     def __init__(self, run: Run):
         self.run = run
         self.folder = run.folder
-        self.unfinished = unfinished_path(run.folder)
+        self.unfinished = run.folder / "unfinished.pt"
         self.clock = StepClock(run.config.checkpoint_every, run.fabric)
 
     def load(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

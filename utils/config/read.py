@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from utils.config.schema import REMOVED, REQUIRED, Config, Key, MethodInfo, all_keys, keys_of
+from utils.config.schema import REMOVED, REQUIRED, Config, MethodInfo, all_keys, keys_of
 from utils.config.types import Augmentation
 from utils.errors import UserError
 from utils.files import load_json
@@ -153,18 +153,23 @@ class _Reading:
         return renamed
 
     def validate(self, entries: Mapping[str, Entry], choices: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-        """The values of all keys, by their types, with references such as ${dataset} replaced.
+        """The values of the entries, by their keys' types, with references such as ${dataset} replaced.
 
         choices: of keys whose type does not list them.
         """
-        values = {name: key.default for name, key in self.keys.items()}
-        known = {**values, **{name: entry.value for name, entry in entries.items()}}
+        values: dict[str, Any] = {}
+        known = {name: key.default for name, key in self.keys.items()}
+        known |= {name: entry.value for name, entry in entries.items()}
         for name, entry in entries.items():
             try:
                 if isinstance(entry.value, str) and "${" in entry.value:
                     value = _filled_in(entry.value, known, (name,))
                     entry = Entry(value, entry.origin, is_text=isinstance(value, str))
-                values[name] = _validated(self.keys[name], entry)
+                kind = self.keys[name].annotation
+                if entry.is_text and entry.value in ("null", "None") and types.NoneType in typing.get_args(kind):
+                    values[name] = None
+                else:  # the text of an override may stand for another type
+                    values[name] = TypeAdapter(kind).validate_python(entry.value, strict=not entry.is_text)
                 if name in choices and not _is_among(values[name], choices[name]):
                     listed, near = ", ".join(choices[name]), _did_you_mean(values[name], choices[name])
                     self.problems.append(f"{entry.origin}: {name} must be one of {listed}, not {entry.shown}{near}")
@@ -181,9 +186,9 @@ class _Reading:
         """The config of valid values.  Raises UserError where they do not go together."""
         shared, method = keys_of(Config), self.methods[values["model_name"]]
         own = keys_of(method.settings) if method.settings else {}
-        config = Config(**{name: values[name] for name in shared})
+        config = Config(**{name: value for name, value in values.items() if name in shared})
         if method.settings:
-            config.settings = method.settings(**{name: values[name] for name in own})
+            config.settings = method.settings(**{name: value for name, value in values.items() if name in own})
         self._translate(config, entries)
         others = [name for name in entries if name not in shared and name not in own]
         self.notes += [f"{name} is no key of {method.name}; it changes nothing" for name in others]
@@ -207,13 +212,6 @@ class _Reading:
         if config.memory_size and "fixed_memory" not in entries:
             config.fixed_memory = False
             self.notes.append(f"fixed_memory is not given: all classes share memory_size = {config.memory_size} units")
-
-
-def _validated(key: Key, entry: Entry) -> Any:
-    """The value as its key's type; the text of an override may stand for another type.  Raises ValidationError."""
-    if entry.is_text and entry.value in ("null", "None") and types.NoneType in typing.get_args(key.annotation):
-        return None
-    return TypeAdapter(key.annotation).validate_python(entry.value, strict=not entry.is_text)
 
 
 def _in_words(error: ValidationError, entry: Entry) -> str:

@@ -31,7 +31,7 @@ def setting(default: Any, meaning: str, *, source: str = "ours", result: bool = 
     source: where the key comes from; result: whether two runs that differ in it may end with different numbers;
     also: PyCIL's other names for it.
     """
-    metadata = {"meaning": meaning, "source": source, "result": result, "also": tuple(also)}
+    metadata = {"default": default, "meaning": meaning, "source": source, "result": result, "also": tuple(also)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -260,14 +260,8 @@ class Key(NamedTuple):
 def keys_of(schema: type) -> dict[str, Key]:
     """The keys of a dataclass, by name; fields without a meaning are none."""
     hints = typing.get_type_hints(schema, include_extras=True)
-    keys = {}
-    for field in dataclasses.fields(schema):
-        if field.metadata:
-            default = field.default
-            if field.default_factory is not dataclasses.MISSING:
-                default = field.default_factory()
-            keys[field.name] = Key(field.name, hints[field.name], default, **field.metadata)
-    return keys
+    fields = [field for field in dataclasses.fields(schema) if field.metadata]
+    return {field.name: Key(field.name, hints[field.name], **field.metadata) for field in fields}
 
 
 def all_keys(methods: Iterable[MethodInfo]) -> dict[str, Key]:
