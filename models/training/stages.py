@@ -65,7 +65,6 @@ class Defaults(NamedTuple):
 
         Milestones in the config mean steps, unless its `scheduler` says otherwise.
         """
-
         keys = ["epochs", "lrate", "milestones", "weight_decay"]
         if phase_0:
             keys = ["init_epoch", "init_lr", "init_milestones", "init_weight_decay"]
