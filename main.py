@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,12 +34,11 @@ from utils.data.paths import DatasetPaths, data_dir, datasets, find_dataset
 from utils.errors import UserError
 from utils.files import check_folder
 from utils.results.output import Output, seed_folder
-from utils.results.records import CLASSIFIERS, ClassOrder, ResultsFile
+from utils.results.records import ClassOrder, Phase, ResultsFile
 
 if TYPE_CHECKING:
     from compress.training.copies import Copies
     from compress.training.exemplars import ExemplarPlan, Numbers
-    from models.training.checkpoint import PhaseRecord
     from utils.data.cache import PictureCache
     from utils.devices import Fabric
 
@@ -237,29 +236,22 @@ class Experiment:
         method = catalogue.load(config.model_name)
         if not method.uses_memory and config.syn_per_class:
             log.info("%s keeps no exemplars: the memory's keys change nothing", config.model_name)
-        folder, memory, copies = self.output.seed_folder(seed), self.exemplars.empty_memory(), self.copies
+        folder, memory, copies = seed_folder(self.output.folder, seed), self.exemplars.empty_memory(), self.copies
         with self.output.working_on(seed, alone=fabric.is_global_zero):
             history = History(folder, loggers=config.logger) if fabric.is_global_zero else None
             folders = folder / "checkpoints", self.phase0_cache
             class_order = Run(config, data, fabric, memory, *folders, copies, history, pixels=self.pixels)
             records = Trainer(method, class_order).fit(after_phase=lambda records: self.write(seed, records))
-            if config.regenerate == "on_demand" and records and records[-1]["copies_on_demand"] is not None:
+            if config.regenerate == "on_demand" and records and records[-1].copies_on_demand is not None:
                 log.info(copies_saved(config, data, records))
 
-    def write(self, seed: int, records: "Sequence[PhaseRecord]") -> None:
+    def write(self, seed: int, records: Sequence[Phase]) -> None:
         """Write the records of a class order's phases so far."""
         data = self.orders[seed]
-        order = ClassOrder.of_training(seed, data.class_names, records, data.nb_phases)
+        order = ClassOrder.of(seed, data.class_names, records, data.nb_phases)
         warn_of_one_class(records[-1], data.class_names)
-        if not self.fabric.is_global_zero:
-            self.results = ResultsFile.of({}, [order])
-            return
-        confusions = {}
-        for name in CLASSIFIERS:
-            used = [metrics for record in records if (metrics := record.get(name)) is not None]
-            if len(used) == len(records):
-                confusions[name] = [metrics["confusion"] for metrics in used]
-        self.results = self.output.write(order, confusions)
+        is_first = self.fabric.is_global_zero
+        self.results = self.output.write(order) if is_first else ResultsFile.of({}, [order])
 
 
 def class_orders(config: Config, paths: DatasetPaths) -> dict[int, DataManager]:
@@ -280,20 +272,15 @@ def class_orders(config: Config, paths: DatasetPaths) -> dict[int, DataManager]:
     return {seed: first.reordered(seed) if shuffled else copy.copy(first) for seed in config.seed}
 
 
-def warn_of_one_class(record: Mapping[str, Any], class_names: Sequence[str]) -> None:
+def warn_of_one_class(record: Phase, class_names: Sequence[str]) -> None:
     """Say so where a phase's classifier takes all test images for one class: it has learnt nothing, or diverged."""
-    for classifier in ("cnn", "nme"):
-        if record[classifier] is None:
-            continue
-        predicted = np.asarray(record[classifier]["confusion"]).sum(axis=0)
+    for name, metrics in (("head (CNN)", record.cnn), ("nearest mean (NME)", record.nme)):
+        predicted = np.zeros(0) if metrics is None else np.asarray(metrics.confusion).sum(axis=0)
         if len(predicted) > 1 and predicted.max() == predicted.sum():
             log.warning(
                 "phase %d: the %s takes all %d test images for %r. Its training may have diverged (see epochs.csv): a "
                 "lower learning rate, or more epochs, may help.",
-                record["phase"],
-                {"cnn": "head (CNN)", "nme": "nearest mean (NME)"}[classifier],
-                predicted.sum(),
-                class_names[predicted.argmax()],
+                *(record.phase, name, predicted.sum(), class_names[int(predicted.argmax())]),
             )
 
 
@@ -317,9 +304,9 @@ def gone_images(folder: Path, orders: Mapping[int, DataManager]) -> "Numbers | N
     return numbers
 
 
-def copies_saved(config: Config, data: DataManager, records: "Sequence[PhaseRecord]") -> str:
+def copies_saved(config: Config, data: DataManager, records: Sequence[Phase]) -> str:
     """Such as "copies on demand: 320 made, against 4,000 of all train images made ahead (92.0 % saved)"."""
-    made = sum(record["copies_on_demand"] or 0 for record in records)
+    made = sum(record.copies_on_demand or 0 for record in records)
     ahead = config.augmentations_per_image * sum(len(data.train_images(target)) for target in range(data.nb_classes))
     saved = f"{1 - made / max(ahead, 1):.1%} saved"
     return f"copies on demand: {made:,} made, against {ahead:,} of all train images made ahead ({saved})"

@@ -25,7 +25,7 @@ from utils import cli
 from utils.data.images import image_bits, read_image
 from utils.data.paths import DatasetPaths, data_dir, find_dataset
 from utils.errors import UserError
-from utils.memory.share import FormShare, Row, named
+from utils.memory.packed import FormShare, Row, named
 
 REAL = "real"
 

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from exps import grid, points
 from utils.config.read import read_json
 from utils.files import write_json
-from utils.results.records import ClassOrder, ResultsFile, read_results
+from utils.results.records import ClassOrder, Phase, ResultsFile, read_results
 
 KEYS = {"dataset": "D", "init_cls": 2, "increment": 2, "convnet_type": "resnet8", "model_name": "replay"}
 
@@ -39,7 +39,7 @@ def entry(seed: int, top1: float = 80.0, nme: float | None = None, phases: int =
         record |= {"parameters": 5, "copies_on_demand": None}
         record["training"] = {"seconds": 1.0, "reused": False, "loss": 0.5, "accuracy": 99.0}
         records.append({**record, "seconds": {"total": 2.0, "train": 1.0}})
-    return ClassOrder.of_training(seed, names, records, phases)
+    return ClassOrder.of(seed, names, [Phase.from_state(record, names) for record in records], phases)
 
 
 def write(point: points.Point, *entries: ClassOrder, config=None) -> None:

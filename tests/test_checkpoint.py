@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from models.training import checkpoint
-from models.training.resume import Checkpoints
+from models.training.checkpoint import Checkpoints
+from models.training.phase0 import fingerprint
 from tests.folders import save_picture
 from utils.errors import UserError
 
@@ -71,17 +72,18 @@ def test_a_fingerprint_lists_each_folder_once_and_reads_three_files_of_it(tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", lambda folder: (listed.append(folder), scandir(folder))[1])
         patch.setattr(Path, "read_bytes", lambda file: (read.append(file), read_bytes(file))[1])
-        first = checkpoint.fingerprint({}, files, tmp_path)
+        first = fingerprint({}, files, tmp_path)
     assert listed == [tmp_path / "a", tmp_path / "b"]
     assert sorted(read) == [tmp_path / label / f"{i}.png" for label in "ab" for i in (0, 3, 6)]
-    assert checkpoint.fingerprint({}, [*files, tmp_path / "b" / "9.png"], tmp_path) != first
+    assert fingerprint({}, [*files, tmp_path / "b" / "9.png"], tmp_path) != first
 
 
 def test_the_first_process_decides_where_to_go_on(tmp_path):
     """Two that look at a network disk at two moments may see different files."""
     checkpoint.save(checkpoint.phase_path(tmp_path, 0), {"network": {}})
     fabric = SimpleNamespace(broadcast=lambda seen: ([], False), barrier=lambda: None, is_global_zero=False)
-    run = SimpleNamespace(folder=tmp_path, fabric=fabric, data=SimpleNamespace(nb_phases=3))
+    config, data = SimpleNamespace(checkpoint_every=0), SimpleNamespace(nb_phases=3)
+    run = SimpleNamespace(config=config, folder=tmp_path, fabric=fabric, data=data)
     assert Checkpoints(run).load() == (None, None)
 
 

@@ -23,8 +23,7 @@ from utils import log as logs
 from utils.curate import command as curate
 from utils.errors import UserError
 from utils.memory import __main__ as memory
-from utils.memory.packed import ClassRecord, Exemplar, Memory, packed
-from utils.memory.share import Row
+from utils.memory.packed import ClassRecord, Exemplar, Memory, Row, packed
 
 ROOT = Path(__file__).parent.parent
 

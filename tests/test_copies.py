@@ -220,7 +220,7 @@ def test_a_run_that_stopped_within_a_phase_goes_on_with_the_copies_of_its_new_im
     with monkeypatch.context() as stopped:
         stopped.setattr(Trainer, "choose_exemplars", stop)
         assert train(**values, checkpoint_every=1e-9) == 130
-    within = checkpoints.load(checkpoints.unfinished_path(tmp_path / "out" / "seed1" / "checkpoints"))
+    within = checkpoints.load(tmp_path / "out" / "seed1" / "checkpoints" / "unfinished.pt")
     read = [label for label, of_class in within["copies"]["fingerprint"]["classes"].items() if of_class[0]]
     assert len(read) == 4, "exemplars of phase 0 and new images of phase 1"
     shutil.rmtree(paths.root / "webp-10@16-copies")

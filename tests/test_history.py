@@ -6,7 +6,7 @@ import struct
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from models.training.resume import Checkpoints
+from models.training.checkpoint import Checkpoints
 from tests.test_main import data_dir, results, train  # noqa: F401  (fixtures)
 from utils.results import history
 from utils.results.history import History
@@ -113,8 +113,8 @@ def test_a_run_and_one_that_was_killed_in_an_epoch_tell_the_same(train, tmp_path
 
     written = History.add_epoch
 
-    def killed(history, phase, stage, epoch, **curves):
-        written(history, phase, stage, epoch, **curves)
+    def killed(history, phase, stage, epoch, *figures):
+        written(history, phase, stage, epoch, *figures)
         if (phase, epoch) == (1, 4):
             raise KeyboardInterrupt
 
@@ -148,12 +148,12 @@ def test_a_phase_that_was_done_but_not_saved_is_told_once(train, tmp_path, monke
 
 def test_going_on_in_the_middle_of_a_phase(tmp_path):
     """Rows from there on give way, those before stay, in the event files too."""
-    curves_of = {"learning_rate": 0.1, "accuracy": 50.0, "seconds": 1.0}
+    figures = {"learning_rate": 0.1, "train_accuracy": 50.0, "seconds": 1.0}
     history = History(tmp_path)
     for epoch in (1, 2, 3):
-        history.add_epoch(1, "training", epoch, step=10 + epoch, loss=float(epoch), **curves_of)
+        history.add_epoch(1, "training", epoch, 10 + epoch, {**figures, "loss": float(epoch)})
     later = History(tmp_path)
-    later.add_epoch(1, "training", 2, step=12, loss=7.0, **curves_of)
+    later.add_epoch(1, "training", 2, 12, {**figures, "loss": 7.0})
     later.close()
     assert [(row["epoch"], row["loss"]) for row in table(tmp_path / "epochs.csv")] == [("1", "1"), ("2", "7")]
     assert curves(tmp_path)["train/loss"] == [(11, 1.0), (12, 7.0)]
@@ -192,7 +192,8 @@ def test_wandb_gets_the_curves_through_lightning_s_logger(tmp_path, monkeypatch)
     monkeypatch.setattr(history.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(pytorch_lightning.loggers, "WandbLogger", Recorder)
     written = history.History(tmp_path, loggers=["wandb"])
-    written.add_epoch(0, "training", 1, step=1, learning_rate=0.1, loss=2.0, accuracy=50.0, seconds=1.0)
+    figures = {"learning_rate": 0.1, "loss": 2.0, "train_accuracy": 50.0, "seconds": 1.0}
+    written.add_epoch(0, "training", 1, 1, figures)
     options, (step, metrics) = made
     assert options["resume"] == "allow"
     assert (step, metrics["train/loss"], metrics["train/train_accuracy"]) == (1, 2.0, 50.0)

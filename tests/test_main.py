@@ -19,13 +19,15 @@ from compress.coding.edge_maps import encode
 from compress.options import parse_settings
 from compress.training import on_demand
 from compress.training.cost import Cost
-from models.training.epochs import Epochs, warn_of_rising_loss
+from models.training import trainer
+from models.training.epochs import warn_of_rising_loss
 from models.training.trainer import Trainer
 from tests.conftest import long_but
 from tests.little_config import results, train_little
 from tests.shapes import SHAPES, make_shapes
 from utils.data.classes import DataManager
 from utils.errors import Stopped, UserError
+from utils.results.records import Metrics, Phase
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_a_finished_run_is_reused(train, tmp_path, monkeypatch, capsys):
     (file,) = (tmp_path / "out" / "seed1993" / "checkpoints").glob("*.pt")
     confusions = [record["cnn"]["confusion"] for record in torch.load(file, weights_only=True)["records"]]
     assert all(isinstance(confusion, torch.Tensor) for confusion in confusions), "lists take long to write and read"
-    monkeypatch.setattr(Epochs, "fit", None)
+    monkeypatch.setattr(trainer, "train_stage", None)
     assert train("epochs=1", "init_epoch=1") == 0
     assert "all 3 phases are done already" in capsys.readouterr().out
     assert results(tmp_path / "out") == before
@@ -363,13 +365,17 @@ def test_a_phase_0_cache_here(train, tmp_path, monkeypatch, capsys):
 
 
 def test_one_class_for_all_is_said(caplog):
-    one, two = {"confusion": [[0, 5], [0, 5]]}, {"confusion": [[0, 5], [1, 4]]}
-    main.warn_of_one_class({"phase": 3, "cnn": one, "nme": two}, ["cat", "dog"])
+    def phase(number, cnn, nme):
+        metrics = [confusion and Metrics(top1=50.0, confusion=confusion) for confusion in (cnn, nme)]
+        return Phase.model_construct(phase=number, cnn=metrics[0], nme=metrics[1])
+
+    one, two = [[0, 5], [0, 5]], [[0, 5], [1, 4]]
+    main.warn_of_one_class(phase(3, one, two), ["cat", "dog"])
     (record,) = caplog.records
     assert "phase 3: the head (CNN) takes all 10 test images for 'dog'" in record.getMessage()
     caplog.clear()
-    main.warn_of_one_class({"phase": 0, "cnn": {"confusion": [[5]]}, "nme": None}, ["cat"])
-    main.warn_of_one_class({"phase": 3, "cnn": two, "nme": two}, ["cat", "dog"])
+    main.warn_of_one_class(phase(0, [[5]], None), ["cat"])
+    main.warn_of_one_class(phase(3, two, two), ["cat", "dog"])
     assert not caplog.records
 
 

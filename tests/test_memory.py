@@ -106,7 +106,7 @@ class Various(Fixed):
 
 
 def class_bytes(label: bytes, text: bytes, of_forms: dict[str, list[int]]) -> int:
-    """Bytes of class 0 in the memory's file, counted from the layout that utils/memory/share.py describes; its images
+    """Bytes of class 0 in the memory's file, counted from the layout that utils/memory/packed.py describes; its images
     have 32 x 32 pixels, and of_forms has each form's lengths."""
 
     def number(n):

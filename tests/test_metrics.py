@@ -16,7 +16,7 @@ from utils.results.metrics import (
     phase_metrics,
 )
 from utils.results.output import write_confusion
-from utils.results.records import ClassOrder, ResultsFile
+from utils.results.records import ClassOrder, Phase, ResultsFile
 
 # Three classes, the last one new; images of class 0: 2, class 1: 1, class 2: 3.
 TARGETS = torch.tensor([0, 0, 1, 2, 2, 2])
@@ -102,7 +102,8 @@ def entry(seed, first, second, nme=None):
         }
         for phase, (top1, per_phase) in enumerate([(first, [first]), (second, [second - 10, second + 10])])
     ]
-    return ClassOrder.of_training(seed, ["a", "b", "c"], records, 2)
+    names = ["a", "b", "c"]
+    return ClassOrder.of(seed, names, [Phase.from_state(record, names) for record in records], 2)
 
 
 def test_results_over_seeds():

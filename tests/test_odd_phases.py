@@ -72,7 +72,7 @@ def test_a_phase_with_exemplars_of_some_old_classes(data_dir, tmp_path, method):
     drop_exemplars(trainer, 1)
     record = trainer.do_phase(2)
     assert all(parameter.isfinite().all() for parameter in trainer.method.network.parameters())
-    assert record["nme"]["per_class"][:2] == [0, 0]
+    assert list(record.nme.per_class.values())[:2] == [0, 0]
     assert trainer.class_means.isfinite().all()
 
 

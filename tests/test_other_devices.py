@@ -8,7 +8,7 @@ from lightning_fabric.plugins import MixedPrecision
 
 from convs.heads import CosineHead
 from models import coil
-from models.training import predictor
+from models.training import run as run_module
 from models.training.run import Run
 from models.training.trainer import Trainer
 from tests.little_trainer import SHORT, after_phase_0, new_trainer
@@ -110,7 +110,7 @@ def same(some, others):
 
 def test_predictions_are_added_up_a_few_rows_at_a_time(paths, tmp_path, monkeypatch):
     run, sent = after_phase_0(paths, tmp_path / "run", "icarl").run, []
-    monkeypatch.setattr(predictor, "_ROWS", 4)
+    monkeypatch.setattr(run_module, "_ROWS", 4)
 
     def all_reduce(rows, reduce_op):
         sent.append(len(rows))

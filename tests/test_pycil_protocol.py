@@ -91,7 +91,7 @@ def test_fetril_s_svm_is_scikit_learn_s_on_pycil_s_features(trainer):
             near = max(new, key=lambda t: unit[t] @ unit[old])
             rows.append(train[near] - means[near] + means[old])
             targets.append(np.full(10, old))
-        assert records[phase]["svm"]["top1"] == pytest.approx(score(rows, targets, phase))
+        assert records[phase].svm.top1 == pytest.approx(score(rows, targets, phase))
 
 
 def test_rmm_keeps_its_memory_after_a_rate_of_0(trainer):

@@ -17,7 +17,7 @@ from tests.shapes import make_shapes
 from utils.config.schema import Config
 from utils.files import write_json
 from utils.results.output import Output
-from utils.results.records import ClassOrder, ResultsFile, load_results
+from utils.results.records import ClassOrder, Phase, ResultsFile, load_results
 
 
 def metrics(top1, names):
@@ -44,7 +44,7 @@ def write(folder: Path, seeds=(1,), phases=3, done=3, nme=False, student=False, 
             record |= {"memory": {"units_total": 4.0, "bytes_total": 1234}, "parameters": 5, "copies_on_demand": None}
             record["training"] = {"seconds": 1.0, "reused": False, "loss": 0.5, "accuracy": 99.0}
             records.append({**record, "seconds": {"total": 2.0, "train": 1.0}})
-        entries.append(ClassOrder.of_training(seed, names, records, phases))
+        entries.append(ClassOrder.of(seed, names, [Phase.from_state(record, names) for record in records], phases))
     described = {"dataset": "D", "model_name": "m", "convnet_type": "r", **(config or {})}
     write_json(folder / "results.json", ResultsFile.of(described, entries).to_json())
     return folder
@@ -227,5 +227,5 @@ def test_the_page_is_drawn_once(tmp_path):
     output = Output(config, tmp_path, drawn.append)
     for seed, phases, expected in ((2, 1, []), (2, 2, []), (1, 1, []), (1, 2, [tmp_path])):
         (order,) = load_results(write(tmp_path / "made", [seed], phases=2, done=phases)).runs
-        output.write(order, {})
+        output.write(order)
         assert drawn == expected

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from models.training import checkpoint, resume
+from models.training import checkpoint
 from models.training.trainer import Trainer
 from tests import forks
 from tests.conftest import long_but
@@ -213,7 +213,7 @@ def test_the_rest_of_an_epoch():
 
 def test_the_clock_is_one_for_all_processes_and_is_seldom_asked(monkeypatch):
     now, said = 0.0, []
-    monkeypatch.setattr(resume.time, "monotonic", lambda: now)
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
 
     def all_reduce(values, reduce_op):
         """What the second process gets is what the first, which is asked first, has said."""
@@ -221,7 +221,7 @@ def test_the_clock_is_one_for_all_processes_and_is_seldom_asked(monkeypatch):
         return torch.tensor(said[-1] if len(said) % 2 else said[-2])
 
     fabrics = [SimpleNamespace(world_size=2, global_rank=r, device="cpu", all_reduce=all_reduce) for r in (0, 1)]
-    first, second = (resume.StepClock(100, fabric) for fabric in fabrics)
+    first, second = (checkpoint.StepClock(100, fabric) for fabric in fabrics)
     second.start = -1000.0  # a clock that goes wrong
     over = []
     for step in range(1, 10101):
@@ -235,9 +235,9 @@ def test_the_clock_is_one_for_all_processes_and_is_seldom_asked(monkeypatch):
     assert over == pytest.approx([2000, 4000, 6000, 8000, 10000], abs=3 * 20)
     assert len(said) < 2 * 550
     alone = SimpleNamespace(world_size=1)
-    never = resume.StepClock(0, alone)
+    never = checkpoint.StepClock(0, alone)
     assert not any(never.look(last=True)[0] for _ in range(10))
-    stage = resume.StepClock(100, alone)
+    stage = checkpoint.StepClock(100, alone)
     now += 61
     assert [stage.look(last=last)[0] for last in (False, True)] == [False, True]
 

@@ -57,9 +57,9 @@ def test_three_phases_elsewhere(trained, method):
     for name, tensor in there.method.network.state_dict().items():
         torch.testing.assert_close(tensor.inner, here.method.network.state_dict()[name], rtol=1e-4, atol=1e-5)
     for record, other in zip(records, expected, strict=True):
-        if other["training"]["loss"] is not None:
-            assert record["training"]["loss"] == pytest.approx(other["training"]["loss"], rel=1e-4)
-        assert record["cnn"]["top1"] == pytest.approx(other["cnn"]["top1"])
+        if other.training.loss is not None:
+            assert record.training.loss == pytest.approx(other.training.loss, rel=1e-4)
+        assert record.cnn.top1 == pytest.approx(other.cnn.top1)
 
 
 @pytest.mark.gpu
@@ -69,7 +69,7 @@ def test_three_phases_on_a_gpu(trained, method):
     _, expected = trained(method, torch.device("cpu"))
     there, records = trained(method, torch.device("cuda", 0))
     assert all(parameter.is_cuda for parameter in there.method.network.parameters())
-    losses, others = ([record["training"]["loss"] for record in each] for each in (records, expected))
+    losses, others = ([record.training.loss for record in each] for each in (records, expected))
     assert [loss is None for loss in losses] == [loss is None for loss in others]
     assert all(math.isfinite(loss) for loss in losses if loss is not None)
     if losses[0] is not None:

@@ -28,7 +28,7 @@ from utils.memory.budget import (
 )
 from utils.memory.exemplars import ExemplarMemory
 from utils.memory.forms import Copies
-from utils.memory.share import ClassShare, Row
+from utils.memory.packed import ClassShare, Row
 
 if TYPE_CHECKING:
     from utils.devices import Fabric

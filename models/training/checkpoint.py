@@ -1,7 +1,8 @@
-"""The one checkpoint format, and what names a cached phase-0 network.  Plain tensors and values, loaded without pickle.
+"""The one checkpoint format: plain tensors and values, loaded without pickle.  Who writes one when, and reads which.
 
 Each holds `config`, `class_names` (in target order), `picture_size` (width and height of a typical one), `phase`,
-`network` (its weights) and `precision` (the scale of gradients in 16 bits, else nothing).
+`network` (its weights), `copies` (what identifies those that are read) and `precision` (the scale of gradients in 16
+bits, else nothing).
 
 After a phase, `phaseNN.pt` adds `memory` (which images are exemplars), `class_means` (classes x D: the nearest-mean
 classifier, None where it is not used), `method` (what else the method carries on) and `records` (the results of each
@@ -9,73 +10,36 @@ phase).
 
 Within one, `unfinished.pt` adds `stages` (what came of those that are done), `epoch` and `step` (how many of the
 present stage and of the present epoch are done), `sums` (processes x 3: loss, right answers and images of those
-steps), `seconds` (of training so far), `optimizer`, `scheduler`, `random` (torch's state) and `within_phase` (what else
-the phase's training has worked out).  What the phase began with is in the checkpoint of the phase before.
+steps), `seconds` (of training so far), `optimizer`, `scheduler` and `within_phase` (what else the phase's training has
+worked out).  What the phase began with is in the checkpoint of the phase before.
 """
 
-import hashlib
-import itertools
-import json
+import logging
 import os
 import pickle
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import torch
 
+from models.training.run import Run
+from utils.cli import signals
+from utils.config.schema import as_dict, differences
+from utils.devices import Fabric, all_reduce
 from utils.errors import UserError
-from utils.files import content_digest, write_atomically
-from utils.results.metrics import PhaseMetrics
+from utils.files import write_atomically
 
-_PHASE = re.compile(r"phase(\d+)\.pt")
+log = logging.getLogger(__name__)
 
-
-class StageRecord(TypedDict):
-    """loss, accuracy (percent): of the last epoch's training batches."""
-
-    stage: str
-    epochs: int
-    loss: float | None
-    accuracy: float | None
-
-
-class TrainingRecord(TypedDict):
-    """epochs, loss, accuracy: of the first stage; seconds: of all; reused: whether another run's network was taken."""
-
-    epochs: int
-    loss: float | None
-    accuracy: float | None
-    stages: list[StageRecord]
-    seconds: float
-    reused: bool
-
-
-class Scores(TypedDict):
-    """Of the classifiers of `utils.results.records.CLASSIFIERS`; nme: None where it is unused."""
-
-    cnn: PhaseMetrics
-    nme: PhaseMetrics | None
-    student: NotRequired[PhaseMetrics]
-    svm: NotRequired[PhaseMetrics]
-
-
-class PhaseRecord(Scores):
-    """memory: `ExemplarMemory.report`, and archive_bytes: the size of the file that holds all of it; copies_on_demand:
-    number made, None where all are made ahead; copies: what made those in use, None where none are; seconds: by part of
-    the phase.
-    """
-
-    phase: int
-    classes_seen: int
-    memory: Mapping[str, Any]
-    parameters: int
-    training: TrainingRecord
-    copies_on_demand: int | None
-    copies: Mapping[str, Any] | None
-    seconds: Mapping[str, float]
+COMMON = frozenset({"config", "class_names", "phase", "network"})
+AFTER_PHASE = COMMON | {"memory", "class_means", "method", "records"}
+WITHIN_PHASE = COMMON | {"stages", "epoch", "step", "sums", "seconds", "optimizer", "within_phase"}
+PHASE_0 = frozenset({"network", "training"})
+"""What each kind of checkpoint has at least."""
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -96,13 +60,6 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         ) from error
 
 
-COMMON = frozenset({"config", "class_names", "phase", "network"})
-AFTER_PHASE = COMMON | {"memory", "class_means", "method", "records"}
-WITHIN_PHASE = COMMON | {"stages", "epoch", "step", "sums", "seconds", "optimizer", "within_phase"}
-PHASE_0 = frozenset({"network", "training"})
-"""What each kind of checkpoint has at least."""
-
-
 def load(path: Path, parts: Collection[str] = ("network",)) -> dict[str, Any]:
     """What `save` wrote, its tensors on the CPU.
 
@@ -115,8 +72,10 @@ def load(path: Path, parts: Collection[str] = ("network",)) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise _none_of_ours(path, f"damaged: {reason or type(error).__name__}") from None
-    if not isinstance(state, dict) or (missing := sorted(set(parts) - state.keys())):
-        raise _none_of_ours(path, f"it has no {missing[0]}" if isinstance(state, dict) else "of another kind")
+    if not isinstance(state, dict):
+        raise _none_of_ours(path, "of another kind")
+    if missing := sorted(set(parts) - state.keys()):
+        raise _none_of_ours(path, f"it has no {missing[0]}")
     return state
 
 
@@ -125,7 +84,7 @@ def fitting(path: Path) -> Iterator[None]:
     """While a checkpoint's content is taken over.  Raises UserError where its parts do not fit this program's."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())[:120]
@@ -142,43 +101,124 @@ def phase_path(folder: Path, phase: int) -> Path:
     return folder / f"phase{phase:02d}.pt"
 
 
-def unfinished_path(folder: Path) -> Path:
-    """Where the checkpoint within the present phase lies."""
-    return folder / "unfinished.pt"
-
-
 def saved_phases(folder: Path) -> list[int]:
     """The phases whose checkpoints are in a folder, ascending."""
     names = os.listdir(folder) if folder.is_dir() else []
-    return sorted(int(match[1]) for name in names if (match := _PHASE.fullmatch(name)))
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"phase(\d+)\.pt", name)))
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Take away what a process that was killed while it wrote has left half done; for a folder of one run alone."""
-    for file in folder.glob(".*.tmp"):
-        file.unlink()
+class StepClock:
+    """Decides after each step whether a checkpoint is due and whether a signal ends the run, alike in all processes.
 
-
-def fingerprint(settings: Mapping[str, Any], files: Iterable[Path], root: Path) -> str:
-    """A short name for everything that a phase-0 network depends on: settings, and files by name, size, time of
-    modification, and the content of a few of each folder.
-
-    Each folder is listed once.  Files that are not there count as such: copies may be missing where they are drawn with
-    probability 0.
+    seconds: between two checkpoints, by the first process's clock; 0 for none.
+    Processes agree after 1, 2, 4, ... steps, and then about once a second: a message at each step would slow them down.
     """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for folder, group in itertools.groupby(files, key=lambda file: file.parent):
-        folder_files, stamps = list(group), _stamps(folder)
-        digest.update(os.fsencode(f"{folder.relative_to(root).as_posix()}\0{content_digest(folder_files)}\0"))
-        for file in folder_files:
-            digest.update(os.fsencode(f"{file.name}\0{stamps.get(file.name, -1)}\0"))
-    return digest.hexdigest()[:24]
+
+    def __init__(self, seconds: float, fabric: Fabric):
+        self.seconds = seconds
+        self.fabric = fabric
+        self.restart()
+
+    def restart(self) -> None:
+        self.start, self.steps, self.next_look = time.monotonic(), 0, 1
+
+    def look(self, *, last: bool = False) -> tuple[bool, int]:
+        """(whether a checkpoint is due, the number of a signal that has come or 0); once after every step.
+
+        last: of a stage, after which one is due if it took a minute: what follows may take long and saves nothing.
+        """
+        self.steps += 1
+        passed, signal = time.monotonic() - self.start, signals.received or 0
+        if self.fabric.world_size > 1:
+            if self.steps < self.next_look and not last:
+                return False, 0
+            own = torch.tensor([passed if self.fabric.global_rank == 0 else 0.0, signal], dtype=torch.float64)
+            passed, any_signal = all_reduce(self.fabric, own.to(self.fabric.device), "max").tolist()
+            signal = int(any_signal)
+            self.next_look = self.steps + min(self.steps, max(1, int(self.steps / max(passed, 1e-9))))
+        limit = min(self.seconds, 60.0) if last else self.seconds
+        return self.seconds > 0 and passed >= limit, signal
 
 
-def _stamps(folder: Path) -> dict[str, str]:
-    """Size and time of modification of the files in a folder, by name."""
-    if not folder.is_dir():
-        return {}
-    with os.scandir(folder) as entries:
-        stats = ((entry.name, entry.stat()) for entry in entries if entry.is_file())
-        return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats}
+class Checkpoints:
+    """Those of one run: one after each phase, and at most one within the present phase.
+
+    clock: since the last one.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.folder = run.folder
+        self.unfinished = run.folder / "unfinished.pt"
+        self.clock = StepClock(run.config.checkpoint_every, run.fabric)
+
+    def load(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """(the state after the last finished phase, the state within the next one); None where there is none.
+
+        The first process decides which files count.  Raises UserError where they belong to another config or classes.
+        """
+        fabric = self.run.fabric
+        phases, is_unfinished = fabric.broadcast((saved_phases(self.folder), self.unfinished.is_file()))
+        path = phase_path(self.folder, phases[-1]) if phases else None
+        state = self._read(path, AFTER_PHASE) if path else None
+        done, nb_phases = len(state["records"]) if state else 0, self.run.data.nb_phases
+        within = self._read(self.unfinished, WITHIN_PHASE) if is_unfinished else None
+        fabric.barrier()  # nobody writes before all have read
+        if fabric.is_global_zero:
+            for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+                leftover.unlink()
+        if within is not None and within["phase"] != done:
+            self.forget_unfinished()  # the run was killed after the phase was saved and before this was removed
+            within = None
+        if within is not None:
+            at = (len(within["stages"]) + 1, within["epoch"] + 1, within["step"])
+            log.info("going on in phase %d, stage %d, epoch %d, after %d steps, from %s", done, *at, self.unfinished)
+        elif done == nb_phases:
+            log.info("all %d phases are done already: their results are taken from %s", done, path)
+        elif done > 0:
+            log.info("going on after %d of %d phases, from %s", done, nb_phases, path)
+        return state, within
+
+    def save_phase(self, state: Mapping[str, Any]) -> None:
+        """After a phase; a rerun starts at the next one."""
+        run = self.run
+        if run.fabric.is_global_zero:
+            save(phase_path(self.folder, state["phase"]), {**self._common(), **state})
+            self.unfinished.unlink(missing_ok=True)
+            if run.config.keep_checkpoints > 0:
+                for phase in saved_phases(self.folder)[: -run.config.keep_checkpoints]:
+                    phase_path(self.folder, phase).unlink()
+        run.fabric.barrier()
+        self.clock.restart()
+
+    def save_within_phase(self, state: Mapping[str, Any]) -> None:
+        if self.run.fabric.is_global_zero:
+            save(self.unfinished, {**self._common(), **state})
+        self.clock.restart()
+
+    def forget_unfinished(self) -> None:
+        if self.run.fabric.is_global_zero:
+            self.unfinished.unlink(missing_ok=True)
+
+    def _common(self) -> dict[str, Any]:
+        run = self.run
+        return {
+            "config": as_dict(run.config),
+            "class_names": run.data.class_names,
+            "picture_size": list(run.data.picture_size),
+            "precision": run.fabric.strategy.precision.state_dict(),  # the scale of 16-mixed's gradients
+        }
+
+    def _read(self, path: Path, parts: Collection[str]) -> dict[str, Any]:
+        run, state = self.run, load(path, parts)
+        with fitting(path):
+            differing = differences(run.config, state["config"])
+        if state["class_names"] != run.data.class_names:
+            differing.append("the classes or their order")
+        if differing:
+            raise UserError(
+                f"{path} is of another experiment ({'; '.join(differing)}). Choose another output_dir, or delete it."
+            )
+        if state.get("precision"):
+            run.fabric.strategy.precision.load_state_dict(state["precision"])
+        return state

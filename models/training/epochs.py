@@ -1,250 +1,232 @@
-"""The epoch loop: the optimisation steps of a stage, with checkpoints between them."""
+"""The epoch loop: the optimisation steps of a stage, with checkpoints between them.
+
+All that is random is a function of the seeds, the phase, the epoch and the item, and so is everything between a phase's
+start and its first step.  A checkpoint within a phase therefore holds only what training has changed: a run that goes
+on from it loads the phase before, starts the phase anew, skips to the step, and ends with the same bits.
+"""
 
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
+from torch.nn import functional as F
 
-from models.training.checkpoint import StageRecord
+from models.training.checkpoint import Checkpoints
 from models.training.method import Method
-from models.training.resume import Checkpoints, Place, StepClock
 from models.training.run import Run
 from models.training.stages import Stage, divergence, learning_only
 from utils import log as logs
 from utils.cli import signals
-from utils.data.batches import EpochBatchSampler
-from utils.devices import all_reduce
+from utils.devices import Fabric, all_reduce
 from utils.errors import Stopped, UserError
-
-# isort: split
-from lightning_fabric.wrappers import _FabricModule  # after utils.devices
+from utils.results import records
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Training:
-    """A stage in training.  network: as Fabric wraps it; first_epoch: epochs of the phase's earlier stages."""
+class Progress:
+    """How far the training of a phase has come.
 
-    stage: Stage
-    place: Place
-    loader: DataLoader
-    sampler: EpochBatchSampler
-    network: _FabricModule
-    optimizer: Optimizer
-    scheduler: LRScheduler
-    first_epoch: int
-    name: str
-
-
-class Epochs:
-    """Trains a method's network, stage after stage.
-
-    Everything random goes by the epoch of the phase, so a stage that is taken up in the middle ends with the same bits.
+    stages: the results of those that are done; epoch, step: how many epochs of the present stage, and how many steps of
+    the present epoch, are done; sums: loss, right answers and images of those steps in this process; began: when
+    training would have begun, had it never been interrupted; epochs_before: of all earlier phases; copies: what
+    identifies those that the phase reads; checkpoint: to restore network and optimizer from, None where there is none.
     """
 
-    def __init__(self, run: Run, method: Method, checkpoints: Checkpoints):
-        self.run, self.config, self.fabric, self.method = run, run.config, run.fabric, method
-        self.checkpoints = checkpoints
-        self.clock = StepClock(run.config.checkpoint_every, run.fabric)
-        self.epochs_before = 0
-        """Epochs of all earlier phases, for the history."""
-        self.copies_state: dict[str, Any] | None = None
-        """Of the copies that the present phase reads, for its checkpoints."""
+    stages: list[records.Stage] = field(default_factory=list)
+    epoch: int = 0
+    step: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3))
+    began: float = field(default_factory=time.perf_counter)
+    epochs_before: int = 0
+    copies: dict[str, Any] | None = None
+    checkpoint: Mapping[str, Any] | None = None
 
-    def fit(self, stage: Stage, place: Place) -> StageRecord:
-        """Train one stage.
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], fabric: Fabric) -> Self:
+        """state: a checkpoint within a phase."""
+        sums = state["sums"]
+        if len(sums) != fabric.world_size:  # another number of processes: the first one gets all sums
+            sums = F.pad(sums.sum(dim=0, keepdim=True), (0, 0, 0, fabric.world_size - 1))
+        own_sums = sums[fabric.global_rank].to(torch.get_default_dtype())
+        stages = [records.Stage.model_validate(stage) for stage in state["stages"]]
+        began = time.perf_counter() - state["seconds"]
+        return cls(stages, state["epoch"], state["step"], own_sums, began, checkpoint=state)
 
-        place: within the phase, at the stage's start or farther on; it moves along.  Raises UserError where there are
-        no images, and where training diverges.
-        """
-        loss, accuracy = 0.0, 0.0
-        losses: list[float] = []
-        with learning_only(self.method.network, stage.parameters):
-            training = self._set_up(stage, place)
-            with EpochLog(self.run, self.method, training, self.epochs_before) as progress, signals.delayed():
-                for _ in range(place.epoch, stage.schedule.epochs):
-                    loss, accuracy = self._epoch(training, progress)
-                    losses.append(loss)
-            warn_of_rising_loss(training.name, losses)
-            if not all(bool(parameter.isfinite().all()) for parameter in self.method.network.parameters()):
-                raise self._diverged(training, f"a weight is not finite after epoch {stage.schedule.epochs}")
-        self.run.broadcast_network(self.method.network)
-        return {"stage": stage.name, "epochs": stage.schedule.epochs, "loss": loss, "accuracy": accuracy}
+    def state(self, fabric: Fabric) -> dict[str, Any]:
+        """What `restored` reads; to be called by all processes."""
+        return {
+            "stages": [stage.to_json() for stage in self.stages],
+            "epoch": self.epoch,
+            "step": self.step,
+            "sums": cast(Tensor, fabric.all_gather(self.sums.double())).reshape(-1, 3).cpu(),
+            "seconds": time.perf_counter() - self.began,
+            "copies": self.copies,
+        }
 
-    def _set_up(self, stage: Stage, place: Place) -> _Training:
-        method, fabric, schedule = self.method, self.fabric, stage.schedule
-        if not stage.items:
-            raise UserError(f"{method.describe(stage.name)}: there is not one image to train on.")
-        loader, sampler = self.run.training_loader(stage, method.phase)
-        optimizer = schedule.build_optimizer(self._parameters(), self.config.momentum)
-        network, optimizer = fabric.setup(self.run.compiled(method.network), optimizer)
-        scheduler = schedule.scheduler(optimizer)
-        self.restore(place, optimizer, scheduler)
-        place.sums = fabric.to_device(place.sums)
-        first_epoch = sum(done["epochs"] for done in place.stages)
-        name = method.describe(stage.name).removesuffix(", training")
-        return _Training(stage, place, loader, sampler, network, optimizer, scheduler, first_epoch, name)
+
+def train_stage(run: Run, method: Method, checkpoints: Checkpoints, stage: Stage, progress: Progress) -> records.Stage:
+    """Train one stage of a phase.
+
+    progress: at the stage's start or farther on; it moves along.  Raises UserError where there are no images, and where
+    training diverges.
+    """
+    if not stage.items:
+        raise UserError(f"{method.describe(stage.name)}: there is not one image to train on.")
+    with learning_only(method.network, stage.parameters):
+        loss, accuracy = _StageLoop(run, method, checkpoints, stage, progress).fit()
+    run.broadcast_network(method.network)
+    progress.epoch = 0
+    return records.Stage(stage=stage.name, epochs=stage.schedule.epochs, loss=loss, accuracy=accuracy)
+
+
+class _StageLoop:
+    """The training of one stage, as `train_stage` describes it."""
+
+    def __init__(self, run: Run, method: Method, checkpoints: Checkpoints, stage: Stage, progress: Progress):
+        self.run, self.method, self.checkpoints, self.stage, self.progress = run, method, checkpoints, stage, progress
+        self.fabric, schedule = run.fabric, stage.schedule
+        self.name = method.describe(stage.name).removesuffix(", training")
+        self.first_epoch = sum(done.epochs for done in progress.stages)
+        self.loader, self.sampler = run.training_loader(stage, method.phase)
+        optimizer = schedule.build_optimizer(self._parameters(), run.config.momentum)
+        network: Any = method.network
+        if run.config.compile:
+            torch.compiler.reset()  # networks of earlier stages would count against the limit of compilations
+            network = torch.compile(network)
+        self.network, self.optimizer = run.fabric.setup(network, optimizer)
+        self.scheduler = schedule.scheduler(self.optimizer)
+        progress.sums = run.fabric.to_device(progress.sums)
+        state, progress.checkpoint = progress.checkpoint, None  # it is large
+        if state is not None:
+            method.network.load_state_dict(state["network"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            # at an epoch's end the scheduler comes first, and rightly so: no warning
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def _parameters(self) -> list[nn.Parameter] | list[dict[str, Any]]:
         """What is trained; in two groups where the backbone has a learning rate of its own."""
-        network = self.method.network
+        network, backbone_lrate = self.method.network, self.run.config.backbone_lrate
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        if self.config.backbone_lrate is None:
+        if backbone_lrate is None:
             return trained
         in_backbones = {id(parameter) for module in network.backbones() for parameter in module.parameters()}
         heads = [parameter for parameter in trained if id(parameter) not in in_backbones]
         backbone = [parameter for parameter in trained if id(parameter) in in_backbones]
-        groups: list[dict[str, Any]] = [{"params": heads}, {"params": backbone, "lr": self.config.backbone_lrate}]
+        groups: list[dict[str, Any]] = [{"params": heads}, {"params": backbone, "lr": backbone_lrate}]
         return [group for group in groups if group["params"]]
 
-    def _epoch(self, training: _Training, progress: "EpochLog") -> tuple[float, float]:
-        """Train what is left of an epoch.  Returns the mean loss and the accuracy of the whole epoch."""
-        run, fabric, method = self.run, self.fabric, self.method
-        place, sampler, optimizer, network = training.place, training.sampler, training.optimizer, training.network
-        loss_of = training.stage.loss or method.loss
-        epoch = training.first_epoch + place.epoch
-        network.train()
-        sampler.set_epoch(epoch, place.step)
-        for _, images, targets in training.loader:
-            # Set up the step.  What is random in it is a function of its place.
-            sizes = sampler.sizes(place.step)
-            method.epoch, method.step, method.images_in_step = place.epoch, place.step, sizes[1]
-            run.seed_step(method.phase, epoch, place.step)
+    def fit(self) -> tuple[float, float]:
+        """Returns the mean loss and the accuracy (percent) of the last epoch."""
+        loss, accuracy = 0.0, 0.0
+        losses: list[float] = []
+        progress, epochs, steps = self.progress, self.stage.schedule.epochs, len(self.sampler)
+        done, quiet = progress.epoch * steps + progress.step, not self.fabric.is_global_zero
+        self.bar = logs.progress(epochs * steps, self.name, done=done, quiet=quiet, rate=False)
+        with self.bar, signals.delayed():
+            self.epoch_start = time.perf_counter()
+            for _ in range(progress.epoch, epochs):
+                loss, accuracy = self._epoch()
+                losses.append(loss)
+        warn_of_rising_loss(self.name, losses)
+        if not all(bool(parameter.isfinite().all()) for parameter in self.method.network.parameters()):
+            raise self._diverged(f"a weight is not finite after epoch {epochs}")
+        return loss, accuracy
+
+    def _epoch(self) -> tuple[float, float]:
+        """Train what is left of an epoch.  Returns the mean loss and the accuracy (percent) of the whole epoch."""
+        run, fabric, method, progress, sampler = self.run, self.fabric, self.method, self.progress, self.sampler
+        loss_of = self.stage.loss or method.loss
+        epoch = self.first_epoch + progress.epoch
+        self.network.train()
+        sampler.set_epoch(epoch, progress.step)
+        for _, images, targets in self.loader:
+            # Set up the step.  What is random in it is a function of phase, epoch and step.
+            sizes = sampler.sizes(progress.step)
+            method.epoch, method.step, method.images_in_step = progress.epoch, progress.step, sizes[1]
+            run.seed_step(method.phase, epoch, progress.step)
             method.before_batch()
 
             # Accumulate gradients.
-            optimizer.zero_grad()
+            self.optimizer.zero_grad()
             batch = run.to_device(images), fabric.to_device(targets)
-            for part in parts(*batch, self.config.accumulate_batches, sizes, fabric.world_size):
-                with fabric.no_backward_sync(network, enabled=not part.last):
+            for part in parts(*batch, run.config.accumulate_batches, sizes, fabric.world_size):
+                with fabric.no_backward_sync(self.network, enabled=not part.last):
                     prepared, labels = method.prepare(part.images, part.targets)
-                    outputs = network(prepared)
+                    outputs = self.network(prepared)
                     with fabric.autocast():
                         loss = loss_of(outputs, prepared, labels)
                     fabric.backward(loss * part.share)
                 right = (outputs.logits.detach().argmax(dim=1) == labels).sum() * part.size / len(labels)
-                place.sums += torch.stack([loss.detach() * part.size, right])  # read once an epoch
-                place.seen += part.size
+                # stays on the device: it is read once an epoch
+                progress.sums += torch.stack([loss.detach() * part.size, right, torch.full_like(right, part.size)])
 
             # Update weights.
             method.before_step()
-            optimizer.step()
-            place.step += 1
+            self.optimizer.step()
+            progress.step += 1
+            self.bar.update()
 
-            # Keep the place once in a while, and where a signal ends the run.
-            is_time, signal = self.clock.look(
-                last=place.epoch + 1 == training.stage.schedule.epochs and place.step == len(sampler)
-            )
-            if is_time or signal:
-                self.save(place, optimizer, training.scheduler)
-            progress.add_step()
+            # Save a checkpoint once in a while, and where a signal ends the run.
+            last = progress.epoch + 1 == self.stage.schedule.epochs and progress.step == len(sampler)
+            is_due, signal = self.checkpoints.clock.look(last=last)
+            if is_due or signal:
+                self._save()
             if signal:
-                done = f"{training.name} is kept up to epoch {place.epoch + 1}, step {place.step} of {len(sampler)}"
+                done = f"{self.name} is kept up to epoch {progress.epoch + 1}, step {progress.step} of {len(sampler)}"
                 raise Stopped(signal, f"{done}, in {self.checkpoints.unfinished}")
 
         # Finish the epoch.
-        rate = optimizer.param_groups[0]["lr"]
-        training.scheduler.step()
-        loss, accuracy = self._finish_epoch(place)
-        if not math.isfinite(loss):
-            raise self._diverged(training, f"the loss is {loss} in epoch {place.epoch}")
-        progress.add_epoch(place.epoch, rate, loss, accuracy)
-        return loss, accuracy
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.scheduler.step()
+        loss_sum, right_sum, nb_images = all_reduce(fabric, progress.sums, "sum").tolist()
+        progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, torch.zeros_like(progress.sums)
+        mean_loss, accuracy = loss_sum / nb_images, 100 * right_sum / nb_images
+        if not math.isfinite(mean_loss):
+            raise self._diverged(f"the loss is {mean_loss} in epoch {progress.epoch}")
+        self._log_epoch(rate, mean_loss, accuracy)
+        return mean_loss, accuracy
 
-    def _finish_epoch(self, place: Place) -> tuple[float, float]:
-        """The mean loss and the accuracy (percent) of the epoch; the place moves to the next one."""
-        fabric = self.fabric
-        loss, right = all_reduce(fabric, place.sums, "sum").tolist()
-        seen = int(all_reduce(fabric, torch.tensor(place.seen, device=fabric.device), "sum"))
-        place.next_epoch()
-        return loss / seen, 100 * right / seen
+    def _log_epoch(self, rate: float, loss: float, accuracy: float) -> None:
+        """The epoch that is done: a line of the log and of the history, and the time left.  rate: the learning rate."""
+        number, epochs, nb_images = self.progress.epoch, self.stage.schedule.epochs, len(self.stage.items)
+        seconds, self.epoch_start = time.perf_counter() - self.epoch_start, time.perf_counter()
+        log.debug("%s: epoch %d/%d, loss %.3f, train %.1f %%", self.name, number, epochs, loss, accuracy)
+        left = seconds_left(self.run, self.method, seconds / nb_images, (epochs - number) * nb_images)
+        self.bar.set_postfix_str(f"epoch {number}, loss {loss:.3f}, run {logs.clock(left)}", refresh=False)
+        if self.run.history:
+            epoch = self.first_epoch + number
+            step = self.progress.epochs_before + epoch
+            figures = {"learning_rate": rate, "loss": loss, "train_accuracy": accuracy, "seconds": seconds}
+            self.run.history.add_epoch(self.method.phase, self.stage.name, epoch, step, figures)
 
-    def _diverged(self, training: _Training, what: str) -> UserError:
+    def _diverged(self, what: str) -> UserError:
         """The error to raise, which names the keys of the stage's learning rates."""
-        self.checkpoints.forget_unfinished()
-        schedule, rates = training.stage.schedule, {}
-        for group in training.optimizer.param_groups:
+        self.checkpoints.forget_unfinished()  # training from it would diverge again
+        schedule, rates = self.stage.schedule, {}
+        for group in self.optimizer.param_groups:
             initial = group["initial_lr"]
             rates[schedule.lr_key if initial == schedule.lr else "backbone_lrate"] = initial
         return divergence(what, self.method.phase, rates)
 
-    def save(self, place: Place, optimizer: Optimizer, scheduler: LRScheduler) -> None:
-        """Keep the place within the phase."""
-        method = self.method
+    def _save(self) -> None:
         self.checkpoints.save_within_phase(
             {
-                **place.as_state(self.fabric),
-                "phase": method.phase,
-                "network": method.network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "within_phase": method.within_phase,
-                "copies": self.copies_state,
+                **self.progress.state(self.fabric),
+                "phase": self.method.phase,
+                "network": self.method.network.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "within_phase": self.method.within_phase,
             }
         )
-        self.clock.restart()
-
-    def restore(self, place: Place, optimizer: Optimizer, scheduler: LRScheduler) -> None:
-        """Load what `save` kept into a stage that has been set up as at its start, once."""
-        state, place.state = place.state, None  # it is large
-        if state is None:
-            return
-        self.method.network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # at an epoch's end the scheduler comes first, and rightly so: no warning
-
-
-class EpochLog:
-    """What is seen of a stage's training: the bar with the time left, a line of the log and of the history an epoch."""
-
-    def __init__(self, run: Run, method: Method, training: _Training, epochs_before: int):
-        self.run, self.method, self.training = run, method, training
-        self.epochs_before = epochs_before
-        self.epochs = training.stage.schedule.epochs
-        steps, place, quiet = len(training.sampler), training.place, not run.fabric.is_global_zero
-        done = place.epoch * steps + place.step
-        self.bar = logs.progress(self.epochs * steps, training.name, done=done, quiet=quiet, rate=False)
-        self.start = time.perf_counter()
-
-    def __enter__(self) -> Self:
-        self.bar.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.__exit__(*error)
-
-    def add_step(self) -> None:
-        self.bar.update()
-
-    def add_epoch(self, number: int, rate: float, loss: float, accuracy: float) -> None:
-        """number: of the stage, from 1; rate: the learning rate; loss, accuracy (percent): of its training batches."""
-        training, items = self.training, len(self.training.stage.items)
-        seconds, self.start = time.perf_counter() - self.start, time.perf_counter()
-        log.debug("%s: epoch %d/%d, loss %.3f, train %.1f %%", training.name, number, self.epochs, loss, accuracy)
-        left = seconds_left(self.run, self.method, seconds / items, (self.epochs - number) * items)
-        self.bar.set_postfix_str(f"epoch {number}, loss {loss:.3f}, run {logs.clock(left)}", refresh=False)
-        if self.run.history:
-            epoch = training.first_epoch + number
-            self.run.history.add_epoch(
-                self.method.phase,
-                training.stage.name,
-                epoch,
-                step=self.epochs_before + epoch,
-                learning_rate=rate,
-                loss=loss,
-                accuracy=accuracy,
-                seconds=seconds,
-            )
 
 
 def seconds_left(run: Run, method: Method, for_an_image: float, images: int) -> float:
@@ -257,15 +239,10 @@ def seconds_left(run: Run, method: Method, for_an_image: float, images: int) -> 
 
 
 def warn_of_rising_loss(name: str, losses: Sequence[float]) -> None:
-    """Say so where a stage of three epochs or more ends with a larger loss than its first epoch's.
-
-    losses: means of the epochs that this process has trained.
-    """
+    """Say so where three epochs or more end with a larger loss than the first one's.  losses: means of the epochs."""
     if len(losses) > 2 and losses[-1] > max(losses[0], 0.0):
-        log.warning(
-            "%s: the loss rose from %.3f to %.3f: a lower learning rate may help (see epochs.csv)",
-            *(name, losses[0], losses[-1]),
-        )
+        words = "%s: the loss rose from %.3f to %.3f: a lower learning rate may help (see epochs.csv)"
+        log.warning(words, name, losses[0], losses[-1])
 
 
 class Part(NamedTuple):
@@ -285,10 +262,9 @@ class Part(NamedTuple):
 def parts(images: Tensor, targets: Tensor, number: int, sizes: tuple[int, int], nb_processes: int) -> Iterator[Part]:
     """A process's images in (up to) so many parts, weighted so that the gradients of all are that of the batch's mean.
 
-    sizes: images of this process that count, and of all processes (`EpochBatchSampler.sizes`).
-
-    Gradients add up over the parts of a process and are averaged over processes.  So the mean loss of n images out of
-    the N of all counts n/N times the number of processes: the sum over all parts is the mean over the N images.
+    sizes: images of this process that count, and of all processes (`EpochBatchSampler.sizes`).  Gradients add up over
+    the parts of a process and are averaged over processes.  So the mean loss of n images out of the N of all counts n/N
+    times the number of processes: the sum over all parts is the mean over the N images.
     """
     own, total = sizes
     pieces = list(zip(*(tensor.chunk(number if own else 1) for tensor in (images, targets)), strict=True))

@@ -1,8 +1,7 @@
 """What a method may change: its network, its loss, and what happens before and after phases, stages and steps.
 
 A method is a subclass of `Method` in a file of its own: `class ICaRL(Method, name="icarl")`.  Config keys of its own
-are the fields of a dataclass `Settings` at the top of that file.  `models.training.trainer` has the phases,
-`models.training.epochs` the epoch loop.
+are the fields of a dataclass `Settings` at the top of that file.
 
 Everything in a phase but the optimisation steps is done again when a run goes on in the middle of it.  It must depend
 on nothing but the config, the data, the memory, the state after the phase before (`network`, `state`), and what
@@ -90,7 +89,7 @@ class Method(abc.ABC):
 
     @classmethod
     def fresh_network(cls, config: Config, data: PhasedClasses, *, weights: bool = True) -> GrowingNet:
-        """Before it knows any class.  weights: as for `fresh_backbone`."""
+        """`build_network`'s.  weights: as for `fresh_backbone`."""
         return cls.build_network(lambda: fresh_backbone(config, data, cls.stem, weights=weights), config)
 
     @classmethod
@@ -128,9 +127,9 @@ class Method(abc.ABC):
         """Called before each stage."""
 
     def prepare(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network and the loss get for a batch, or a part of one: the method's own augmentation.
+        """The method's own augmentation, of a batch or a part of one; may return more of both, as rotations.
 
-        images: B x 3 x H x W, normalised; targets: B.  May return more of both, as rotations of every image.
+        images: B x 3 x H x W, normalised; targets: B.
         """
         return images, targets
 
@@ -148,17 +147,14 @@ class Method(abc.ABC):
         return None
 
     def further_scores(self, images: Sequence[Path], outputs: Outputs) -> dict[str, Tensor]:
-        """Scores (N x nb_seen) of further classifiers that a phase's record has, by their keys there.
+        """Scores (N x nb_seen) of further classifiers, by their keys in `utils.results.records.CLASSIFIERS`.
 
         images: the N test images of all classes seen; outputs: of `evaluated` for them, on the CPU.
         """
         return {}
 
     def class_means(self) -> Tensor | None:
-        """Features by which classes are told by nearest mean, of unit length, nb_seen x D; None where there are none.
-
-        By default the means of the exemplars.
-        """
+        """Those of the nearest-mean classifier, of unit length, nb_seen x D: by default of the exemplars; or None."""
         if not self.uses_memory:
             return None
         return self.run.class_means(self.evaluated, range(self.nb_seen), self.describe("class means"))

@@ -1,23 +1,29 @@
-"""A run: what a method trains on, with what, and where its results go; its random numbers and batches."""
+"""What a method works with: the networks' predictions, and a run's random numbers, batches, memory and folders."""
 
+import torchvision_compat  # noqa: F401  (before torchvision and Lightning)
+
+# isort: split
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
-from models.networks import ClassifierNet
-from models.training.predictor import Predictor
+from models.networks import ClassifierNet, Outputs
 from models.training.stages import Stage
+from utils import log as logs
+from utils.cli import nb_cores
+from utils.config.schema import Config
 from utils.data.augment import TrainTransform
-from utils.data.batches import EpochBatchSampler, TrainingSet, seed_sequence
-from utils.data.classes import DataManager, Item
+from utils.data.batches import Batched, EpochBatchSampler, ImageSet, TrainingSet, batch_loader, seed_sequence
+from utils.data.cache import PictureCache
+from utils.data.classes import DataManager, Item, PhasedClasses
 from utils.data.datasets import Augmentation
+from utils.devices import Fabric, all_reduce
 from utils.memory.exemplars import ExemplarMemory
 from utils.memory.forms import Copies
 from utils.results.history import History
@@ -25,8 +31,90 @@ from utils.results.history import History
 # isort: split
 from lightning_fabric.plugins import MixedPrecision  # after utils.devices
 
+_ROWS = 4096
+"""How many rows of predictions the processes add up at a time."""
+
 _NETWORK, _METHOD = 3, 4
 """Streams of random numbers within a step."""
+
+
+@dataclass
+class Predictor:
+    """What networks need in order to predict.
+
+    config: checked; data: the classes in their order, with the transforms; fabric: devices and precision, launched;
+    pixels: decoded images, None where none are kept.
+    """
+
+    config: Config
+    data: PhasedClasses
+    fabric: Fabric
+    _: KW_ONLY
+    pixels: PictureCache | None = None
+
+    def network_to_device(self, network: nn.Module) -> None:
+        """Move a network to its device, in the memory layout it is trained in (sums depend on it in the last bit)."""
+        network.to(self.fabric.device)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def to_device(self, images: Tensor) -> Tensor:
+        """A loader's images as a network takes them: they travel as bytes and become floats on the device."""
+        return self.data.defaults.normalise(self.fabric.to_device(images)).contiguous(memory_format=torch.channels_last)
+
+    def predict(
+        self, network: ClassifierNet, images: Sequence[Path], description: str = "", loader: DataLoader | None = None
+    ) -> Outputs:
+        """Logits (N x classes) and features (N x D) of images, on the CPU.  The network is in eval mode afterwards.
+
+        description: of the progress bar, "" for none; loader: `test_loader` of the images, where they are looked at
+        again and again: its worker processes stay.
+        """
+        logits = torch.zeros(len(images), network.nb_classes)
+        features = torch.zeros(len(images), network.nb_features)
+        network.eval()
+        loader = loader or self.test_loader(images)
+        with logs.progress(len(loader), description, quiet=not (description and self.fabric.is_global_zero)) as bar:
+            for index, pictures, _ in loader:
+                with torch.no_grad(), self.fabric.autocast():
+                    outputs = network(self.to_device(pictures))
+                logits[index] = outputs.logits.to(logits)
+                features[index] = outputs.features.to(features)
+                bar.update()
+        return Outputs(self._sum_over_processes(logits), self._sum_over_processes(features))
+
+    def features(
+        self,
+        network: ClassifierNet,
+        groups: Sequence[Sequence[Path]],
+        description: str = "",
+        loader: DataLoader | None = None,
+    ) -> Sequence[Tensor]:
+        """The features of each group of images, such as a class, N x D each.  loader: as for `predict`."""
+        images = [image for group in groups for image in group]
+        return self.predict(network, images, description, loader).features.split([len(group) for group in groups])
+
+    def test_loader(self, images: Sequence[Path]) -> DataLoader:
+        """(indices, pictures, zeros) of this process's share of the images, by batches in ascending order."""
+        dataset = ImageSet(images, [0] * len(images), self.data.defaults.test_transform, self.pixels)
+        own = range(self.fabric.global_rank, len(images), self.fabric.world_size)
+        return self.loader(dataset, BatchSampler(own, self.config.batch_size, drop_last=False))
+
+    def loader(self, dataset: Batched, batches: Iterable[list]) -> DataLoader:
+        """Batches of the keys that `batches` lists.
+
+        Small images that are cached need no worker processes: making a batch takes less time than handing it over.
+        """
+        cached = self.data.defaults.image_kind == "small" and self.pixels is not None
+        workers = 0 if cached else min(self.config.num_workers, nb_cores())
+        return batch_loader(dataset, batches, workers, pin_memory=self.fabric.device.type == "cuda")
+
+    def _sum_over_processes(self, rows: Tensor) -> Tensor:
+        """Each process has filled in its own rows of an array of zeros."""
+        if self.fabric.world_size == 1:
+            return rows
+        for some in rows.split(_ROWS):  # not all at once: a device may not have room for a whole test set's
+            some.copy_(all_reduce(self.fabric, some.to(self.fabric.device), "sum"))
+        return rows
 
 
 @dataclass
@@ -57,13 +145,15 @@ class Run(Predictor):
 
     def seed_step(self, phase: int, epoch: int, step: int) -> None:
         """What networks draw in a step (dropout), on all devices, is a function of these and the process alone."""
-        seeds = seed_sequence(self.config.model_seed, phase, epoch, _NETWORK, step, self.fabric.global_rank)
-        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        torch.manual_seed(self._seed(phase, epoch, _NETWORK, step))
 
     def generator(self, phase: int, epoch: int, step: int) -> torch.Generator:
         """For what a method draws in a step, on the run's device and in each process for itself."""
-        seeds = seed_sequence(self.config.model_seed, phase, epoch, _METHOD, step, self.fabric.global_rank)
-        return torch.Generator(self.fabric.device).manual_seed(int(seeds.generate_state(1)[0]))
+        return torch.Generator(self.fabric.device).manual_seed(self._seed(phase, epoch, _METHOD, step))
+
+    def _seed(self, phase: int, epoch: int, stream: int, step: int) -> int:
+        seeds = seed_sequence(self.config.model_seed, phase, epoch, stream, step, self.fabric.global_rank)
+        return int(seeds.generate_state(1)[0])
 
     # Images with copies
 
@@ -88,13 +178,6 @@ class Run(Predictor):
         if isinstance(precision, MixedPrecision) and precision.scaler is not None:
             precision.scaler = torch.amp.GradScaler(precision.device)
 
-    def compiled(self, network: nn.Module) -> nn.Module:
-        """The network, or, where `compile` is set, a compiled module that shares its weights."""
-        if not self.config.compile:
-            return network
-        torch.compiler.reset()  # networks of earlier phases and stages would count against the limit of compilations
-        return cast(nn.Module, torch.compile(network))
-
     def broadcast_network(self, network: nn.Module) -> None:
         """Give every process the first one's network: each has batch norm statistics of its own."""
         if self.fabric.world_size == 1:
@@ -109,24 +192,17 @@ class Run(Predictor):
     def training_loader(self, stage: Stage, phase: int) -> tuple[DataLoader, EpochBatchSampler]:
         """Shuffled and augmented batches of (indices, images, targets), and the sampler that chooses the epoch."""
         c, fabric = self.config, self.fabric
-        others = {"rank": fabric.global_rank, "world_size": fabric.world_size, "views": stage.views}
-        sampler = EpochBatchSampler(len(stage.items), stage.batch_size or c.batch_size, c.model_seed, phase, **others)
+        ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
+        size = stage.batch_size or c.batch_size
+        sampler = EpochBatchSampler(len(stage.items), size, c.model_seed, phase, **ranks, views=stage.views)
         return self.loader(self.training_set(stage.items, phase, stage.augmentation), sampler), sampler
 
     def training_set(self, items: Sequence[Item], phase: int, augmentation: Augmentation | None = None) -> TrainingSet:
         """augmentation: in place of the config's."""
         c = self.config
-        return TrainingSet(
-            items,
-            self.data.paths,
-            self.train_transform(augmentation),
-            c.augmentation_prob,
-            c.augmentations_per_image,
-            c.augmentation_scope,
-            c.model_seed,
-            phase,
-            self.pixels,
-        )
+        copies = c.augmentation_prob, c.augmentations_per_image, c.augmentation_scope
+        transform = self.train_transform(augmentation)
+        return TrainingSet(items, self.data.paths, transform, *copies, c.model_seed, phase, self.pixels)
 
     def train_transform(self, augmentation: Augmentation | None) -> TrainTransform:
         """augmentation: in place of the config's."""

@@ -1,4 +1,4 @@
-"""A phase's training as data: the stages that the epoch loop goes through, one after another."""
+"""A phase's training as data: the stages that the epoch loop goes through, and their schedules."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,32 +65,27 @@ class Defaults(NamedTuple):
 
         Milestones in the config mean steps, unless its `scheduler` says otherwise.
         """
-
-        def value(key: str) -> Any:
-            in_config = getattr(config, key)
-            return getattr(self, key) if in_config is None else in_config
-
-        names = ("epochs", "lrate", "milestones", "weight_decay")
+        keys = ["epochs", "lrate", "milestones", "weight_decay"]
         if phase_0:
-            names = ("init_epoch", "init_lr", "init_milestones", "init_weight_decay")
-        epochs, lr, milestones, weight_decay = map(value, names)
-        given = getattr(config, names[2]) is not None
-        scheduler = config.scheduler or ("steps" if given else self.scheduler)
+            keys = ["init_epoch", "init_lr", "init_milestones", "init_weight_decay"]
+        in_config = [getattr(config, key) for key in keys]
+        epochs, lr, milestones, weight_decay = (
+            getattr(self, key) if value is None else value for key, value in zip(keys, in_config, strict=True)
+        )
+        scheduler = config.scheduler or (self.scheduler if in_config[2] is None else "steps")
         decay = config.init_lr_decay if phase_0 else config.lrate_decay
-        milestones = milestones if scheduler == "steps" else None
-        return Schedule(epochs, lr, milestones, decay, weight_decay, lr_key=names[1])
+        return Schedule(epochs, lr, milestones if scheduler == "steps" else None, decay, weight_decay, lr_key=keys[1])
 
 
 class Stage(NamedTuple):
     """One pass of the epoch loop.
 
-    name: unique within the phase; items: the training set; schedule: epochs, learning rate and weight decay;
-    parameters: what is trained, None for all that require gradients; loss: replaces the method's own, same signature;
-    batch_size, augmentation: replace the config's; views: how often each image of a batch is read, with other random
-    numbers: first all images once, then all again.
+    name: unique within the phase; items: the training set; parameters: what is trained, None for all that require
+    gradients; loss: replaces the method's own, same signature; batch_size, augmentation: replace the config's; views:
+    how often each image of a batch is read, with other random numbers: first all images once, then all again.
 
     A phase's stages are a function of the phase, the config, the data, the memory and `Method.within_phase`, so that
-    they can be made again after a restart: "phase, stage, epoch" is a place in a run.
+    they can be made again after a restart.
     """
 
     name: str
@@ -104,10 +99,7 @@ class Stage(NamedTuple):
 
 
 def divergence(what: str, phase: int, rates: Mapping[str, float]) -> UserError:
-    """The error of a training that has diverged.
-
-    what: which number is not finite, and when; rates: the learning rates that were used, by their keys.
-    """
+    """what: which number is not finite, and when; rates: the learning rates that were used, by their keys."""
     lower = " or ".join(f"{key} ({rate:g} now)" for key, rate in rates.items())
     where = " and choose another output_dir" if phase else ""
     return UserError(f"training diverged: {what} of phase {phase}. Lower {lower}{where}.")
@@ -116,12 +108,12 @@ def divergence(what: str, phase: int, rates: Mapping[str, float]) -> UserError:
 @contextmanager
 def learning_only(network: nn.Module, parameters: Sequence[nn.Parameter] | None) -> Iterator[None]:
     """For a while, let nothing but `parameters` require gradients; None changes nothing."""
-    chosen = None if parameters is None else {id(parameter) for parameter in parameters}
-    resting = [p for p in network.parameters() if p.requires_grad and chosen is not None and id(p) not in chosen]
-    for parameter in resting:
+    chosen = {id(parameter) for parameter in (network.parameters() if parameters is None else parameters)}
+    frozen = [p for p in network.parameters() if p.requires_grad and id(p) not in chosen]
+    for parameter in frozen:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in resting:
+        for parameter in frozen:
             parameter.requires_grad_(True)

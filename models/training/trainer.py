@@ -13,16 +13,15 @@ from torch import Tensor
 
 from convs.blocks import fold_adapters
 from convs.resnet import nb_parameters
-from models.training import checkpoint, phase0
-from models.training.checkpoint import PhaseRecord, Scores, TrainingRecord
-from models.training.epochs import Epochs
+from models.training import phase0
+from models.training.checkpoint import Checkpoints, fitting, phase_path
+from models.training.epochs import Progress, train_stage
 from models.training.method import Method
-from models.training.resume import Checkpoints, Place
 from models.training.run import Run
 from utils.errors import UserError
 from utils.memory import archive
-from utils.results.metrics import PhaseMetrics, nearest_mean_scores, phase_metrics
-from utils.results.records import CLASSIFIERS
+from utils.results.metrics import nearest_mean_scores, phase_metrics
+from utils.results.records import CLASSIFIERS, Metrics, Phase, Training
 
 log = logging.getLogger(__name__)
 
@@ -30,23 +29,22 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Takes a method through the phases of a run.
 
-    records: of the finished phases.
+    records: of the finished phases; class_means: of the phase that was evaluated last (`Method.class_means`).
     """
 
     def __init__(self, method: type[Method], run: Run):
         self.run, self.config, self.data = run, run.config, run.data
         run.reset_gradient_scale()
         self.method = method(run)
-        self.records: list[PhaseRecord] = []
+        self.records: list[Phase] = []
         self.checkpoints = Checkpoints(run)
-        self.epochs = Epochs(run, self.method, self.checkpoints)
-        self.class_means: Tensor | None = None  # for NME, in the phase that was evaluated last
+        self.class_means: Tensor | None = None
         self.seconds_before = 0.0  # what killed processes spent on the present phase's training
         self.archive_bytes: int | None = None  # of the memory after the phase that was done last
 
     # The phases
 
-    def fit(self, after_phase: Callable[[list[PhaseRecord]], object] | None = None) -> list[PhaseRecord]:
+    def fit(self, after_phase: Callable[[list[Phase]], object] | None = None) -> list[Phase]:
         """Train every phase that is not done yet.  Returns the records of all, in order.
 
         after_phase: called with the records so far when a phase is done and safe on disk, and where all were before.
@@ -66,10 +64,10 @@ class Trainer:
                 after_phase(self.records)
         return self.records
 
-    def do_phase(self, phase: int, within: Mapping[str, Any] | None = None) -> PhaseRecord:
+    def do_phase(self, phase: int, within: Mapping[str, Any] | None = None) -> Phase:
         """One phase's record.  within: the checkpoint within the phase, None to start at its beginning."""
         start = time.perf_counter()
-        made = self.make_new_copies(phase)
+        made = self._make_copies_of_new_images(phase)
         self.start_phase(phase)
         training = self.train(within)
         self.run.seed_torch(phase + 1)  # whether the training was done here, or before the run was killed
@@ -83,17 +81,19 @@ class Trainer:
         now = time.perf_counter()
         start -= self.seconds_before
         seconds = {"train": trained - start, "exemplars": chosen - trained, "evaluate": now - chosen}
-        return {
-            "phase": phase,
-            "classes_seen": self.method.nb_seen,
-            **scores,
-            "memory": memory,
-            "parameters": nb_parameters(self.method.evaluated),
-            "training": training,
-            "copies_on_demand": None if copies is None and not made else (copies or 0) + made,
-            "copies": self.run.copies.summary(self.run.exemplars_with_copies()) if self.run.copies else None,
-            "seconds": {**seconds, "total": now - start},
-        }
+        return Phase.model_validate(
+            {
+                "phase": phase,
+                "classes_seen": self.method.nb_seen,
+                **scores,
+                "memory": memory,
+                "parameters": nb_parameters(self.method.evaluated),
+                "training": training,
+                "copies_on_demand": None if copies is None and not made else (copies or 0) + made,
+                "copies": self.run.copies.summary(self.run.exemplars_with_copies()) if self.run.copies else None,
+                "seconds": {**seconds, "total": now - start},
+            }
+        )
 
     def start_phase(self, phase: int) -> None:
         """Make the method ready for a phase's classes."""
@@ -123,29 +123,29 @@ class Trainer:
         done, within = self.checkpoints.load()
         if done is not None:
             self._load_phase(done)
-        began_with = within or done or {}
-        if len(self.records) < self.data.nb_phases and began_with.get("copies") and self.run.copies:
+        copies, next_phase = (within or done or {}).get("copies"), len(self.records)
+        if copies and self.run.copies and next_phase < self.data.nb_phases:
             images = self.run.exemplars_with_copies()
             if within is not None:
-                self.make_new_copies(len(self.records))
-                images += self.run.new_images_with_copies(len(self.records))
-            self.run.copies.check(began_with["copies"], images)
+                self._make_copies_of_new_images(next_phase)
+                images += self.run.new_images_with_copies(next_phase)
+            self.run.copies.check(copies, images)
         return within
 
     def _load_phase(self, state: Mapping[str, Any]) -> None:
         run, method = self.run, self.method
-        with checkpoint.fitting(checkpoint.phase_path(run.folder, state["phase"])):
+        with fitting(phase_path(run.folder, state["phase"])):
             method.restore(state)
             run.memory.load_state_dict(state["memory"])
-        self.records = state["records"]
+            self.records = [Phase.from_state(record, self.data.class_names) for record in state["records"]]
         if len(self.records) < self.data.nb_phases and method.uses_memory:
             if self.config.memory_only:
                 self._take_from_archive(state["phase"])
-            self.make_kept_files()  # what was deleted since then
-            self.make_copies(state["phase"])
+            self._make_missing(with_copies=False)  # what was deleted since then
+            self._make_missing(with_copies=True)
 
     def save_phase(self) -> None:
-        """Keep the phase that has just been done."""
+        """Save the phase that has just been done."""
         method = self.method
         self.checkpoints.save_phase(
             {
@@ -154,11 +154,10 @@ class Trainer:
                 "class_means": self.class_means,
                 "memory": self.run.memory.state_dict(),
                 "method": method.state,
-                "records": self.records,
+                "records": [record.state() for record in self.records],
                 "copies": self._copies_state(),
             }
         )
-        self.epochs.clock.restart()
 
     def _copies_state(self, new_images: Sequence[Path] = ()) -> dict[str, Any] | None:
         if self.run.copies is None:
@@ -167,7 +166,7 @@ class Trainer:
 
     # Training
 
-    def train(self, within: Mapping[str, Any] | None = None) -> TrainingRecord:
+    def train(self, within: Mapping[str, Any] | None = None) -> Training:
         """Train the present phase's stages, unless this training was done before.
 
         within: see `do_phase`.
@@ -178,28 +177,27 @@ class Trainer:
             raise UserError(f"{method.describe('training')}: there is not one exemplar. Raise {keys}.")
         cached = phase0.path_of(self.run, method) if phase == 0 else None
         if cached and (before := phase0.load(self.run, method, cached)) is not None:
-            self.seconds_before = 0.0 if before["reused"] else before["seconds"]
+            self.seconds_before = 0.0 if before.reused else before.seconds
             return before
-        place = Place()
+        progress = Progress()
         if within is not None:
-            place, method.within_phase = Place.of(within, self.run.fabric), within["within_phase"]
-        self.seconds_before = time.perf_counter() - place.began
-        stages = [stage for record in self.records for stage in record["training"]["stages"]]
-        self.epochs.epochs_before = sum(stage["epochs"] for stage in stages)
-        self.epochs.copies_state = self._copies_state(self.run.new_images_with_copies(phase))
+            progress, method.within_phase = Progress.restored(within, self.run.fabric), within["within_phase"]
+        self.seconds_before = time.perf_counter() - progress.began
+        progress.epochs_before = sum(stage.epochs for record in self.records for stage in record.training.stages)
+        progress.copies = self._copies_state(self.run.new_images_with_copies(phase))
         for number, stage in enumerate(method.stages()):
             method.before_stage(stage)
-            if number >= len(place.stages):
-                place.next_stage(self.epochs.fit(stage, place))
-        first = place.stages[0] if place.stages else None
-        training: TrainingRecord = {
-            "epochs": first["epochs"] if first else 0,
-            "loss": first and first["loss"],
-            "accuracy": first and first["accuracy"],
-            "stages": place.stages,
-            "seconds": time.perf_counter() - place.began,
-            "reused": False,
-        }
+            if number >= len(progress.stages):
+                progress.stages.append(train_stage(self.run, method, self.checkpoints, stage, progress))
+        first = progress.stages[0] if progress.stages else None
+        training = Training(
+            epochs=first.epochs if first else 0,
+            loss=first.loss if first else None,
+            accuracy=first.accuracy if first else None,
+            stages=progress.stages,
+            seconds=time.perf_counter() - progress.began,
+            reused=False,
+        )
         if cached:
             phase0.save(self.run, method, training, cached)
         return training
@@ -207,7 +205,10 @@ class Trainer:
     # Exemplars
 
     def choose_exemplars(self) -> int | None:
-        """Choose among all real images of the new classes, then make copies.  Returns what `make_copies` does."""
+        """Choose among all real images of the new classes, then make copies, if they are read again.
+
+        Returns the number of copies made, None where all are made ahead.
+        """
         method, memory = self.method, self.run.memory
         if not method.uses_memory:
             return None
@@ -216,45 +217,30 @@ class Trainer:
         images = [self.data.train_images(target) for target in targets]
         features = self.run.features(method.evaluated, images, method.describe("choosing exemplars"))
         memory.update(dict(zip(targets, images, strict=True)), features, method.exemplar_units)
-        self.make_kept_files(finished)
-        self._archive()
+        self._make_missing(finished, with_copies=False)
+        if self.run.fabric.is_global_zero:
+            self.archive_bytes = archive.write(memory, self._archive_path(method.phase))
         if self.config.memory_only:
             self._take_from_archive(method.phase)
-        return self.make_copies(method.phase, finished)
+        read_again = method.phase + 1 < self.data.nb_phases or self.config.nme
+        return self._make_missing(finished, with_copies=read_again)
 
-    def make_kept_files(self, finished: Collection[Path] = ()) -> None:
-        """Make what is missing of the files that are kept of exemplars, and drop exemplars that do not fit then.
+    def _make_copies_of_new_images(self, phase: int) -> int:
+        """Make what is missing of the copies of a phase's new images.  Returns the number of copies made."""
+        images = self.run.new_images_with_copies(phase)
+        return (self.run.copies.make(images, with_copies=True) or 0) if self.run.copies and images else 0
 
-        finished: exemplars that have theirs.
-        """
-        if self.run.copies is None:
-            return
-        exemplars = [image for image in self.run.exemplars_with_copies() if image not in finished]
-        self.run.copies.make(exemplars, with_copies=False)
-        self.run.memory.enforce_budget()  # edge maps cost what they cost
-
-    def make_copies(self, phase: int, finished: Collection[Path] = ()) -> int | None:
-        """Make what is missing of the exemplars' copies, where these are read again.
+    def _make_missing(self, finished: Collection[Path] = (), *, with_copies: bool) -> int | None:
+        """Make what is missing of the exemplars' kept files and copies, and drop exemplars that do not fit then.
 
         finished: exemplars that have theirs.  Returns the number of copies made, None where all are made ahead.
         """
         if self.run.copies is None:
             return None
-        needed = phase + 1 < self.data.nb_phases or self.config.nme
-        exemplars = [image for image in self.run.exemplars_with_copies() if image not in finished]
-        return self.run.copies.make(exemplars, with_copies=needed)
-
-    def make_new_copies(self, phase: int) -> int:
-        """Make what is missing of the copies of a phase's new images.  Returns the number of copies made."""
-        images = self.run.new_images_with_copies(phase)
-        return (self.run.copies.make(images, with_copies=True) or 0) if self.run.copies and images else 0
-
-    def _archive(self) -> None:
-        """Write the exemplars as one file, memory/phaseNN.memory."""
-        if self.run.fabric.is_global_zero:
-            path = self._archive_path(self.method.phase)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.archive_bytes = archive.write(self.run.memory, path)
+        images = [image for image in self.run.exemplars_with_copies() if image not in finished]
+        made = self.run.copies.make(images, with_copies)
+        self.run.memory.enforce_budget()  # edge maps cost what they cost
+        return made
 
     def _archive_path(self, phase: int) -> Path:
         return self.run.folder.parent / "memory" / f"phase{phase:02d}.memory"
@@ -270,32 +256,29 @@ class Trainer:
 
     # Evaluation
 
-    def evaluate(self) -> Scores:
+    def evaluate(self) -> dict[str, Metrics | None]:
         """How good the method's classifiers are on the test images of all classes seen."""
         run, method = self.run, self.method
         images = [image for target in range(method.nb_seen) for image in self.data.test_images(target)]
         outputs = run.predict(method.evaluated, images, method.describe("evaluating"))
-        scores: Scores = {"cnn": self._metrics(outputs.logits), "nme": None}
+        scores = {"cnn": outputs.logits, **method.further_scores(images, outputs)}
         self.class_means = method.class_means() if self.config.nme else None
         if self.class_means is not None:
-            scores["nme"] = self._metrics(nearest_mean_scores(outputs.features, self.class_means))
-        for name, further in method.further_scores(images, outputs).items():
-            scores[name] = self._metrics(further)  # type: ignore[literal-required]  # a method names its classifiers
-        return scores
+            scores["nme"] = nearest_mean_scores(outputs.features, self.class_means)
+        return {"nme": None, **{name: self._metrics(rows) for name, rows in scores.items()}}
 
-    def _metrics(self, scores: Tensor) -> PhaseMetrics:
-        """`phase_metrics` of scores for the test images of all classes seen, by target."""
-        phases = range(self.method.phase + 1)
+    def _metrics(self, scores: Tensor) -> Metrics:
+        """scores: for the test images of all classes seen, by target."""
         targets = torch.tensor([t for t in range(self.method.nb_seen) for _ in self.data.test_images(t)])
-        return phase_metrics(scores, targets, [self.data.seen_targets(phase).stop for phase in phases])
+        ends = [self.data.seen_targets(phase).stop for phase in range(self.method.phase + 1)]
+        return Metrics.from_state(phase_metrics(scores, targets, ends), self.data.class_names)
 
-    def _log_results(self, record: PhaseRecord) -> None:
-        method, memory, parts = self.method, record["memory"], []
-        for key, name in CLASSIFIERS.items():
-            if (metrics := record.get(key)) is not None:
-                old = "" if metrics["old"] is None else f"old {metrics['old']:.1f}, new {metrics['new']:.1f}, "
-                parts.append(f"{name} {metrics['top1']:.1f} % ({old}top-5 {metrics['top5']:.1f})")
-        units = "" if memory["units_total"] is None else f"{memory['units_total']:.1f} units, "
-        parts.append(f"memory {units}{memory['bytes_total']:,} bytes")
-        parts.append(f"{record['seconds']['total']:.1f} s")
-        log.info("%s: %s", method.describe(f"{method.nb_seen} classes"), "; ".join(parts))
+    def _log_results(self, record: Phase) -> None:
+        memory, parts = record.memory, []
+        for name, metrics in record.classifiers.items():
+            old = "" if metrics.old is None else f"old {metrics.old:.1f}, new {metrics.new:.1f}, "
+            parts.append(f"{CLASSIFIERS[name]} {metrics.top1:.1f} % ({old}top-5 {metrics.top5:.1f})")
+        units = "" if memory.units_total is None else f"{memory.units_total:.1f} units, "
+        parts.append(f"memory {units}{memory.bytes_total:,} bytes")
+        parts.append(f"{record.seconds.total:.1f} s")
+        log.info("%s: %s", self.method.describe(f"{self.method.nb_seen} classes"), "; ".join(parts))

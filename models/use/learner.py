@@ -13,7 +13,7 @@ from models import catalogue
 from models.networks import Outputs
 from models.training import checkpoint
 from models.training.method import network_input
-from models.training.predictor import Predictor
+from models.training.run import Predictor
 from utils.config.read import load_config
 from utils.data.classes import PhasedClasses, phase_starts
 from utils.devices import launch

@@ -24,7 +24,7 @@ from compress.presets import HIGH
 from compress.records import Recipe, Records
 from compress.training.cost import Cost
 from compress.verify import verify
-from models.training.checkpoint import fingerprint
+from models.training.phase0 import fingerprint
 from utils.data.classes import DataManager
 from utils.data.paths import DatasetPaths
 from utils.memory.exemplars import ExemplarMemory

@@ -40,7 +40,7 @@ from torchvision import transforms
 
 from convs.resnet import build_backbone
 from models.networks import IncrementalNet
-from models.training.resume import Place
+from models.training.epochs import Progress, train_stage
 from models.training.run import Run
 from models.training.stages import Schedule, Stage
 from models.training.trainer import Trainer
@@ -192,7 +192,7 @@ def measure_training(data: DataManager, items: Sequence[Item], name: str, option
         stage = Stage("training", items, Schedule(1, 0.01, (), 0.1, 5e-4))
 
         def epoch() -> int:
-            trainer.epochs.fit(stage, Place())
+            train_stage(trainer.run, trainer.method, trainer.checkpoints, stage, Progress())
             return len(items)
 
         return epoch

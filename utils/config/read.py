@@ -5,17 +5,45 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from utils.config.checks import conflicts
-from utils.config.foreign import PILOTS_BACKBONES, PYCIL_DATASETS, PYCIL_ONLY, PYCIL_SCHEDULE
-from utils.config.schema import REQUIRED, Config, Key, MethodInfo, all_keys, keys_of
+from utils.config.schema import REMOVED, REQUIRED, Config, MethodInfo, all_keys, keys_of
+from utils.data.datasets import Augmentation
 from utils.errors import UserError
 from utils.files import load_json
+
+PYCIL_ONLY: dict[str, tuple[tuple | None, str]] = {
+    "skip": ((False,), "phase 0 is trained, or reused from phase0_cache"),
+    "debug": (None, "it only changes what PyCIL prints"),
+    "min_lr": ((0,), "the cosine ends at 0"),
+    "warmup": ((0,), "the learning rate starts at its full height"),
+    "t_max": (None, "the cosine ends with the last epoch"),
+    **{name: ((value,), "all copies are read") for name, value in REMOVED.items()},
+}
+"""Keys of PyCIL's files, or of earlier versions, that are no keys here: the values that mean what happens anyway
+(None: all), and why.  A method's `Settings` may have a class variable `pycil_only` like this."""
+
+PYCIL_SCHEDULE = {"init_epochs": "init_epoch", "milestones": "init_milestones", "decay": "init_lr_decay"}
+"""PyCIL's names in a nested schedule, and ours where they differ."""
+
+PYCIL_DATASETS: dict[str, tuple[str, Augmentation]] = {
+    "cifar10_aa": ("cifar10", "autoaugment"),
+    "cifar100_aa": ("cifar100", "autoaugment"),
+    "imagenet100": ("imagenet100", "pycil"),
+    "imagenet1000": ("imagenet1000", "pycil"),
+}
+"""PyCIL's names of datasets, spelt as there, that stand for a dataset and an augmentation."""
+
+PILOTS_BACKBONES = {
+    "pretrained_vit_b16_224": "timm/vit_base_patch16_224",
+    "pretrained_vit_b16_224_in21k": "timm/vit_base_patch16_224.augreg_in21k",
+    "vit_base_patch16_224_in21k": "timm/vit_base_patch16_224.augreg_in21k",
+}
+"""PILOT's and timm's earlier names of pretrained backbones, and timm's today; with `pretrained: true`."""
 
 
 class Entry(NamedTuple):
@@ -34,11 +62,7 @@ class Entry(NamedTuple):
 
 
 def load_config(
-    file: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    methods: Mapping[str, MethodInfo],
-    backbones: Sequence[str],
+    file: str | Path, overrides: Sequence[str] = (), *, methods: Mapping[str, MethodInfo], backbones: Sequence[str]
 ) -> Config:
     """The config of a JSON file with `key=value` overrides on top, checked.
 
@@ -129,16 +153,23 @@ class _Reading:
         return renamed
 
     def validate(self, entries: Mapping[str, Entry], choices: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-        """The values of all keys, by their types, with references such as ${dataset} replaced.
+        """The values of the entries, by their keys' types, with references such as ${dataset} replaced.
 
         choices: of keys whose type does not list them.
         """
-        values = {name: key.default for name, key in self.keys.items()}
-        known = {**values, **{name: entry.value for name, entry in entries.items()}}
+        values: dict[str, Any] = {}
+        known = {name: key.default for name, key in self.keys.items()}
+        known |= {name: entry.value for name, entry in entries.items()}
         for name, entry in entries.items():
             try:
-                entry = _resolved(name, entry, known)
-                values[name] = _validated(self.keys[name], entry)
+                if isinstance(entry.value, str) and "${" in entry.value:
+                    value = _filled_in(entry.value, known, (name,))
+                    entry = Entry(value, entry.origin, is_text=isinstance(value, str))
+                kind = self.keys[name].annotation
+                if entry.is_text and entry.value in ("null", "None") and types.NoneType in typing.get_args(kind):
+                    values[name] = None
+                else:  # the text of an override may stand for another type
+                    values[name] = TypeAdapter(kind).validate_python(entry.value, strict=not entry.is_text)
                 if name in choices and not _is_among(values[name], choices[name]):
                     listed, near = ", ".join(choices[name]), _did_you_mean(values[name], choices[name])
                     self.problems.append(f"{entry.origin}: {name} must be one of {listed}, not {entry.shown}{near}")
@@ -153,16 +184,16 @@ class _Reading:
 
     def build(self, values: Mapping[str, Any], entries: Mapping[str, Entry]) -> Config:
         """The config of valid values.  Raises UserError where they do not go together."""
-        config, method = Config(**{name: values[name] for name in keys_of(Config)}), self.methods[values["model_name"]]
+        shared, method = keys_of(Config), self.methods[values["model_name"]]
         own = keys_of(method.settings) if method.settings else {}
+        config = Config(**{name: value for name, value in values.items() if name in shared})
         if method.settings:
-            config.settings = method.settings(**{name: values[name] for name in own})
+            config.settings = method.settings(**{name: value for name, value in values.items() if name in own})
         self._translate(config, entries)
-        others = [name for name in entries if name not in keys_of(Config) and name not in own]
+        others = [name for name in entries if name not in shared and name not in own]
         self.notes += [f"{name} is no key of {method.name}; it changes nothing" for name in others]
         for message, names in conflicts(config, method):
-            origins = [entries[name].origin for name in names if name in entries]
-            overrides = [origin for origin in origins if origin != self.file]
+            overrides = [entries[name].origin for name in names if name in entries and entries[name].is_text]
             self.problems.append(f"{(overrides or [self.file])[0]}: {message}")
         self.raise_problems()
         config.notes = tuple(self.notes)
@@ -176,19 +207,11 @@ class _Reading:
             config.dataset, augmentation = PYCIL_DATASETS[name]
             if "augmentation" not in entries:
                 config.augmentation = augmentation
-                self.notes.append(
-                    f"dataset {name} is PyCIL's name of {config.dataset} with augmentation: {augmentation}"
-                )
+                ours = f"{config.dataset} with augmentation: {augmentation}"
+                self.notes.append(f"dataset {name} is PyCIL's name of {ours}")
         if config.memory_size and "fixed_memory" not in entries:
             config.fixed_memory = False
             self.notes.append(f"fixed_memory is not given: all classes share memory_size = {config.memory_size} units")
-
-
-def _validated(key: Key, entry: Entry) -> Any:
-    """The value as its key's type; the text of an override may stand for another type.  Raises ValidationError."""
-    if entry.is_text and entry.value in ("null", "None") and types.NoneType in typing.get_args(key.annotation):
-        return None
-    return TypeAdapter(key.annotation).validate_python(entry.value, strict=not entry.is_text)
 
 
 def _in_words(error: ValidationError, entry: Entry) -> str:
@@ -224,14 +247,6 @@ def as_json(value: Any) -> str:
 _REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 
 
-def _resolved(name: str, entry: Entry, known: Mapping[str, Any]) -> Entry:
-    """A key's entry with references replaced; known: the values of all keys.  Raises ValueError."""
-    if not isinstance(entry.value, str) or "${" not in entry.value:
-        return entry
-    value = _filled_in(entry.value, known, (name,))
-    return Entry(value, entry.origin, is_text=isinstance(value, str))
-
-
 def _filled_in(text: str, known: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     """A text with the values of other keys in place of ${key}; a text that is one reference becomes that key's value.
 
@@ -239,13 +254,12 @@ def _filled_in(text: str, known: Mapping[str, Any], names: tuple[str, ...]) -> A
     """
 
     def value_of(reference: re.Match) -> Any:
-        if (name := reference[1]) not in known or known[
-            name
-        ] is REQUIRED:  # ${oc.env:NAME} among them, which could publish a secret
+        name = reference[1]
+        value = known.get(name, REQUIRED)
+        if value is REQUIRED:  # ${oc.env:NAME} among them, which could publish a secret
             raise ValueError(f"{reference[0]} is no other key's value, such as ${{dataset}}")
         if name in names:
             raise ValueError(f"{' -> '.join([*names, name])} refers to itself")
-        value = known[name]
         return _filled_in(value, known, (*names, name)) if isinstance(value, str) else value
 
     if whole := _REFERENCE.fullmatch(text):
@@ -254,6 +268,61 @@ def _filled_in(text: str, known: Mapping[str, Any], names: tuple[str, ...]) -> A
     if "${" in _REFERENCE.sub("", text):
         raise ValueError("a reference has the form ${key}")
     return filled
+
+
+def conflicts(c: Config, method: MethodInfo) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(message, the keys that it is about): what is wrong with values together, as far as can be told without data."""
+    yield from _memory_conflicts(c, method)
+    is_library = "/" in c.convnet_type
+    if method.needs_stages and is_library:
+        message = f"{method.name} needs the stages of a ResNet: set convnet_type to resnet18, resnet32, ..."
+        yield message, ("convnet_type", "model_name")
+    if c.image_size and not is_library:
+        yield "image_size is for convnet_type torchvision/... and timm/...", ("image_size", "convnet_type")
+    if c.freeze_backbone and c.backbone_lrate:
+        message = "backbone_lrate: freeze_backbone leaves the backbone without a learning rate; set one of them"
+        yield message, ("backbone_lrate", "freeze_backbone")
+    if c.init_epoch == 0 and not c.pretrained:
+        yield "init_epoch must be at least 1, unless pretrained is true", ("init_epoch", "pretrained")
+    if (parts := c.accumulate_batches) > c.batch_size:
+        message = f"accumulate_batches: a batch of {c.batch_size} images can't be processed in {parts} parts"
+        yield message, ("accumulate_batches", "batch_size")
+    if (c.syn_per_class != 0 or c.augmentation_prob > 0) and c.augmentations_per_image < 1:
+        message = "augmentations_per_image must be at least 1 where syn_per_class or augmentation_prob is above 0"
+        yield message, ("augmentations_per_image", "syn_per_class", "augmentation_prob")
+    if c.val_per_class and c.memory_only:
+        message = "val_per_class: memory_only may lose the train images that are held out; set one of them"
+        yield message, ("val_per_class", "memory_only")
+    if (c.class_order or not c.shuffle) and len(c.seed) > 1:  # the runs would be equal
+        key, words = ("class_order", "class_order is") if c.class_order else ("shuffle", "shuffle: false gives")
+        yield f"{words} one order of classes; seed must be one number, not {c.seed}", (key, "seed")
+    for message in c.settings.check(c) if hasattr(c.settings, "check") else ():
+        yield message, ("model_name", message.partition(":")[0])
+
+
+def _memory_conflicts(c: Config, method: MethodInfo) -> Iterator[tuple[str, tuple[str, ...]]]:
+    real, synthetic, in_bytes, least = c.real_per_class, c.syn_per_class, c.budget_in == "bytes", method.least_exemplars
+    if in_bytes and not (c.memory_bytes_per_class and c.fixed_memory):
+        message = "budget_in: bytes needs memory_bytes_per_class, and fixed_memory: true"
+        yield message, ("budget_in", "memory_bytes_per_class", "fixed_memory")
+    if in_bytes and real is None and synthetic != 0:
+        message = "real_per_class must be given where budget_in is bytes and syn_per_class is not 0"
+        yield message, ("real_per_class", "syn_per_class", "budget_in")
+    if synthetic == "fill" and not c.fixed_memory:
+        message = 'syn_per_class: "fill" needs fixed_memory: true; with a shared budget it is a ratio'
+        yield message, ("syn_per_class", "fixed_memory")
+    if method.uses_memory and not c.fixed_memory and not c.memory_size:
+        message = "memory_size must be given where fixed_memory is false: the units that all classes share"
+        yield message, ("fixed_memory", "memory_size", "model_name")
+    if not method.uses_memory or not c.fixed_memory or real is None:
+        return
+    # What a prompt costs depends on the images, and is checked with them; the cost of real exemplars is known here.
+    if not in_bytes and real > (budget := c.memory_per_class):
+        message = f"real_per_class: {real} real exemplars cost {real} units, more than memory_per_class = {budget:g}"
+        yield message, ("real_per_class", "memory_per_class", "fixed_memory")
+    if synthetic != "fill" and real + synthetic < least:
+        message = f"real_per_class + syn_per_class must be at least {least}: {method.name} needs exemplars"
+        yield message, ("real_per_class", "syn_per_class", "model_name", "fixed_memory")
 
 
 def _fill_in(config: Config) -> None:

@@ -11,29 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from utils.config.types import (
-    ClassOrder,
-    Count,
-    Device,
-    Epochs,
-    Folder,
-    FolderName,
-    Fraction,
-    Increments,
-    Loggers,
-    Natural,
-    NonNegative,
-    Positive,
-    Probability,
-    Scheduler,
-    Seeds,
-    Text,
-    YesOrFile,
-)
+from utils.config import types as t
 from utils.data.datasets import Augmentation
 
-PYCIL = "PyCIL"
-ESCORT = "ESCORT's paper"
 SECTIONS = {
     "prefix": "The experiment",
     "real_per_class": "Exemplars, prompts and copies",
@@ -52,10 +32,25 @@ def setting(default: Any, meaning: str, *, source: str = "ours", result: bool = 
     source: where the key comes from; result: whether two runs that differ in it may end with different numbers;
     also: PyCIL's other names for it.
     """
-    metadata = {"meaning": meaning, "source": source, "result": result, "also": tuple(also)}
+    metadata = {"default": default, "meaning": meaning, "source": source, "result": result, "also": tuple(also)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def pycil(default: Any, meaning: str, **options: Any) -> Any:
+    """A key of PyCIL."""
+    return setting(default, meaning, source="PyCIL", **options)
+
+
+def paper(default: Any, meaning: str) -> Any:
+    """A key of ESCORT's paper."""
+    return setting(default, meaning, source="ESCORT's paper")
+
+
+def local(default: Any, meaning: str) -> Any:
+    """A key that does not change a run's numbers."""
+    return setting(default, meaning, result=False)
 
 
 @dataclass(kw_only=True)
@@ -63,41 +58,35 @@ class Config:
     """A checked config: the keys that all methods share, and in `settings` the method's own."""
 
     # The experiment, with PyCIL's keys
-    prefix: Text = setting("", "a name for the run, to use in other keys as ${prefix}", result=False, source=PYCIL)
-    dataset: FolderName = setting(REQUIRED, "the dataset's folder in data_dir", source=PYCIL)
-    memory_size: Natural | None = setting(
-        None, "units that all classes share, where fixed_memory is false", source=PYCIL
-    )
-    memory_per_class: NonNegative = setting(
-        20.0, "B: memory budget of a class, in units of one real image", source=ESCORT
-    )
+    prefix: t.Text = pycil("", "a name for the run, to use in other keys as ${prefix}", result=False)
+    dataset: t.FolderName = pycil(REQUIRED, "the dataset's folder in data_dir")
+    memory_size: t.Natural | None = pycil(None, "units that all classes share, where fixed_memory is false")
+    memory_per_class: t.NonNegative = paper(20.0, "B: memory budget of a class, in units of one real image")
     budget_in: Literal["units", "bytes"] = setting(
         "units", "what a class's budget counts: raw bits, as the paper (memory_per_class), or true bytes"
     )
-    memory_bytes_per_class: Count | None = setting(
+    memory_bytes_per_class: t.Count | None = setting(
         None, "budget_in bytes: a class's budget, files as they are kept and its text counted"
     )
-    fixed_memory: bool = setting(
+    fixed_memory: bool = pycil(
         True,
         "each class has its own budget; false: all seen share memory_size, real : syn_per_class is a ratio; where it "
         "is not given and memory_size is: false, as in PyCIL",
-        source=PYCIL,
     )
     exemplar_selection: Literal["herding", "random", "closest"] = setting("herding", "how exemplars are chosen")
-    shuffle: bool = setting(True, "shuffle the class order with seed", source=PYCIL)
-    init_cls: Count = setting(REQUIRED, "classes of phase 0", source=PYCIL)
-    increment: Increments = setting(
+    shuffle: bool = pycil(True, "shuffle the class order with seed")
+    init_cls: t.Count = pycil(REQUIRED, "classes of phase 0")
+    increment: t.Increments = pycil(
         REQUIRED,
         "classes of each later phase; a list: of phase 1, 2, ..., its last number repeats; the last phase takes what "
         "is left; 0: there is none, as init_cls is all classes",
-        source=PYCIL,
     )
-    class_order: ClassOrder | None = setting(
+    class_order: t.ClassOrder | None = setting(
         None,
         "the classes in the order of a run, as labels or as places in the sorted labels, in place of shuffle; or a "
         "file of them, .json (a list) or .txt (one a line); or a published list, ImageNet100",
     )
-    val_per_class: Natural = setting(
+    val_per_class: t.Natural = setting(
         0,
         "train images of each class that are held out of training and of the choice of exemplars, and evaluated in "
         "place of the test images: to choose settings without these",
@@ -105,41 +94,40 @@ class Config:
     class_sort: Literal["text", "number"] = setting(
         "text", "how class labels are sorted: as text, as PyCIL does, or by the numbers in them (2 before 10)"
     )
-    model_name: str = setting(REQUIRED, "the method", source=PYCIL)
-    convnet_type: str = setting(REQUIRED, "the backbone", source=PYCIL, also=["backbone_type"])
-    pretrained: YesOrFile = setting(
+    model_name: str = pycil(REQUIRED, "the method")
+    convnet_type: str = pycil(REQUIRED, "the backbone", also=["backbone_type"])
+    pretrained: t.YesOrFile = setting(
         False,
         "start from pretrained weights: those that the library has downloaded earlier (torch's cache; timm's: Hugging "
         "Face's), or those of a file (.pth, .safetensors); nothing is downloaded",
     )
-    image_size: Count | None = setting(
+    image_size: t.Count | None = setting(
         None, "torchvision/... and timm/...: side of the pictures that the backbone takes; null: the library's"
     )
     freeze_backbone: bool = setting(False, "the backbone keeps its initial weights; only heads are trained")
-    backbone_lrate: Positive | None = setting(
+    backbone_lrate: t.Positive | None = setting(
         None, "learning rate of the backbone in all phases, which decays as the heads' does; null: theirs"
     )
-    device: Device = setting(
+    device: t.Device = pycil(
         "auto",
         '"auto", "cpu", "cuda", or CUDA devices as PyCIL writes them: ["0"], ["0", "1"]; [-1] is the CPU',
         result=False,
-        source=PYCIL,
     )
-    seed: Seeds = setting([1993], "class orders, a run each; mean and spread are reported", result=False, source=PYCIL)
+    seed: t.Seeds = pycil([1993], "class orders, a run each; mean and spread are reported", result=False)
 
     # ESCORT
-    real_per_class: Natural | None = setting(
-        None, "R: exemplars of a class kept as images; null: as many as the budget holds", source=ESCORT
+    real_per_class: t.Natural | None = paper(
+        None, "R: exemplars of a class kept as images; null: as many as the budget holds"
     )
-    syn_per_class: Natural | Literal["fill"] = setting(
-        0, 'S: exemplars of a class kept as prompts; "fill": as many as the rest of the budget holds', source=ESCORT
+    syn_per_class: t.Natural | Literal["fill"] = paper(
+        0, 'S: exemplars of a class kept as prompts; "fill": as many as the rest of the budget holds'
     )
-    augmentations_per_image: Natural = setting(5, "K: copies regenerated from each prompt", source=ESCORT)
+    augmentations_per_image: t.Natural = paper(5, "K: copies regenerated from each prompt")
     # exps/config.json takes 0.4.  Training on copies of the new images too closes the gap between what a class looks
     # like when it is new (images) and when it is old (copies).  At K = 5 each copy then makes 8 % of an image's reads
     # (14 times in 170 epochs, enough to be learnt from), while the image itself still makes most of them (60 %).
-    augmentation_prob: Probability = setting(
-        0.0, "p: probability that a real image is replaced by one of its copies when it is read", source=ESCORT
+    augmentation_prob: t.Probability = paper(
+        0.0, "p: probability that a real image is replaced by one of its copies when it is read"
     )
     augmentation: Augmentation = setting(
         "pescr",
@@ -154,98 +142,84 @@ class Config:
         "copies made beforehand by compress/run.py, or while training: before each phase of its new images, where p "
         "applies to them, and after it of the chosen exemplars",
     )
-    memory_only: bool = setting(
+    memory_only: bool = local(
         False,
         "later phases read exemplars only from the memory's file (memory/phaseNN.memory), as if the folders of old "
         "classes were gone: they may be deleted after a phase; copies are made again from what the file keeps",
-        result=False,
     )
-    variant: Text = setting("", "edge maps and copies that compress/run.py --keep-apart made under this name")
-    syn_form: Text = setting(
+    variant: t.Text = setting("", "edge maps and copies that compress/run.py --keep-apart made under this name")
+    syn_form: t.Text = setting(
         "edges", "form in which synthetic exemplars are kept: edges, text, webp:10@64, ... (compress/run.py --form)"
     )
-    regenerate_options: Text = setting(
+    regenerate_options: t.Text = setting(
         "", 'on_demand: settings, model and machine, as options of compress/run.py: "--model tiny --steps 10"'
     )
 
     nme: bool = setting(True, "evaluate the nearest mean of exemplars beside the head, where there are exemplars")
 
     # The schedule (PyCIL keeps these in its method files)
-    model_seed: Natural = setting(1993, "initial weights, batch order, augmentation, choice of copies")
-    batch_size: Count = setting(
-        128, "images of a training step, over all devices together", source=PYCIL, also=["init_batch_size"]
-    )
-    accumulate_batches: Count = setting(
+    model_seed: t.Natural = setting(1993, "initial weights, batch order, augmentation, choice of copies")
+    batch_size: t.Count = pycil(128, "images of a training step, over all devices together", also=["init_batch_size"])
+    accumulate_batches: t.Count = setting(
         1, "parts in which a batch is processed one after another, so that large ones fit; one step for all of them"
     )
-    momentum: Fraction = setting(0.9, "SGD's momentum", source=PYCIL)
-    init_epoch: Natural | None = setting(
-        None, "phase 0: epochs; null: the method's own", source=PYCIL, also=["init_epochs", "trained_epoch"]
+    momentum: t.Fraction = pycil(0.9, "SGD's momentum")
+    init_epoch: t.Natural | None = pycil(
+        None, "phase 0: epochs; null: the method's own", also=["init_epochs", "trained_epoch"]
     )
-    init_lr: Positive | None = setting(None, "phase 0: learning rate; null: the method's own", source=PYCIL)
-    init_milestones: Epochs | None = setting(
-        None, "phase 0: epochs after which the rate decays; null: the method's own", source=PYCIL
+    init_lr: t.Positive | None = pycil(None, "phase 0: learning rate; null: the method's own")
+    init_milestones: t.Epochs | None = pycil(
+        None, "phase 0: epochs after which the rate decays; null: the method's own"
     )
-    init_lr_decay: Positive = setting(0.1, "phase 0: factor of each decay", source=PYCIL)
-    init_weight_decay: NonNegative | None = setting(None, "phase 0: weight decay; null: the method's own", source=PYCIL)
-    epochs: Count | None = setting(
+    init_lr_decay: t.Positive = pycil(0.1, "phase 0: factor of each decay")
+    init_weight_decay: t.NonNegative | None = pycil(None, "phase 0: weight decay; null: the method's own")
+    epochs: t.Count | None = pycil(
         None,
         "later phases: epochs; null: the method's own",
-        source=PYCIL,
         also=["boosting_epochs", "tuned_epoch", "expansion_epochs"],
     )
-    lrate: Positive | None = setting(
-        None, "later phases: learning rate; null: the method's own", source=PYCIL, also=["lr", "finetune_lr"]
+    lrate: t.Positive | None = pycil(
+        None, "later phases: learning rate; null: the method's own", also=["lr", "finetune_lr"]
     )
-    milestones: Epochs | None = setting(
-        None, "later phases: epochs after which the rate decays; null: the method's own", source=PYCIL
+    milestones: t.Epochs | None = pycil(
+        None, "later phases: epochs after which the rate decays; null: the method's own"
     )
-    scheduler: Scheduler | None = setting(
+    scheduler: t.Scheduler | None = setting(
         None,
         "how the rate falls, at milestones or along half a cosine; null: at milestones where they are given, else as "
         "the method does",
     )
-    lrate_decay: Positive = setting(0.1, "later phases: factor of each decay", source=PYCIL)
-    weight_decay: NonNegative | None = setting(None, "later phases: weight decay; null: the method's own", source=PYCIL)
-    T: Positive = setting(2.0, "temperature of knowledge distillation", source=PYCIL)
+    lrate_decay: t.Positive = pycil(0.1, "later phases: factor of each decay")
+    weight_decay: t.NonNegative | None = pycil(None, "later phases: weight decay; null: the method's own")
+    T: t.Positive = pycil(2.0, "temperature of knowledge distillation")
 
     # The machine
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = setting("32-true", "arithmetic of training")
     compile: bool = setting(False, "torch.compile the network, again in each phase: takes minutes, for GPUs")
-    num_workers: Natural = setting(
-        8, "processes that read images (at most one a core is used)", result=False, source=PYCIL
-    )
-    cache: Literal["none", "ram", "disk"] = setting(
+    num_workers: t.Natural = pycil(8, "processes that read images (at most one a core is used)", result=False)
+    cache: Literal["none", "ram", "disk"] = local(
         "ram",
         "where decoded images are kept, for all phases and processes; disk: pixel_cache beside phase0_cache, for "
         "later runs too",
-        result=False,
     )
-    cache_gib: NonNegative = setting(
-        4.0, "GiB of that; in memory at most half of what is free. Images beyond are decoded each time", result=False
+    cache_gib: t.NonNegative = local(
+        4.0, "GiB of that; in memory at most half of what is free. Images beyond are decoded each time"
     )
-    data_dir: Folder | None = setting(
-        None, "the folder of all datasets; null: $ESCORT_DATA_DIR, else ./data", result=False
+    data_dir: t.Folder | None = local(None, "the folder of all datasets; null: $ESCORT_DATA_DIR, else ./data")
+    output_dir: t.Folder | None = local(
+        None, "where results go; null: outputs/<dataset>-<model_name>-<convnet_type>-<init_cls>+<increment>"
     )
-    output_dir: Folder | None = setting(
-        None,
-        "where results go; null: outputs/<dataset>-<model_name>-<convnet_type>-<init_cls>+<increment>",
-        result=False,
+    phase0_cache: t.Folder | None = local(
+        None, "trained phase-0 networks, shared by runs that agree on them; null: phase0_cache in output_dir"
     )
-    phase0_cache: Folder | None = setting(
-        None,
-        "trained phase-0 networks, shared by runs that agree on them; null: phase0_cache in output_dir",
-        result=False,
-    )
-    logger: Loggers = setting(
+    logger: t.Loggers = local(
         ["tensorboard", "csv"],
         "where curves go: tensorboard (event files), csv (epochs.csv, always written), wandb (Weights & Biases, in "
         "the project that $WANDB_PROJECT names)",
-        result=False,
     )
-    keep_checkpoints: Natural = setting(1, "how many phases' checkpoints are kept per seed; 0 keeps all", result=False)
-    checkpoint_every: NonNegative = setting(
-        600.0, "seconds of training between checkpoints within a phase, of which one is kept; 0: none", result=False
+    keep_checkpoints: t.Natural = local(1, "how many phases' checkpoints are kept per seed; 0 keeps all")
+    checkpoint_every: t.NonNegative = local(
+        600.0, "seconds of training between checkpoints within a phase, of which one is kept; 0: none"
     )
 
     settings: Any = None
@@ -287,14 +261,8 @@ class Key(NamedTuple):
 def keys_of(schema: type) -> dict[str, Key]:
     """The keys of a dataclass, by name; fields without a meaning are none."""
     hints = typing.get_type_hints(schema, include_extras=True)
-    keys = {}
-    for field in dataclasses.fields(schema):
-        if field.metadata:
-            default = field.default
-            if field.default_factory is not dataclasses.MISSING:
-                default = field.default_factory()
-            keys[field.name] = Key(field.name, hints[field.name], default, **field.metadata)
-    return keys
+    fields = [field for field in dataclasses.fields(schema) if field.metadata]
+    return {field.name: Key(field.name, hints[field.name], **field.metadata) for field in fields}
 
 
 def all_keys(methods: Iterable[MethodInfo]) -> dict[str, Key]:

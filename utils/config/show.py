@@ -3,7 +3,7 @@
 import json
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -42,15 +42,8 @@ _WORDS = {"string": "text", "boolean": "true or false"}
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
-def _type_of(key: Key, choices: Mapping[str, Sequence[str]]) -> str:
-    """Such as "list of integers >= 1, or null"."""
-    if key.name in choices:
-        return "one of " + ", ".join(choices[key.name])
-    return _in_words(TypeAdapter(key.annotation).json_schema())
-
-
 def _in_words(schema: Mapping[str, Any]) -> str:
-    """A JSON schema, as pydantic makes it of a type."""
+    """A JSON schema, as pydantic makes it of a type: such as "list of integers >= 1, or null"."""
     if "anyOf" in schema:
         return " or ".join(map(_in_words, schema["anyOf"]))
     if "enum" in schema:
@@ -60,43 +53,47 @@ def _in_words(schema: Mapping[str, Any]) -> str:
     if schema["type"] == "array":
         entries = _in_words(schema["items"])
         return f"list of ({entries})" if " " in entries else f"list of {entries}"
-    limits = [
-        f" {sign} {schema[name]:,.10g}"
-        for name, sign in _BOUNDS.items()
-        if schema.get(name, LARGEST) not in (LARGEST, LARGEST_COUNT)
-    ]
-    words = _WORDS.get(schema["type"], schema["type"]) + ",".join(limits)
-    return words
+    bounds = {sign: schema[name] for name, sign in _BOUNDS.items() if name in schema}
+    limits = [f" {sign} {b:,.10g}" for sign, b in bounds.items() if b not in (LARGEST, LARGEST_COUNT)]
+    return _WORDS.get(schema["type"], schema["type"]) + ",".join(limits)
 
 
-def _default(key: Key) -> str:
-    return "required" if key.default is REQUIRED else json.dumps(key.default)
+def _rows(
+    methods: Mapping[str, MethodInfo], backbones: Sequence[str]
+) -> Iterator[tuple[str, list[tuple[Key, str, str]]]]:
+    """(title, [(key, its type, its default)]) of each section."""
+    choices = {"model_name": tuple(methods), "convnet_type": tuple(backbones)}
+    for title, keys in _sections(methods).items():
+        rows = []
+        for key in keys:
+            kind = _in_words(TypeAdapter(key.annotation).json_schema())
+            if key.name in choices:
+                kind = "one of " + ", ".join(choices[key.name])
+            rows.append((key, kind, "required" if key.default is REQUIRED else json.dumps(key.default)))
+        yield title, rows
 
 
 def help_text(methods: Mapping[str, MethodInfo], backbones: Sequence[str], width: int | None = None) -> str:
     """All keys with type, default, meaning and source, wrapped at the terminal's width."""
     width = width or min(shutil.get_terminal_size().columns, 120)
-    choices = {"model_name": tuple(methods), "convnet_type": tuple(backbones)}
     lines = []
-    for title, keys in _sections(methods).items():
+    for title, rows in _rows(methods, backbones):
         lines += ["", title]
-        for key in keys:
-            default = "required" if key.default is REQUIRED else f"default {_default(key)}"
-            lines.append(f"  {key.name}: {default}")
-            for text in (f"{key.meaning} [{key.source}]", _type_of(key, choices)):
+        for key, kind, default in rows:
+            lines.append(f"  {key.name}: {default}" if key.default is REQUIRED else f"  {key.name}: default {default}")
+            for text in (f"{key.meaning} [{key.source}]", kind):
                 lines += textwrap.wrap(text, width - 6, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines[1:])
 
 
 def markdown(methods: Mapping[str, MethodInfo], backbones: Sequence[str]) -> str:
     """docs/config.md."""
-    choices = {"model_name": tuple(methods), "convnet_type": tuple(backbones)}
     lines = [_INTRODUCTION]
-    for title, keys in _sections(methods).items():
+    for title, rows in _rows(methods, backbones):
         lines += [f"## {title}", "", "| key | default | meaning | type | from |", "| --- | --- | --- | --- | --- |"]
-        for key in keys:
+        for key, kind, default in rows:
             name = f"`{key.name}`" + "".join(f" (`{other}`)" for other in key.also)
-            cells = (name, f"`{_default(key)}`", key.meaning, _type_of(key, choices), key.source)
+            cells = (name, f"`{default}`", key.meaning, kind, key.source)
             lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("${", "\\${") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)

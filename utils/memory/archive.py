@@ -19,8 +19,7 @@ from utils.errors import UserError
 from utils.files import write_atomically
 from utils.memory import packed
 from utils.memory.exemplars import ExemplarMemory, name_of
-from utils.memory.packed import ClassRecord, DamagedError, Exemplar, Memory
-from utils.memory.share import row_of
+from utils.memory.packed import ClassRecord, DamagedError, Exemplar, Memory, row_of
 
 _PNG_COLOURS = {24: (8, 2), 32: (16, 0)}
 """Bits per pixel -> PNG's bit depth and colour type; any other number is the depth of a greyscale picture."""
@@ -60,15 +59,15 @@ def read(path: Path) -> Memory:
         raise UserError(f"no file {path}.") from None
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}).") from None
+    if not content.startswith(packed.MAGIC):
+        raise UserError(f"{path} is no exemplar memory of this program.")
     try:
-        if content.startswith(packed.MAGIC):
-            return packed.unpacked(content)
+        return packed.unpacked(content)
     except DamagedError as error:
         raise UserError(
             f"{path} is damaged, or no exemplar memory of this program: {error}. If it is a run's, delete it and the "
             "checkpoint of its phase, and the run goes on from an earlier one."
         ) from None
-    raise UserError(f"{path} is no exemplar memory of this program.")
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -79,8 +78,8 @@ def summary(path: Path) -> dict[str, Any]:
     memory, rows = read(path), []
     for form, settings in memory.forms.items():
         payloads = [e.payload for record in memory.classes for e in record.exemplars if e.form == form]
-        made = [payload for payload in payloads if payload is not None]
-        row = {"form": form, "exemplars": len(payloads), "files": len(made), "bytes": sum(map(len, made))}
+        sizes = [len(payload) for payload in payloads if payload is not None]
+        row = {"form": form, "exemplars": len(payloads), "files": len(sizes), "bytes": sum(sizes)}
         rows.append({**row, "settings": settings})
     return {"dataset": memory.dataset, "classes": len(memory.classes), "forms": rows, "bytes": path.stat().st_size}
 
@@ -90,20 +89,20 @@ def extract(path: Path, folder: Path) -> int:
 
     Pictures become files that any viewer opens.  Raises UserError, and writes nothing, for a damaged file.
     """
-    memory = read(path)
+    memory, classes = read(path), []
     files: dict[Path, bytes] = {}
-    classes: list[dict[str, Any]] = []
     for record in memory.classes:
-        classes.append({"target": record.target, "label": record.label, "exemplars": []})
+        exemplars = []
         for number, exemplar in enumerate(record.exemplars):
-            name = None
+            about: dict[str, Any] = {"file": None, "form": exemplar.form}
             if exemplar.payload is not None:
                 content, ending = _viewable(exemplar.payload, exemplar, memory.forms[exemplar.form])
-                name = f"{number:03d}{ending}"
-                files[folder / packed.folder_of(exemplar.form) / record.label / name] = content
-            about = {"file": name, "form": exemplar.form}
-            size = {} if exemplar.form == REAL else {"size": exemplar.row.size, "bits_per_pixel": exemplar.row.bits}
-            classes[-1]["exemplars"].append(about | size)
+                about["file"] = f"{number:03d}{ending}"
+                files[folder / packed.folder_of(exemplar.form) / record.label / about["file"]] = content
+            if exemplar.form != REAL:
+                about |= {"size": exemplar.row.size, "bits_per_pixel": exemplar.row.bits}
+            exemplars.append(about)
+        classes.append({"target": record.target, "label": record.label, "exemplars": exemplars})
     texts = {record.label: record.text for record in memory.classes}
     index = {"dataset": memory.dataset, "forms": memory.forms, "texts": texts, "classes": classes}
     files[folder / "memory.json"] = json.dumps(index, indent=1).encode()
@@ -140,44 +139,42 @@ def unpack(path: Path, memory: ExemplarMemory, data_dir: Path) -> DatasetPaths:
     names of files derived from the others may depend on them), and copies stay.
     Raises UserError for a file that is not of this memory.
     """
-    target, content = replace(memory.paths, data_dir=data_dir), read(path)
-    if content.dataset != memory.paths.dataset:
-        raise UserError(f"{path} is a memory of dataset {content.dataset!r}, not of {memory.paths.dataset!r}.")
+    content, paths = read(path), replace(memory.paths, data_dir=data_dir)
+    _check_same(path, content, memory)
+    exemplars = [exemplar for record in content.classes for exemplar in record.exemplars]
     pictures: dict[Path, bytes] = {}
     payloads: dict[Path, bytes] = {}
-    for name, exemplar in _with_names(path, content, memory):
-        image = target.folder("train").joinpath(*name)
-        if exemplar.form != REAL:
-            pictures[image] = header(*exemplar.row.size, exemplar.row.bits)
-            if exemplar.payload is not None:
-                payloads[image] = exemplar.payload
-        else:
+    for item, exemplar in zip(memory.items(), exemplars, strict=True):
+        image = paths.folder("train").joinpath(*name_of(item.image))
+        if exemplar.form == REAL:
             pictures[image] = exemplar.payload or b""
-    for file in target.folder("train").glob("*/*"):
+            continue
+        pictures[image] = header(*exemplar.row.size, exemplar.row.bits)
+        if exemplar.payload is not None:
+            payloads[image] = exemplar.payload
+    for file in paths.folder("train").glob("*/*"):
         if file not in pictures:
             _write(file, b"")
     for image, picture in pictures.items():
         _write(image, picture)
     for image, payload in payloads.items():
-        _write(target.kept(image), payload)
+        _write(paths.kept(image), payload)
     texts = {unicodedata.normalize("NFC", record.label): record.text for record in content.classes}
-    _write(target.root / "class_names.json", json.dumps(texts).encode())
-    return target
+    _write(paths.root / "class_names.json", json.dumps(texts).encode())
+    return paths
 
 
-def _with_names(path: Path, content: Memory, memory: ExemplarMemory) -> list[tuple[tuple[str, str], Exemplar]]:
-    """((class, file) of the train image, exemplar) of a file's exemplars, whose names the memory knows.
-
-    Raises UserError where they are not those of the memory.
-    """
-    stored = [(record, exemplar) for record in content.classes for exemplar in record.exemplars]
-    items, other = memory.items(), f"{path} is not the memory of this run's checkpoint"
-    if [(i.target, i.image.parent.name, i.role) for i in items] != [(r.target, r.label, e.form) for r, e in stored]:
+def _check_same(path: Path, content: Memory, memory: ExemplarMemory) -> None:
+    """Raises UserError where a file's exemplars are not those of the memory."""
+    if content.dataset != memory.paths.dataset:
+        raise UserError(f"{path} is a memory of dataset {content.dataset!r}, not of {memory.paths.dataset!r}.")
+    stored = [(record.target, record.label, e.form) for record in content.classes for e in record.exemplars]
+    other = f"{path} is not the memory of this run's checkpoint"
+    if [(item.target, item.image.parent.name, item.role) for item in memory.items()] != stored:
         raise UserError(f"{other}: its exemplars are others. Delete both, and the run goes on from an earlier phase.")
     for form, settings in content.forms.items():
         if form not in memory.forms or settings != json.loads(json.dumps(memory.forms[form].settings())):
             raise UserError(f"{other}: its exemplars of form {form!r} were made with other settings.")
-    return [(name_of(item.image), exemplar) for item, (_, exemplar) in zip(items, stored, strict=True)]
 
 
 def header(width: int, height: int, bits_per_pixel: int) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 from utils.data.classes import REAL
 from utils.errors import UserError
 from utils.memory.forms import ExemplarForm
-from utils.memory.share import ClassShare, Row, row_of
+from utils.memory.packed import ClassShare, Row, row_of
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ def counts_within(units: float, quotas: Quotas, costs: Mapping[str, float]) -> l
 def moved_boundaries(before: Sequence[int], after: Sequence[int]) -> list[int]:
     """The numbers of exemplars in each form when a class's share shrinks from `before` to `after`.
 
-    The boundaries between forms only move towards the start of the list: of 2 real exemplars and 6 edge maps, a share
-    of 1 and 3 leaves 1 and 3; of 2 and 1, a share of 1 and 4 leaves 1 and 2, as there are but three.
+    Boundaries between forms only move towards the start: of 2 real exemplars and 6 edge maps, a share of 1 and 3 leaves
+    1 and 3; of 2 and 1, a share of 1 and 4 leaves 1 and 2, as there are but three.
     """
     ends = np.minimum(np.cumsum(before), np.cumsum(after))
     return np.diff(ends, prepend=0).tolist()
@@ -70,34 +70,35 @@ def check_bytes(quotas: Quotas, budget: int, sizes: Mapping[str, int], index: in
     quotas: a number may be FILL; sizes: typical bytes of an exemplar, by form; index: bytes of a class beside its
     exemplars; least: exemplars that the method needs.
     """
-    wanted_quotas = [(form, number) for form, number in quotas if number]
+    wanted = [(form, number) for form, number in quotas if number]
     needed, rest = index, least
-    for form, number in wanted_quotas:
+    for form, number in wanted:
         # of a form that fills the rest, only what the method needs
         count = min(number, max(rest, 0)) if number == FILL else number
         needed += count * sizes[form]
         rest -= number
     if needed > budget:
-        words = [f"{f'at least {least}' if n == FILL else n} {form} x {sizes[form]:,}" for form, n in wanted_quotas]
-        words.append(f"{index:,} for the class's text and index")
+        words = [f"{f'at least {least}' if n == FILL else n} {form} x {sizes[form]:,}" for form, n in wanted]
         raise UserError(
-            f"over the memory budget of a class: {' + '.join(words)} = {needed:,} bytes > {budget:,}, by the median of "
-            "its exemplars. Lower real_per_class or syn_per_class, or raise memory_bytes_per_class."
+            f"over the memory budget of a class: {' + '.join(words)} + {index:,} for the class's text and index = "
+            f"{needed:,} bytes > {budget:,}, by the median of its exemplars. "
+            "Lower real_per_class or syn_per_class, or raise memory_bytes_per_class."
         )
 
 
 def check_smallest(images: Sequence[Sequence[Path]], budget: int, shares: Sequence[ClassShare]) -> None:
     """Raises UserError if there is a class of which not one image file has room in a budget in bytes.
 
-    images: of each class; shares: of each class without exemplars.
+    images, shares: of each class; shares without exemplars.
     """
-    sizes = [min(image.stat().st_size for image in class_images) for class_images in images]
-    smallest = [share.plus(REAL, Row(size, (0, 0), 0)).bytes for share, size in zip(shares, sizes, strict=True)]
-    if (enough := max(smallest, default=0)) > budget:
-        too_large = [class_images for class_images, size in zip(images, smallest, strict=True) if size > budget]
+    needed = {}  # folder of a class -> bytes with its smallest image
+    for class_images, share in zip(images, shares, strict=True):
+        size = min(image.stat().st_size for image in class_images)
+        needed[class_images[0].parent] = share.plus(REAL, Row(size)).bytes
+    if too_large := [folder for folder, size in needed.items() if size > budget]:
         raise UserError(
-            f"{too_large[0][0].parent}: not one image fits in memory_bytes_per_class = {budget:,}. "
-            f"Raise it to at least {enough}, or take a form that needs fewer bytes (syn_form)."
+            f"{too_large[0]}: not one image fits in memory_bytes_per_class = {budget:,}. "
+            f"Raise it to at least {max(needed.values())}, or take a form that needs fewer bytes (syn_form)."
         )
 
 
@@ -107,8 +108,7 @@ def fitting(
     """How many of a class's images, in order of choice, each quota holds within a budget in bytes.
 
     share: of the class without exemplars.  The first image that does not fit ends its quota: the rest of the budget
-    goes to the next form.
-    Raises UserError if not one exemplar fits.
+    goes to the next form.  Raises UserError if not one exemplar fits.
     """
     counts, first = [], 0
     for form, number in quotas:
@@ -130,13 +130,14 @@ def fitting(
 
 def check_total(total: float, nb_classes: int, quotas: Quotas, costs: Mapping[str, float], least: int = 1) -> None:
     """Raises UserError if `total` units, shared by `nb_classes` classes, hold less than `least` exemplars for each."""
-    if sum(counts_within(total / nb_classes, quotas, costs)) < least:
+
+    def is_enough(units: float) -> bool:
+        return sum(counts_within(units / nb_classes, quotas, costs)) >= least
+
+    if not is_enough(total):
         few = "not one exemplar" if least == 1 else f"less than the {least} exemplars that the method needs"
         ratio = " to ".join(f"{number} {form}" for form, number in quotas)
-        larger = range(int(total) + 1, 100 * nb_classes * least)
-        enough = next(
-            (units for units in larger if sum(counts_within(units / nb_classes, quotas, costs)) >= least), None
-        )
+        enough = next(filter(is_enough, range(int(total) + 1, 100 * nb_classes * least)), None)
         raise UserError(
             f"memory_size = {total:g} units are {total / nb_classes:.3g} for each of {nb_classes} classes: {few} in "
             f"the ratio of {ratio}. Raise memory_size{'' if enough is None else f' to at least {enough}'}."
@@ -144,22 +145,16 @@ def check_total(total: float, nb_classes: int, quotas: Quotas, costs: Mapping[st
 
 
 def warn_of_small_classes(sizes: Mapping[str, int], quotas: Quotas) -> None:
-    """Log a warning if classes have fewer train images than exemplars: all of their images are kept then.
-
-    sizes: number of train images by class label.
-    """
-    wanted = sum(number for _, number in quotas if number != FILL)
+    """Log a warning if classes have fewer train images than exemplars.  sizes: number of images by class label."""
+    limited = [(form, number) for form, number in quotas if number != FILL]
+    wanted = sum(number for _, number in limited)
     short = sorted((count, label) for label, count in sizes.items() if count < wanted)
     if short:
-        count, label = short[0]
         more = f" ({len(short)} classes are smaller than that)" if len(short) > 1 else ""
-        numbers = " + ".join(f"{number} {form}" for form, number in quotas if number != FILL)
+        numbers = " + ".join(f"{number} {form}" for form, number in limited)
         log.warning(
             "class %r has %d train images, fewer than %s exemplars%s: it keeps what it has.",
-            label,
-            count,
-            numbers,
-            more,
+            *(short[0][1], short[0][0], numbers, more),
         )
 
 

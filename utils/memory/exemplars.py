@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,16 @@ from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.memory.budget import ROUNDING, Quotas, counts_within, fitting, moved_boundaries
 from utils.memory.forms import ExemplarForm
+from utils.memory.packed import ClassShare, row_of
 from utils.memory.selection import SELECTIONS, Features, select
-from utils.memory.share import ClassShare, row_of
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class ClassExemplars:
-    """images: of a class's exemplars, in order of choice; counts: how many of them each quota holds; empty_share: what
-    the class takes in the memory's file without them; units: its budget, where that is not its share of the total.
-    """
+    """Of a class.  images: in order of choice; counts: how many of them each quota holds; empty_share: what the class
+    takes in the memory's file without them; units: its budget, where that is not its share of the total."""
 
     images: list[Path]
     counts: list[int]
@@ -38,16 +37,17 @@ class ClassExemplars:
         del self.images[sum(self.counts) :]
 
 
+@dataclass
 class ExemplarMemory:
-    """The exemplars of all classes seen.  `update` adds classes; all else reads what there is.
+    """The exemplars of all classes seen: of each class a list of images in order of choice, cut by quotas.
 
-    Each class has one list of images in order of choice, cut by quotas.
+    `update` adds classes; all else reads what there is.
 
     paths: the dataset's folders; quotas: (form, exemplars of a class) in order, such as [("real", 18), ("edges", 48)];
-    forms: what each form costs and keeps, by name; budget: units per class, None for no limit; copies: K, the pictures
-    that come back from an exemplar that is not real; total: units of all classes together, None if each class has its
-    own budget; bytes_budget: bytes per class, in place of units; selection: one of `SELECTIONS`; seed: for selection
-    "random".
+    forms: what each form costs and keeps, by name; class_budget: units per class, None for no limit; copies: K, the
+    pictures that come back from an exemplar that is not real; total: units of all classes together, None if each class
+    has its own budget; bytes_budget: bytes per class, in place of units; selection: one of `SELECTIONS`; seed: for
+    selection "random".
 
     With a total, n classes have total / n units each, and the quotas are but a ratio (`counts_within`).  As classes
     arrive, each keeps the start of its list and the boundaries between forms move towards the start: an exemplar that
@@ -56,41 +56,31 @@ class ExemplarMemory:
 
     With a budget in bytes, a quota's number is the most that a class keeps in that form: in order of choice, exemplars
     are kept until the next one no longer fits.  What counts is the class's part of the memory's file
-    (`utils.memory.share`), with its text where a form needs it.
+    (`utils.memory.packed`), with its text where a form needs it.
     """
 
-    def __init__(
-        self,
-        paths: DatasetPaths,
-        quotas: Quotas,
-        forms: Mapping[str, ExemplarForm],
-        budget: float | None,
-        copies: int,
-        *,
-        total: float | None = None,
-        bytes_budget: int | None = None,
-        selection: str = "herding",
-        seed: int = 0,
-    ):
-        if selection not in SELECTIONS:
-            raise ValueError(f"selection {selection!r} is none of {', '.join(SELECTIONS)}")
-        for form, number in quotas:
+    paths: DatasetPaths
+    quotas: Quotas
+    forms: Mapping[str, ExemplarForm]
+    class_budget: float | None
+    copies: int
+    _: KW_ONLY
+    total: float | None = None
+    bytes_budget: int | None = None
+    selection: str = "herding"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection {self.selection!r} is none of {', '.join(SELECTIONS)}")
+        for form, number in self.quotas:
             if number < 0:
                 raise UserError(f"{number} exemplars of form {form!r}: the number can't be negative.")
-        self.paths = paths
-        self.quotas = list(quotas)
-        self.forms = forms
-        self.forms_in_use = list(dict.fromkeys(form for form, number in quotas if number))
-        self.copies = copies
-        self.total = total
-        self.bytes_budget = bytes_budget
-        self.selection = selection
-        self.seed = seed
-        self._class_budget = budget
-        self._nb_classes = 1  # that share the total
+        self.forms_in_use = list(dict.fromkeys(form for form, number in self.quotas if number))
         self.classes: dict[int, ClassExemplars] = {}  # by target
-        self._units: dict[tuple[str, Path], float | None] = {}  # of exemplars that have been made
         self.file_bytes: dict[tuple[str, str], int] = {}  # of images by class and name, which may be gone by now
+        self._nb_classes = 1  # that share the total
+        self._units: dict[tuple[str, Path], float | None] = {}  # of exemplars that have been made
 
     def update(
         self,
@@ -102,8 +92,7 @@ class ExemplarMemory:
 
         classes: target -> its train images, n of them; features: of each class, n x d, in the same order; units: of a
         target, its budget in place of its share of the total until the next update, None for the share.
-        A class of fewer images than the quotas ask for keeps all.  What has not been made of an exemplar is estimated:
-        `enforce_budget`, once it has been made, drops what takes more.
+        A class of fewer images than the quotas ask for keeps all.  What has not been made of an exemplar is estimated.
         Raises UserError where not one exemplar of a class fits its budget in bytes.
         """
         if known := classes.keys() & self.classes.keys():
@@ -132,7 +121,7 @@ class ExemplarMemory:
     def enforce_budget(self) -> None:
         """Drop the last exemplars of each class that are not real until its true cost is within its budget.
 
-        To be called when what `update` had to estimate has been made.  Warns of a class with a budget of its own.
+        To be called when what `update` had to estimate has been made.
         """
         for target in self.targets:
             self._drop_excess(target)
@@ -147,34 +136,35 @@ class ExemplarMemory:
         """How many exemplars of each form a class has at present; the first image tells what each form costs."""
         if self.total is None or not images:
             return [number for _, number in self.quotas]
-        costs = self._costs([(form, images[0]) for form in self.forms_in_use])
-        costs_of_forms = dict(zip(self.forms_in_use, costs, strict=True))
-        return counts_within(self.total / self._nb_classes if units is None else units, self.quotas, costs_of_forms)
+        costs = {form: self._costs([(form, images[0])])[0] for form in self.forms_in_use}
+        return counts_within(self.total / self._nb_classes if units is None else units, self.quotas, costs)
 
     def _drop_excess(self, target: int) -> None:
-        """Drop a class's last exemplars that are not real until it is within its budget."""
+        """Drop a class's last exemplars that are not real until it is within its budget; warn where it is its own."""
         exemplars = self.classes[target]
-        if self.bytes_budget is None:
+        taken: list[float]  # by none of the exemplars, by the first one, by two, ...
+        if self.bytes_budget is not None:
+            limit, words = float(self.bytes_budget), f"{self.bytes_budget:,} bytes"
+            taken = [share.bytes for share in self.shares(target, expected=True)]
+        else:
             budget = self.budget if exemplars.units is None else exemplars.units
             if budget is None:
                 return
             limit, words = budget + ROUNDING, f"{budget:g} units"
-            taken: list[float] = list(accumulate(self._costs(self.of(target)), initial=0.0))
-        else:
-            limit, words = self.bytes_budget, f"{self.bytes_budget:,} bytes"
-            taken = [share.bytes for share in self.shares(target, expected=True)]
-        before, forms = len(exemplars.images), [form for form, _ in self.of(target)]
-        while forms and taken[len(forms)] > limit and forms[-1] != REAL:
-            forms.pop()
-        if len(forms) == before:
+            taken = list(accumulate(self._costs(self.of(target)), initial=0.0))
+        forms = [form for form, _ in self.of(target)]
+        fits = len(forms)
+        while fits and taken[fits] > limit and forms[fits - 1] != REAL:
+            fits -= 1
+        if fits == len(forms):
             return
         label = exemplars.images[0].parent.name
-        del exemplars.images[len(forms) :]
+        del exemplars.images[fits:]
         exemplars.cut(exemplars.counts)
         if self.total is None:
             log.warning(
                 "class %r: the last %d of %d exemplars are dropped, with them it takes more than its %s",
-                *(label, before - len(forms), before, words),
+                *(label, len(forms) - fits, len(forms), words),
             )
 
     def select(self, target: int, features: Features, m: int) -> list[int]:
@@ -186,7 +176,7 @@ class ExemplarMemory:
         """Units of a class at present; None for no limit and for a budget in bytes."""
         if self.bytes_budget is not None:
             return None
-        return self._class_budget if self.total is None else self.total / self._nb_classes
+        return self.class_budget if self.total is None else self.total / self._nb_classes
 
     @property
     def targets(self) -> list[int]:
@@ -204,10 +194,7 @@ class ExemplarMemory:
         return list(zip(forms, exemplars.images, strict=True))
 
     def evaluation_images(self, target: int) -> list[tuple[Path, float]]:
-        """The pictures that represent a class's exemplars, with their weights in the class mean of NME.
-
-        A real exemplar weighs 1, each of another exemplar's K copies 1/K.
-        """
+        """(picture, its weight in the class mean): a real exemplar weighs 1, each of another one's K copies 1/K."""
         pictures = []
         for form, image in self.of(target):
             if form == REAL:
@@ -217,10 +204,7 @@ class ExemplarMemory:
         return pictures
 
     def units(self, target: int) -> float:
-        """What a class's exemplars cost; what has not been made yet is estimated by its form.
-
-        Raises UserError for a form that has no count in units.
-        """
+        """What a class's exemplars cost, or will cost.  Raises UserError for a form that has no count in units."""
         return sum(self._costs(self.of(target)), start=0.0)
 
     def _costs(self, exemplars: Sequence[tuple[str, Path]]) -> list[float]:
@@ -253,7 +237,7 @@ class ExemplarMemory:
         return shares
 
     def bytes(self, target: int) -> int:
-        """Those that a class takes in the memory's file; what has not been made yet is encoded in memory."""
+        """Those that a class takes in the memory's file, with what has not been made yet."""
         return self.shares(target, expected=True)[-1].bytes
 
     def report(self) -> dict[str, Any]:
@@ -267,32 +251,35 @@ class ExemplarMemory:
         forms: list[dict[str, Any]] = []
         for form in dict(self.quotas):
             costs = [self.cost(form, image) for own_form, image in exemplars if own_form == form]
-            known = [cost for cost in costs if cost is not None]
-            units = float(sum(known)) if len(known) == len(costs) else None
+            units = None if None in costs else float(sum(cost or 0.0 for cost in costs))
             parts = [part for share in shares for part in share.forms if part.form == form]
             sums = {"bytes": sum(part.bytes for part in parts), "missing": sum(part.missing for part in parts)}
             forms.append({"form": form, "exemplars": len(costs), "units": units, **sums})
         counted = all(form["units"] is not None for form in forms)
         class_units = [self.units(target) for target in self.targets] if counted else []
-        real, others = ([form for form in forms if (form["form"] == REAL) == is_real] for is_real in (True, False))
         names = sum(share.names for share in shares)
+
+        def total(key: str, *, real: bool) -> int:
+            return sum(form[key] for form in forms if (form["form"] == REAL) == real)
+
+        budget, nb_classes = self.budget, len(self.targets)
         return {
-            "units_per_class_mean": sum(class_units) / max(len(class_units), 1) if counted else None,
+            "units_per_class_mean": sum(class_units) / max(nb_classes, 1) if counted else None,
             "units_per_class_max": max(class_units, default=0.0) if counted else None,
             "units_total": float(sum(class_units)) if counted else None,
-            "units_budget": self.budget,
-            "units_budget_total": self.budget * len(self.targets) if self.total is None and self.budget else self.total,
+            "units_budget": budget,
+            "units_budget_total": budget * nb_classes if self.total is None and budget else self.total,
             "bytes_per_class_max": max(map(self.bytes, self.targets), default=0),
             "bytes_budget": self.bytes_budget,
             "forms": forms,
-            "nb_real": sum(form["exemplars"] for form in real),
-            "nb_synthetic": sum(form["exemplars"] for form in others),
-            "bytes_real": sum(form["bytes"] for form in real),
-            "bytes_prompts": sum(form["bytes"] for form in others),
+            "nb_real": total("exemplars", real=True),
+            "nb_synthetic": total("exemplars", real=False),
+            "bytes_real": total("bytes", real=True),
+            "bytes_prompts": total("bytes", real=False),
             "bytes_names": names,
             "bytes_total": sum(form["bytes"] for form in forms) + names,
             "bytes_if_all_real": sum(self.file_bytes[name_of(image)] for _, image in exemplars),
-            "edge_maps_missing": sum(form["missing"] for form in others),
+            "edge_maps_missing": total("missing", real=False),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -317,13 +304,9 @@ class ExemplarMemory:
         return {"forms": [form for form, _ in self.quotas], "classes": classes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; the present content is dropped.
-
-        Raises UserError for exemplars of other forms than the quotas have.
-        """
-        forms = [form for form, _ in self.quotas]
-        if state["forms"] != forms:
-            theirs, ours = (", ".join(names) for names in (state["forms"], forms))
+        """Restore what `state_dict` returned.  Raises UserError for exemplars of other forms than the quotas have."""
+        if state["forms"] != (forms := [form for form, _ in self.quotas]):
+            theirs, ours = ", ".join(state["forms"]), ", ".join(forms)
             raise UserError(f"the checkpoint's exemplars have the forms {theirs}, this run's {ours}.")
         train = self.paths.folder("train")
         self.classes, self._units, self.file_bytes = {}, {}, {}

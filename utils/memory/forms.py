@@ -1,4 +1,4 @@
-"""The forms in which exemplars are kept, and their copies, as far as memory and trainer must know them.
+"""The forms in which exemplars are kept, and their copies: what memory and trainer need of them.
 
 The forms themselves are in compress/forms/, and what makes copies in compress/training/: main.py hands them over.
 """
@@ -18,10 +18,8 @@ class ExemplarForm(Protocol):
         """What a kept file depends on beside its image: plain values."""
 
     def units(self, image: Path) -> float | None:
-        """Cost of a train image's exemplar, in units of one real image; before it is made, what it will cost.
-
-        None for a form that has no such count.  Raises UserError naming a file that can't be read.
-        """
+        """What a train image's exemplar costs, or will cost, in units of a real image; None for a form without such a
+        count.  Raises UserError naming a file that can't be read."""
 
     def kept(self, image: Path) -> bytes | None:
         """What is kept of a train image, as it goes into the memory's file; None while it has not been made."""
@@ -42,15 +40,13 @@ class Copies(abc.ABC):
     made_by: list[dict[str, Any]]
     """See `compress.records.by_settings`."""
     generator: str | None = None
-    """The model that made them, by its name or file as compress/run.py takes it; None where none did or it is not
-    recorded."""
+    """The model that made them, by its name or file; None where none did or it is not recorded."""
 
     @abc.abstractmethod
     def make(self, images: Sequence[Path], with_copies: bool) -> int | None:
-        """Make what is missing of these images' edge maps and, with_copies, copies.
+        """Make what is missing of these images' kept files and, with_copies, copies; all processes share the work.
 
-        Called by all processes, which share the work.  Returns the number of copies that all of them made, None where
-        copies are made ahead.
+        Returns the number of copies that all of them made, None where copies are made ahead.
         """
 
     @abc.abstractmethod
@@ -63,33 +59,28 @@ class Copies(abc.ABC):
 
     def summary(self, exemplars: Sequence[Path]) -> dict[str, Any]:
         """For results.json: made_by, generator, files (the number of copies) and digest."""
-        made_by = {"made_by": self.made_by, "generator": self.generator}
-        return made_by | {key: value for key, value in self.digests(exemplars).items() if key != "classes"}
+        digests = self.digests(exemplars)
+        about = {"made_by": self.made_by, "generator": self.generator}
+        return {**about, "files": digests["files"], "digest": digests["digest"]}
 
     def check(self, state: Mapping[str, Any], exemplars: Sequence[Path]) -> None:
-        """Raises UserError, naming what differs, where the copies are not those of a checkpoint's `state`."""
-        _check_unchanged(state, self.state(exemplars))
+        """Raises UserError, naming what differs, where the copies are not those of a checkpoint's `state`.
 
-
-def _check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compare the copies that a run began with, as `Copies.state` describes them, with those on disk.
-
-    Files whose names, sizes and sampled contents agree may have other times where all of them have: the folder was
-    copied.  Raises UserError, naming what differs.
-    """
-    old, new = before["fingerprint"]["classes"], now["fingerprint"]["classes"]
-    changed = [label for label in old if label not in new or old[label][:2] != new[label][:2]]
-    touched = [label for label in old if label in new and old[label][2] != new[label][2]]
-    if len(touched) < len(old):
-        changed = [label for label in old if label in changed or label in touched]
-    changed += [label for label in new if label not in old]
-    if not changed:
-        return
-    details = ", ".join([f"the first is {changed[0]!r}", *_differences(before["made_by"], now["made_by"])])
-    raise UserError(
-        f"the copies of {len(changed)} of {len(new | old)} classes are not those that this run began with ({details}). "
-        "Put the old ones back, or choose another output_dir."
-    )
+        Files whose names, sizes and sampled contents agree may have other times where all of them have: the folder was
+        copied.
+        """
+        old, new = state["fingerprint"]["classes"], self.digests(exemplars)["classes"]
+        changed = [label for label in old if label not in new or old[label][:2] != new[label][:2]]
+        touched = [label for label in old if label in new and old[label][2] != new[label][2]]
+        if len(touched) < len(old):
+            changed = [label for label in old if label in changed or label in touched]
+        changed += [label for label in new if label not in old]
+        if changed:
+            details = ", ".join([f"the first is {changed[0]!r}", *_differences(state["made_by"], self.made_by)])
+            raise UserError(
+                f"the copies of {len(changed)} of {len(new | old)} classes are not those that this run began with "
+                f"({details}). Put the old ones back, or choose another output_dir."
+            )
 
 
 def _differences(before: Sequence[Mapping], now: Sequence[Mapping]) -> list[str]:

@@ -1,11 +1,16 @@
-"""The memory's file: all that is kept of the exemplars, and nothing else.
+"""The memory's file: all that is kept of the exemplars, and nothing else; and what a class takes in it.
 
     8 bytes    MAGIC, with the version
-    header     its length (a `varint`) and a raw deflate stream of JSON: {"dataset", "forms": [[name, settings], ...]}
-    classes    the index of each (`utils.memory.share`) and its payloads, by form, in order of choice
+    header     its length and a raw deflate stream of JSON: {"dataset", "forms": [[name, settings], ...]}
+    classes    of each: target, label, text (0 bytes where no exemplar needs it, or it is the label)
+               of each form: number of exemplars; a byte of flags; lengths, and, where the file does not tell them by
+                   itself, widths, heights, bits per pixel
+               the payloads, by form, in order of choice
     4 bytes    CRC-32 of all before
 
-Names of images are not in it: a run that goes on has them in its checkpoint.
+A number is a `varint`, a label or text its length and its bytes.  A column of equal numbers is written once, and only
+the columns whose flag is set have a number for each exemplar.  Names of images are not in it: a run that goes on has
+them in its checkpoint.
 """
 
 import json
@@ -13,13 +18,13 @@ import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from utils.data.classes import REAL
 from utils.data.codecs import read_varint, varint
-from utils.data.images import MAX_PIXELS
-from utils.memory.share import COLUMNS, Row, columns, named
+from utils.data.images import MAX_PIXELS, image_bits
 
 MAGIC = b"ESCORTm\x01"
 _LARGEST_HEADER = 1 << 20
@@ -33,8 +38,106 @@ class DamagedError(Exception):
 
 
 @dataclass(frozen=True)
+class Row:
+    """What the index says of an exemplar.
+
+    length: of its payload in bytes, None where none is kept (copies made ahead need none); size: (width, height) of
+    its image; bits: per pixel of its image.  Both are 0 for a real exemplar, whose file tells them.
+    """
+
+    length: int | None
+    size: tuple[int, int] = (0, 0)
+    bits: int = 0
+
+    def numbers(self, form: str) -> tuple[int, ...]:
+        """As they are written: a length is one more, since 0 stands for none."""
+        length = 0 if self.length is None else self.length + 1
+        return (length,) if form == REAL else (length, *self.size, self.bits)
+
+
+def row_of(form: str, image: Path, length: int | None) -> Row:
+    """Of a train image's exemplar."""
+    if form == REAL:
+        return Row(length)
+    width, height, bits = image_bits(image)
+    return Row(length, (width, height), bits)
+
+
+class Column(NamedTuple):
+    """The bytes of a column.  first: its first number; varies: whether others differ; each: bytes of all numbers."""
+
+    first: int
+    varies: bool = False
+    each: int = 0
+
+    def plus(self, number: int) -> "Column":
+        return Column(self.first, self.varies or number != self.first, self.each + len(varint(number)))
+
+    @property
+    def bytes(self) -> int:
+        return self.each if self.varies else len(varint(self.first))
+
+
+@dataclass(frozen=True)
+class FormShare:
+    """The bytes of a class's exemplars of one form.  missing: exemplars of which nothing is kept."""
+
+    form: str
+    count: int = 0
+    columns: tuple[Column, ...] = ()
+    payloads: int = 0
+    missing: int = 0
+
+    def plus(self, row: Row) -> "FormShare":
+        numbers = row.numbers(self.form)
+        columns = self.columns or [Column(number) for number in numbers]
+        grown = tuple(column.plus(number) for column, number in zip(columns, numbers, strict=True))
+        payloads, missing = self.payloads + (row.length or 0), self.missing + (row.length is None)
+        return FormShare(self.form, self.count + 1, grown, payloads, missing)
+
+    @property
+    def bytes_of_one(self) -> float:
+        """The mean of what an exemplar adds: its payload, and its numbers in the columns that vary."""
+        varying = sum(column.each for column in self.columns if column.varies)
+        return (self.payloads + varying) / max(self.count, 1)
+
+    @property
+    def bytes(self) -> int:
+        """With the index."""
+        index = len(varint(self.count)) + bool(self.count) + sum(column.bytes for column in self.columns)
+        return index + self.payloads
+
+
+@dataclass(frozen=True)
+class ClassShare:
+    """The bytes of a class, whose exemplars are added in order of choice."""
+
+    target: int
+    label: str
+    text: str
+    forms: tuple[FormShare, ...]
+
+    @classmethod
+    def empty(cls, target: int, label: str, text: str, forms: Sequence[str]) -> "ClassShare":
+        return cls(target, label, text, tuple(FormShare(form) for form in dict.fromkeys(forms)))
+
+    def plus(self, form: str, row: Row) -> "ClassShare":
+        return replace(self, forms=tuple(each.plus(row) if each.form == form else each for each in self.forms))
+
+    @property
+    def names(self) -> int:
+        """Bytes of target, label and text."""
+        needs_text = any(each.count for each in self.forms if each.form != REAL)
+        return len(named(self.target, self.label, self.text if needs_text else self.label))
+
+    @property
+    def bytes(self) -> int:
+        return self.names + sum(each.bytes for each in self.forms)
+
+
+@dataclass(frozen=True)
 class Exemplar:
-    """form: its name; row: see there; payload: what is kept of the image, None where nothing is."""
+    """form: its name; payload: what is kept of the image, None where nothing is."""
 
     form: str
     row: Row
@@ -70,12 +173,26 @@ def packed(memory: Memory) -> bytes:
         parts.append(named(record.target, record.label, record.text or record.label))
         by_form = {form: [e for e in record.exemplars if e.form == form] for form in memory.forms}
         for form, exemplars in by_form.items():
-            parts.append(varint(len(exemplars)))
-            if exemplars:
-                parts.append(columns(form, [exemplar.row for exemplar in exemplars]))
+            parts += [varint(len(exemplars)), columns([exemplar.row.numbers(form) for exemplar in exemplars])]
         parts += [exemplar.payload or b"" for exemplars in by_form.values() for exemplar in exemplars]
     content = b"".join(parts)
     return content + zlib.crc32(content).to_bytes(4)
+
+
+def named(target: int, label: str, text: str) -> bytes:
+    """The beginning of a class's record."""
+    parts = [os.fsencode(label), b"" if text == label else text.encode("utf-8", "replace")]
+    return varint(target) + b"".join(varint(len(part)) + part for part in parts)
+
+
+def columns(rows: Sequence[tuple[int, ...]]) -> bytes:
+    """Flags and columns of a form's exemplars; nothing where there are none."""
+    flags, content = 0, b""
+    for index, column in enumerate(zip(*rows, strict=True)):
+        varies = len(set(column)) > 1
+        flags |= varies << index
+        content += b"".join(map(varint, column if varies else column[:1]))
+    return bytes([flags]) + content if rows else b""
 
 
 def unpacked(content: bytes) -> Memory:
@@ -92,7 +209,7 @@ def unpacked(content: bytes) -> Memory:
         exemplars = [Exemplar(form, row, None if row.length is None else reader.take(row.length)) for form, row in rows]
         classes.append(ClassRecord(target, label, text or label, exemplars))
     memory = Memory(dataset, forms, classes)
-    check(memory)
+    _check(memory)
     return memory
 
 
@@ -122,16 +239,18 @@ class _Reader:
 
 def _header(part: bytes) -> tuple[str, dict[str, Mapping[str, Any]]]:
     """(dataset, forms)."""
-    decoder = zlib.decompressobj(wbits=-15)
     try:
-        about = read_json(decoder.decompress(part, _LARGEST_HEADER))
+        content = zlib.decompressobj(wbits=-15).decompress(part, _LARGEST_HEADER)
     except zlib.error as error:
         raise DamagedError(f"its header can't be decompressed ({error})") from None
     try:
-        dataset, forms = about["dataset"], dict(about["forms"])
+        about = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"its JSON can't be read ({error})") from None
+    try:
+        return about["dataset"], dict(about["forms"])
     except (KeyError, TypeError, ValueError):
         raise DamagedError("its header names no dataset and forms") from None
-    return dataset, forms
 
 
 def _rows(reader: _Reader, form: str, where: str) -> list[Row]:
@@ -141,27 +260,18 @@ def _rows(reader: _Reader, form: str, where: str) -> list[Row]:
         return []
     if count > _MOST_EXEMPLARS:
         raise DamagedError(f"{where} has {count:,} exemplars of form {form!r}")
-    flags = reader.take(1)[0]
-    table = []
-    for column in range(1 if form == REAL else COLUMNS):
-        if flags >> column & 1:
-            table.append([reader.number() for _ in range(count)])
-        else:
-            table.append([reader.number()] * count)
-    if form == REAL:
-        return [Row(length - 1 if length else None, (0, 0), 0) for length in table[0]]
-    return [Row(length - 1 if length else None, (w, h), bits) for length, w, h, bits in zip(*table, strict=True)]
+    flags, table = reader.take(1)[0], []
+    for column in range(1 if form == REAL else 4):
+        varies = flags >> column & 1
+        table.append([reader.number() for _ in range(count)] if varies else [reader.number()] * count)
+    rows = []
+    for length, *rest in zip(*table, strict=True):
+        width, height, bits = rest or (0, 0, 0)
+        rows.append(Row(length - 1 if length else None, (width, height), bits))
+    return rows
 
 
-def read_json(content: bytes) -> Any:
-    """Raises DamagedError for what is no JSON, or nested too deeply to be one of ours."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"its JSON can't be read ({error})") from None
-
-
-def check(memory: Memory) -> None:
+def _check(memory: Memory) -> None:
     """Raises DamagedError for what no memory of this program has, such as names that lead out of their folder."""
     names = [memory.dataset, *memory.forms]
     folders = [memory.dataset, *map(folder_of, memory.forms)] if all(isinstance(name, str) for name in names) else [""]
@@ -169,27 +279,20 @@ def check(memory: Memory) -> None:
         raise DamagedError(f"its dataset and forms are {names!r}")
     if not all(isinstance(settings, dict) for settings in memory.forms.values()):
         raise DamagedError("its forms have no settings")
-    targets, labels = [[getattr(record, key) for record in memory.classes] for key in ("target", "label")]
-    if len({*targets}) < len(targets) or len({*labels}) < len(labels):
+    targets, labels = {record.target for record in memory.classes}, {record.label for record in memory.classes}
+    if min(len(targets), len(labels)) < len(memory.classes):
         raise DamagedError("a class is there twice")
     for record in memory.classes:
-        if not isinstance(record.target, int):
-            raise DamagedError(f"a class has the target {record.target!r}")
-        if not isinstance(record.label, str) or not _is_folder_name(record.label):
+        if not _is_folder_name(record.label):
             raise DamagedError(f"a class is called {record.label!r}")
+        where = f"class {record.label!r} has"
         for exemplar in record.exemplars:
-            _check_exemplar(exemplar, f"class {record.label!r}", memory.forms)
-
-
-def _check_exemplar(exemplar: Exemplar, where: str, forms: Mapping[str, Any]) -> None:
-    width, height = exemplar.row.size
-    if exemplar.form not in forms:
-        raise DamagedError(f"{where} has exemplars of the unknown form {exemplar.form!r}")
-    if exemplar.form == REAL:
-        if not exemplar.payload:
-            raise DamagedError(f"{where} has a real exemplar without its picture")
-    elif exemplar.row.bits not in BITS or min(width, height) < 1 or width * height > MAX_PIXELS:
-        raise DamagedError(f"{where} has an image of {width} x {height} pixels of {exemplar.row.bits} bits")
+            (width, height), bits = exemplar.row.size, exemplar.row.bits
+            if exemplar.form == REAL:
+                if not exemplar.payload:
+                    raise DamagedError(f"{where} a real exemplar without its picture")
+            elif bits not in BITS or min(width, height) < 1 or width * height > MAX_PIXELS:
+                raise DamagedError(f"{where} an image of {width} x {height} pixels of {bits} bits")
 
 
 def folder_of(form: str) -> str:

@@ -19,7 +19,7 @@ def herding(features: Features, m: int) -> list[int]:
     """Indices of m rows in the order in which iCaRL's herding picks them (Rebuffi et al. 2017, Algorithm 4).
 
     features: n x d, one row per image of a class; rows are L2-normalised here.  Each pick brings the mean of the
-    picked rows closest to the mean of all; each row is picked at most once; of equals, the first.
+    picked rows closest to the mean of all; of equals, the first.
 
     Raises ValueError for m outside 0 ... n, and UserError for features that aren't finite.
     """

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from utils.errors import UserError
 from utils.files import write_csv
@@ -25,16 +25,15 @@ from utils.results.records import Phase
 if TYPE_CHECKING:
     from tensorboardX.event_file_writer import EventsWriter
 
-COLUMNS = ("phase", "stage", "epoch", "learning_rate", "loss", "train_accuracy", "seconds")
 _CURVES = ("learning_rate", "loss", "train_accuracy", "seconds")
+COLUMNS = ("phase", "stage", "epoch", *_CURVES)
 
 
 class History:
     """What one seed's run writes down after each epoch and each phase.  For one process of a run alone.
 
-    folder: of this seed's results, where an earlier part of the run may have left its history; loggers: "tensorboard"
-    for event files, "wandb" for Weights & Biases.  Raises UserError for an epochs.csv that is not of this kind, and as
-    `check_loggers` does.
+    folder: of this seed's results, where an earlier part of the run may have left its history; loggers: as in the
+    config.  Raises UserError for an epochs.csv that is not of this kind, and as `check_loggers` does.
     """
 
     def __init__(self, folder: Path, *, loggers: Sequence[str] = ("tensorboard",)):
@@ -48,59 +47,42 @@ class History:
         self._phase: int | None = None  # whose event file is open
         self._events: EventsWriter | None = None
 
-    def add_epoch(
-        self,
-        phase: int,
-        stage: str,
-        epoch: int,
-        *,
-        step: int,
-        learning_rate: float,
-        loss: float,
-        accuracy: float,
-        seconds: float,
-    ) -> None:
+    def add_epoch(self, phase: int, stage: str, epoch: int, step: int, figures: Mapping[str, float]) -> None:
         """Add an epoch, in place of itself and of all later ones that an interrupted run has left.
 
-        epoch: from 1, counted through the stages of the phase; step: from 1, counted through all phases.
+        epoch: from 1, counted through the stages of the phase; step: from 1, counted through all phases; figures:
+        learning_rate, loss, train_accuracy (percent), seconds.
         """
         self.rows = [row for row in self.rows if (int(row["phase"]), int(row["epoch"])) < (phase, epoch)]
-        values = (phase, stage, epoch, f"{learning_rate:.6g}", f"{loss:.6g}", f"{accuracy:.6g}", f"{seconds:.3f}")
-        row = dict(zip(COLUMNS, map(str, values), strict=True))
-        self._step, curves = step, {f"train/{key}": float(row[key]) for key in _CURVES}
-        if self.tensorboard:
-            self._open(phase, first_step=step - epoch)
-            self._add(step, curves)
-        if self._wandb:
-            self._wandb.log_metrics({**curves, "phase": phase}, step=step)
+        row = {"phase": str(phase), "stage": stage, "epoch": str(epoch)}
+        row |= {key: f"{figures[key]:{'.3f' if key == 'seconds' else '.6g'}}" for key in _CURVES}
+        self._step = step
+        self._log(phase, step, _curves_of(row), first_step=step - epoch)
         self.rows.append(row)
         self._write()
 
-    def add_phase(self, record: Mapping[str, Any]) -> None:
-        """Add what a finished phase came to.  record: the trainer's."""
-        done = Phase.of_training(record, ())
-        phase = done.phase
+    def add_phase(self, record: Phase) -> None:
+        """Add what a finished phase came to."""
+        phase = record.phase
         if any(int(row["phase"]) > phase for row in self.rows):
             self.rows = [row for row in self.rows if int(row["phase"]) <= phase]
             self._write()
-        if not self.tensorboard and not self._wandb:
-            return
-        figures: dict[str, float | None] = {
-            f"{classifier}/{key}": getattr(metrics, key)
-            for classifier, metrics in (("cnn", done.cnn), ("nme", done.nme))
-            if metrics is not None
-            for key in ("top1", "top5", "old", "new")
-        }
-        figures |= {"memory/units": done.memory.units_total, "memory/bytes": done.memory.bytes_total}
-        figures |= {"network/parameters": done.parameters}
-        figures |= {f"seconds/{key}": seconds for key, seconds in done.seconds.to_json().items()}
-        values = {tag: value for tag, value in figures.items() if value is not None}
+        seconds, memory = record.seconds.to_json(), record.memory
+        figures = {f"seconds/{key}": value for key, value in seconds.items()}
+        figures |= {"memory/units": memory.units_total, "memory/bytes": memory.bytes_total}
+        figures |= {"network/parameters": record.parameters}
+        for name, metrics in (("cnn", record.cnn), ("nme", record.nme)):
+            figures |= {f"{name}/{key}": getattr(metrics, key, None) for key in ("top1", "top5", "old", "new")}
+        self._log(phase, phase, {tag: value for tag, value in figures.items() if value is not None})
+        self.close()
+
+    def _log(self, phase: int, step: int, values: Mapping[str, float], first_step: int = 0) -> None:
+        """step: of the curves; first_step: that of the phase's first epoch, less one."""
         if self._wandb:
             self._wandb.log_metrics({**values, "phase": phase}, step=self._step)
         if self.tensorboard:
-            self._open(phase)
-            self._add(phase, values)
-            self.close()
+            self._open(phase, first_step)
+            self._add(step, values)
 
     def close(self) -> None:
         """Close the event file that is being written, if there is one."""
@@ -123,7 +105,7 @@ class History:
     def _write(self) -> None:
         write_csv(self.path, COLUMNS, [list(row.values()) for row in self.rows])
 
-    def _open(self, phase: int, first_step: int = 0) -> None:
+    def _open(self, phase: int, first_step: int) -> None:
         """Begin a phase's event file, unless it is open, with those of its epochs that are behind already."""
         if self._phase == phase:
             return
@@ -138,7 +120,7 @@ class History:
         self._events, self._phase = EventsWriter(str(self.folder / "events"), f".phase{phase:02d}"), phase
         for row in self.rows:
             if int(row["phase"]) == phase:
-                self._add(first_step + int(row["epoch"]), {f"train/{key}": float(row[key]) for key in _CURVES})
+                self._add(first_step + int(row["epoch"]), _curves_of(row))
 
     def _add(self, step: int, values: Mapping[str, float]) -> None:
         assert self._events is not None, "opened"
@@ -148,6 +130,10 @@ class History:
         for tag, value in values.items():
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
         self._events.flush()
+
+
+def _curves_of(row: Mapping[str, str]) -> dict[str, float]:
+    return {f"train/{key}": float(row[key]) for key in _CURVES}
 
 
 def check_loggers(loggers: Sequence[str]) -> None:

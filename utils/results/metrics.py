@@ -4,7 +4,7 @@ Plain arithmetic on NumPy arrays and on tensors' own methods, so that reading re
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,27 +12,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class PhaseMetrics(TypedDict):
-    """The accuracies of a classifier on the test images of all C classes seen.
+def phase_metrics(scores: "Tensor", targets: "Tensor", phase_ends: Sequence[int]) -> dict[str, Any]:
+    """The fields of `utils.results.records.Metrics` on the test images of all C classes seen; per_class as a list.
 
-    top1, top5 (100 where C <= 5), old, new: over all images, over those of earlier phases (None in phase 0), and over
-    the newest phase's; per_class: C accuracies; per_phase: over the images of each phase's classes; per_ten: over the
-    images of each ten classes, in target order; confusion: C x C counts, rows are the true classes.
+    scores: N x C on the CPU, higher is likelier; targets: N, in 0 ... C-1; phase_ends: number of classes seen after
+    phase 0, 1, ..., the last one C.
     """
-
-    top1: float
-    top5: float
-    old: float | None
-    new: float
-    per_class: list[float]
-    per_phase: list[float]
-    per_ten: list[float]
-    confusion: "Tensor"
-
-
-def phase_metrics(scores: "Tensor", targets: "Tensor", phase_ends: Sequence[int]) -> PhaseMetrics:
-    """scores: N x C on the CPU, higher is likelier; targets: N, in 0 ... C-1; phase_ends: number of classes seen after
-    phase 0, 1, ..., the last one C."""
     nb_classes = phase_ends[-1]
     pairs = targets.numpy() * nb_classes + scores.argmax(dim=1).numpy()
     confusion = np.bincount(pairs, minlength=nb_classes**2).reshape(nb_classes, nb_classes)
@@ -67,10 +52,10 @@ def forgetting(per_phase: Sequence[Sequence[float]]) -> float | None:
     Chaudhry et al., "Riemannian Walk for Incremental Learning", ECCV 2018.
     per_phase: after each phase, the accuracy on the classes of phase 0, 1, ....  None where there is but one phase.
     """
-    last = len(per_phase) - 1
-    if last < 1:
+    *before, final = per_phase
+    if not before:
         return None
-    return float(np.mean([max(row[j] for row in per_phase[j:last]) - per_phase[last][j] for j in range(last)]))
+    return float(np.mean([max(row[j] for row in before[j:]) - final[j] for j in range(len(before))]))
 
 
 def forgetting_in_tens(per_ten: Sequence[Sequence[float]]) -> float | None:
@@ -82,9 +67,8 @@ def forgetting_in_tens(per_ten: Sequence[Sequence[float]]) -> float | None:
     """
     if len(per_ten) < 2:
         return None
-    final = per_ten[-1]
     groups = range(len(per_ten[-2]))
-    return float(np.mean([max(row[j] for row in per_ten if j < len(row)) - final[j] for j in groups]))
+    return float(np.mean([max(row[j] for row in per_ten if j < len(row)) - per_ten[-1][j] for j in groups]))
 
 
 def backward_transfer(per_phase: Sequence[Sequence[float]]) -> float | None:
@@ -93,10 +77,8 @@ def backward_transfer(per_phase: Sequence[Sequence[float]]) -> float | None:
     Negative where classes are forgotten.  Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning",
     NIPS 2017, section 2.  per_phase: as for `forgetting`.  None where there is but one phase.
     """
-    last = len(per_phase) - 1
-    if last < 1:
-        return None
-    return float(np.mean([per_phase[last][j] - per_phase[j][j] for j in range(last)]))
+    *before, final = per_phase
+    return float(np.mean([final[j] - row[j] for j, row in enumerate(before)])) if before else None
 
 
 def nearest_mean_scores(features: "Tensor", means: "Tensor") -> "Tensor":

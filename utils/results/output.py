@@ -1,5 +1,6 @@
 """The output folder of an experiment: whose it is, and the results of its class orders, whichever process made them."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from utils.config.read import read_json
 from utils.config.schema import Config, as_dict, differences
 from utils.errors import UserError
 from utils.files import write_csv, write_json
-from utils.results.records import Classifier, ClassOrder, ResultsFile, read_results
+from utils.results.records import CLASSIFIERS, Classifier, ClassOrder, ResultsFile, read_results
 
 PHASE_COLUMNS = (
     *("seed", "phase", "classes_seen"),
@@ -33,11 +34,10 @@ class Output:
 
     def __init__(self, config: Config, folder: Path, draw: Callable[[Path], None] | None = None):
         self.config, self.folder, self.draw = config, folder, draw
-        self._check_whose_it_is()
-
-    def seed_folder(self, seed: int) -> Path:
-        """Where a class order's history and checkpoints are."""
-        return seed_folder(self.folder, seed)
+        before = _read_if_there(read_json, folder / "config.json")
+        if before is not None and any(folder.glob("seed*/checkpoints/*.pt")):  # else nothing would be lost
+            self._refuse_another(before)
+        self._orders()  # which remain where the checkpoints have been deleted
 
     def claim(self) -> None:
         """Make the folder, with the config as used."""
@@ -55,7 +55,7 @@ class Output:
         if not alone:
             yield
             return
-        folder = self.seed_folder(seed)
+        folder = seed_folder(self.folder, seed)
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = FileLock(folder / ".lock").acquire(blocking=False)
@@ -64,15 +64,18 @@ class Output:
         with lock:
             yield
 
-    def write(self, order: ClassOrder, confusions: Mapping[Classifier, Sequence[ArrayLike]]) -> ResultsFile:
-        """Put a class order in its place in results.json, beside the others.
+    def write(self, order: ClassOrder) -> ResultsFile:
+        """Put a class order in its place in results.json, beside the others.  Returns the new content of results.json.
 
-        confusions: a matrix a phase.  Returns the new content of results.json.
+        The confusion matrices of classifiers that all its phases have become files of their own.
         """
-        for classifier, matrices in confusions.items():
-            for phase, matrix in enumerate(matrices):
-                path = confusion_file(self.folder, order.seed, phase, classifier)
-                write_confusion(path, matrix, order.class_names)
+        for classifier in CLASSIFIERS:
+            metrics = [phase.classifiers.get(classifier) for phase in order.phases]
+            matrices = [each.confusion for each in metrics if each and each.confusion is not None]
+            if len(matrices) == len(metrics):
+                for phase, matrix in enumerate(matrices):
+                    path = confusion_file(self.folder, order.seed, phase, classifier)
+                    write_confusion(path, matrix, order.class_names)
         with FileLock(self.folder / ".results.lock"):
             others = [other for other in self._orders() if other.seed != order.seed]
             orders = sorted([*others, order], key=lambda one: one.seed)
@@ -85,41 +88,29 @@ class Output:
 
     def _orders(self) -> list[ClassOrder]:
         """Those of results.json.  Raises UserError where they are of another experiment."""
-        file = self.folder / "results.json"
-        content: ResultsFile | None = _known(read_results, file) if file.is_file() else None
+        content: ResultsFile | None = _read_if_there(read_results, self.folder / "results.json")
         if not content or not content.runs:
             return []
         self._refuse_another(content.config)
         return content.runs
 
-    def _check_whose_it_is(self) -> None:
-        file = self.folder / "config.json"
-        before = _known(read_json, file) if file.is_file() else None
-        if before is not None and any(self.folder.glob("seed*/checkpoints/*.pt")):  # else nothing would be lost
-            self._refuse_another(before)
-        self._orders()  # which remain where the checkpoints have been deleted
-
     def _refuse_another(self, before: Mapping[str, Any]) -> None:
         """Raises UserError where the config of what is in the folder differs from this experiment's."""
         if differing := differences(self.config, before):
             more = f"; {len(differing) - 4} more" if len(differing) > 4 else ""
+            folder = self.folder if self.folder.name not in ("", "..") else self.folder.resolve()
+            names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+            free = next(name for name in names if not name.exists())
             raise UserError(
                 f"{self.folder} holds another experiment ({'; '.join(differing[:4])}{more}). "
-                f"Choose another output_dir, such as {self._free_name()}."
+                f"Choose another output_dir, such as {free}."
             )
 
-    def _free_name(self) -> Path:
-        folder = self.folder if self.folder.name not in ("", "..") else self.folder.resolve()
-        number = 2
-        while (name := folder.parent / f"{folder.name}-{number}").exists():
-            number += 1
-        return name
 
-
-def _known(read: Callable[[Path], Any], file: Path) -> Any:
-    """What a file holds that a run has written."""
+def _read_if_there(read: Callable[[Path], Any], file: Path) -> Any:
+    """What a file holds that a run has written, None where there is none."""
     try:
-        return read(file)
+        return read(file) if file.is_file() else None
     except UserError as error:
         raise UserError(f"{error} Choose another output_dir, or delete that file.") from None
 
@@ -142,11 +133,8 @@ def write_phases(path: Path, orders: Sequence[ClassOrder]) -> None:
     rows = []
     for order in orders:
         for phase in order.phases:
-            accuracies = [
-                getattr(metrics, key, None)
-                for metrics in (phase.cnn, phase.nme)
-                for key in ("top1", "top5", "old", "new")
-            ]
+            keys = ("top1", "top5", "old", "new")
+            accuracies = [getattr(metrics, key, None) for metrics in (phase.cnn, phase.nme) for key in keys]
             memory, training, seconds = phase.memory, phase.training, phase.seconds
             row = [order.seed, phase.phase, phase.classes_seen, *accuracies, memory.units_total, memory.bytes_total]
             rows.append([*row, phase.parameters, training.loss, training.accuracy, seconds.train, seconds.total])

@@ -48,7 +48,13 @@ class ByClassifier(Record, Generic[Figures]):
 
 
 class Metrics(Record):
-    """A classifier after a phase, on the test images of all classes seen (`utils.results.metrics.phase_metrics`)."""
+    """A classifier after a phase, on the test images of all C classes seen.
+
+    top1, top5 (100 where C <= 5), old, new: over all images, over those of earlier phases (None in phase 0), and over
+    the newest phase's; per_class: by label, in the order of learning; per_phase: over the images of each phase's
+    classes; per_ten: over those of each ten classes in this order; confusion: C x C counts, rows are the true classes;
+    in checkpoints and files of its own, not in results.json.
+    """
 
     top1: float
     top5: float | None = None
@@ -57,6 +63,12 @@ class Metrics(Record):
     per_class: dict[str, float] = {}
     per_phase: list[float] = []
     per_ten: list[float] = []
+    confusion: Any = Field(default=None, exclude=True)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], class_names: Sequence[str]) -> "Metrics":
+        """state: with the accuracies per class as a list, as in checkpoints."""
+        return cls.model_validate({**state, "per_class": dict(zip(class_names, state["per_class"], strict=False))})
 
 
 class FormMemory(Record):
@@ -135,15 +147,17 @@ class Phase(ByClassifier[Metrics]):
     seconds: Seconds
 
     @classmethod
-    def of_training(cls, record: Mapping[str, Any], class_names: Sequence[str]) -> "Phase":
-        """record: of `models.training.trainer`, whose accuracies per class are lists, in the order of learning."""
-        entry = dict(record)
-        for classifier in CLASSIFIERS:
-            if (metrics := record.get(classifier)) is not None:
-                per_class = dict(zip(class_names, metrics["per_class"], strict=False))
-                entry[classifier] = {**metrics, "per_class": per_class}
-                entry[classifier].pop("confusion", None)
-        return cls.model_validate(entry)
+    def from_state(cls, state: Mapping[str, Any], class_names: Sequence[str]) -> "Phase":
+        """state: what `state` returned."""
+        classifiers = {name: Metrics.from_state(state[name], class_names) for name in CLASSIFIERS if state.get(name)}
+        return cls.model_validate({**state, **classifiers})
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: plain values, and confusion matrices as tensors."""
+        state = self.to_json()
+        for name, metrics in self.classifiers.items():
+            state[name] |= {"per_class": list(metrics.per_class.values()), "confusion": metrics.confusion}
+        return state
 
 
 class OverPhases(Record):
@@ -171,19 +185,16 @@ class ClassOrder(ByClassifier[OverPhases]):
     seconds_reused: float
 
     @classmethod
-    def of_training(
-        cls, seed: int, class_names: Sequence[str], records: Sequence[Mapping[str, Any]], nb_phases: int
-    ) -> "ClassOrder":
-        """records: the trainer's, of the phases that are done; nb_phases: of all."""
-        phases = [Phase.of_training(record, class_names) for record in records]
-        further = {name for phase in phases for name in phase.classifiers} - {"cnn", "nme"}
+    def of(cls, seed: int, class_names: Sequence[str], phases: Sequence[Phase], nb_phases: int) -> "ClassOrder":
+        """phases: those that are done; nb_phases: of all."""
+        used = {"cnn", "nme", *(name for phase in phases for name in phase.classifiers)}
         return cls.model_validate(
             {
                 "seed": seed,
                 "finished": len(phases) == nb_phases,
                 "class_names": list(class_names),
-                "phases": phases,
-                **{name: _over_phases(phases, name, class_names) for name in ("cnn", "nme", *further)},
+                "phases": list(phases),
+                **{name: _over_phases(phases, name, class_names) for name in CLASSIFIERS if name in used},
                 "memory": phases[-1].memory,
                 "seconds": sum(phase.seconds.total for phase in phases),
                 "seconds_reused": sum(phase.training.seconds for phase in phases if phase.training.reused),
@@ -191,13 +202,12 @@ class ClassOrder(ByClassifier[OverPhases]):
         )
 
 
-def _over_phases(phases: Sequence[Phase], classifier: str, class_names: Sequence[str]) -> OverPhases | None:
+def _over_phases(phases: Sequence[Phase], classifier: Classifier, class_names: Sequence[str]) -> OverPhases | None:
     """None where nearest means are not used; where another classifier is not, the head stands in, as in phase 0 for
     FOSTER's student."""
-    measured = [getattr(phase, classifier) for phase in phases]
-    if classifier == "nme" and None in measured:
+    if classifier == "nme" and any(phase.nme is None for phase in phases):
         return None
-    by_phase: list[Metrics] = [metrics or phase.cnn for metrics, phase in zip(measured, phases, strict=True)]
+    by_phase = [phase.classifiers.get(classifier, phase.cnn) for phase in phases]
     top1 = [metrics.top1 for metrics in by_phase]
     per_phase = [metrics.per_phase for metrics in by_phase]
     curves = itertools.zip_longest(*(metrics.per_class.values() for metrics in by_phase))
