@@ -1,4 +1,4 @@
-"""Reading, decoding, encoding and writing in threads, while the model samples: with bounded memory, in order."""
+"""Work in threads, with bounded memory and in order."""
 
 import threading
 from collections import deque
