@@ -8,9 +8,11 @@ import errno
 import functools
 import operator
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Self, TypeVar
@@ -19,7 +21,6 @@ import numpy as np
 
 from compress.forms import Request, pixels, resize_back
 from compress.generators import Generator, NoPicture, batches
-from compress.overlap import Budget, map_ahead
 from compress.plan import Plan, Task
 from utils.data.images import image_bits
 from utils.errors import UserError
@@ -309,3 +310,38 @@ def reason(error: OSError, path: Path) -> str:
     text = (error.strerror or str(error)).removeprefix(f"{path}: ") or type(error).__name__
     other = error.filename is not None and os.fsdecode(error.filename) != str(path)
     return f"{os.fsdecode(error.filename)}: {text}" if other else text
+
+
+def map_ahead(pool: Executor, function: Callable, items: Iterable, window: int) -> Iterator:
+    """function(item) for each item, in order; the pool works at most `window` items ahead of who takes the values.
+
+    What a call raises is raised here, at its place.
+    """
+    waiting: deque[Future] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > window:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+class Budget:
+    """Lets threads hold at most `limit` of something together; what is larger than that is held alone."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._held = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, amount: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._held == 0 or self._held + amount <= self.limit)
+            self._held += amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= amount
+                self._changed.notify_all()

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from compress.forms import OTHERWISE, WRONG_SIZE, pixels
-from compress.overlap import Budget, map_ahead
 from compress.plan import Plan, Task
 from compress.records import Records, State, names_in, read_mark
-from compress.regenerate import MOST_PIXELS, Part, reason
+from compress.regenerate import MOST_PIXELS, Budget, Part, map_ahead, reason
 from utils.cli import nb_cores
 from utils.data.images import image_bits, read_image
 from utils.files import temporary_files
