@@ -2,10 +2,10 @@
 
     python -m compress.measure --dataset MNIST --forms real,webp:10,edges [--settings "--model tiny ..."] [--time]
 
-Writes nothing on disk.  Printed: classes, images_per_class (of the smallest class), images (that were looked at),
-image_bytes; forms: for each its bytes (mean of an exemplar, with its length and size where these vary), most_bytes,
-units (null without such a count), text_bytes (of the longest class label and text), needs_model, deterministic,
-copy_bytes and, with --time, seconds_per_copy; or its error.
+Printed: classes, images_per_class (of the smallest class), images (that were looked at), image_bytes; forms: for each
+its bytes (mean of an exemplar, with its length and size where these vary), most_bytes, units (null without such a
+count), text_bytes (of the longest class label and text), needs_model, deterministic, copy_bytes and, with --time,
+seconds_per_copy; or its error.
 """
 
 import argparse
@@ -78,7 +78,6 @@ def seconds_of_copy(paths: DatasetPaths, images: Sequence[Path], form: Form, mac
     generator = make_generator(form, machine, fabric.device, precision)
     text = next(iter(paths.class_texts().values()))
     requests = [form.requests(image, form.stand_in(image, text), text, [0])[0] for image in images]
-
     return seconds_per_copy(form, generator, requests)
 
 
@@ -103,19 +102,17 @@ def command(argv: Sequence[str] | None) -> None:
     forms: dict[str, Any] = {}
     for name in options.forms.split(","):
         try:
-            form = None if name == REAL else _form(paths, options.settings, name)
-            forms[name] = measured(paths, images, form and form[0])
-            if form and options.time:
-                forms[name]["seconds_per_copy"] = seconds_of_copy(paths, images, *form, options.device)
+            if name == REAL:
+                forms[name] = measured(paths, images, None)
+                continue
+            form, machine, *_ = parse_settings(options.settings, fitting_preset(paths), name)
+            forms[name] = measured(paths, images, form)
+            if options.time:
+                forms[name]["seconds_per_copy"] = seconds_of_copy(paths, images, form, machine, options.device)
         except (UserError, OSError) as error:
             forms[name] = {"error": str(error)}
     counts = {"classes": len(sizes), "images_per_class": min(sizes), "train_images": sum(sizes), "images": len(images)}
     print(json.dumps({**counts, "image_bytes": fmean(image.stat().st_size for image in images), "forms": forms}))
-
-
-def _form(paths: DatasetPaths, settings: str, name: str) -> tuple[Form, Machine]:
-    """Raises UserError for an impossible form or settings."""
-    return parse_settings(settings, fitting_preset(paths), name)[:2]
 
 
 if __name__ == "__main__":

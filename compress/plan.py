@@ -1,17 +1,15 @@
 """What a run of compress/run.py has to do: what is asked for, compared with what is on disk."""
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Self
 
-from compress.forms import pixels, plural
-from compress.records import MadeOtherwise, Record, Records, State, read_mark
-from utils.data.images import image_bits
+from compress.forms import pixels
+from compress.records import MadeOtherwise, Record, Records, State, names_in, read_mark
 from utils.devices import Fabric, by_all, own_part
 
 READERS = 16
@@ -61,16 +59,8 @@ class Plan:
         return sum(task.kept is None for task in self.tasks)
 
     @property
-    def kept_present(self) -> int:
-        return len(self.tasks) - self.kept_missing
-
-    @property
     def copies_missing(self) -> int:
         return sum(len(task.copy_numbers) for task in self.tasks)
-
-    @property
-    def copies_present(self) -> int:
-        return len(self.tasks) * self.copies_per_image - self.copies_missing
 
     @property
     def needs_generator(self) -> bool:
@@ -80,29 +70,15 @@ class Plan:
 
 
 @dataclass
-class Part:
-    """What is known of a part of the images; each field adds up over the parts."""
-
-    def join(self, other: Self) -> None:
-        """Count another part in."""
-        for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
-
-
-@dataclass
-class Survey(Part):
-    """A part of the images asked for, compared with what is on disk.
-
-    tasks: one for each image; kept, copies: numbers of files in each state; kept_conflicts, copies_conflicts: the
-    labels of classes with files of other settings; classes: number of classes.
-    """
+class ClassSurvey:
+    """A class's files on disk, compared with the settings: a task for each image asked for, numbers of files in each
+    state, and whether files of other settings are there that nobody has decided to make again."""
 
     tasks: list[Task] = field(default_factory=list)
     kept: Counter[FileState] = field(default_factory=Counter)
     copies: Counter[FileState] = field(default_factory=Counter)
-    kept_conflicts: list[str] = field(default_factory=list)
-    copies_conflicts: list[str] = field(default_factory=list)
-    classes: int = 0
+    kept_conflicts: bool = False
+    copies_conflicts: bool = False
 
 
 def plan(
@@ -114,29 +90,32 @@ def plan(
 ) -> Plan:
     """Compare what is asked for with what is on disk.
 
-    existing: "refuse" files of other settings; "replace": these, and those whose settings are not recorded, are to be
-    made again; "overwrite": all files are; fabric: the processes, each of which looks at its part of the classes.
-    Raises MadeOtherwise where files of these classes were made with other settings, and are refused.
+    existing: "refuse" files of other settings, which raises MadeOtherwise; "replace": these, and those whose settings
+    are not recorded, are to be made again; "overwrite": all files are; fabric: the processes, each of which looks at
+    its part of the classes.
     """
     if fabric is None:
-        surveyed = survey(records, images, copy_numbers, existing)
+        surveys = survey(records, images, copy_numbers, existing)
     else:
         labels = set(own_part(fabric, list(dict.fromkeys(image.parent.name for image in images))))
-        own, surveyed = [image for image in images if image.parent.name in labels], Survey()
-        for part in by_all(fabric, lambda: survey(records, own, copy_numbers, existing)):
-            surveyed.join(part)
-    if surveyed.kept_conflicts or surveyed.copies_conflicts:
-        raise MadeOtherwise(_conflicts_in_words(records, surveyed))
-    tasks = {task.image: task for task in surveyed.tasks}
-    return Plan(records, tuple(map(tasks.__getitem__, images)), len(copy_numbers), surveyed.kept, surveyed.copies)
+        own = [image for image in images if image.parent.name in labels]
+        parts = by_all(fabric, lambda: survey(records, own, copy_numbers, existing))
+        surveys = {label: each for part in parts for label, each in part.items()}
+    _check_conflicts(records, surveys)
+    tasks = {task.image: task for each in surveys.values() for task in each.tasks}
+    kept = sum((each.kept for each in surveys.values()), Counter[FileState]())
+    copies = sum((each.copies for each in surveys.values()), Counter[FileState]())
+    return Plan(records, tuple(tasks[image] for image in images), len(copy_numbers), kept, copies)
 
 
-def survey(records: Records, images: Iterable[Path], copy_numbers: Sequence[int], existing: str) -> Survey:
-    """Compare these images' files on disk with the settings, class by class; arguments as `plan` has them."""
+def survey(
+    records: Records, images: Iterable[Path], copy_numbers: Sequence[int], existing: str
+) -> dict[str, ClassSurvey]:
+    """Compare these images' files on disk with the settings, by class; arguments as `plan` has them."""
     by_label: dict[str, list[Path]] = defaultdict(list)
     for image in images:
         by_label[image.parent.name].append(image)
-    surveyed = Survey(classes=len(by_label))
+    surveys = {label: ClassSurvey() for label in by_label}
     with ThreadPoolExecutor(READERS) as pool:
         for label, class_images in by_label.items():
             kept: dict[Path, tuple[Path, FileState]] = {}
@@ -144,24 +123,21 @@ def survey(records: Records, images: Iterable[Path], copy_numbers: Sequence[int]
             if existing != "overwrite":
                 kept = _kept_states(records, label, class_images, existing, pool)
                 copies = _copy_states(records, label, class_images, copy_numbers, existing, pool)
+            surveyed = surveys[label]
             if existing == "refuse":
-                if _conflicts(records.kept, label, (state for _, state in kept.values())):
-                    surveyed.kept_conflicts.append(label)
-                if _conflicts(records.copies, label, copies.values()):
-                    surveyed.copies_conflicts.append(label)
+                surveyed.kept_conflicts = _has_conflicts(records.kept, label, (state for _, state in kept.values()))
+                surveyed.copies_conflicts = _has_conflicts(records.copies, label, copies.values())
             for image in class_images:
                 file, state = kept.get(image, (None, FileState.MISSING))
-                names = {k: records.paths.copy_name(image, k) for k in copy_numbers}
-                states = {k: copies.get(name, FileState.MISSING) for k, name in names.items()}
+                states = [copies.get(records.paths.copy_name(image, k), FileState.MISSING) for k in copy_numbers]
                 surveyed.kept[state] += 1
-                surveyed.copies.update(states.values())
-                to_make = tuple(k for k in copy_numbers if states[k] in TO_MAKE)
+                surveyed.copies.update(states)
+                to_make = tuple(k for k, copy in zip(copy_numbers, states, strict=True) if copy in TO_MAKE)
                 surveyed.tasks.append(Task(image, None if state in TO_MAKE else file, to_make))
-    return surveyed
+    return surveys
 
 
-def _conflicts(record: Record, label: str, states: Iterable[FileState]) -> bool:
-    """Whether files of other settings are there that nobody has decided to make again."""
+def _has_conflicts(record: Record, label: str, states: Iterable[FileState]) -> bool:
     return record.state(label) is not State.MIXED and FileState.OTHERWISE in states
 
 
@@ -169,42 +145,34 @@ def _kept_states(
     records: Records, label: str, images: Sequence[Path], existing: str, pool: ThreadPoolExecutor
 ) -> dict[Path, tuple[Path, FileState]]:
     """Image -> its kept file, where it is on disk, and what is known of it."""
-    names = _names(records.paths.folder("kept") / label)
+    names = frozenset(names_in(records.paths.folder("kept") / label))
     files = {image: file for image in images if (file := records.paths.find_kept(image, names)) is not None}
     state = records.kept.state(label)
     if state is State.NEW:
-        unrecorded = FileState.OTHERWISE if existing == "replace" else FileState.UNRECORDED
-        return {image: (file, unrecorded) for image, file in files.items()}
-    if existing == "refuse" and state is not State.MIXED:
-        recorded = FileState.GOOD if state is State.SAME else FileState.OTHERWISE
-        return {image: (file, recorded) for image, file in files.items()}
-
-    def judge(image: Path) -> FileState:
-        of_published_scripts = existing == "replace" and files[image].suffix == ".bmp"
-        fits = not of_published_scripts and _fits(records, label, image, files[image])
-        return FileState.GOOD if fits else FileState.OTHERWISE
-
-    return {image: (files[image], state) for image, state in zip(files, pool.map(judge, files), strict=True)}
+        states = [FileState.OTHERWISE if existing == "replace" else FileState.UNRECORDED] * len(files)
+    elif existing == "refuse" and state is not State.MIXED:
+        states = [FileState.GOOD if state is State.SAME else FileState.OTHERWISE] * len(files)
+    else:
+        states = list(pool.map(partial(_kept_state, records, existing), files, files.values()))
+    return {image: (file, state) for (image, file), state in zip(files.items(), states, strict=True)}
 
 
-def _fits(records: Records, label: str, image: Path, kept: Path) -> bool:
+def _kept_state(records: Records, existing: str, image: Path, kept: Path) -> FileState:
     """Whether a kept file is what the settings make of its image.
 
-    False too where it can't be read; True where the image can't, which the run itself will report.
+    It is not where it can't be read; it is where the image can't, which the run itself will report.
     """
-    form = records.form
+    if existing == "replace" and kept.suffix == ".bmp":  # of the published scripts
+        return FileState.OTHERWISE
     try:
-        width, height, _ = image_bits(image)
-        by_size = form.fits_by_size(kept, (height, width), records.kept.kinds(label))
-        if by_size is not None:
-            return by_size
         picture = pixels(image)
-    except OSError as error:
-        return not str(error).startswith(f"{kept}: ")
-    try:
-        return form.check(kept.read_bytes(), picture) is None
     except OSError:
-        return False
+        return FileState.GOOD
+    try:
+        fits = records.form.check(kept.read_bytes(), picture) is None
+    except OSError:
+        fits = False
+    return FileState.GOOD if fits else FileState.OTHERWISE
 
 
 def _copy_states(
@@ -213,7 +181,7 @@ def _copy_states(
 ) -> dict[str, FileState]:  # fmt: skip
     """File name -> what is known of it, of a class's copies on disk, at least of those asked for."""
     folder, ending = records.paths.copies_folder(label), records.form.files.copy_ending
-    on_disk = {name for name in _names(folder) if name.endswith(ending)}
+    on_disk = {name for name in names_in(folder) if name.endswith(ending)}
     state, marks = records.copies.state(label), records.copies.marks(label)
     if existing == "refuse" and state in (State.SAME, State.OTHER):  # no need to look at any
         return dict.fromkeys(on_disk, FileState.GOOD if state is State.SAME else FileState.OTHERWISE)
@@ -228,22 +196,25 @@ def _copy_states(
     return states
 
 
-def _names(folder: Path) -> frozenset[str]:
-    """What a folder holds: one listing instead of one question a file."""
-    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+def plural(noun: str) -> str:
+    """Of a word or a number of words: copy -> copies, edge map -> edge maps."""
+    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
 
 
-def _conflicts_in_words(records: Records, surveyed: Survey) -> str:
-    """The message for files of other settings."""
-    kept, copies = surveyed.kept_conflicts, surveyed.copies_conflicts
+def _check_conflicts(records: Records, surveys: dict[str, ClassSurvey]) -> None:
+    """Raises MadeOtherwise, with what differs, where classes have files of other settings."""
+    kept = [label for label, each in surveys.items() if each.kept_conflicts]
+    copies = [label for label, each in surveys.items() if each.copies_conflicts]
+    if not kept and not copies:
+        return
     nouns = ([plural(records.form.noun)] if kept else []) + (["copies"] if copies else [])
     differences = [difference for label in kept for difference in records.kept.differences(label)]
     differences += [difference for label in copies for difference in records.copies.differences(label)]
     differences = list(dict.fromkeys(differences))
     listed = ", ".join(differences[:4]) + (f" and {len(differences) - 4} more" if len(differences) > 4 else "")
     count = len({*kept, *copies})
-    where = f"in {count} of {surveyed.classes} classes" if count < surveyed.classes else "there"
-    return (
+    where = f"in {count} of {len(surveys)} classes" if count < len(surveys) else "there"
+    raise MadeOtherwise(
         f"{' and '.join(nouns)} {where} were made with other settings: {listed or 'of which no record is left'} "
         f"({records.paths.root})"
     )

@@ -1,13 +1,16 @@
-"""The settings of the two kinds of data: from image to prompt to copy."""
+"""The settings that copies depend on: from image to prompt to copy, for the two kinds of data, with their options."""
 
-from collections.abc import Mapping
+import argparse
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from compress.settings import SAMPLERS, check
 from ControlNet.annotator.util import SIDE_STEP
+from utils import cli
 from utils.errors import UserError
 
 FAST = {"sampler": "dpm++2m", "steps": 4}
@@ -20,22 +23,132 @@ MAX_PIXELS = 786_432
 LONGEST = 3
 """Up to this proportion the limit leaves a picture of the published 512 pixels as it is; so it is at any --size."""
 
-DEFAULT_QUALITY = 75
-"""Pillow's default JPEG quality (4:2:0 subsampling), with which the published scripts save copies."""
+
+class SamplerLimits(NamedTuple):
+    """eta: the default of a sampler that takes one, else None; guidance: that it brings where none is given, None for
+    the preset's; most_steps: that it can take."""
+
+    eta: float | None = None
+    guidance: float | None = None
+    most_steps: int = 1000
+
+
+SAMPLERS = {
+    "ddim": SamplerLimits(eta=0.0),
+    "ddim-trailing": SamplerLimits(eta=0.0),
+    "ancestral": SamplerLimits(),
+    "dpm++2m": SamplerLimits(),
+    "dpm++2m-karras": SamplerLimits(),
+    "unipc": SamplerLimits(),
+    "unipc-karras": SamplerLimits(),
+    "lcm": SamplerLimits(guidance=1.0, most_steps=50),
+    "tcd": SamplerLimits(eta=0.3, guidance=1.0, most_steps=50),
+}
+"""The names are those of ControlNet.sampling, which imports torch.  Weights for LCM and TCD have guidance built in (Luo
+et al. 2023, Zheng et al. 2024)."""
+
+
+def finite(text: str) -> float:
+    """A number, neither infinite nor NaN."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return number
+
+
+def window(text: str) -> tuple[float, float]:
+    """ "0.1:0.8" -> (0.1, 0.8)."""
+    start, colon, end = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B, such as 0:0.5")
+    return finite(start), finite(end)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option, whose value replaces the field of the same name of `Preset` or `Sampling`.
+
+    read: the option's text -> its value; metavar: in the help; is_possible, bounds: what values may be;
+    advice: what to take in place of one that is impossible."""
+
+    name: str
+    read: Callable[[str], Any]
+    metavar: str
+    help: str
+    is_possible: Callable[[Any], bool] = lambda value: True
+    bounds: str = ""
+    advice: Callable[[Any], str] = lambda value: ""
+
+    @property
+    def option(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    def words(self, value: Any) -> str:
+        """The value as it can be typed."""
+        return "{:g}:{:g}".format(*value) if isinstance(value, tuple) else str(value)
+
+    def check(self, value: Any) -> None:
+        """Raises UserError for a value that is impossible."""
+        if not self.is_possible(value):
+            text = repr(value) if isinstance(value, str) else self.words(value)
+            raise UserError(f"{self.option} {self.bounds}, not {text}{self.advice(value)}.")
+
+
+SETTINGS = {setting.name: setting for setting in (
+    Setting(
+        "size", cli.at_least(1), "N", "shorter side of the generated pictures: 64, 128, 192, ...",
+        lambda size: size > 0 and size % SIDE_STEP == 0, f"is a multiple of {SIDE_STEP}",
+        lambda size: f": take {max(1, round(size / SIDE_STEP)) * SIDE_STEP}",
+    ),
+    Setting(
+        "steps", cli.at_least(1), "N", "steps of the sampler",
+        lambda steps: 1 <= steps <= 1000, "lies between 1 and 1000",
+    ),
+    Setting("guidance", finite, "X", "scale of classifier-free guidance; 1 is none, in half the time [9; lcm, tcd: 1]"),
+    Setting(
+        "guidance_window", window, "A:B",
+        "guidance from this part of the steps to that one, 0 is noise and 1 the picture [0:1]",
+        lambda ends: 0 <= ends[0] < ends[1] <= 1, "a:b has 0 <= a < b <= 1",
+    ),
+    Setting(
+        "reuse_every", cli.at_least(1), "N",
+        "compute the UNet's deep features in every N-th step alone, and reuse them between [1: in every step]",
+    ),
+    Setting(
+        "start_strength", finite, "X",
+        "of copies that start from a picture: the share of the steps that change it, above 0 up to 1 [0.7]",
+        lambda strength: 0 < strength <= 1, "lies above 0 and is at most 1",
+    ),
+    Setting(
+        "sampler", str, "NAME", f"how latents are sampled: {', '.join(SAMPLERS)} [ddim]",
+        SAMPLERS.__contains__, f"is one of {', '.join(SAMPLERS)}",
+    ),
+    Setting(
+        "eta", finite, "X", "share of fresh noise, of ddim and tcd [0; tcd 0.3]",
+        lambda eta: 0 <= eta <= 1, "lies between 0 and 1",
+    ),
+    Setting(
+        "prompt_template", str, "TEXT", "such as 'a photo of {label}'",
+        lambda text: set(re.findall(r"\{\w*\}", text)) <= {"{label}"}, "knows {label}, and no other name in braces",
+    ),
+    Setting("negative_prompt", str, "TEXT", "text of what copies should not be like"),
+    Setting(
+        "quality", cli.at_least(1), "Q", "JPEG quality of copies, 1 to 100 [75]",
+        lambda quality: 1 <= quality <= 100, "lies between 1 and 100",
+    ),
+)}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How latents are sampled.
+    """How latents are sampled: SETTINGS, and
 
-    steps: number of steps, 1 to 1,000; guidance: scale of classifier-free guidance, at 1 the negative prompt has no
-    effect and its branch is not computed; eta: share of fresh noise a step, of some samplers (0: deterministic);
     strength: factor of all control tensors; control_decay: factor from each control tensor to the next finer one;
-    unconditional_control: whether the edge map also steers the branch of the negative prompt; sampler: in SAMPLERS;
-    guidance_from, guidance_until: guidance in this part of the steps alone, 0 (noise) to 1 (picture);
-    reuse_every: compute the UNet's deep features in every n-th step alone, 1 for all;
-    start_strength: of copies that start from a picture: the share of the steps that change it, above 0; at 1 little of
-    it is left.
+    unconditional_control: whether the edge map also steers the branch of the negative prompt, which is not computed at
+    guidance 1; guidance_from, guidance_until: the ends of guidance_window.
     """
 
     steps: int
@@ -51,7 +164,7 @@ class Sampling:
     start_strength: float = 0.7
 
     def changed(self, values: Mapping[str, Any]) -> "Sampling":
-        """With the values, by their settings' names, in place of its own; those that are no sampler's are left out.
+        """With these values of SETTINGS in place of its own; those that are no sampler's are left out.
 
         A sampler brings its eta and guidance where they are not given.  Raises UserError for what it does not take.
         """
@@ -82,10 +195,6 @@ class Sampling:
         return [self.strength * self.control_decay ** (tensors - 1 - i) for i in range(tensors)]
 
 
-GUESS_MODE = Sampling(steps=50, guidance=4.5, control_decay=0.825, unconditional_control=False)
-"""ControlNet's guess mode: no text says what the picture shows, so the edge map alone carries the guidance."""
-
-
 @dataclass(frozen=True)
 class Preset:
     """From image to prompt to copy.
@@ -94,7 +203,8 @@ class Preset:
     in pixels, for images of at least shorter_side pixels and for smaller ones; edges_of_generated_size: whether the
     image is resized before its edges are found (edge maps then have the generated size), or the edge map afterwards;
     guess: the sampling where a class has no text, None for the ordinary one; low_threshold, high_threshold: Canny's;
-    quality: of a copy's JPEG file, 1 to 100; max_pixels: the most that are generated of a picture.
+    quality: of a copy's JPEG file, Pillow's default as in the published scripts; max_pixels: the most that are
+    generated of a picture.
     """
 
     name: str
@@ -107,7 +217,7 @@ class Preset:
     edges_of_generated_size: bool
     low_threshold: float = 100
     high_threshold: float = 200
-    quality: int = DEFAULT_QUALITY
+    quality: int = 75
     max_pixels: int = MAX_PIXELS
 
     def generated_size(self, height: int, width: int) -> tuple[int, int]:
@@ -126,14 +236,14 @@ class Preset:
         return self.guess if self.guess is not None and not label_text else self.sampling
 
     def changed(self, **values: Any) -> "Preset":
-        """A preset with the given values in place of its own, by the names of `compress.settings.SETTINGS`.
+        """A preset with these values of SETTINGS in place of its own; None stands for a value that is not given.
 
-        None stands for a value that is not given.  Those of sampling hold for guess mode, too; `size` is the shorter
-        side of every generated picture, whatever the image's, up to the proportion LONGEST.
-        Raises UserError for impossible values.
+        Those of sampling hold for guess mode, too; `size` is the shorter side of every generated picture, whatever the
+        image's, up to the proportion LONGEST.  Raises UserError for impossible values.
         """
         values = {name: value for name, value in values.items() if value is not None}
-        check(values)
+        for name, value in values.items():
+            SETTINGS[name].check(value)
         changes = {each.name: values[each.name] for each in fields(self) if each.name in values}
         if "size" in values:
             changes["shorter_side"] = changes["small_shorter_side"] = values["size"]
@@ -170,7 +280,7 @@ HIGH = Preset(
         "worst quality, low quality"
     ),
     sampling=Sampling(steps=20),
-    guess=GUESS_MODE,
+    guess=Sampling(steps=50, guidance=4.5, control_decay=0.825, unconditional_control=False),  # as published
     shorter_side=512,
     small_shorter_side=512,
     edges_of_generated_size=False,

@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from compress.forms import Form, form_named, pixels
 from compress.forms.edges import Edges
 from compress.options import fitting_preset
 from compress.presets import PRESETS
-from compress.records import recorded_settings
+from compress.records import names_in, recorded_settings
 from utils import cli
 from utils.data.paths import DatasetPaths, data_dir
 from utils.errors import UserError
@@ -59,11 +60,11 @@ def look(paths: DatasetPaths, labels: Sequence[str], most: int) -> tuple[list[Lo
     looked, rest = [], []
     for label in labels:
         images = paths.images(label)
-        names = {file.name for file in folder.iterdir()} if (folder := paths.copies_folder(label)).is_dir() else set()
+        names = set(names_in(paths.copies_folder(label)))
         chosen = [image for image in images if paths.copy_name(image, 0) in names][: min(most, -(-len(images) // 2))]
         for image in chosen:
-            on_disk = [paths.copy_name(image, k) in names for k in range(len(names) + 1)]
-            copies = [pixels(paths.copy(image, k)) for k in range(on_disk.index(False))]
+            number = next(k for k in count() if paths.copy_name(image, k) not in names)
+            copies = [pixels(paths.copy(image, k)) for k in range(number)]
             looked.append(Looked(label, pixels(image), copies))
         rest += [(image, label) for image in images if image not in chosen]
     return looked, rest
@@ -114,33 +115,21 @@ def _edges(each: Looked, other: Looked | None, form: Form) -> tuple[np.ndarray, 
 
 def _mean(rows: Sequence[Measured]) -> dict[str, Any]:
     """The values of COLUMNS."""
+
+    def percent(part: float, whole: float) -> float | None:
+        return 100 * float(part) / float(whole) if whole else None
+
     copies = [right for row in rows for right in row.guesses[1:]]
     varieties = [row.variety for row in rows if row.variety is not None]
     return {
         "images": len(rows),
         "copies": len(copies),
-        "edges %": _percent(*sum((row.edges for row in rows), np.zeros(2))),
-        "other %": _percent(*sum((row.other for row in rows), np.zeros(2))),
-        "class %": _percent(sum(copies), len(copies)),
-        "real %": _percent(sum(row.guesses[0] for row in rows), len(rows)),
+        "edges %": percent(*sum((row.edges for row in rows), np.zeros(2))),
+        "other %": percent(*sum((row.other for row in rows), np.zeros(2))),
+        "class %": percent(sum(copies), len(copies)),
+        "real %": percent(sum(row.guesses[0] for row in rows), len(rows)),
         "variety": float(np.mean(varieties)) if varieties else None,
     }
-
-
-def _percent(part: float, whole: float) -> float | None:
-    return 100 * float(part) / float(whole) if whole else None
-
-
-def edges_found(prompts: Sequence[np.ndarray], copies: Sequence[np.ndarray], reach: int = 2) -> float:
-    """Share of the prompts' edge pixels with an edge of their copy at most `reach` pixels away.
-
-    prompts: HxW, above 0 on an edge; copies: pictures (HxWx3 or HxW uint8), brought to their prompt's size.
-    nan where the prompts have no edge.
-    """
-    maps = [cv2.resize(p, e.shape[::-1], interpolation=cv2.INTER_LINEAR) for e, p in zip(prompts, copies, strict=True)]
-    counts = [near(prompt, cv2.Canny(picture, 100, 200), reach) for prompt, picture in zip(prompts, maps, strict=True)]
-    near_edges, total = np.sum(counts, axis=0)
-    return float(near_edges / total) if total else float("nan")
 
 
 def near(prompt: np.ndarray, edges: np.ndarray, reach: int) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """The settings of the kept files and copies on disk, so that files of different settings are never mixed unnoticed.
 
 A copy carries a mark in its JPEG comment: a digest of everything that it depends on beside its image and its number.
-File and mark are one atomic write.  The settings behind the marks are written beside the class folders before the first
-copy, and again whenever they change, each time into a new file that is named by a digest of its content:
+The settings behind the marks are written beside the class folders before the first copy, and again whenever they
+change, each time into a new file that is named by a digest of its content:
 
     exemplars/settings-0c6e2b9d41f7.json   {"number": 1, "settings": {"prompt_template": ..., "sampling": {...}, ...},
                                             "class_texts": {"apple_pie": "apple pie", ...}}
@@ -10,8 +10,7 @@ copy, and again whenever they change, each time into a new file that is named by
 
 Processes that share the work write equal files of one name.  The one of the highest number counts for each class; in
 files of earlier versions (`settings.json`, `settings-2.json`, ...) the name has the number.  Kept files carry no mark,
-as their bytes count as memory; a file is checked by its size or against its image.  Where the generator encodes them
-too, their settings include the model, the precision and the class's text.
+as their bytes count as memory; they are compared with their image.
 
 Precision is a setting: bf16 in place of fp32 changes almost half of a copy's pixels.  Device and batch size are none:
 in fp32 they change a few pixels in ten thousand by one or two levels of 255, in bf16 some by a level or more.
@@ -63,22 +62,12 @@ class State(Enum):
 class Recipe:
     """What makes a copy, beside its image, its number and its class's text.
 
-    form: with its settings; model: the weights' fingerprint (`weights_fingerprint`); precision: what
-    `compress.generators.build.choose_precision` returns.  Both are None for a form without a model.
+    model: the weights' fingerprint; precision: as `choose_precision` returns it.  None for a form without a model.
     """
 
     form: Form
     model: str | None = None
     precision: str | None = None
-
-    def copy_settings(self) -> dict[str, Any]:
-        return {**self.form.copy_settings(), **self._made_by()}
-
-    def kept_settings(self) -> dict[str, Any]:
-        return {**self.form.settings(), **(self._made_by() if self.form.encoded_by_generator else {})}
-
-    def _made_by(self) -> dict[str, Any]:
-        return {"model": self.model, "precision": self.precision} if self.form.needs_model else {}
 
 
 @dataclass(frozen=True)
@@ -90,13 +79,16 @@ class SettingsFile:
     texts: dict[str, str | None]
     options: tuple[str, ...]
 
+    def flat(self, label: str) -> dict[str, Any]:
+        """What made a class's files."""
+        return _flat(self.settings, self.texts[label])
+
 
 class Record:
-    """The settings files of one folder, and the settings that are asked for.
+    """The settings files of a folder of kept files or of copies, and the settings that are asked for.
 
-    folder: of kept files or of copies; settings: as JSON has it; texts: class label -> text, None where a class's text
-    makes no difference; options: of compress/run.py, recorded for messages.
-    Raises UserError for a settings file that can't be read.
+    settings: as JSON has it; texts: class label -> text, None where a class's text makes no difference; options: of
+    compress/run.py, recorded for messages.  Raises UserError for a settings file that can't be read.
     """
 
     def __init__(
@@ -108,8 +100,20 @@ class Record:
         self.options = options
         self.files = read_settings(folder)
 
+    def wanted(self, label: str) -> dict[str, Any]:
+        """The settings asked for of a class's files, flat."""
+        return _flat(self.settings, self.texts.get(label, label))
+
+    def newest(self, label: str) -> dict[str, Any] | None:
+        """The newest recorded settings of a class's files, None where nothing is recorded."""
+        return next(reversed(self._recorded(label)), None)
+
+    def _recorded(self, label: str) -> list[dict[str, Any]]:
+        """What made a class's files, oldest first."""
+        return [file.flat(label) for file in self.files if label in file.texts]
+
     def state(self, label: str) -> State:
-        wanted = self._wanted(label)
+        wanted = self.wanted(label)
         alike = [_completed(recorded, wanted) == wanted for recorded in self._recorded(label)]
         if not alike:
             return State.NEW
@@ -119,73 +123,50 @@ class Record:
 
     def mark(self, label: str) -> str:
         """The JPEG comment of new copies of a class."""
-        return f"{MARK} {_digest(self._wanted(label))}"
+        return f"{MARK} {_digest(self.wanted(label))}"
 
     def marks(self, label: str) -> frozenset[str]:
         """The marks of all copies of a class that count as made with these settings."""
-        wanted = self._wanted(label)
+        wanted = self.wanted(label)
         earlier = [recorded for recorded in self._recorded(label) if _completed(recorded, wanted) == wanted]
         return frozenset(f"{MARK} {_digest(settings)}" for settings in (wanted, *earlier))
 
     def differences(self, label: str) -> list[str]:
         """What differs between the newest settings on disk and those asked for, such as "steps 20 -> 50"."""
-        newest, wanted = self.newest(label), self._wanted(label)
+        newest, wanted = self.newest(label), self.wanted(label)
         if newest is None:
             return []
         before = _completed(newest, wanted)
         return [
-            f"{_words(name, label)} {_value(before.get(name))} -> {_value(value)}"
+            (f"text of class {label!r}:" if name == "class_text" else name.replace("_", " "))
+            + f" {_value(before.get(name))} -> {_value(value)}"
             for name, value in wanted.items()
             if before.get(name) != value
         ]
 
     def note(self, labels: Iterable[str]) -> None:
-        """Record that these classes' files are made with the settings asked for from now on.
+        """Record that these classes' files are made with the settings asked for from now on, and those of which nothing
+        is on disk, so that processes which share the work agree.
 
-        Classes of which nothing is on disk are recorded as well, so that processes which share the work agree.
         Raises MadeOtherwise where another process has recorded other settings since this record was read.
         """
         before = {label: self.newest(label) for label in labels}
         self.files = read_settings(self.folder)
-        missing = {label for label in before if self.newest(label) != self._wanted(label)}
+        missing = {label for label in before if self.newest(label) != self.wanted(label)}
         for label in missing:
             if self.newest(label) != before[label] and self.state(label) is State.OTHER:
                 raise MadeOtherwise(
                     f"another process has begun to make files with other settings in {self.folder} "
                     f"({'; '.join(self.differences(label))})."
                 )
-        if missing:
-            missing |= {label for label in self.texts if not self.newest(label) and not (self.folder / label).exists()}
-            self._add({label: self.texts[label] for label in sorted(missing)})
-
-    def kinds(self, label: str) -> list[dict[str, Any]]:
-        """All settings that a class's files may have: those recorded, oldest first, then those asked for."""
-        return [*self._recorded(label), self._wanted(label)]
-
-    def newest(self, label: str) -> dict[str, Any] | None:
-        """The newest recorded settings of a class's files, None where nothing is recorded."""
-        return next(reversed(self._recorded(label)), None)
-
-    def wanted(self, label: str) -> dict[str, Any]:
-        """The settings asked for of a class's files, flat."""
-        return _without_text(self._wanted(label))
-
-    def _wanted(self, label: str) -> dict[str, Any]:
-        return _flat(self.settings, self.texts.get(label, label))
-
-    def _recorded(self, label: str) -> list[dict[str, Any]]:
-        """What made a class's files, oldest first."""
-        return [_flat(file.settings, file.texts[label]) for file in self.files if label in file.texts]
-
-    def _add(self, texts: Mapping[str, str | None]) -> None:
-        """Write the next settings file."""
+        if not missing:
+            return
+        missing |= {label for label in self.texts if not self.newest(label) and not (self.folder / label).exists()}
+        texts = {label: self.texts[label] for label in sorted(missing)}
         content: dict[str, Any] = {"number": self.files[-1].number + 1 if self.files else 1, "settings": self.settings}
         if self.options:
             content["options"] = list(self.options)
-        if None in texts.values():
-            content["classes"] = list(texts)
-        else:
-            content["class_texts"] = texts
+        content |= {"classes": list(texts)} if None in texts.values() else {"class_texts": texts}
         text = json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")  # JSON's escapes
         name = f"settings-{hashlib.sha256(text).hexdigest()[:12]}.json"
         try:
@@ -196,27 +177,32 @@ class Record:
 
 
 class Records:
-    """The settings asked for of a dataset's kept files and copies, and the recorded settings of those on disk.
-
-    options: those of compress/run.py that give these settings.
-    """
+    """The settings asked for of a dataset's kept files and copies, and those recorded of what is on disk."""
 
     def __init__(self, paths: DatasetPaths, recipe: Recipe, options: Sequence[str] = ()):
         self.paths = paths
         self.recipe = recipe
         self.form = recipe.form
         texts: dict[str, str | None] = dict(paths.class_texts())
-        kept_texts = texts if self.form.encoded_by_generator else dict.fromkeys(texts)
+        made_by = {"model": recipe.model, "precision": recipe.precision} if self.form.needs_model else {}
         if recipe.precision and options:
             options = [*options, "--precision", recipe.precision.partition("-")[0]]
-        self.kept = Record(paths.folder("kept"), recipe.kept_settings(), kept_texts)
-        self.copies = Record(paths.folder("copies"), recipe.copy_settings(), texts, options)
+        if self.form.encoded_by_generator:
+            self.kept = Record(paths.folder("kept"), {**self.form.settings(), **made_by}, texts)
+        else:
+            self.kept = Record(paths.folder("kept"), self.form.settings(), dict.fromkeys(texts))
+        self.copies = Record(paths.folder("copies"), {**self.form.copy_settings(), **made_by}, texts, options)
+
+
+def names_in(folder: Path) -> list[str]:
+    """What a folder holds, sorted; nothing where there is none.  One listing instead of one question a file."""
+    return sorted(os.listdir(folder)) if folder.is_dir() else []
 
 
 def read_settings(folder: Path) -> list[SettingsFile]:
     """The settings files of a folder of kept files or of copies, oldest first.  Raises UserError."""
     files = []
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+    for name in names_in(folder):
         match = re.fullmatch(r"settings(?:-([0-9a-f]+))?\.json", name)
         if match is None:
             continue
@@ -224,9 +210,8 @@ def read_settings(folder: Path) -> list[SettingsFile]:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
             texts = content["class_texts"] if "class_texts" in content else dict.fromkeys(content["classes"])
             number = content["number"] if "number" in content else int(match[1] or 1)
-            files.append(
-                SettingsFile(int(number), dict(content["settings"]), dict(texts), tuple(content.get("options", ())))
-            )
+            settings, options = dict(content["settings"]), tuple(content.get("options", ()))
+            files.append(SettingsFile(int(number), settings, dict(texts), options))
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{folder / name}, which says how the files there were made, can't be read ({type(error).__name__}). "
@@ -255,18 +240,14 @@ def model_options(options: Sequence[str]) -> tuple[str, ...]:
 
 def recorded_settings(folder: Path, labels: Iterable[str]) -> dict[str, dict[str, Any] | None]:
     """Class label -> the newest recorded settings of its files, flat; None where nothing is recorded."""
-    settings: dict[str, dict[str, Any] | None] = dict.fromkeys(labels)
-    for label, file in newest_files(folder, settings).items():
-        settings[label] = _without_text(_flat(file.settings, file.texts[label]))
-    return settings
+    labels = list(labels)
+    newest = newest_files(folder, labels)
+    return {label: _without_text(newest[label].flat(label)) if label in newest else None for label in labels}
 
 
 def by_settings(settings: Iterable[Mapping[str, Any] | None]) -> list[dict[str, Any]]:
-    """What made the copies, from each class's settings (`copy_settings`, flat), None where nothing is recorded.
-
-    [{"classes": number, "settings": {...} or None}], the most frequent settings first.
-    """
-    counts = Counter(json.dumps(each) for each in settings)
+    """[{"classes": number, "settings": {...} or None}], the most frequent first, of each class's settings."""
+    counts = Counter(json.dumps(each and _without_text(each)) for each in settings)
     return [{"classes": count, "settings": json.loads(each)} for each, count in counts.most_common()]
 
 
@@ -312,10 +293,6 @@ def _completed(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[s
 def _digest(flat: Mapping[str, Any]) -> str:
     plain = {name: float(value) if type(value) is int else value for name, value in flat.items()}  # 9 is 9.0
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _words(name: str, label: str) -> str:
-    return f"text of class {label!r}:" if name == "class_text" else name.replace("_", " ")
 
 
 def _value(value: Any) -> str:

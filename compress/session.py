@@ -14,20 +14,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from compress.generators import Generator
-from compress.generators.build import (
-    OPENVINO_BF16,
-    choose_precision,
-    download,
-    generator,
-    model_fingerprint,
-    recipe_of,
-    warn_of_settings,
-)
+from compress.generators import Generator, build
 from compress.options import Job
 from compress.plan import Plan, plan
 from compress.records import MadeOtherwise, Recipe, Records, State, model_options, newest_files
-from compress.regenerate import Regenerator, regenerate
+from compress.regenerate import Regenerator, regenerate, total
 from compress.summary import report, report_estimate, report_findings, report_plan
 from compress.verify import Findings, look_around, verify
 from utils.devices import Fabric, by_all, by_first, launch, own_part, together
@@ -48,18 +39,16 @@ def run(job: Job, device: str) -> int:
     fabric = launch(device, patience=PATIENCE)
     with together(fabric):
         images, empty = select(job)
-    if job.download and not job.verify:
-        by_first(fabric, lambda: download(job.machine.model))
-    recipe = by_first(fabric, lambda: expected_recipe(job, fabric.device, images))
-    with together(fabric):
+        if job.download and not job.verify:
+            by_first(fabric, lambda: build.download(job.machine.model))
+        recipe = by_first(fabric, lambda: expected_recipe(job, fabric.device, images))
         records = Records(job.paths, recipe, job.options)
-    if job.verify:
-        is_well = verify_and_report(fabric, records, images, job.copy_numbers).is_well
-        return DONE if (is_well and not empty) or not fabric.is_global_zero else SOME_FAILED
-    with together(fabric):
+        if job.verify:
+            is_well = verify_and_report(fabric, records, images, job.copy_numbers).is_well
+            return DONE if (is_well and not empty) or not fabric.is_global_zero else SOME_FAILED
         todo = find_work(fabric, job, records, images)
     if fabric.is_global_zero:
-        warn_of_settings(job.form, job.machine, job.paths.class_texts(), images)
+        build.warn_of_settings(job.form, job.machine, job.paths.class_texts(), images)
         report_plan(todo, f"{job.paths.dataset}, {job.form.preset.name} resolution")
     if job.dry_run:
         if fabric.is_global_zero:
@@ -69,7 +58,7 @@ def run(job: Job, device: str) -> int:
     # Files without a record, such as the published scripts', are coded anew in a repair alone.
     kept = todo.records.kept
     recode = {label for label in kept.texts if job.repair or kept.state(label) is not State.NEW}
-    with generator(todo, job.machine, fabric.device) as generate:
+    with build.generator(todo, job.machine, fabric.device) as generate:
         announce(generate, job, todo, fabric)
         start = time.perf_counter()
         own = sum(len(task.copy_numbers) for task in own_part(fabric, todo.tasks))
@@ -103,38 +92,36 @@ def select(job: Job) -> tuple[list[Path], list[Path]]:
 
 def chosen_labels(classes: Sequence[str], known: list[str]) -> list[str]:
     """The labels of --classes: each value is one label, or several with commas between them."""
-    labels = []
+    labels = set()
     for value in classes:
-        labels += [value] if value in known else [label.strip() for label in value.split(",") if label.strip()]
-    for label in labels:
-        if label not in known:
-            near = difflib.get_close_matches(label, known, n=1)
-            some = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
-            hint = f"did you mean {near[0]!r}?" if near else f"the dataset has {some}"
-            raise UserError(f"no class {label!r}: {hint}")
-    return sorted(set(labels))
+        labels |= {value} if value in known else {label.strip() for label in value.split(",") if label.strip()}
+    for label in sorted(labels.difference(known)):
+        near = difflib.get_close_matches(label, known, n=1)
+        some = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
+        hint = f"did you mean {near[0]!r}?" if near else f"the dataset has {some}"
+        raise UserError(f"no class {label!r}: {hint}")
+    return sorted(labels)
 
 
 def expected_recipe(job: Job, device: torch.device, images: Sequence[Path]) -> Recipe:
-    """What has made the files on disk, if they are this job's.
+    """What has made the files on disk, if they are this job's: `recipe_of`, but with the precision of the copies on
+    disk where it is left to the machine; and with their model where the weights are not at hand.
 
-    That is `recipe_of`, but where the precision is left to the machine, that of the copies on disk is meant; and where
-    the weights are not at hand, the model of these copies, if the recorded options name the same.
-    Raises UserError where the recorded options name another model, or none and the user names one.
+    Raises UserError where then the recorded options name another model, or none and the user names one.
     """
     form, machine = job.form, job.machine
     if not form.needs_model or job.existing != "refuse":
-        return recipe_of(form, machine, device, job.dry_run)
+        return build.recipe_of(form, machine, device, job.dry_run)
     folder, labels = job.paths.folder("copies"), dict.fromkeys(image.parent.name for image in images)
     newest = newest_files(folder, labels)
     recorded = next(iter(newest.values())).settings if newest else {}
     precision = machine.precision
     if precision == "auto":
-        precision = recorded.get("precision") or choose_precision(precision, device, machine.engine)
+        precision = recorded.get("precision") or build.choose_precision(precision, device, machine.engine)
     elif precision == "bf16" and machine.engine == "openvino":
-        precision = OPENVINO_BF16
+        precision = build.OPENVINO_BF16
     try:
-        return Recipe(form, model_fingerprint(machine), precision)
+        return Recipe(form, build.model_fingerprint(machine), precision)
     except UserError as error:
         models = {model_options(file.options) for file in newest.values() if file.options}
         named = model_options(job.options)
@@ -148,8 +135,7 @@ def expected_recipe(job: Job, device: torch.device, images: Sequence[Path]) -> R
 def find_work(fabric: Fabric, job: Job, records: Records, images: list[Path]) -> Plan:
     """The plan for these images, which is the same in all processes.
 
-    records: by the expected recipe.  Where something is to be made, by a recipe of this machine, files that another one
-    made are others.
+    records: by the expected recipe.  Where something is to be made, it is compared with this machine's recipe.
     Raises UserError where files on disk were made with other settings, and the options don't say what to do with them.
     """
     numbers, findings = job.copy_numbers, Findings()
@@ -158,7 +144,7 @@ def find_work(fabric: Fabric, job: Job, records: Records, images: list[Path]) ->
         if job.repair:
             findings = verify_and_report(fabric, records, images, numbers)
         if job.existing == "refuse" and findings.repairs(todo).needs_generator:
-            recipe = by_first(fabric, lambda: recipe_of(job.form, job.machine, fabric.device, job.dry_run))
+            recipe = by_first(fabric, lambda: build.recipe_of(job.form, job.machine, fabric.device, job.dry_run))
             recipe = replace(recipe, model=recipe.model or records.recipe.model)  # of a dry run without weights
             if recipe != records.recipe:
                 todo = plan(Records(job.paths, recipe, job.options), images, numbers, job.existing, fabric)
@@ -185,7 +171,7 @@ def dry_run(job: Job, todo: Plan, fabric: Fabric) -> None:
     with ExitStack() as stack:
         generate, missing = None, None
         try:
-            generate = stack.enter_context(generator(todo, job.machine, fabric.device))
+            generate = stack.enter_context(build.generator(todo, job.machine, fabric.device))
         except UserError as error:
             missing = error
         announce(generate, job, todo, fabric)
@@ -209,11 +195,7 @@ def verify_and_report(fabric: Fabric, records: Records, images: list[Path], copy
     own = own_part(fabric, images)
     with progress_bar(len(own), "image", fabric) as bar:
         parts = by_all(fabric, lambda: verify(records, own, copy_numbers, bar.update))
-    findings = look_around(records, dict.fromkeys(image.parent.name for image in images))
-    for part in parts:
-        findings.join(part)
-    position = {image: i for i, image in enumerate(images)}
-    findings.tasks.sort(key=lambda task: position[task.image])
+    findings = total([*parts, look_around(records, dict.fromkeys(image.parent.name for image in images))])
     if fabric.is_global_zero:
         report_findings(findings, records.form.noun)
     return findings
@@ -222,6 +204,6 @@ def verify_and_report(fabric: Fabric, records: Records, images: list[Path], copy
 def progress_bar(total: int, unit: str, fabric: Fabric) -> tqdm:
     """With the time left; in a log file, a line every half minute.  Of several processes the first one shows its part,
     which is about as large as any other's."""
-    seldom = 0.1 if sys.stderr.isatty() else 30
+    seconds = 0.1 if sys.stderr.isatty() else 30
     quiet = not total or not fabric.is_global_zero
-    return tqdm(disable=quiet, total=total, unit=unit, dynamic_ncols=True, mininterval=seldom, smoothing=0.05)
+    return tqdm(disable=quiet, total=total, unit=unit, dynamic_ncols=True, mininterval=seconds, smoothing=0.05)

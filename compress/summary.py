@@ -4,21 +4,21 @@ import io
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from compress.forms import Form, Request, plural
+from compress.forms import Form, Request
 from compress.generators import Generator, group
-from compress.plan import FileState, Plan
-from compress.presets import Sampling
+from compress.plan import FileState, Plan, plural
 from compress.regenerate import Regenerator, Result
 from compress.verify import Findings
 from ControlNet.ldm.schedule import ddim_timesteps
 from utils.data.images import image_bits, read_image
-
-UNRECORDED = FileState.UNRECORDED
 
 MOST_MEASURED = 1000
 """Images whose generated sizes a plan looks up."""
@@ -26,16 +26,17 @@ MOST_MEASURED = 1000
 
 def report_plan(todo: Plan, title: str) -> None:
     """Print what there is to do, and how many files are kept although their settings are not recorded."""
-    noun = plural(todo.records.form.noun)
-    print(
-        f"{title}: {len(todo.tasks):,} images{generated_sizes(todo)}\n"
-        f"{noun}: {todo.kept_missing:,} to make, {todo.kept_present:,} there already"
-        f"{_otherwise(todo.kept)}\n"
-        f"copies: {todo.copies_missing:,} to make, {todo.copies_present:,} there already"
-        f"{_otherwise(todo.copies)}"
-    )
-    states = ((todo.kept[UNRECORDED], noun), (todo.copies[UNRECORDED], "copies"))
-    unrecorded = [f"{count:,} {what}" for count, what in states if count]
+    print(f"{title}: {len(todo.tasks):,} images{generated_sizes(todo)}")
+    unrecorded = []
+    for noun, missing, files in (
+        (plural(todo.records.form.noun), todo.kept_missing, todo.kept),
+        ("copies", todo.copies_missing, todo.copies),
+    ):
+        otherwise = files[FileState.OTHERWISE]
+        note = f"; {otherwise:,} of those to make are there, made otherwise" if otherwise else ""
+        print(f"{noun}: {missing:,} to make, {files.total() - missing:,} there already{note}")
+        if files[FileState.UNRECORDED]:
+            unrecorded.append(f"{files[FileState.UNRECORDED]:,} {noun}")
     if unrecorded:
         print(
             f"{' and '.join(unrecorded)} without a record of how they were made are kept (--replace makes them again)"
@@ -45,36 +46,27 @@ def report_plan(todo: Plan, title: str) -> None:
 def generated_sizes(todo: Plan) -> str:
     """The smallest and the largest size at which copies are generated, height x width, of MOST_MEASURED images."""
     form, step = todo.records.form, -(-len(todo.tasks) // MOST_MEASURED)
-    sizes, short = Counter[tuple[int, int]](), 0
+    sizes = Counter[tuple[int, int]]()
     for task in todo.tasks[::step] if form.needs_model else ():
-        try:
+        with suppress(OSError):  # the run itself will list it
             width, height, _ = image_bits(task.image)
-        except OSError:
-            continue  # the run itself will list it
-        size = form.preset.generated_size(height, width)
-        short += min(size) < form.preset.small_shorter_side
-        sizes[size] += 1
+            sizes[form.preset.generated_size(height, width)] += 1
     if not sizes:
         return ""
     smallest, largest = min(sizes, key=math.prod), max(sizes, key=math.prod)
     text = f", generated at {smallest[0]} x {smallest[1]}"
     text += f" to {largest[0]} x {largest[1]} pixels" if len(sizes) > 1 else " pixels"
+    short = sum(count for size, count in sizes.items() if min(size) < form.preset.small_shorter_side)
     of = f" of the {sizes.total():,} looked at" if step > 1 else ""
     limit = f"of {form.preset.max_pixels:,} pixels"
     return text + (f"; {short:,}{of} are so long that the limit {limit} makes them smaller" if short else "")
-
-
-def _otherwise(files: Counter[FileState]) -> str:
-    count = files[FileState.OTHERWISE]
-    return f"; {count:,} of those to make are there, made otherwise" if count else ""
 
 
 def report_findings(findings: Findings, noun: str) -> None:
     """Print what --verify found.  noun: of the form."""
     checked, faults = findings.checked, findings.faults
     print(f"checked: {checked[noun]:,} {plural(noun)} and {checked['copy']:,} copies of {checked['image']:,} images")
-    kinds = Counter((fault.what, fault.why) for fault in faults)
-    for (what, why), count in kinds.items():
+    for (what, why), count in Counter((fault.what, fault.why) for fault in faults).items():
         print(f"  {_count(count, what)} {why}")
     if findings.half_written:
         print(f"  {_count(len(findings.half_written), 'half-written file')} (the next run takes them away)")
@@ -142,11 +134,14 @@ def report(result: Result, noun: str, empty: list[Path], seconds: float) -> None
 
 def size(count: float) -> str:
     """Bytes for a person: 1,234 -> "1.2 kB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    unit = "kB"
+    for larger in ("MB", "GB", "TB"):
+        if count < 1e6:
             break
-        count, unit = count / 1000, {"bytes": "kB", "kB": "MB", "MB": "GB", "GB": "TB"}[unit]
-    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count, unit = count / 1000, larger
+    return f"{count / 1000:.1f} {unit}"
 
 
 def ratio(part: float, whole: float) -> str:
@@ -169,10 +164,9 @@ SAMPLE = 64
 """Images looked at."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What the missing files will take: bytes on disk, and seconds of one process, 0 without a generator.  NaN where no
-    image can be read."""
+class Estimate(NamedTuple):
+    """What the missing files will take: bytes, and seconds of one process, 0 without a generator.  NaN where no image
+    can be read."""
 
     kept_bytes: float
     copy_bytes: float
@@ -227,6 +221,11 @@ def seconds_per_copy(form: Form, generator: Generator, requests: list[Request]) 
         return time.perf_counter() - start
 
     sampling = form.preset.sampling_for(typical.text)
+
+    def made(steps: int) -> int:
+        """The steps that the sampler makes: DDIM may make more than it is asked for."""
+        return len(ddim_timesteps(steps)) if sampling.sampler == "ddim" else steps
+
     # A whole cycle of steps that reuse features, or one step; then at least four steps more.
     few = sampling.reuse_every
     more = few * (1 + -(-4 // few))
@@ -234,15 +233,10 @@ def seconds_per_copy(form: Form, generator: Generator, requests: list[Request]) 
         whole = seconds(sampling.steps)
     else:
         first = seconds(few)
-        each = max(seconds(more) - first, 0) / (_steps(sampling, more) - _steps(sampling, few))
-        whole = first + each * (_steps(sampling, sampling.steps) - _steps(sampling, few))
+        each = max(seconds(more) - first, 0) / (made(more) - made(few))
+        whole = first + each * (made(sampling.steps) - made(few))
     return whole / generator.batch_size * _mean(areas) / math.prod(typical.condition.size)
 
 
-def _steps(sampling: Sampling, steps: int) -> int:
-    """The steps that a sampler makes: DDIM may make more than it is asked for."""
-    return len(ddim_timesteps(steps)) if sampling.sampler == "ddim" else steps
-
-
-def _mean(values) -> float:
+def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else math.nan

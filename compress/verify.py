@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from compress.forms import OTHERWISE, WRONG_SIZE, pixels
-from compress.overlap import Budget, map_ahead
-from compress.plan import Part, Plan, Task
-from compress.records import Records, State, read_mark
-from compress.regenerate import MOST_PIXELS, reason
+from compress.plan import Plan, Task
+from compress.records import Records, State, names_in, read_mark
+from compress.regenerate import MOST_PIXELS, Budget, Part, map_ahead, reason
 from utils.cli import nb_cores
 from utils.data.images import image_bits, read_image
 from utils.files import temporary_files
@@ -26,10 +25,8 @@ ENDS = {".jpg": b"\xff\xd9", ".png": b"IEND\xaeB`\x82"}
 
 @dataclass(frozen=True)
 class Fault:
-    """A file that is not as it should be.
-
-    what: "image", "copy", or the form's noun; why: MISSING, UNREADABLE, WRONG_SIZE or OTHERWISE.
-    """
+    """A file that is not as it should be.  what: "image", "copy", or the form's noun; why: MISSING, UNREADABLE,
+    WRONG_SIZE or OTHERWISE."""
 
     path: Path
     what: str
@@ -42,11 +39,8 @@ class Fault:
 
 @dataclass
 class Findings(Part):
-    """What `verify` found, image by image.
-
-    tasks: for each image what there is to make again; unmarked: copies without recorded settings, which are kept;
-    half_written: temporary files of killed processes; orphans: files that belong to no train image.
-    """
+    """tasks: for each image what there is to make again; unmarked: copies without recorded settings, which are kept;
+    half_written: temporary files of killed processes; orphans: files that belong to no train image."""
 
     tasks: list[Task] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -80,36 +74,19 @@ def verify(
 
     progress: called with the number of images just finished.
     """
-    findings = Findings()
-    check = _Check(records, copy_numbers)
-    threads = nb_cores()
+    findings, threads = Findings(), nb_cores()
     pool = ThreadPoolExecutor(threads)
     try:
-        for task, faults, unmarked in map_ahead(pool, check, images, window=4 * threads):
-            findings.tasks.append(task)
-            findings.faults += faults
-            findings.unmarked += unmarked
-            findings.checked.update({"image": 1, records.form.noun: 1, "copy": len(copy_numbers)})
+        for each in map_ahead(pool, _Check(records, copy_numbers), images, window=4 * threads):
+            findings.join(each)
             progress(1)
     finally:
         pool.shutdown(cancel_futures=True)
     return findings
 
 
-def look_around(records: Records, labels: Iterable[str]) -> Findings:
-    """Half-written files, and files of these classes that belong to no train image."""
-    findings, labels = Findings(), list(labels)
-    for mode in ("kept", "copies"):
-        findings.half_written += temporary_files(records.paths.folder(mode))
-        for label in labels:
-            findings.half_written += temporary_files(records.paths.folder(mode) / label)
-            findings.orphans += _orphans(records, mode, label)
-        findings.orphans += _orphaned_folders(records, mode)
-    return findings
-
-
 class _Check:
-    """Called with an image -> what to make again, the faults, the number of copies without a mark."""
+    """Called with an image -> its findings."""
 
     def __init__(self, records: Records, copy_numbers: Sequence[int]):
         self.records = records
@@ -118,21 +95,25 @@ class _Check:
         self.marks = {label: records.copies.marks(label) for label in records.copies.texts}
         self.pixels = Budget(MOST_PIXELS)
 
-    def __call__(self, image: Path) -> tuple[Task, list[Fault], int]:
+    def __call__(self, image: Path) -> Findings:
+        findings = Findings()
+        findings.checked.update({"image": 1, self.records.form.noun: 1, "copy": len(self.copy_numbers)})
         try:
             width, height, _ = image_bits(image)
             with self.pixels.hold(width * height):
-                kept, kept_fault = self._kept(image, pixels(image))
-                bad_copies, unmarked = self._copies(image, (width, height))
+                kept, fault = self._kept(image, pixels(image))
+                bad = [k for k in self.copy_numbers if not self._is_good(image, k, (width, height), findings)]
         except OSError as error:
-            fault = Fault(image, "image", UNREADABLE, reason(error, image))
-            return Task(image, None, ()), [fault], 0  # a repair will try it, and list it
-        bad = tuple(bad_copies)
-        if kept_fault and kept_fault.why in (WRONG_SIZE, OTHERWISE):
-            bad = tuple(self.copy_numbers)  # they came from this file
-        faults = [kept_fault] if kept_fault else []
-        faults += bad_copies.values()
-        return Task(image, None if kept_fault else kept, bad), faults, unmarked
+            findings = Findings(checked=findings.checked)
+            findings.faults.append(Fault(image, "image", UNREADABLE, reason(error, image)))
+            findings.tasks.append(Task(image, None, ()))  # a repair will try it, and list it
+            return findings
+        if fault:
+            findings.faults.insert(0, fault)
+            if fault.why in (WRONG_SIZE, OTHERWISE):
+                bad = list(self.copy_numbers)  # they came from this file
+        findings.tasks.append(Task(image, None if fault else kept, tuple(bad)))
+        return findings
 
     def _kept(self, image: Path, picture: np.ndarray) -> tuple[Path | None, Fault | None]:
         path, form = self.records.paths.find_kept(image), self.records.form
@@ -144,51 +125,48 @@ class _Check:
             return path, Fault(path, form.noun, UNREADABLE, reason(error, path))
         return path, Fault(path, form.noun, *wrong) if wrong else None
 
-    def _copies(self, image: Path, size: tuple[int, int]) -> tuple[dict[int, Fault], int]:
-        """Number of each bad copy -> what is wrong with it; and how many good ones have no mark."""
-        label = image.parent.name
-        state, wanted, unmarked = self.states[label], self.marks[label], 0
-        faults: dict[int, Fault] = {}
-        for k in self.copy_numbers:
-            path = self.records.paths.copy(image, k)
-            try:
-                with path.open("rb") as file:
-                    end = ENDS[path.suffix]
-                    file.seek(max(0, os.fstat(file.fileno()).st_size - len(end)))
-                    if file.read() != end:
-                        raise OSError("the file is truncated")
-                copy_size = read_image(path).size
-            except FileNotFoundError:
-                faults[k] = Fault(path, "copy", MISSING)
-                continue
-            except OSError as error:
-                faults[k] = Fault(path, "copy", UNREADABLE, reason(error, path))
-                continue
+    def _is_good(self, image: Path, k: int, size: tuple[int, int], findings: Findings) -> bool:
+        """Whether a copy is as its image of that (width, height) and the settings ask; adds what is known of it."""
+        path, label = self.records.paths.copy(image, k), image.parent.name
+        fault = None
+        try:
+            with path.open("rb") as file:
+                end = ENDS[path.suffix]
+                file.seek(max(0, os.fstat(file.fileno()).st_size - len(end)))
+                if file.read() != end:
+                    raise OSError("the file is truncated")
+            width, height = read_image(path).size
             mark = read_mark(path)
-            if copy_size != size:
-                sizes = "{} x {} instead of {} x {} pixels".format(*copy_size, *size)
-                faults[k] = Fault(path, "copy", WRONG_SIZE, sizes)
-            elif mark is None and state is not State.MIXED:
-                unmarked += 1
-            elif mark not in wanted:
-                faults[k] = Fault(path, "copy", OTHERWISE, ", ".join(self.records.copies.differences(label)))
-        return faults, unmarked
+            if (width, height) != size:
+                sizes = f"{width} x {height} instead of {size[0]} x {size[1]} pixels"
+                fault = Fault(path, "copy", WRONG_SIZE, sizes)
+            elif mark is None and self.states[label] is not State.MIXED:
+                findings.unmarked += 1
+            elif mark not in self.marks[label]:
+                fault = Fault(path, "copy", OTHERWISE, ", ".join(self.records.copies.differences(label)))
+        except FileNotFoundError:
+            fault = Fault(path, "copy", MISSING)
+        except OSError as error:
+            fault = Fault(path, "copy", UNREADABLE, reason(error, path))
+        findings.faults += [fault] if fault else []
+        return fault is None
 
 
-def _orphans(records: Records, mode: str, label: str) -> list[Path]:
-    """Files of a class that belong to none of its train images."""
-    folder, files = records.paths.folder(mode) / label, records.form.files
-    if not folder.is_dir():
-        return []
-    stems = {records.paths.kept(image).stem for image in records.paths.images(label)}
-    endings = "|".join(re.escape(ending) for ending in files.kept_endings)
-    form = rf"(?s)(.+)_seed\d{{2,}}{re.escape(files.copy_ending)}" if mode == "copies" else rf"(?s)(.+)(?:{endings})"
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    return [folder / name for name in names if not (match := re.fullmatch(form, name)) or match[1] not in stems]
-
-
-def _orphaned_folders(records: Records, mode: str) -> list[Path]:
-    folder = records.paths.folder(mode)
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    unknown = (folder / name for name in names if not name.startswith(".") and name not in records.copies.texts)
-    return [path for path in unknown if path.is_dir()]
+def look_around(records: Records, labels: Iterable[str]) -> Findings:
+    """Half-written files, and files of these classes that belong to no train image."""
+    findings, labels, files = Findings(), list(labels), records.form.files
+    endings = "|".join(map(re.escape, files.kept_endings))
+    patterns = {"kept": rf"(?s)(.+)(?:{endings})", "copies": rf"(?s)(.+)_seed\d{{2,}}{re.escape(files.copy_ending)}"}
+    for mode, pattern in patterns.items():
+        folder = records.paths.folder(mode)
+        findings.half_written += temporary_files(folder)
+        for label in labels:
+            findings.half_written += temporary_files(folder / label)
+            stems = {records.paths.kept(image).stem for image in records.paths.images(label)}
+            for name in names_in(folder / label):
+                match = re.fullmatch(pattern, name)
+                if not name.startswith(".") and (match is None or match[1] not in stems):
+                    findings.orphans.append(folder / label / name)
+        unknown = [folder / name for name in names_in(folder) if name not in records.copies.texts]
+        findings.orphans += [path for path in unknown if path.is_dir() and not path.name.startswith(".")]
+    return findings

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from compress.training.cost import Cost
+from compress.training.exemplars import Cost
 from models import catalogue
 from models.training.run import Run
 from models.training.trainer import Trainer

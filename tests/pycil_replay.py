@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.training.cost import Cost
+from compress.training.exemplars import Cost
 from convs import BACKBONES, Backbone
 from models import catalogue
 from models.training.method import Method

@@ -14,7 +14,7 @@ from PIL import Image
 from compress.forms import examples, form_named
 from compress.options import Machine
 from compress.presets import HIGH
-from compress.training.cost import Cost
+from compress.training.exemplars import Cost
 from tests.conftest import long_but
 from tests.folders import make_dataset, save_noise
 from utils.data.codecs import varint

@@ -1,4 +1,4 @@
-"""What an exemplar costs, and how many fit a budget (compress.training.cost.Cost, utils/memory/budget.py)."""
+"""What an exemplar costs, and how many fit a budget (compress.training.exemplars.Cost, utils/memory/budget.py)."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 
 from compress.forms import form_named
 from compress.presets import HIGH
-from compress.training.cost import Cost
+from compress.training.exemplars import Cost
 from tests.folders import save_noise, save_picture
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError

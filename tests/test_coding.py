@@ -10,6 +10,7 @@ import pytest
 
 from compress.coding import colour, edge_maps
 from compress.coding.arithmetic import Decoder, encoded
+from compress.coding.train import largest_sums
 
 LARGE = 1 << 16
 
@@ -139,7 +140,7 @@ def in_integers(network, inputs, rows, columns, left):
 def test_the_network_in_float32_is_exact(kind):
     """So any order of additions gives the same sums."""
     network = edge_maps.network(kind)
-    assert max(edge_maps.largest_sums({n: getattr(network, n) for n in edge_maps.WEIGHTS})) < 1 << 24
+    assert max(largest_sums({n: getattr(network, n) for n in edge_maps.WEIGHTS})) < 1 << 24
     edges = scene(60, 50, kind)
     field = edge_maps.Field(60, 50)
     field.set_rows(0, edges)

@@ -12,7 +12,7 @@ from compress.forms import form_named
 from compress.generators import build
 from compress.options import Machine
 from compress.presets import HIGH
-from compress.training.cost import Cost
+from compress.training.exemplars import Cost
 from tests.conftest import long_but
 from tests.folders import save_noise
 from tests.little_config import phases, train_little

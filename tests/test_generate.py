@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress import settings
+from compress import presets
 from compress.forms import Condition, Request
 from compress.generators import NoPicture, controlnet
 from compress.generators.build import choose_precision
@@ -301,7 +301,7 @@ def test_every_text_is_encoded_once(monkeypatch):
     assert encoded == [PRESET.negative_prompt, *(PRESET.prompt_text(label) for label in labels)]
 
 
-@pytest.mark.parametrize("name", long_but(tuple(settings.SAMPLERS), "unipc"))
+@pytest.mark.parametrize("name", long_but(tuple(presets.SAMPLERS), "unipc"))
 def test_the_sampler_is_the_presets(name):
     """And a copy is the same alone, in any batch, and after a part of them was made."""
     model = little_model()
@@ -341,9 +341,9 @@ def test_copies_that_start_from_a_picture():
 
 
 def test_samplers_have_one_list_of_names():
-    assert tuple(SAMPLERS) == tuple(settings.SAMPLERS)
+    assert tuple(SAMPLERS) == tuple(presets.SAMPLERS)
     for name, sampler in SAMPLERS.items():
-        assert sampler.has_eta == (settings.SAMPLERS[name].eta is not None)
+        assert sampler.has_eta == (presets.SAMPLERS[name].eta is not None)
 
 
 @pytest.mark.parametrize(

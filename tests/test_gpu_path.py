@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress.forms import Condition, Request
 from compress.generators.controlnet import PictureGenerator
-from compress.presets import HIGH, LOW
-from compress.settings import SAMPLERS
+from compress.presets import HIGH, LOW, SAMPLERS
 from ControlNet.cldm.inference import make_ready
 from ControlNet.cldm.model import MODELS_FOLDER, create_empty_model
 from ControlNet.cldm.small_decoder import SmallDecoder, use_small_decoder

@@ -18,7 +18,7 @@ from compress.coding.edge_maps import encode
 from compress.forms.edges import read as edges_of
 from compress.presets import HIGH
 from compress.records import Recipe, Records
-from compress.training.cost import Cost
+from compress.training.exemplars import Cost
 from compress.verify import verify
 from tests import hostile_images
 from tests.folders import make_dataset

@@ -18,7 +18,7 @@ import main
 from compress.coding.edge_maps import encode
 from compress.options import parse_settings
 from compress.training import on_demand
-from compress.training.cost import Cost
+from compress.training.exemplars import Cost
 from models.training import trainer
 from models.training.epochs import warn_of_rising_loss
 from models.training.trainer import Trainer

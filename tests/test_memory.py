@@ -10,7 +10,7 @@ import torch
 
 from compress.coding.edge_maps import encode
 from compress.forms.edges import read
-from compress.training.cost import Cost
+from compress.training.exemplars import Cost
 from tests.folders import save_noise, save_picture
 from tests.test_budget import edges_cost
 from tests.test_herding import herding_by_hand

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from compress.training.cost import Cost
+from compress.training.exemplars import Cost
 from tests.folders import save_noise, save_picture
 from tests.test_budget import edges_cost
 from utils.data.paths import DatasetPaths

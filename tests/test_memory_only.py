@@ -10,7 +10,7 @@ from PIL import Image
 from compress import run as compress
 from compress.forms import form_named
 from compress.presets import HIGH
-from compress.training.cost import Cost
+from compress.training.exemplars import Cost
 from models import catalogue
 from models.training.trainer import Trainer
 from tests.conftest import long_but

@@ -9,9 +9,8 @@ import pytest
 
 from compress import regenerate
 from compress.generators.controlnet import PictureGenerator
-from compress.overlap import Budget, map_ahead
 from compress.presets import HIGH
-from compress.regenerate import Regenerator
+from compress.regenerate import Budget, Regenerator, map_ahead
 from tests.folders import make_dataset
 from tests.regenerating import Maker
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from compress import quality
-from compress.quality import edges_found
+from tests.bench.bench_tiny_model import edges_found
 from utils.data.paths import DatasetPaths
 
 LABELS = ("disc", "square")

@@ -440,7 +440,7 @@ def test_what_makes_no_difference_is_no_setting(paths):
 def on_demand(paths, checkpoint, steps=1):
     options = f"--model {shlex.quote(str(checkpoint))} --size 64 --steps {steps} --batch-size 4"
     fabric = Fabric(accelerator="cpu", devices=1)
-    return OnDemand(paths, options, resolution="high", form="edges", copies=2, fabric=fabric)
+    return OnDemand(paths, options, default=edges(HIGH), copies=2, fabric=fabric)
 
 
 def test_the_trainer_keeps_the_same_records(paths, compress, checkpoint):

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from compress.forms import Request, form_named
-from compress.forms.thumb import enlarged
+from compress.forms.picture import enlarged
 from compress.generators.build import warn_of_settings
 from compress.generators.controlnet import PictureGenerator
 from compress.options import Machine

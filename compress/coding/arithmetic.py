@@ -37,8 +37,8 @@ def encoded(bits: Sequence[int], probabilities: Sequence[int]) -> bytes:
 class Decoder:
     """Reads bits one by one from the bytes of `encoded`; any bytes give some bits, which `check_end` may refute.
 
-    length, offset: of the interval, and of the code within it; checksum: of the bits read.  Where calls of `bit` take
-    too long, read these, decode as it does, and write them back.  Raises OSError for no bytes at all.
+    length, offset: of the interval, and of the code within it; checksum: of the bits read.
+    Raises OSError for no bytes at all.
     """
 
     def __init__(self, code: bytes):

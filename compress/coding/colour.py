@@ -7,7 +7,7 @@ in integers, so that every machine reads the same picture.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -27,11 +27,9 @@ HALF = 1 << PRECISION - 1
 
 
 def planes(picture: np.ndarray) -> list[np.ndarray]:
-    """The quantised coefficients of Y, Cb and Cr of a picture (HxWx3 or HxW uint8): int arrays, low frequencies
-    first."""
-    rgb = np.atleast_3d(picture).astype(np.int64)
-    rgb = rgb if rgb.shape[2] == 3 else rgb.repeat(3, axis=2)
-    height, width = rgb.shape[:2]
+    """The quantised coefficients of Y, Cb and Cr of a picture (HxWx3 or HxW uint8): ints, low frequencies first."""
+    height, width = picture.shape[:2]
+    rgb = np.broadcast_to(np.atleast_3d(picture), (height, width, 3)).astype(np.int64)
     coefficients = []
     unit = (_step(height, width) << 16) * UNIT * UNIT
     for weights, offset, (rows, columns) in zip(TO_YCBCR, (128, 0, 0), sizes(height, width), strict=True):
@@ -66,25 +64,30 @@ def sizes(height: int, width: int) -> list[tuple[int, int]]:
 def bits_of(picture: np.ndarray) -> tuple[list[int], list[int]]:
     """(bits, their probabilities of being 1) of a picture (HxWx3 or HxW uint8), which `read` reads."""
     bits, probabilities = [], []
+    for level, context in levels_of(picture):
+        magnitude = abs(level)
+        for i in range(min(magnitude + 1, DECISIONS)):
+            bits.append(int(magnitude > i))
+            probabilities.append(int(tables()[context][i]))
+        if magnitude >= DECISIONS:  # Elias' gamma code
+            rest = magnitude - DECISIONS + 1
+            code = [0] * (rest.bit_length() - 1) + [int(bit) for bit in f"{rest:b}"]
+            bits += code
+            probabilities += [HALF] * len(code)
+        if magnitude:
+            bits.append(int(level < 0))
+            probabilities.append(HALF)
+    return bits, probabilities
+
+
+def levels_of(picture: np.ndarray) -> Iterator[tuple[int, tuple[int, int, int]]]:
+    """(level, where the probabilities of the decisions about it are in `tables`), in the order of coding."""
     for channel, levels in enumerate(planes(picture)):
         before = (0, 0)
         for row, column in _order(*levels.shape):
             level = int(levels[row, column])
-            context = tables()[_context(channel, row + column, before)]
-            magnitude = abs(level)
-            for i in range(min(magnitude + 1, DECISIONS)):
-                bits.append(int(magnitude > i))
-                probabilities.append(int(context[i]))
-            if magnitude >= DECISIONS:  # Elias' gamma code
-                rest = magnitude - DECISIONS + 1
-                code = [0] * (rest.bit_length() - 1) + [int(bit) for bit in f"{rest:b}"]
-                bits += code
-                probabilities += [HALF] * len(code)
-            if magnitude:
-                bits.append(int(level < 0))
-                probabilities.append(HALF)
-            before = (before[1], magnitude)
-    return bits, probabilities
+            yield level, _context(channel, row + column, before)
+            before = (before[1], abs(level))
 
 
 def read(decoder: Decoder, height: int, width: int) -> np.ndarray:
@@ -117,7 +120,7 @@ def _gamma(decoder: Decoder) -> int:
 
 
 def _context(channel: int, frequency: int, before: tuple[int, int]) -> tuple[int, int, int]:
-    """Where the probabilities of the decisions about a level are in `tables`.  before: two magnitudes."""
+    """An index of `tables`.  before: two magnitudes."""
     return min(channel, 1), min(frequency, FREQUENCIES - 1), min(NEIGHBOURS - 1, max(before))
 
 
@@ -129,22 +132,6 @@ def _order(rows: int, columns: int) -> Iterator[tuple[int, int]]:
 def _step(height: int, width: int) -> int:
     """The quantiser's step of an orthonormal transform's coefficients."""
     return STEP * max(1, math.isqrt(height * width))
-
-
-def counted(pictures: Iterable[np.ndarray]) -> np.ndarray:
-    """`tables` for pictures like these."""
-    counts = np.full((2, FREQUENCIES, NEIGHBOURS, DECISIONS, 2), 0.4)
-    for picture in pictures:
-        for channel, levels in enumerate(planes(picture)):
-            before = (0, 0)
-            for row, column in _order(*levels.shape):
-                magnitude = abs(int(levels[row, column]))
-                context = _context(channel, row + column, before)
-                for i in range(min(magnitude + 1, DECISIONS)):
-                    counts[context][i, int(magnitude > i)] += 1
-                before = (before[1], magnitude)
-    whole = 1 << PRECISION
-    return np.clip(np.rint(whole * counts[..., 1] / counts.sum(-1)), 32, whole - 32).astype(np.uint16)
 
 
 @cache

@@ -1,10 +1,10 @@
 """Lossless coding of edge maps: a small network predicts each pixel from those above it and to its left.
 
 A pixel's probability of being an edge depends on the ROWS x (2 COLUMNS + 1) pixels above it, the LEFT pixels before it,
-the share of edges in larger windows above, its place and the map's size.  The code of the pixels under these
-probabilities is arithmetic.  The networks (two hidden layers; one output for each pattern of the LEFT pixels, so that a
-row's hidden layers are computed at once) were trained by `python -m compress.coding.train` and are part of the project:
-edge_maps.npz.  There is one for each kind of map, and the first bits of a code tell whose it is.
+the share of edges in larger windows above, its place and the map's size.  The pixels are coded arithmetically under
+these probabilities.  There is a network for each kind of map, and the first bits of a code tell which one.  It has two
+hidden layers, and one output for each pattern of the LEFT pixels, so that a row's hidden layers are computed at once.
+edge_maps.npz was trained by `python -m compress.coding.train`.
 
 Weights and activations are integers whose sums stay below 2^24.  Such sums are exact in float32 in whatever order a
 machine adds, so the same bytes come back as the same pixels everywhere.
@@ -12,7 +12,6 @@ machine adds, so the same bytes come back as the same pixels everywhere.
 
 import hashlib
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -105,10 +104,9 @@ def bits_of(edges: np.ndarray) -> tuple[list[int], list[int]]:
     field = Field(*edges.shape)
     field.set_rows(0, edges)
     likely, kind = _likely(*edges.shape), _best_kind(field)
-    bits, probabilities = [int(kind != likely)], [LIKELY]
+    bits, probabilities = [0], [LIKELY]
     if kind != likely:
-        bits += [kind >> 1, kind & 1]
-        probabilities += [OTHERS, OTHERS]
+        bits, probabilities = [1, kind >> 1, kind & 1], [LIKELY, OTHERS, OTHERS]
     of_pixels = [_of_pixels(field, rows, kind)[0] for rows in field.bands()]
     return bits + (edges != 0).ravel().tolist(), probabilities + np.concatenate(of_pixels).tolist()
 
@@ -151,7 +149,7 @@ def _decoded_row(decoder: Decoder, probabilities: memoryview, width: int) -> np.
 
 
 class Field:
-    """An edge map that is being filled from the top, and the inputs that its pixels have by then."""
+    """An edge map that is being filled from the top, and the inputs of its pixels."""
 
     def __init__(self, height: int, width: int):
         self.height, self.width = height, width
@@ -175,10 +173,7 @@ class Field:
         self._sums[first + 1 : end + 1, 1:] = self._sums[first, 1:] + above
 
     def inputs(self, rows: slice) -> np.ndarray:
-        """Of the pixels of some rows, N x (PIXELS + SHARES) float32: the pixels above each, shares of edges, the size.
-
-        The rows above have to be there.
-        """
+        """Of the pixels of some rows, N x (PIXELS + SHARES) float32: pixels above, shares of edges, the size."""
         count = rows.stop - rows.start
         inputs = np.empty((count, self.width, PIXELS + SHARES), np.float32)
         inputs[:, :, :PIXELS].reshape(count, self.width, ROWS, -1)[...] = self.windows[rows]
@@ -238,10 +233,10 @@ def _activated(sums: np.ndarray, unit: int) -> np.ndarray:
 def inputs_of_places(side: int) -> np.ndarray:
     """side x (PLACES + 2 BORDER) float32, 0 or 1: where each place along a side of that length is."""
     places = np.arange(side)
-    columns = [places * PLACES // side, PLACES + np.minimum(places, BORDER - 1)]
-    columns.append(PLACES + BORDER + np.minimum(places[::-1], BORDER - 1))
     inputs = np.zeros((side, PLACES + 2 * BORDER), np.float32)
-    inputs[places[:, None], np.stack(columns, 1)] = 1
+    inputs[places, places * PLACES // side] = 1
+    inputs[places, PLACES + np.minimum(places, BORDER - 1)] = 1
+    inputs[places, PLACES + BORDER + np.minimum(places[::-1], BORDER - 1)] = 1
     return inputs
 
 
@@ -265,16 +260,6 @@ def _best_kind(field: Field) -> int:
         of_one = np.array(_of_pixels(field, rows, *kinds), np.float32)
         bits -= np.log2(np.where(edges, of_one, whole - of_one) / whole).sum(1)
     return kinds[int(np.argmin(bits))]
-
-
-def largest_sums(weights: Mapping[str, np.ndarray]) -> list[int]:
-    """Bounds of the three layers' sums, whatever the inputs are."""
-    of = {name: np.abs(array.astype(np.int64)) for name, array in weights.items()}
-    inputs = np.repeat([1, 255], [PIXELS, SHARES])
-    first = inputs @ of["first"] + of["rows"].sum(0) + of["columns"].sum(0) + of["bias"]
-    second = MOST * of["second"].sum(0) + of["second_bias"]
-    last = MOST * of["last"].sum(1) + of["last_bias"]
-    return [int(sums.max()) for sums in (first, second, last)]
 
 
 @cache

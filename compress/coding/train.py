@@ -1,25 +1,24 @@
 """Train the networks that code edge maps: python -m compress.coding.train --small DIR --large DIR [--out FILE]
 
-Writes compress/coding/edge_maps.npz: four small networks (see compress/coding/edge_maps.py), of handwritten digits (the
-250 of each that MNIST-ControlNet has), of the pictures below --small (32 pixels: CIFAR-10), of those below --large at
-several sizes, and of the same after a blur or an enlargement.  Take pictures whose bytes are not going to be measured.
-The file that ships was made from CIFAR-10's train pictures from number 1,000 of each class on and Imagenette's test
-pictures; about half an hour on one core.
+Writes compress/coding/edge_maps.npz: a network of `edge_maps` for each of its KINDS, of handwritten digits (the 250 of
+each that MNIST-ControlNet has), the pictures below --small, those below --large at several sizes, and the same after a
+blur or an enlargement; and the tables of `colour`.  Take pictures whose bytes are not going to be measured.  The file
+that ships was made from CIFAR-10's train pictures from number 1,000 of each class on and Imagenette's test pictures;
+about half an hour on one core.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, relu
 
 from compress.coding import colour
 from compress.coding import edge_maps as coder
-from compress.forms import reduced
+from compress.forms import reduced, resized
 from compress.forms.edges import Edges
 from compress.presets import PRESETS
 from utils import cli
@@ -75,9 +74,19 @@ class Predictor(torch.nn.Module):
             "last_bias": self.last.bias * last,
         }
         integers = {name: weight.detach().round().numpy().astype(np.int32) for name, weight in weights.items()}
-        if max(most := coder.largest_sums(integers)) >= 1 << 24:
+        if max(most := largest_sums(integers)) >= 1 << 24:
             raise ValueError(f"sums of {most} are not exact in float32")
         return integers
+
+
+def largest_sums(weights: Mapping[str, np.ndarray]) -> list[int]:
+    """Bounds of the three layers' sums, whatever the inputs are."""
+    of = {name: np.abs(array.astype(np.int64)) for name, array in weights.items()}
+    inputs = np.repeat([1, 255], [coder.PIXELS, coder.SHARES])
+    first = inputs @ of["first"] + of["rows"].sum(0) + of["columns"].sum(0) + of["bias"]
+    second = coder.MOST * of["second"].sum(0) + of["second_bias"]
+    last = coder.MOST * of["last"].sum(1) + of["last_bias"]
+    return [int(sums.max()) for sums in (first, second, last)]
 
 
 SHARE_UNIT = 128
@@ -149,6 +158,17 @@ def probabilities() -> np.ndarray:
     return np.clip(np.rint(whole / (1 + np.exp(-logits))), 1, whole - 1).astype(np.uint16)
 
 
+def counted(images: Iterable[np.ndarray]) -> np.ndarray:
+    """`colour.tables` for pictures like these."""
+    counts = np.full((2, colour.FREQUENCIES, colour.NEIGHBOURS, colour.DECISIONS, 2), 0.4)
+    for image in images:
+        for level, context in colour.levels_of(image):
+            for i in range(min(abs(level) + 1, colour.DECISIONS)):
+                counts[context][i, int(abs(level) > i)] += 1
+    whole = 1 << coder.PRECISION
+    return np.clip(np.rint(whole * counts[..., 1] / counts.sum(-1)), 32, whole - 32).astype(np.uint16)
+
+
 def pictures(folder: Path, first: int, every: int) -> list[np.ndarray]:
     """Pictures below a folder: of each of its folders those from number `first` on, and of these every n-th."""
     files: dict[Path, list[Path]] = {}
@@ -163,13 +183,7 @@ def pictures(folder: Path, first: int, every: int) -> list[np.ndarray]:
 
 def smaller(image: np.ndarray, side: int) -> np.ndarray:
     height, width = image.shape[:2]
-    height, width = reduced(height, width, side)
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-
-
-def tiny(images: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """The images at the sides that forms give tiny pictures."""
-    return (smaller(image, side) for side in (8, 12, 16, 24) for image in images)
+    return resized(image, reduced(height, width, side))
 
 
 def maps_of(kind: str, small: Callable[[], list[np.ndarray]], large: Callable[[], list]) -> list[list[np.ndarray]]:
@@ -204,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> int:
     small = cache(lambda: pictures(options.small, options.small_from, 4))
     large = cache(lambda: pictures(options.large, 0, 1))
-    arrays = {"colour": colour.counted(tiny([*small()[::10], *large()[::3]])), "probabilities": probabilities()}
+    tiny = (smaller(image, side) for side in (8, 12, 16, 24) for image in [*small()[::10], *large()[::3]])
+    arrays = {"colour": counted(tiny), "probabilities": probabilities()}
     if options.out.exists() and set(options.kinds) != set(coder.KINDS):
         with np.load(options.out) as earlier:
             arrays = dict(earlier) | arrays

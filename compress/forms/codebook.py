@@ -18,14 +18,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from compress.forms import Condition, Form, Spec, files_named
-from compress.forms.text import seed_by_name
-from compress.presets import Preset
+from compress.forms import Condition, Form, Spec, resized
+from compress.presets import Preset, Sampling
 from ControlNet.annotator.util import HWC3
-from utils.data.paths import FormFiles
 from utils.errors import UserError
 
 MOST_BITS, MOST_ATOMS = 16, 64
@@ -44,9 +41,9 @@ class Codebook(Form):
     atoms: int
     steps: int
     coded: int
-    files: FormFiles
     machine: Any = field(default=None, compare=False)
     noun = "code"
+    seeded_by_name = True
     needs_weights = True
     encoded_by_generator = True
 
@@ -71,27 +68,21 @@ class Codebook(Form):
         return replace(self, machine=machine)
 
     def settings(self) -> dict[str, Any]:
-        """`model` is None where there are no weights: then codes can neither be made nor decoded here."""
-        sampling = {"bits": self.bits, "atoms": self.atoms, "steps": self.steps, "coded": self.coded}
-        size = {name: getattr(self.preset, name) for name in ("shorter_side", "small_shorter_side", "prompt_template")}
-        return {
-            **sampling,
-            "candidates": CANDIDATES,
-            **size,
-            "model": self.machine and _model_fingerprint(self.machine),
-        }
+        """`model` is None where there are no weights."""
+        settings = {name: getattr(self, name) for name in ("bits", "atoms", "steps", "coded")}
+        settings["candidates"] = CANDIDATES
+        for name in ("shorter_side", "small_shorter_side", "prompt_template"):
+            settings[name] = getattr(self.preset, name)
+        return {**settings, "model": self.machine and _model_fingerprint(self.machine)}
 
     def copy_settings(self) -> dict[str, Any]:
-        return {"form": self.name, **super().copy_settings()}
+        return {"form": self.name, **super().copy_settings()}  # in the order of records so far
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
         raise TypeError("a code is made by a generator: encode_batch")
 
     def prepared(self, image: np.ndarray) -> np.ndarray:
-        """At the generated size: Lanczos where that is larger, else by area."""
-        image, (height, width) = HWC3(image), self.preset.generated_size(*image.shape[:2])
-        enlarge = height * width >= image.shape[0] * image.shape[1]
-        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LANCZOS4 if enlarge else cv2.INTER_AREA)
+        return resized(HWC3(image), self.preset.generated_size(*image.shape[:2]))
 
     def encode_batch(self, pictures: Sequence[np.ndarray], texts: Sequence[str], generator: Any) -> list[bytes]:
         if not self.coded:
@@ -147,9 +138,6 @@ class Codebook(Form):
         self.unpacked(kept)
         return None
 
-    def seed(self, image: Path, copy_number: int) -> int:
-        return seed_by_name(image, copy_number)
-
 
 def _largest(rank: int, k: int, most: int) -> int:
     """The largest n < most with comb(n, k) <= rank."""
@@ -182,12 +170,9 @@ def codebook(spec: Spec, preset: Preset) -> Codebook:
         )
     if coded > steps:
         raise UserError(f"{spec.name} has {steps} steps: it can't keep the first {coded} of them.")
-    whole = coded == steps
-    name = replace(spec, part=None if whole else coded).name
-    sampling = replace(preset.sampling, sampler="ancestral", steps=steps + 1, guidance=1.0, eta=0.0, reuse_every=1)
-    sampling = replace(sampling, guidance_from=0.0, guidance_until=1.0, start_strength=0.7)
-    preset = replace(preset, sampling=sampling, guess=None)
-    return Codebook(preset, name, bits, atoms, steps, coded, files_named(name, (".bin",), ".png" if whole else ".jpg"))
+    name = replace(spec, part=None if coded == steps else coded).name
+    preset = replace(preset, sampling=Sampling(steps + 1, guidance=1.0, sampler="ancestral"), guess=None)
+    return Codebook(preset, name, bits, atoms, steps, coded)
 
 
 EXAMPLES = ["codebook:BITS@STEPS", "codebook:BITSxATOMS@STEPS", "codebook:BITS@STEPS/N"]

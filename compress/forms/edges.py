@@ -4,8 +4,8 @@ The map is kept as `compress.coding.edge_maps` codes it, without its size, which
 settings.  Maps of earlier versions (.webp, .png) and of the published scripts (.bmp) are pictures with a header.
 """
 
+import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,13 @@ import cv2
 import numpy as np
 
 from compress.coding.edge_maps import coder_digest, decode, encode
-from compress.forms import OTHERWISE, WRONG_SIZE, Condition, Form, Spec, decoded, files_named, reduced
+from compress.forms import OTHERWISE, WRONG_SIZE, Condition, Form, Spec, decoded, reduced, resized
 from compress.presets import Preset
 from ControlNet.annotator.canny import CannyDetector
 from ControlNet.annotator.util import HWC3
 from utils.data.images import image_bits
 from utils.data.paths import FormFiles
 from utils.errors import UserError
-
-FILES = FormFiles()
-ENDINGS = (".edges", ".webp")
-"""Of edge maps that are not as large as the preset says."""
-
-THRESHOLDS = ("low_threshold", "high_threshold")
 
 SKETCH = {"low_threshold": 60, "high_threshold": 120, "smallest_fragment": 30}
 """Settings of sketches: Canny's thresholds, and the pixels of the smallest fragment of a map whose shorter side is 224;
@@ -44,23 +38,27 @@ class Edges(Form):
     """
 
     name: str = "edges"
-    noun: str = "edge map"
-    files: FormFiles = FILES
     side: int | None = None
     sigma: float | None = None
+    noun = "edge map"
+    kept_endings = (".edges", ".webp")
     hint = "edges"
+
+    @property
+    def files(self) -> FormFiles:
+        return FormFiles() if self.name == "edges" else super().files
 
     def settings(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"edge_coder": coder_digest()}
-        if self.sigma is None:
-            settings |= {name: getattr(self.preset, name) for name in THRESHOLDS}
-        else:
-            settings |= {"sigma": self.sigma, **SKETCH}
+        names = ["low_threshold", "high_threshold"]
+        if self.sigma is not None:
+            names, settings = [], {**settings, "sigma": self.sigma, **SKETCH}
         if self.side is not None:
-            return {"side": self.side, **settings}
-        names = ["edges_of_generated_size"]
-        if self.preset.edges_of_generated_size:
-            names += ["shorter_side", "small_shorter_side", "max_pixels"]
+            settings = {"side": self.side, **settings}
+        else:
+            names.append("edges_of_generated_size")
+            if self.preset.edges_of_generated_size:
+                names += ["shorter_side", "small_shorter_side", "max_pixels"]
         return settings | {name: getattr(self.preset, name) for name in names}
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
@@ -68,11 +66,7 @@ class Edges(Form):
 
     def edges(self, image: np.ndarray) -> np.ndarray:
         """The edge map: HxW uint8, 255 on an edge and 0 elsewhere."""
-        image = HWC3(image)
-        height, width = self.edge_size(*image.shape[:2])
-        if (height, width) != image.shape[:2]:
-            enlarge = height * width >= image.shape[0] * image.shape[1]
-            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LANCZOS4 if enlarge else cv2.INTER_AREA)
+        image = resized(HWC3(image), self.edge_size(*image.shape[:2]))
         if self.sigma is not None:
             return sketched(image, self.sigma)
         return _find_edges(image, self.preset.low_threshold, self.preset.high_threshold)
@@ -86,8 +80,8 @@ class Edges(Form):
     def copy_settings(self) -> dict[str, Any]:
         settings = super().copy_settings()
         if self.sigma is not None:
-            settings |= {"form": self.name, "sigma": self.sigma, **SKETCH}
-        return settings | ({} if self.side is None else {"form": self.name, "side": self.side})
+            settings |= {"sigma": self.sigma, **SKETCH}
+        return settings if self.side is None else {**settings, "side": self.side}
 
     def payload(self, kept: bytes, size: tuple[int, int], greyscale: bool) -> bytes:
         """The code, also of a map that an earlier version or a published script wrote as a picture."""
@@ -108,37 +102,27 @@ class Edges(Form):
 
     def raw_bits(self, height: int, width: int, kept: Path | None = None) -> int:
         """One a pixel of the edge map, also where an older file spends eight on it."""
-        if kept is not None and kept.suffix != self.files.kept_endings[0]:
-            map_width, map_height, _ = image_bits(kept)
-        else:
-            map_height, map_width = self.edge_size(height, width)
-        return map_height * map_width
+        if kept is not None and kept.suffix != self.kept_endings[0]:
+            width, height, _ = image_bits(kept)
+            return height * width
+        return math.prod(self.edge_size(height, width))
 
     def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:
         """Bit for bit; a published script's .bmp, whose image decoder is unknown, by its size alone."""
         size, edges = self.edge_size(*image.shape[:2]), self.edges(image)
         if kept == encode(edges):
             return None  # in less time than it takes to decode it
-        found = read(kept, size)
-        if found.shape != size:
-            return WRONG_SIZE, f"{found.shape[1]} x {found.shape[0]} instead of {size[1]} x {size[0]} pixels"
+        kept_edges = read(kept, size)
+        if kept_edges.shape != size:
+            return WRONG_SIZE, f"{kept_edges.shape[1]} x {kept_edges.shape[0]} instead of {size[1]} x {size[0]} pixels"
         of_published_scripts = is_picture(kept) and kept.startswith(b"BM")
-        if not of_published_scripts and not np.array_equal(found, edges):
-            return OTHERWISE, "its edges are not those of the image"
-        return None
+        is_same = of_published_scripts or np.array_equal(kept_edges, edges)
+        return None if is_same else (OTHERWISE, "its edges are not those of the image")
 
     def recoded(self, kept: bytes, image: np.ndarray) -> bytes | None:
         """Of the published scripts' maps those alone that are this version's too, to be checked bit for bit then."""
         edges = self.edges(image)
         return encode(edges) if np.array_equal(read(kept, edges.shape), edges) else None
-
-    def fits_by_size(self, kept: Path, size: tuple[int, int], kinds: Sequence[Mapping[str, Any]]) -> bool | None:
-        names = (*THRESHOLDS, "sigma", "smallest_fragment")
-        if any(kind.get(name) != kinds[0].get(name) for kind in kinds for name in names):
-            return None
-        if kept.suffix == self.files.kept_endings[0]:
-            return None  # it has no size
-        return image_bits(kept)[1::-1] == self.edge_size(*size)
 
 
 def sketched(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -181,9 +165,7 @@ def edges(spec: Spec, preset: Preset) -> Edges:
                 "edges:1.5, edges@64, edges:1.5@64."
             )
         sigma = float(spec.argument)
-    if spec.side is None and sigma is None:
-        return Edges(preset)
-    return Edges(preset, spec.name, files=files_named(spec.name, ENDINGS, ".jpg"), side=spec.side, sigma=sigma)
+    return Edges(preset, spec.name, spec.side, sigma)
 
 
 EXAMPLES = ["edges", "edges@SIDE", "edges:SIGMA", "edges:SIGMA@SIDE"]

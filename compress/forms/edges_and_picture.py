@@ -11,17 +11,15 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 
 from compress.coding import colour, edge_maps
 from compress.coding.arithmetic import Decoder, encoded
-from compress.forms import OTHERWISE, Condition, Form, Spec, files_named, form_named, reduced, resize_back
+from compress.forms import OTHERWISE, Condition, Form, Spec, form_named, reduced, resize_back, resized
 from compress.forms.edges import SKETCH, Edges, edges, is_picture
 from compress.forms.picture import Picture
 from compress.presets import Preset
 from utils.data.codecs import CODECS, read_varint, varint
-from utils.data.paths import FormFiles
 from utils.errors import UserError
 
 _EARLIER = struct.Struct("<I")
@@ -37,12 +35,10 @@ class _EdgesAndStart(Form):
     has_start = True
     hint = "edges"
 
-    @property
-    def files(self) -> FormFiles:  # type: ignore[override]
-        return files_named(self.name, (".bin",), ".jpg")
-
     def copy_settings(self) -> dict[str, Any]:
-        return {**super().copy_settings(), **(SKETCH if self.edges.sigma else {}), "form": self.name}
+        settings = super().copy_settings()
+        name = settings.pop("form")
+        return {**settings, **(SKETCH if self.edges.sigma else {}), "form": name}
 
     def under(self, condition: Condition, start: np.ndarray) -> Condition:
         """An edge map's condition, with a picture of any size to start from."""
@@ -61,11 +57,11 @@ class EdgesAndPicture(_EdgesAndStart):
         return {**self.edges.settings(), "picture": self.picture.name, "picture_settings": self.picture.settings()}
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
-        return joined(self.edges.encode(image), self.picture.encode(image))
+        return _joined(self.edges.encode(image), self.picture.encode(image))
 
     def payload(self, kept: bytes, size: tuple[int, int], greyscale: bool) -> bytes:
         edge_map, picture = parts(kept)
-        return joined(self.edges.payload(edge_map, size, greyscale), self.picture.payload(picture, size, greyscale))
+        return _joined(self.edges.payload(edge_map, size, greyscale), self.picture.payload(picture, size, greyscale))
 
     def condition(self, kept: bytes, size: tuple[int, int], greyscale: bool = False) -> Condition:
         edge_map, picture = parts(kept)
@@ -77,8 +73,7 @@ class EdgesAndPicture(_EdgesAndStart):
         return self.edges.check(edge_map, image) or self.picture.check(picture, image)
 
 
-def joined(edge_map: bytes, picture: bytes) -> bytes:
-    """The length of the edge map, the edge map, and the picture."""
+def _joined(edge_map: bytes, picture: bytes) -> bytes:
     return varint(len(edge_map)) + edge_map + picture
 
 
@@ -94,8 +89,7 @@ class EdgesAndColour(_EdgesAndStart):
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
         height, width = image.shape[:2]
-        height, width = reduced(height, width, self.side)
-        small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        small = resized(image, reduced(height, width, self.side))
         coded = [colour.bits_of(small), edge_maps.bits_of(self.edges.edges(image))]
         return encoded(*(first + second for first, second in zip(*coded, strict=True)))
 

@@ -2,7 +2,10 @@
 
 import abc
 import io
-from collections.abc import Mapping, Sequence
+import math
+import re
+import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,12 +27,12 @@ PICTURES = ("WEBP", "PNG", "BMP", "JPEG", "AVIF", "JXL")
 
 @dataclass(frozen=True)
 class Condition:
-    """What copies are made from, in memory.
+    """What copies are made from.
 
     size: (height, width) of the generated pictures; hint: what the control network sees, of that size: an edge map (HxW
     uint8, 0 or 255) or a picture (HxWx3 uint8), None for no control; start: a picture (HxWx3 uint8) that copies start
-    from, or, for forms without a model, that they are;
-    code: of the noise of the first sampling steps (`ControlNet.cldm.codebook`), None where all noise is drawn freely.
+    from, or, for forms without a model, that they are; code: of the noise of the first sampling steps
+    (`ControlNet.cldm.codebook`), None where all noise is drawn freely.
     """
 
     size: tuple[int, int]
@@ -43,7 +46,7 @@ class Request:
     """One copy to make.
 
     text: the class's text; size: (height, width) of the image and so of the copy; greyscale: whether both are;
-    seed: of the initial noise.
+    seed: of the noise.
     """
 
     image: Path
@@ -60,10 +63,11 @@ class _Described(abc.ABC):
 
     name: str
     noun: str
-    files: FormFiles
+    kept_endings: tuple[str, ...] = (".bin",)
     needs_model: bool = True
     has_start: bool = False
     deterministic: bool = False
+    seeded_by_name: bool = False
     needs_weights: bool = False
     encoded_by_generator: bool = False
     fixed_bytes: int | None = None
@@ -74,9 +78,11 @@ class _Described(abc.ABC):
 class Form(_Described):
     """A form and its settings.  Immutable and picklable.
 
-    name: as users write it; noun: what messages call a kept file; files: where kept files and copies lie (FormFiles);
+    name: as users write it; noun: what messages call a kept file; kept_endings: of kept files: the first is written,
+    all are read;
     needs_model: whether copies come from a diffusion model; has_start: whether they start from a kept picture;
-    deterministic: whether all copies of an image are equal; needs_weights: whether encoding takes a model (`using`);
+    deterministic: whether all copies of an image are equal, which are PNGs then; seeded_by_name: whether the noise
+    differs between images; needs_weights: whether encoding takes a model (`using`);
     encoded_by_generator: whether that is the generator's own, so that images are encoded in batches (`encode_batch`);
     fixed_bytes: the length of every kept file, None where it depends on the image; never None where the form is
     `encoded_by_generator`, and then as many zeros stand for some picture (`stand_in`);
@@ -84,6 +90,12 @@ class Form(_Described):
     """
 
     preset: Preset
+
+    @property
+    def files(self) -> FormFiles:
+        """Where kept files and copies lie."""
+        folder = re.sub("[:/]", "-", self.name)  # which are not allowed in names on all systems
+        return FormFiles(folder, f"{folder}-copies", self.kept_endings, ".png" if self.deterministic else ".jpg")
 
     def using(self, machine: Any) -> "Form":
         """This form with the model (`compress.options.Machine`) that encodes and decodes; most forms need none."""
@@ -108,37 +120,30 @@ class Form(_Described):
         return image
 
     def encode_batch(self, pictures: Sequence[np.ndarray], texts: Sequence[str], generator: Any) -> list[bytes]:
-        """What is kept of images whose `prepared` pictures have one shape.
+        """What is kept of images whose `prepared` pictures have one shape, and whose classes have these texts.
 
-        texts: their classes'; generator: of `compress.generators.build.make_generator`, with its model loaded.
-        Raises UserError.
+        generator: of `make_generator`.  Called where the form is `encoded_by_generator`.  Raises UserError.
         """
-        return [self.encode(picture, text) for picture, text in zip(pictures, texts, strict=True)]
+        raise NotImplementedError
 
     def stand_in(self, image: Path, text: str = "") -> bytes:
         """Bytes as long as what is kept of a train image, from which copies can be made: to estimate sizes and times.
 
-        What is kept itself, unless its length is known without it.  Raises OSError with the path.
+        Raises OSError with the path.
         """
         return self.encode(pixels(image), text) if self.fixed_bytes is None else bytes(self.fixed_bytes)
 
     def payload(self, kept: bytes, size: tuple[int, int], greyscale: bool) -> bytes:
-        """What of a kept file counts, and goes into the memory's file: all but what earlier versions wrote around it.
-
-        size: (height, width) of the image.
-        """
+        """What of a kept file counts, and goes into the memory's file: all but what earlier versions wrote around."""
         return kept
 
     @abc.abstractmethod
     def condition(self, kept: bytes, size: tuple[int, int], greyscale: bool = False) -> Condition:
-        """What copies are made from.
-
-        size: (height, width) of the image; greyscale: whether it is.  Raises OSError for broken bytes.
-        """
+        """What copies of an image of size (height, width) are made from.  Raises OSError for broken bytes."""
 
     def raw_bits(self, height: int, width: int, kept: Path | None = None) -> int | None:
         """Bits that are kept of a height x width image as the paper counts them, before any coding; None where the form
-        has no such count.  kept: the file, where there is one; then it tells.  Raises OSError with its path.
+        has no such count.  kept: the file, where there is one.  Raises OSError with its path.
         """
         return None
 
@@ -150,17 +155,9 @@ class Form(_Described):
         return None if kept == self.encode(image) else (OTHERWISE, "the image gives another one")
 
     def recoded(self, kept: bytes, image: np.ndarray) -> bytes | None:
-        """A kept file with an ending that is read but no longer written, as `encode` writes its content now.
+        """A kept file with an ending that is no longer written, as `encode` writes it now, for the same copies.
 
-        The same copies come from both.  None where it is to stay as it is.  Raises OSError for broken bytes.
-        """
-        return None
-
-    def fits_by_size(self, kept: Path, size: tuple[int, int], kinds: Sequence[Mapping[str, Any]]) -> bool | None:
-        """Whether a kept file's size tells that it was made with these settings; None where sizes can't tell.
-
-        size: (height, width) of the image; kinds: all settings that the class's files may have, these ones last.
-        Raises OSError, with the path, for a file that can't be read.
+        None where it is to stay as it is.  Raises OSError for broken bytes.
         """
         return None
 
@@ -173,7 +170,7 @@ class Form(_Described):
         for sampling in (settings["sampling"], settings["guess"]):
             if sampling and not self.has_start:
                 del sampling["start_strength"]
-        return settings
+        return settings if self.name == "edges" else {**settings, "form": self.name}
 
     def requests(self, image: Path, kept: bytes, text: str, numbers: Sequence[int]) -> list[Request]:
         """The copies with these numbers of a train image, of which `kept` is kept."""
@@ -183,28 +180,23 @@ class Form(_Described):
         return [Request(image, k, text, condition, size, greyscale, self.seed(image, k)) for k in numbers]
 
     def seed(self, image: Path, copy_number: int) -> int:
-        """Of the initial noise of an image's copy: as published, the copy's number."""
-        return copy_number
+        """Of the noise of an image's copy: as published, the copy's number; where seeded_by_name, a digest, in 32 bits:
+        torch's generator ignores the higher ones."""
+        if not self.seeded_by_name:
+            return copy_number
+        return zlib.crc32(bytes(f"{image.stem}/{copy_number}", "utf-8", "surrogateescape"))
 
     def save_copy(self, picture: np.ndarray, file: BinaryIO, greyscale: bool, mark: str | None = None) -> None:
-        """Write a copy (HxWx3 uint8) with its mark (see `compress.records`) as the comment: as a JPEG (4:2:0), or as a
-        PNG, which loses nothing, where `files.copy_ending` is ".png".
-
-        The copy of a greyscale image is greyscale: it stands in for its image.
-        """
+        """Write a copy (HxWx3 uint8), greyscale as its image is, with its mark (see `compress.records`) as the comment:
+        as a JPEG (4:2:0), or, where it is `deterministic`, as a PNG."""
         image = Image.fromarray(picture).convert("L" if greyscale else "RGB")
-        if self.files.copy_ending == ".png":
+        if self.deterministic:
             about = PngInfo()
             if mark:
                 about.add_text("Comment", mark)
             image.save(file, "PNG", pnginfo=about)
         else:
             image.save(file, "JPEG", quality=self.preset.quality, **({"comment": mark.encode()} if mark else {}))
-
-
-def plural(noun: str) -> str:
-    """Of a word or a number of words: copy -> copies, edge map -> edge maps."""
-    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
 
 
 def pixels(image: Path) -> np.ndarray:
@@ -221,6 +213,14 @@ def decoded(kept: bytes) -> np.ndarray:
     except Exception as error:  # a broken file makes decoders raise anything
         reason = "not a picture that Pillow reads" if kept else "the file is empty"
         raise OSError(reason if isinstance(error, Image.UnidentifiedImageError) else str(error)) from error
+
+
+def resized(image: np.ndarray, size: tuple[int, int], enlarging: int = cv2.INTER_LANCZOS4) -> np.ndarray:
+    """An image (HxWx3 uint8) at the size (height, width) at which it is encoded: enlarged so, reduced by area."""
+    if image.shape[:2] == size:
+        return image
+    is_larger = math.prod(size) >= image.shape[0] * image.shape[1]
+    return cv2.resize(image, size[::-1], interpolation=enlarging if is_larger else cv2.INTER_AREA)
 
 
 def resize_back(picture: np.ndarray, height: int, width: int) -> np.ndarray:

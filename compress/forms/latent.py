@@ -20,10 +20,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from compress.forms import OTHERWISE, Condition, Form, Spec, files_named, resize_back
+from compress.forms import OTHERWISE, Condition, Form, Spec, resize_back, resized
 from compress.presets import Preset
 from ControlNet.annotator.util import HWC3
-from utils.data.paths import FormFiles
 from utils.errors import UserError
 
 FACTOR = 8
@@ -48,7 +47,6 @@ class Latent(Form):
     name: str
     bits: int
     side: int | None
-    files: FormFiles
     model: str = "sd15"
     base: str | None = None
     noun = "latent code"
@@ -56,8 +54,8 @@ class Latent(Form):
     needs_weights = True
     deterministic = True
 
-    def using(self, machine) -> "Latent":
-        from compress.generators import check_encodes  # imports torch, which --help does not need
+    def using(self, machine: Any) -> "Latent":
+        from compress.generators import check_encodes  # imports the generators, which --help does not need
 
         check_encodes(self.name, machine.model)
         return replace(self, model=machine.model, base=machine.base)
@@ -67,7 +65,9 @@ class Latent(Form):
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
         """The lowest and the highest latent of the picture are the first and the last of 2^bits levels."""
-        latents = self.autoencoder.encode(_padded(self.shown(image), self.shape(*image.shape[:2])))
+        picture, (_, rows, columns) = self.shown(image), self.shape(*image.shape[:2])
+        missing = FACTOR * rows - picture.shape[0], FACTOR * columns - picture.shape[1]
+        latents = self.autoencoder.encode(np.pad(picture, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge"))
         low, high = np.float16(latents.min()), np.float16(latents.max())
         step = max(float(high) - float(low), 1e-6) / (2**self.bits - 1)
         levels = np.clip(np.rint((latents - float(low)) / step), 0, 2**self.bits - 1).astype(np.uint8)
@@ -77,11 +77,7 @@ class Latent(Form):
 
     def shown(self, image: np.ndarray) -> np.ndarray:
         """The picture that is encoded: HxWx3 uint8."""
-        image, (height, width) = HWC3(image), self.shown_size(*image.shape[:2])
-        if (height, width) == image.shape[:2]:
-            return image
-        enlarge = height * width >= image.shape[0] * image.shape[1]
-        return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC if enlarge else cv2.INTER_AREA)
+        return resized(HWC3(image), self.shown_size(*image.shape[:2]), enlarging=cv2.INTER_CUBIC)
 
     def shown_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of the picture that is encoded of an image of this height and width."""
@@ -132,7 +128,7 @@ class Latent(Form):
 
 
 class Autoencoder:
-    """A model's first stage, in float32 on the process's device.  It works on one picture at a time.
+    """A model's first stage, in float32 on the process's device, for one picture at a time.
 
     `encode` and `decode` raise OSError for a picture that does not fit the device's memory.
     """
@@ -169,17 +165,13 @@ class Autoencoder:
         try:
             with _AT_WORK, torch.inference_mode():
                 yield torch
+                return
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            too_large = OSError(
-                f"{size[0]} x {size[1]} pixels do not fit on {self.device}: name a side, as latent:4@512"
-            )
-        else:
-            return
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        raise too_large
+        raise OSError(f"{size[0]} x {size[1]} pixels do not fit on {self.device}: name a side, as latent:4@512")
 
 
 @cache
@@ -195,12 +187,6 @@ def _model_fingerprint(model: str, base: str | None) -> str:
         return weights_fingerprint(model, base)
     except ModelError as error:
         raise UserError(str(error)) from error
-
-
-def _padded(picture: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """With its last row and column repeated until its latents have that shape."""
-    height, width = (FACTOR * latents - side for latents, side in zip(shape[1:], picture.shape, strict=False))
-    return np.pad(picture, ((0, height), (0, width), (0, 0)), mode="edge")
 
 
 def _pack(levels: np.ndarray, bits: int) -> bytes:
@@ -230,15 +216,14 @@ def _inflate(code: bytes, count: int, bits: int) -> np.ndarray:
 
 CODERS = ((_pack, _unpack), (_deflate, _inflate))
 """(encode, decode) of levels, of which the shorter code is kept: all bits of each, or zlib's Huffman code, which comes
-within 3 to 6 % of the entropy of the latents of a 224 x 224 picture; the table takes more than it saves in small ones.
-"""
+within 3 to 6 % of the entropy of the latents of a 224 x 224 picture."""
 
 
 def latent(spec: Spec, preset: Preset) -> Latent:
     bits = spec.argument or ""
     if not bits.isdecimal() or not 1 <= int(bits) <= 8 or spec.plus:
         raise UserError("the form 'latent' needs bits a value, 1 to 8; a side may follow: latent:4, latent:4@64.")
-    return Latent(preset, spec.name, int(bits), spec.side, files_named(spec.name, (".bin",), ".png"))
+    return Latent(preset, spec.name, int(bits), spec.side)
 
 
 EXAMPLES = ["latent:BITS", "latent:BITS@SIDE"]

@@ -4,34 +4,28 @@ Shows what the generator knows without any exemplar.  A copy's noise depends on 
 so that the copies of a class differ; it has its image's size, which is not counted.
 """
 
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compress.forms import OTHERWISE, Condition, Form, Spec, files_named
+from compress.forms import OTHERWISE, Condition, Form, Spec
 from compress.presets import Preset
-from utils.data.paths import FormFiles
 from utils.errors import UserError
 
-FILES = files_named("text", (".txt",), ".jpg")
 
-
-@dataclass(frozen=True)
 class Text(Form):
     """The kept files are empty: they mark what has been done."""
 
-    name: str = "text"
-    noun: str = "empty file"
-    files: FormFiles = FILES
+    name, noun = "text", "empty file"
+    kept_endings = (".txt",)
+    seeded_by_name = True
 
     def settings(self) -> dict[str, Any]:
         return {}
 
     def copy_settings(self) -> dict[str, Any]:
-        return {"form": self.name, **super().copy_settings()}
+        return {"form": self.name, **super().copy_settings()}  # in the order of records so far
 
     def encode(self, image: np.ndarray, text: str = "") -> bytes:
         return b""
@@ -44,14 +38,6 @@ class Text(Form):
 
     def check(self, kept: bytes, image: np.ndarray) -> tuple[str, str] | None:
         return (OTHERWISE, "it is not empty") if kept else None
-
-    def seed(self, image: Path, copy_number: int) -> int:
-        return seed_by_name(image, copy_number)
-
-
-def seed_by_name(image: Path, copy_number: int) -> int:
-    """A seed that differs between images and between copies, in 32 bits: torch's generator ignores the higher ones."""
-    return zlib.crc32(bytes(f"{image.stem}/{copy_number}", "utf-8", "surrogateescape"))
 
 
 def text(spec: Spec, preset: Preset) -> Text:

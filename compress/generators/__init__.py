@@ -8,14 +8,16 @@ module has a table GENERATORS: the NAME of `--model NAME` or `--model NAME:WHAT_
 import importlib
 import pkgutil
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from compress.forms import Request
 from utils.errors import UserError
+
+T = TypeVar("T")
 
 
 class NoPicture(OSError):
@@ -23,13 +25,12 @@ class NoPicture(OSError):
 
 
 class Generator(Protocol):
-    """What makes copies.
+    """What makes copies, batch_size requests at a time.
 
-    batch_size: requests that are generated together.  A class in GENERATORS is called with (preset, machine, device),
-    where the machine's precision is the one to compute in, and has a `fingerprint`, a string or a static method that
-    returns one for a machine: copies are recorded under it, so it must change when the pictures do.  A method `close`,
-    where it has one, is called when all copies are made.
-    One that can also encode pictures has `encode`, as `PictureGenerator` has.
+    A class in GENERATORS is called with (preset, machine, device), where the machine's precision is the one to compute
+    in, and has a `fingerprint`, a string or a static method that returns one for a machine: copies are recorded under
+    it, so it must change when the pictures do.  It may have a method `close`, which is called when all copies are made,
+    and one that can also encode pictures `encode`, as `PictureGenerator` has.
     """
 
     batch_size: int
@@ -76,12 +77,12 @@ def group(request: Request) -> Hashable:
     return condition.size, bool(request.text), condition.hint is None, condition.start is None, condition.code is None
 
 
-def batches(requests: Iterable[Request], batch_size: int) -> Iterator[list[Request]]:
-    """Requests of one group in batches of batch_size; what is left over comes at the end."""
-    waiting: dict[Hashable, list[Request]] = defaultdict(list)
-    for request in requests:
-        batch = waiting[group(request)]
-        batch.append(request)
+def batches(items: Iterable[T], batch_size: int, key: Callable[[Any], Hashable] = group) -> Iterator[list[T]]:
+    """Items of one key in batches of batch_size; what is left over comes at the end."""
+    waiting: dict[Hashable, list[T]] = defaultdict(list)
+    for item in items:
+        batch = waiting[key(item)]
+        batch.append(item)
         if len(batch) == batch_size:
             yield list(batch)
             batch.clear()

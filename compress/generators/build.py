@@ -13,10 +13,9 @@ import torch
 
 from compress.forms import Form
 from compress.generators import Direct, Generator, generator_named
-from compress.generators.controlnet import PictureGenerator
-from compress.options import PRECISIONS, Machine
+from compress.generators.controlnet import DTYPES, PictureGenerator
+from compress.options import Machine
 from compress.plan import Plan
-from compress.presets import Preset
 from compress.records import Recipe
 from ControlNet.cldm import openvino_engine
 from ControlNet.cldm.cldm import ControlLDM
@@ -29,8 +28,6 @@ from utils.data.images import image_bits
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
-
-DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 
 OPENVINO_BF16 = "bf16-openvino"
 """What copies remember as their precision where OpenVINO makes them in bf16: it rounds in other places than torch."""
@@ -63,17 +60,11 @@ def choose_precision(precision: str, device: torch.device, engine: str = "auto")
         return "fp32" if precision == "fp32" or not has_bf16 else OPENVINO_BF16
     if precision != "auto":
         return precision
-    if device.type == "cpu":
-        return "bf16" if _cpu_computes_bf16() else "fp32"
+    if device.type == "cpu":  # without AMX or AVX512-BF16, bf16 takes about 20 times as long as fp32
+        capable: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch don't say
+        return "bf16" if capable.get("amx_bf16") or capable.get("avx512_bf16") else "fp32"
     # V100, T4 and RTX 20 only emulate bf16.
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def _cpu_computes_bf16() -> bool:
-    """Whether the CPU has AMX or AVX512-BF16.  Without them bf16 takes about 20 times as long as fp32."""
-    ask = getattr(torch.cpu, "get_capabilities", dict)  # older releases of torch don't say
-    capable: dict[str, Any] = ask()
-    return bool(capable.get("amx_bf16") or capable.get("avx512_bf16"))
 
 
 def download(spec: str) -> None:
@@ -105,10 +96,7 @@ def _refused(machine: Machine, error: ModelError) -> UserError:
 
 
 def recipe_of(form: Form, machine: Machine, device: torch.device, without_weights: bool = False) -> Recipe:
-    """What makes copies here.
-
-    Raises UserError where there are no weights, unless they may be missing: then the model is None.
-    """
+    """What makes copies here.  Raises UserError where there are no weights, unless they may be missing."""
     if not form.needs_model:
         return Recipe(form)
     precision = choose_precision(machine.precision, device, machine.engine)
@@ -204,7 +192,14 @@ def warn_of_settings(form: Form, machine: Machine, texts: Mapping[str, str], ima
             "--steps %d of ddim makes %d steps, as published: its timesteps are 1000 // %d apart",
             *(sampling.steps, count, sampling.steps),
         )
-    warn_of_long_prompts(form.preset, texts)
+    most, prompts = MAX_LENGTH - 2, [form.preset.prompt_text(text) for text in texts.values()]
+    template, *counts = nb_tokens([form.preset.prompt_text(""), *prompts])
+    cut = [(label, count) for label, count in zip(texts, counts, strict=True) if count > most]
+    if cut:
+        label, count = cut[0]
+        culprit = f"--prompt-template ({template} tokens)" if template > count - template else "class_names.json"
+        message = "%d prompts have more than %d tokens and are cut, such as that of class %r: shorten %s"
+        log.warning(message, len(cut), most, label, culprit)
 
 
 def _is_no_digit(image: Path) -> bool:
@@ -213,15 +208,3 @@ def _is_no_digit(image: Path) -> bool:
     except OSError:  # the run itself will list it
         return False
     return bits_per_pixel == 24 or min(width, height) > 64
-
-
-def warn_of_long_prompts(preset: Preset, texts: Mapping[str, str]) -> None:
-    """Log that prompts have more tokens than the text encoder reads, and what there is to shorten."""
-    most = MAX_LENGTH - 2
-    template, *counts = nb_tokens([preset.prompt_text(""), *map(preset.prompt_text, texts.values())])
-    cut = [(label, count) for label, count in zip(texts, counts, strict=True) if count > most]
-    if cut:
-        label, count = cut[0]
-        culprit = f"--prompt-template ({template} tokens)" if template > count - template else "class_names.json"
-        message = "%d prompts have more than %d tokens and are cut, such as that of class %r: shorten %s"
-        log.warning(message, len(cut), most, label, culprit)

@@ -15,6 +15,8 @@ from ControlNet.cldm.inference import is_out_of_memory, make_ready, pin, release
 from ControlNet.sampling import Noise, draw, fresh_noise, make_schedule, sample_latents
 from utils.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 FULL_SIZE = 300_000_000
 """A model of more parameters than this keeps a CPU busy with one picture at a time."""
 
@@ -31,10 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Halving:
-    """A generator that halves a batch that does not fit the device's memory until it does, and those that follow.
-
-    batch_size: pictures at a time; device: where they are made; low_memory: whether it is as small as it can be.
-    """
+    """A generator that halves a batch that does not fit the device's memory until it does, and those that follow."""
 
     batch_size: int
     device: torch.device
@@ -48,15 +47,16 @@ class Halving:
             part = batch[len(done) : len(done) + self.batch_size]
             try:
                 done += function(part)
+                continue
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if self.batch_size == 1:
-                    raise UserError(self._too_large(size)) from error
-                self.batch_size //= 2
-            else:
-                continue
+                    mend = "" if self.low_memory else "--low-memory, --precision bf16 or "
+                    picture = f"not even one picture of {size[0]} x {size[1]} pixels fits on {self.device}"
+                    raise UserError(f"{picture}: use {mend}a smaller --size.") from error
             # Not within `except`: there the error's traceback still holds the tensors that did not fit.
+            self.batch_size //= 2
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         if self.batch_size < batch_size_before:
@@ -65,11 +65,6 @@ class Halving:
                 *(batch_size_before, *size, self.device, self.batch_size),
             )
         return done
-
-    def _too_large(self, size: tuple[int, int]) -> str:
-        height, width = size
-        mend = "use a smaller --size" if self.low_memory else "use --low-memory, --precision bf16 or a smaller --size"
-        return f"not even one picture of {height} x {width} pixels fits on {self.device}: {mend}."
 
     def _filled(self, batch: Sequence) -> list:
         """A batch of batch_size items, the last one repeated."""
@@ -80,17 +75,12 @@ class PictureGenerator(Halving):
     """Makes the pictures of copies.
 
     preset: the settings; model: a ControlLDM as `ControlNet.cldm.model.load_model` returns it; batch_size: copies
-    generated together, None to choose it by device and model; engine: what runs the networks, in this precision where
-    that is not the model's own (see `ControlNet.cldm.inference.make_ready`).
+    generated together, None to choose it by device and model; engine, precision: as `make_ready` takes them.
     low_memory: for small GPUs.  The model stays where it is, on the CPU; only the part at work is on `device`: the text
     encoder, then UNet and control network, then the decoder, which makes one picture at a time.
 
-    A batch that does not fit the device's memory is halved until it does, first the decoder's, and so are those that
-    follow.
-
-    A copy depends on its prompt, its seed, the settings and the model alone.  It has a random generator of its own, on
-    the CPU, from which its initial noise and the noise of each step are drawn.  As kernels may round differently at
-    another batch size, an incomplete batch is padded, so that a copy does not depend on what else is missing.
+    A copy depends on its prompt, its seed, the settings and the model alone: its noise is drawn by a random generator
+    of its own, on the CPU.  As kernels may round differently at another batch size, an incomplete batch is padded.
     Measured: bit-exact on a CPU where the number of threads divides the batch size; elsewhere, and between batch
     sizes, a few pixels in ten thousand differ by one level of 255.
     """
@@ -124,19 +114,15 @@ class PictureGenerator(Halving):
 
     @torch.inference_mode()
     def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray | NoPicture]:
-        """The pictures of requests of one group, each HxWx3 uint8 at the generated size; NoPicture for one that holds
-        values that are no numbers.
-
-        steps: the sampler's, the preset's if None.
-        Raises UserError where a single picture does not fit the device, or of MOST_BAD none came out as a picture.
-        """
+        """See `Generator`.  Raises UserError where a single picture does not fit the device, or of MOST_BAD none came
+        out as a picture."""
         return self._in_parts(batch, batch[0].condition.size, lambda part: self._pictures(part, steps))
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[np.ndarray], texts: Sequence[str], **codes) -> list[np.ndarray]:
         """The codes of pictures (HxWx3 uint8, of one generated size) of classes with these texts: coded x atoms each.
 
-        codes: of `ControlNet.cldm.codebook.encode`, beside the steps.  Raises UserError as a call does.
+        codes: arguments of `codebook.encode` beside the steps.  Raises UserError as a call does.
         """
         pairs = list(zip(pictures, texts, strict=True))
         return self._in_parts(pairs, pictures[0].shape[:2], lambda part: self._codes(part, **codes))
@@ -153,7 +139,9 @@ class PictureGenerator(Halving):
         model, sampling = self.model, self.preset.sampling_for(batch[0].text)
         filled = self._filled(batch)
         height, width = batch[0].condition.size
-        hints, start = self._hints(filled), self._starts(filled)
+        hints = self._hints(filled)
+        starts = [request.condition.start for request in filled if request.condition.start is not None]
+        start = self._latents(starts) if starts else None
         texts = [self.preset.prompt_text(request.text) for request in filled]
         contexts = self._encode([self.preset.negative_prompt, *texts])
         model.control_scales = sampling.control_scales(len(model.control_scales))
@@ -162,10 +150,7 @@ class PictureGenerator(Halving):
         unconditional = [contexts[self.preset.negative_prompt].expand(len(filled), -1, -1)]
         with self._at_work("model", "control_model"):
             latents = sample_latents(
-                model,
-                sampling.sampler,
-                schedule,
-                x,
+                model, sampling.sampler, schedule, x,
                 {"c_concat": hints, "c_crossattn": [torch.cat([contexts[text] for text in texts])]},
                 {"c_concat": hints if sampling.unconditional_control else None, "c_crossattn": unconditional},
                 noise=noise,
@@ -174,7 +159,7 @@ class PictureGenerator(Halving):
                 reuse_every=sampling.reuse_every,
                 start=start,
                 strength=sampling.start_strength,
-            )
+            )  # fmt: skip
         decoded = self._decoded(latents)[: len(batch)].float()
         good = decoded.isfinite().flatten(1).all(1).cpu().tolist()
         self._made_one |= any(good)
@@ -187,9 +172,8 @@ class PictureGenerator(Halving):
 
     def _no_numbers(self, sampling: Sampling) -> str:
         """Why a picture holds values that are no numbers, and what to do."""
-        if self.model.dtype == torch.float32:
-            advice = f"lower --guidance ({sampling.guidance:g} now) or the scale of a LoRA, or look at the weights"
-        else:
+        advice = f"lower --guidance ({sampling.guidance:g} now) or the scale of a LoRA, or look at the weights"
+        if self.model.dtype != torch.float32:
             advice = "use --precision fp32"
         return f"in {self.model.dtype} the model's picture holds values that are no numbers: {advice}"
 
@@ -213,8 +197,8 @@ class PictureGenerator(Halving):
         if not latents.isfinite().all():
             raise UserError(f"can't encode: {self._no_numbers(self.preset.sampling)}.")
         with self._at_work("model"):
-            found_codes = codebook.encode(self.model, latents, cond, steps=self.preset.sampling.steps, **codes)
-        return list(found_codes[: len(batch)].cpu().numpy())
+            encoded = codebook.encode(self.model, latents, cond, steps=self.preset.sampling.steps, **codes)
+        return list(encoded[: len(batch)].cpu().numpy())
 
     def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
         """The latents' pictures, B x 3 x H x W.  The decoder needs the most memory, and has a batch size of its own."""
@@ -238,16 +222,10 @@ class PictureGenerator(Halving):
         hints = hints[:, None] if hints.ndim == 3 else hints.permute(0, 3, 1, 2)
         return [(hints.to(self.model.dtype) / 255).expand(-1, 3, -1, -1)]
 
-    def _starts(self, requests: Sequence[Request]) -> torch.Tensor | None:
-        """Mean latents of the pictures that the copies start from, B x 4 x H/8 x W/8; None where there are none."""
-        starts = [request.condition.start for request in requests if request.condition.start is not None]
-        return self._latents(starts) if starts else None
-
     def _latents(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
         """Mean latents of pictures of one size, as the UNet sees them: B x 4 x H/8 x W/8, float32."""
-        starts = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
         with self._at_work("first_stage_model"):
-            scaled = starts.to(self.device).float() / 127.5 - 1
+            scaled = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(self.device).float() / 127.5 - 1
             parts = scaled.split(1 if self.low_memory else len(scaled))
             means = torch.cat([self.model.encode_first_stage(part).mode() for part in parts])
         return self.model.get_first_stage_encoding(means.float())

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,12 @@ from torch import nn
 
 from compress.forms import Request
 from compress.generators import NoPicture
-from compress.generators.controlnet import Halving, default_batch_size
+from compress.generators.controlnet import DTYPES, Halving, default_batch_size
 from compress.options import Machine
 from compress.presets import Preset, Sampling
 from ControlNet.cldm.model import ModelError, load_state_dict
 from utils.errors import UserError
 from utils.files import load_json
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 WEIGHTS = (r"\w+(-\d+-of-\d+)?\.safetensors", r"\w+\.fp16(-\d+-of-\d+)?\.safetensors", r"\w+(-\d+-of-\d+)?\.bin")
 """Names of a network's weight files, of which the first kind that is there is loaded."""
@@ -45,13 +43,10 @@ log = logging.getLogger(__name__)
 class PipelineGenerator(Halving):
     """Makes the pictures of copies.
 
-    preset: the settings, with the default sampler; machine: `model` is "diffusers:" and the pipeline's folder or name,
-    `precision` one of DTYPES; device: the networks'.
-
-    Each copy has a random generator of its own, on the CPU, so that it depends on its prompt and seed and not on its
-    batch, within what kernels round otherwise at another batch size.
-    A form that keeps no edge map or starts from a picture takes the pipeline's relative for that task, of the same
-    networks, where diffusers has one.  Raises UserError for what a pipeline can't do.
+    preset: with the default sampler; machine: `model` is "diffusers:" and the pipeline's folder or name, `precision`
+    one of DTYPES.  Each copy has a random generator of its own, on the CPU.  A form that keeps no edge map or starts
+    from a picture takes the pipeline's relative for that task, of the same networks, where diffusers has one.
+    Raises UserError for what a pipeline can't do.
     """
 
     def __init__(self, preset: Preset, machine: Machine, device: torch.device):
@@ -68,10 +63,9 @@ class PipelineGenerator(Halving):
 
     @staticmethod
     def fingerprint(machine: Machine) -> str:
-        """Identifies a pipeline: a digest of its configs and weights, and its class.  Raises UserError where it is not
-        on this machine."""
-        folders = _folders(machine)
-        digest = hashlib.sha256()
+        """A digest of a pipeline's configs and weights, and its class.  Raises UserError where it is not on this
+        machine."""
+        folders, digest = _folders(machine), hashlib.sha256()
         for folder in folders:
             for part in _parts(folder):
                 _add_part(digest, part, folder)
@@ -79,10 +73,9 @@ class PipelineGenerator(Halving):
 
     @torch.inference_mode()
     def __call__(self, batch: Sequence[Request], steps: int | None = None) -> list[np.ndarray | NoPicture]:
-        """The pictures of requests of one group, each HxWx3 uint8 at the generated size; NoPicture for one that holds
-        values that are no numbers, or that the pipeline's safety checker held back.
+        """See `Generator`; NoPicture also for one that the pipeline's safety checker held back.
 
-        steps: the scheduler's, the preset's if None.  Raises UserError for what the pipeline can't do.
+        Raises UserError for what the pipeline can't do.
         """
         return self._in_parts(batch, batch[0].condition.size, lambda part: self._pictures(part, steps))
 
@@ -161,18 +154,17 @@ class PipelineGenerator(Halving):
 
 def _check_settings(sampling: Sampling, machine: Machine) -> None:
     """Raises UserError for settings of our own model that a pipeline does not have."""
-    plain = Sampling(sampling.steps)
-    wrong = [name for name in ("sampler", "eta", "reuse_every") if getattr(sampling, name) != getattr(plain, name)]
-    if (sampling.guidance_from, sampling.guidance_until) != (0, 1):
-        wrong.append("guidance_window")
-    if machine.loras:
-        wrong.append("lora")
-    if machine.decoder:
-        wrong.append("decoder")
-    if machine.engine not in ("auto", "torch"):
-        wrong.append("engine")
-    if wrong:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+    is_set = {
+        "--sampler": sampling.sampler != Sampling.sampler,
+        "--eta": sampling.eta != Sampling.eta,
+        "--reuse-every": sampling.reuse_every != Sampling.reuse_every,
+        "--guidance-window": (sampling.guidance_from, sampling.guidance_until) != (0, 1),
+        "--lora": bool(machine.loras),
+        "--decoder": bool(machine.decoder),
+        "--engine": machine.engine not in ("auto", "torch"),
+    }
+    if any(is_set.values()):
+        options = ", ".join(option for option, wrong in is_set.items() if wrong)
         raise UserError(f"--model diffusers: samples by the pipeline's own scheduler: leave out {options}.")
 
 
@@ -187,8 +179,6 @@ def _folders(machine: Machine) -> list[Path]:
         if machine.base:
             raise UserError(f"{folder} is a whole pipeline: leave out --base.")
         return [folder]
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no folder of diffusers': it has neither model_index.json nor config.json.")
     if not machine.base:
         raise UserError(f"{folder} holds a {_class_name(folder)} only: --base FOLDER_OR_NAME names its pipeline.")
     return [folder, _folder(machine.base)]
@@ -241,19 +231,17 @@ def _add_part(digest: Any, part: Path, folder: Path) -> None:
                 for name in (*drop, "transformers_version", "torch_dtype", "dtype"):
                     config.pop(name, None)
             digest.update(f"{part.relative_to(folder)}/{file.name} {json.dumps(config, sort_keys=True)}".encode())
-    is_pipeline = (part / "model_index.json").is_file()  # beside which may lie single files that are not loaded
-    for name, tensor in _tensors([] if is_pipeline else _weight_files(part)):
-        values = tensor.detach().flatten()
-        some = values[:: max(1, len(values) // VALUES)].to("cpu", torch.float16)
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + some.numpy().tobytes())
-
-
-def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    for file in files:
+    if (part / "model_index.json").is_file():  # beside a pipeline's may lie single files that are not loaded
+        return
+    for file in _weight_files(part):
         try:
-            yield from sorted(load_state_dict(file).items())
+            tensors = load_state_dict(file)
         except ModelError as error:
             raise UserError(str(error)) from error
+        for name, tensor in sorted(tensors.items()):
+            values = tensor.detach().flatten()
+            some = values[:: max(1, len(values) // VALUES)].to("cpu", torch.float16)
+            digest.update(f"{name} {tuple(tensor.shape)} ".encode() + some.numpy().tobytes())
 
 
 def _load(machine: Machine) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.forms import Form
-from compress.records import by_settings, generator_of, recorded_options, recorded_settings
+from compress.records import by_settings, generator_of, names_in, recorded_options, recorded_settings
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.memory.forms import Copies
@@ -25,8 +25,7 @@ THREADS = 16
 class CopiesAhead(Copies):
     """Copies 0 ... K-1 of train images, made by compress/run.py before the training.
 
-    paths: the dataset; form: of the exemplars; images: the train images whose copies the run may read, which are all on
-    disk (`check_copies`); copies: K.
+    images: the train images whose copies the run may read, which are all on disk (`check_copies`); copies: K.
     """
 
     def __init__(self, paths: DatasetPaths, form: Form, images: Sequence[Path], copies: int):
@@ -48,8 +47,8 @@ def digests_of(paths: DatasetPaths, images: Iterable[Path], copies: int) -> dict
     """What identifies copies 0 ... K-1 of `images`, as far as they are on disk.
 
     {"files": their number, "digest": of all, "classes": {label: [files, digest, times]}}.  A class's digest covers the
-    name and size of each file, and the content of evenly spread files: of all where there are at most MOST_READ, which
-    is then exact.  Else `times` is a digest of all modification times, "" where every file was read.
+    name and size of each file, and the content of evenly spread files, of all where there are at most MOST_READ.  Else
+    `times` is a digest of all modification times, "" where every file was read.
     """
     by_label: dict[str, list[Path]] = defaultdict(list)
     for image in images:
@@ -58,11 +57,8 @@ def digests_of(paths: DatasetPaths, images: Iterable[Path], copies: int) -> dict
     with ThreadPoolExecutor(THREADS) as pool:
         classes = dict(zip(by_label, pool.map(lambda files: _of_class(files, to_read), by_label.values()), strict=True))
     whole = hashlib.sha256(json.dumps([(label, *digest[:2]) for label, digest in classes.items()]).encode())
-    return {
-        "files": sum(digest[0] for digest in classes.values()),
-        "digest": whole.hexdigest()[:16],
-        "classes": classes,
-    }
+    nb_files = sum(digest[0] for digest in classes.values())
+    return {"files": nb_files, "digest": whole.hexdigest()[:16], "classes": classes}
 
 
 def _of_class(files: Sequence[Path], to_read: int) -> list[Any]:
@@ -84,36 +80,26 @@ def _of_class(files: Sequence[Path], to_read: int) -> list[Any]:
 def check_copies(paths: DatasetPaths, form: Form, images: Iterable[Path], copies: int) -> None:
     """Raises UserError where one of the copies 0 ... K-1 of `images` is not on disk, with the command that makes them.
 
-    Lists the folder of each class once, and opens no file.
+    form: with the settings to make them with where nothing is recorded.  Opens no file.
     """
     on_disk: dict[str, frozenset[str]] = {}
-    wanted, missing, first = 0, 0, None
+    missing, wanted = [], 0
     for image in images:
         label = image.parent.name
         if label not in on_disk:
-            folder = paths.copies_folder(label)
-            on_disk[label] = frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+            on_disk[label] = frozenset(names_in(paths.copies_folder(label)))
         wanted += copies
-        gaps = [k for k in range(copies) if paths.copy_name(image, k) not in on_disk[label]]
-        missing += len(gaps)
-        if gaps and first is None:
-            first = paths.copy(image, gaps[0])
-    if first is not None:
-        raise UserError(
-            f"{missing} of {wanted} copies are missing, the first is {first}. Make them with:\n"
-            f"{command(paths, form, copies)}"
-        )
-
-
-def command(paths: DatasetPaths, form: Form, copies: int) -> str:
-    """The command that makes copies 0 ... K-1, with the recorded settings of those that are there already.
-
-    form: with the settings to make them with where nothing is recorded.
-    """
+        missing += [(image, k) for k in range(copies) if paths.copy_name(image, k) not in on_disk[label]]
+    if not missing:
+        return
+    # The command has the recorded settings of the copies that are there already.
     words = ["--data-dir", str(paths.data_dir), "--dataset", paths.dataset, "--seeds", str(copies)]
     if paths.variant:
         words += ["--keep-apart", paths.variant]
     if form.name != "edges":
         words += ["--form", form.name]
     words += recorded_options(paths.folder("copies")) or ["--resolution", form.preset.name]
-    return f"python compress/run.py {shlex.join(words)}"
+    raise UserError(
+        f"{len(missing)} of {wanted} copies are missing, the first is {paths.copy(*missing[0])}. Make them with:\n"
+        f"python compress/run.py {shlex.join(words)}"
+    )

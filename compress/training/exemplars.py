@@ -1,20 +1,20 @@
-"""What a config asks of its exemplars: their form, how many of each a class keeps, and their copies."""
+"""What a config asks of its exemplars: their form, what they cost, how many a class keeps, and their copies."""
 
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress.forms import Form, form_named
 from compress.options import parse_settings
 from compress.presets import PRESETS
 from compress.records import recorded_options
 from compress.training.copies import CopiesAhead, check_copies
-from compress.training.cost import Cost
 from utils.config.schema import Config, MethodInfo
 from utils.data.classes import DataManager
+from utils.data.images import image_bits
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.memory.budget import (
@@ -33,6 +33,64 @@ from utils.memory.packed import ClassShare, Row
 if TYPE_CHECKING:
     from utils.devices import Fabric
 
+
+class Cost:
+    """What exemplars of one form cost and keep (`utils.memory.forms.ExemplarForm`).
+
+    form: None for real exemplars, which are kept as they are.
+    """
+
+    def __init__(self, form: Form | None, paths: DatasetPaths):
+        self.form = form
+        self.paths = paths
+
+    def settings(self) -> dict[str, Any]:
+        return self.form.settings() if self.form else {}
+
+    def units(self, image: Path) -> float | None:
+        if self.form is None:
+            return 1.0
+        try:
+            width, height, bits_per_pixel = image_bits(image)
+            raw_bits = self.form.raw_bits(height, width, self.paths.find_kept(image))
+        except OSError as error:
+            raise _unreadable(error) from error
+        return None if raw_bits is None else raw_bits / (width * height * bits_per_pixel)
+
+    def kept(self, image: Path) -> bytes | None:
+        if self.form is None:
+            return image.read_bytes()
+        path = self.paths.find_kept(image)
+        if path is None:
+            return None
+        try:
+            width, height, bits_per_pixel = image_bits(image)
+            return self.form.payload(path.read_bytes(), (height, width), bits_per_pixel != 24)
+        except OSError as error:
+            raise UserError(f"{path}: {error}. Delete it; --repair of compress/run.py makes it again.") from error
+
+    def kept_bytes(self, image: Path) -> int | None:
+        if self.form is None:
+            return image.stat().st_size
+        kept = self.kept(image)
+        return None if kept is None else len(kept)
+
+    def expected_bytes(self, image: Path) -> int:
+        """What has not been made yet is encoded in memory, unless its length is fixed."""
+        on_disk = self.kept_bytes(image)
+        if on_disk is not None:
+            return on_disk
+        assert self.form is not None
+        try:
+            return len(self.form.stand_in(image))
+        except OSError as error:
+            raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> UserError:
+    return UserError(f"cannot read image {error}. Replace the file or take it away.")
+
+
 Numbers = tuple[int | None, int | Literal["fill"]]
 """real_per_class and syn_per_class."""
 
@@ -42,9 +100,9 @@ class ExemplarPlan:
     """What the exemplars of a run are, decided before any training.
 
     config: with the numbers of exemplars filled in that were left to the budget; form: of those that are not real;
-    paths: the dataset, with the form's files; quotas: (form, exemplars of a class) in order of choice; costs: what
-    exemplars cost and keep, by form; made_ahead: train images whose copies were made by compress/run.py; on_demand:
-    options of compress/run.py by which the run makes copies itself, None where it makes none.
+    paths: with the form's files; quotas: (form, exemplars of a class) in order of choice; costs: by form; made_ahead:
+    train images whose copies were made by compress/run.py; on_demand: options of compress/run.py by which the run makes
+    copies itself, None where it makes none.
     """
 
     config: Config
@@ -66,14 +124,7 @@ class ExemplarPlan:
         if self.on_demand is not None:
             from compress.training.on_demand import OnDemand  # imports ControlNet: other runs need not spend seconds
 
-            copies = OnDemand(
-                self.paths,
-                self.on_demand,
-                resolution=self.form.preset.name,
-                form=self.form.name,
-                copies=number,
-                fabric=fabric,
-            )
+            copies = OnDemand(self.paths, self.on_demand, default=self.form, copies=number, fabric=fabric)
         elif self.made_ahead:
             copies = CopiesAhead(self.paths, self.form, self.made_ahead, number)
         self.form.release()
@@ -151,8 +202,8 @@ def exemplar_form(config: Config, paths: DatasetPaths, resolution: str) -> Form:
 def filled_in(config: Config, form: str, images: Sequence[Sequence[Path]], cost: Cost, least: int) -> Config:
     """The config with the numbers of exemplars filled in that are left to a budget in units.
 
-    form: of exemplars that are not real, cost: its; images: of each class; least: exemplars of a class that the method
-    needs.  Raises UserError, with the arithmetic, where a typical class's exemplars don't fit.
+    form: of exemplars that are not real; images: of each class; least: exemplars of a class that the method needs.
+    Raises UserError, with the arithmetic, where a typical class's exemplars don't fit.
     """
     sizes = {class_images[0].parent.name: len(class_images) for class_images in images}
     units = {"real": 1.0, form: 1 / 24}

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from compress.forms import Form
 from compress.generators import build
 from compress.options import Job, parse_settings
 from compress.plan import Plan, plan
@@ -20,39 +21,36 @@ from utils.log import progress
 class OnDemand(Copies):
     """Copies 0 ... K-1 of exemplars, made where they are missing while training goes on.
 
-    options: settings, model and machine as compress/run.py takes them, in one text, "" for its defaults; resolution,
-    form: where they name none; copies: K; fabric: the processes, which share the work.  The model is in memory only
-    during a call: between calls the classifier has the device to itself.
+    options: settings, model and machine as compress/run.py takes them, in one text, "" for its defaults; default: the
+    form, with its preset, where they name none; copies: K; fabric: the processes, which share the work.  The model is
+    in memory only during a call: between calls the classifier has the device to itself.
     Raises UserError, at once, for options that are wrong, a model that can't be used, and copies on disk that were
     made with other settings.
     """
 
-    _digests: tuple[list[Path], dict[str, Any]] | None
-
-    def __init__(self, paths: DatasetPaths, options: str, *, resolution: str, form: str, copies: int, fabric: Fabric):
+    def __init__(self, paths: DatasetPaths, options: str, *, default: Form, copies: int, fabric: Fabric):
         self.fabric = fabric
         try:
-            made_form, machine, words, download = parse_settings(options, resolution, form)
+            form, machine, words, download = parse_settings(options, default.preset.name, default.name)
             if download:
                 build.download(machine.model)
-            self.generator = generator_of(made_form, words)
-            self.job = Job(paths, made_form, machine, tuple(range(copies)), words)
+            self.generator = generator_of(form, words)
+            self.job = Job(paths, form, machine, tuple(range(copies)), words)
             # A wrong path, and below copies of other settings, show now and not after the first phase.
-            self.recipe = fabric.broadcast(build.recipe_of(made_form, machine, fabric.device))
+            self.recipe = fabric.broadcast(build.recipe_of(form, machine, fabric.device))
         except UserError as error:
             raise UserError(f"regenerate_options: {error}") from error
         some = [image for label in paths.classes() for image in paths.images(label)[:1]]
         if fabric.is_global_zero:
-            build.warn_of_settings(made_form, machine, paths.class_texts(), some)
+            build.warn_of_settings(form, machine, paths.class_texts(), some)
         todo = self._plan(paths, some, with_copies=True)
-        self.made_by = by_settings(todo.records.copies.wanted(label) for label in paths.classes())
-        self._forget()
+        self.made_by = by_settings(map(todo.records.copies.wanted, paths.classes()))
+        self._digests: tuple[list[Path], dict[str, Any]] | None = None
 
     def make(self, images: Sequence[Path], with_copies: bool = True) -> int:
-        """To be called by all processes, which share the work.  Returns the number of copies that all have made.
+        """See `Copies.make`.  images: of which a memory's archive may have others than the dataset.
 
-        images: train images, of which a memory's archive may have others than the dataset.  Raises UserError where
-        something could not be made.
+        Raises UserError where something could not be made.
         """
         by_root: dict[Path, list[Path]] = {}
         for image in images:
@@ -73,7 +71,7 @@ class OnDemand(Copies):
         if result.failures:
             more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
             raise UserError(f"an exemplar could not be stored or regenerated: {result.failures[0]}{more}")
-        self._forget()
+        self._digests = None
         return result.copies_made
 
     def digests(self, exemplars: Sequence[Path]) -> dict[str, Any]:
@@ -81,9 +79,6 @@ class OnDemand(Copies):
         if self._digests is None or self._digests[0] != exemplars:
             self._digests = list(exemplars), digests_of(self.job.paths, exemplars, len(self.job.copy_numbers))
         return self._digests[1]
-
-    def _forget(self) -> None:
-        self._digests = None
 
     def _plan(self, paths: DatasetPaths, images: Sequence[Path], with_copies: bool) -> Plan:
         try:

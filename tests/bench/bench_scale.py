@@ -22,7 +22,7 @@ from compress.forms import form_named
 from compress.plan import plan
 from compress.presets import HIGH
 from compress.records import Recipe, Records
-from compress.training.cost import Cost
+from compress.training.exemplars import Cost
 from compress.verify import verify
 from models.training.phase0 import fingerprint
 from utils.data.classes import DataManager

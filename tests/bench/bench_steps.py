@@ -40,8 +40,9 @@ import torch
 from compress.forms import pixels
 from compress.generators import build
 from compress.options import parse_settings
-from compress.quality import batch, edges_found, predicted, trained
+from compress.quality import batch, predicted, trained
 from exps.runs import MAIN, call, for_each, last_words, threads
+from tests.bench.bench_tiny_model import edges_found
 from utils.data.paths import DatasetPaths
 from utils.errors import UserError
 from utils.files import write_json, write_text

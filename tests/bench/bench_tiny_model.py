@@ -11,6 +11,7 @@ On digits that it was not trained on (`python -m utils.curate digits`), 64x64, 1
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -19,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 
-from compress.quality import edges_found
+from compress.quality import near
 from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.model import load_model
 from utils.curate.command import DIGIT_NAMES, read_digits
@@ -55,6 +56,18 @@ def generate(model, texts: list[str], hints: np.ndarray | None, seed: int) -> np
     )
     pictures = model.decode_first_stage(latents).clamp(-1, 1).mean(dim=1)
     return ((pictures + 1) * 127.5).round().byte().numpy()
+
+
+def edges_found(prompts: Sequence[np.ndarray], copies: Sequence[np.ndarray], reach: int = 2) -> float:
+    """Share of the prompts' edge pixels with an edge of their copy at most `reach` pixels away.
+
+    prompts: HxW, above 0 on an edge; copies: pictures (HxWx3 or HxW uint8), brought to their prompt's size.
+    nan where the prompts have no edge.
+    """
+    maps = [cv2.resize(p, e.shape[::-1], interpolation=cv2.INTER_LINEAR) for e, p in zip(prompts, copies, strict=True)]
+    counts = [near(prompt, cv2.Canny(picture, 100, 200), reach) for prompt, picture in zip(prompts, maps, strict=True)]
+    near_edges, total = np.sum(counts, axis=0)
+    return float(near_edges / total) if total else float("nan")
 
 
 def nearest_neighbour(pictures: np.ndarray, real: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from utils.errors import UserError
 
 
 class ExemplarForm(Protocol):
-    """What one form of exemplar costs and keeps (`compress.training.cost.Cost`)."""
+    """What one form of exemplar costs and keeps (`compress.training.exemplars.Cost`)."""
 
     def settings(self) -> dict[str, Any]:
         """What a kept file depends on beside its image: plain values."""
