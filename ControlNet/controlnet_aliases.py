@@ -2,9 +2,9 @@
 
 Published scripts put the ControlNet folder itself on sys.path and import `cldm`, `ldm` and `annotator` from there.
 Loaded that way, every class would exist a second time beside `ControlNet.cldm...`, and isinstance would fail between
-the two.  So these packages' `__init__`, when it runs under the short name, calls `enter`: it imports
-`ControlNet.<name>` from this same folder, puts that into sys.modules under the short name, and installs a finder that
-does so for every submodule.  The parent folder need not be on sys.path.
+the two.  So these packages' `__init__`, when it runs under the short name, calls `enter`, which installs a finder: it
+imports submodules as `ControlNet.<name>...` from this same folder, and puts them into sys.modules under the short name.
+The parent folder need not be on sys.path.
 """
 
 import importlib
@@ -18,6 +18,8 @@ FOLDER = Path(__file__).resolve().parent
 PACKAGES = ("cldm", "ldm", "annotator")
 MOVED = {
     "cldm.ddim_hacked": "ControlNet.cldm.ddim",
+    "cldm.logger": "ControlNet.cldm.lightning",
+    "cldm.model": "ControlNet.cldm.lightning",
     "ldm.models.autoencoder": "ControlNet.ldm.autoencoder",
     "ldm.models.diffusion.ddim": "ControlNet.cldm.ddim",
     "ldm.models.diffusion.ddpm": "ControlNet.ldm.diffusion",
@@ -53,7 +55,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def enter(name: str) -> None:
-    """Make the package `name`, one of PACKAGES, and its submodules those of ControlNet."""
+    """Make the submodules of the package `name`, one of PACKAGES, those of ControlNet."""
     if "ControlNet" not in sys.modules:
         _load("ControlNet", FOLDER / "__init__.py", [str(FOLDER)])
     if FOLDER not in [Path(path).resolve() for path in sys.modules["ControlNet"].__path__]:
@@ -63,7 +65,6 @@ def enter(name: str) -> None:
         _load(compat.stem, compat)  # before the script imports pytorch_lightning
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    sys.modules[name] = importlib.import_module(f"ControlNet.{name}")
 
 
 def _load(name: str, file: Path, search: list[str] | None = None) -> None:

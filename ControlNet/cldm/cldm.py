@@ -1,16 +1,13 @@
 """ControlNet: a trainable copy of the UNet's encoder that reads an edge map and steers the UNet (Zhang et al. 2023)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.ldm.diffusion import LatentDiffusion
 from ControlNet.ldm.unet import DeepFeatures, TimestepEmbedSequential, UNetEncoder, UNetModel
-from ControlNet.ldm.util import instantiate_from_config, log_txt_as_img, zero_module
+from ControlNet.ldm.util import instantiate_from_config, zero_module
 
 
 class ControlledUnetModel(UNetModel):
@@ -116,12 +113,11 @@ class ControlLDM(LatentDiffusion):
     only_mid_control: add the control to the middle block alone; others: LatentDiffusion's.
 
     Attributes: `control_model`, `first_stage_model`, `cond_stage_model`, `model.diffusion_model`; `control_scales`, a
-    factor for each control tensor, 1 at first; `sd_locked`, whether training leaves the UNet's decoder as it is;
-    `fingerprint`, which tells the weights from others ("" unless `load_model` loaded them).
+    factor for each control tensor, 1 at first; `fingerprint`, which tells the weights from others ("" unless
+    `load_model` loaded them).
     """
 
     fingerprint = ""
-    sd_locked = True
     control_model: ControlNet
 
     def __init__(self, control_stage_config: Mapping, control_key: str = "hint", only_mid_control: bool = False,
@@ -164,70 +160,3 @@ class ControlLDM(LatentDiffusion):
         self.control_model.to(gpu if is_diffusing else "cpu")
         self.first_stage_model.to("cpu" if is_diffusing else gpu)
         self.cond_stage_model.to("cpu" if is_diffusing else gpu)
-
-    # --- training -----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def get_input(self, batch: Mapping, k: str, bs: int | None = None) -> tuple[Tensor, Any]:
-        """(latents, conditioning) of the first bs items; batch[control_key]: hints, B x H x W x 3 in 0..1."""
-        z, context = super().get_input(batch, self.first_stage_key, bs)
-        hint = rearrange(batch[self.control_key][:bs], "b h w c -> b c h w").contiguous().float().to(self.device)
-        return z, {"c_crossattn": [context], "c_concat": [hint]}
-
-    def forward(self, x: Tensor, c: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.cond_stage_trainable:
-            c = {**c, "c_crossattn": [self.get_learned_conditioning(texts) for texts in c["c_crossattn"]]}
-        return super().forward(x, c)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW on the control network and, unless sd_locked, the UNet's decoder; the rest is frozen."""
-        if self.use_ema:
-            raise ValueError("training keeps no moving average of the weights: set use_ema to False in the config")
-        unet = self.model.diffusion_model.requires_grad_(False)
-        trained: list[nn.Module] = [self.control_model]
-        if not self.sd_locked:
-            trained += [unet.output_blocks, unet.out]
-        parameters = [parameter for part in trained for parameter in part.requires_grad_(True).parameters()]
-        return torch.optim.AdamW(parameters, lr=self.learning_rate)
-
-    @torch.no_grad()
-    def log_images(
-        self, batch: Mapping, N: int = 4, sample: bool = False, ddim_steps: int = 50, ddim_eta: float = 0.0,
-        unconditional_guidance_scale: float = 9.0, **kwargs,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """Images of the first N items to look at, each n x 3 x H x W in about [-1, 1].
-
-        sample: whether to sample without guidance, too.  The published rows of noisy and of denoised images are not
-        made: their arguments (n_row, plot_diffusion_rows, ...) are accepted and have no effect.
-        """
-        z, cond = self.get_input(batch, self.first_stage_key, bs=N)
-        if self.cond_stage_trainable:
-            cond["c_crossattn"] = [self.get_learned_conditioning(texts) for texts in cond["c_crossattn"]]
-        hint = cond["c_concat"][0]
-        log = {
-            "reconstruction": self.decode_first_stage(z),
-            "control": hint * 2.0 - 1.0,
-            "conditioning": log_txt_as_img((512, 512), batch[self.cond_stage_key][:N], size=16),
-        }
-        if sample:
-            log["samples"] = self.decode_first_stage(self.sample_log(cond, len(z), True, ddim_steps, eta=ddim_eta)[0])
-        if unconditional_guidance_scale > 1.0:
-            uncond = {"c_concat": [hint], "c_crossattn": [self.get_unconditional_conditioning(len(z))]}
-            samples, _ = self.sample_log(
-                cond,
-                len(z),
-                True,
-                ddim_steps,
-                eta=ddim_eta,
-                unconditional_guidance_scale=unconditional_guidance_scale,
-                unconditional_conditioning=uncond,
-            )
-            log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = self.decode_first_stage(samples)
-        return log
-
-    @torch.no_grad()
-    def sample_log(self, cond: dict, batch_size: int, ddim: bool, ddim_steps: int, **kwargs) -> tuple[Tensor, dict]:
-        """DDIMSampler.sample at the hint's size."""
-        height, width = cond["c_concat"][0].shape[-2:]
-        shape = (self.channels, height // 8, width // 8)
-        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **kwargs)

@@ -41,8 +41,10 @@ class _WithoutInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def create_model(config_path: str | os.PathLike | DictConfig | Mapping) -> ControlLDM:
-    """Build a ControlLDM from a config: a .yaml path, or its content.
+def create_model(
+    config_path: str | os.PathLike | DictConfig | Mapping, cls: type[ControlLDM] = ControlLDM
+) -> ControlLDM:
+    """Build a ControlLDM, or a subclass of it, from a config: a .yaml path, or its content.
 
     Its parameters have the published initial values: random where theirs are, zero in the zero convolutions.  Only the
     text encoder, which the published code downloads, is random here.
@@ -50,7 +52,7 @@ def create_model(config_path: str | os.PathLike | DictConfig | Mapping) -> Contr
     """
     config = _read_config(config_path)
     try:
-        return instantiate_from_config(config["model"])
+        return instantiate_from_config(config["model"], cls)
     except KeyError as error:
         raise ModelError(f"{_name(config_path)}: the config lacks {error}") from error
     except ValueError as error:

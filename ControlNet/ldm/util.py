@@ -23,8 +23,11 @@ TARGETS = {
 """What a config's `target:` may be, and the module that has it.  Nothing else is imported: a config can't run code."""
 
 
-def instantiate_from_config(config: Mapping) -> Any:
-    """Build what {target, params} describes.  Raises ValueError for an unknown target or parameter."""
+def instantiate_from_config(config: Mapping, subclass: type | None = None) -> Any:
+    """Build what {target, params} describes, as an instance of a subclass of the target where one is named.
+
+    Raises ValueError for an unknown target or parameter.
+    """
     target, params = config["target"], dict(config.get("params") or {})
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; known are {', '.join(TARGETS)}")
@@ -37,7 +40,7 @@ def instantiate_from_config(config: Mapping) -> Any:
     if unknown:
         raise ValueError(f"{target} has no parameter {', '.join(unknown)}")
     try:
-        return cls(**params)
+        return (subclass or cls)(**params)
     except TypeError as error:
         raise ValueError(f"{target}: {error}") from error
 
