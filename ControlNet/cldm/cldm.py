@@ -14,21 +14,15 @@ class ControlledUnetModel(UNetModel):
     """The UNet, with the control's tensors added to its skip connections and its middle block."""
 
     def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor,
-        control: Sequence[Tensor] | None = None,
-        only_mid_control: bool = False,
-        deep: DeepFeatures | None = None,
-    ) -> Tensor:
-        """Predict the noise.
+        self, x: Tensor, timesteps: Tensor, context: Tensor, control: Sequence[Tensor] | None = None,
+        only_mid_control: bool = False, deep: DeepFeatures | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The noise in x: B x 4 x h x w.
 
         x: B x 4 x h x w noisy latents; timesteps: B; context: B x 77 x context_dim.
         control: one tensor an input block and one for the middle block, in that order, or None; where deep features
         are reused, those of deep.blocks alone.
         deep: where to keep the deep features, and whether to reuse them.
-        Returns B x 4 x h x w.
         """
         emb = self.embed_timesteps(timesteps, x.dtype)
         reused = None if deep is None or deep.blocks is None else deep.features
@@ -57,20 +51,15 @@ class ControlNet(UNetEncoder):
 
     def __init__(self, hint_channels: int, model_channels: int, **kwargs):
         super().__init__(model_channels=model_channels, **kwargs)
-        widths = [(16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2)]  # channels and stride; 8x down in all
         layers: list[nn.Module] = []
         channels = hint_channels
-        for width, stride in widths:
+        for width, stride in ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2)):  # 8x down in all
             layers += [nn.Conv2d(channels, width, 3, stride=stride, padding=1), nn.SiLU()]
             channels = width
-        self.input_hint_block = TimestepEmbedSequential(
-            *layers, zero_module(nn.Conv2d(channels, model_channels, 3, padding=1))
-        )
-        self.zero_convs = nn.ModuleList(
-            TimestepEmbedSequential(zero_module(nn.Conv2d(c, c, 1))) for c in self.skip_channels
-        )
-        middle = self.skip_channels[-1]
-        self.middle_block_out = TimestepEmbedSequential(zero_module(nn.Conv2d(middle, middle, 1)))
+        layers.append(zero_module(nn.Conv2d(channels, model_channels, 3, padding=1)))
+        self.input_hint_block = TimestepEmbedSequential(*layers)
+        self.zero_convs = nn.ModuleList(_zero_convolution(channels) for channels in self.skip_channels)
+        self.middle_block_out = _zero_convolution(self.skip_channels[-1])
 
     def encode_hint(self, hint: Tensor) -> Tensor:
         """hint: B x 3 x 8h x 8w in 0..1 -> B x model_channels x h x w.  It depends on neither timestep nor text."""
@@ -79,14 +68,9 @@ class ControlNet(UNetEncoder):
         return hint
 
     def forward(
-        self,
-        x: Tensor,
-        hint: Tensor | None,
-        timesteps: Tensor,
-        context: Tensor,
-        hint_features: Tensor | None = None,
+        self, x: Tensor, hint: Tensor | None, timesteps: Tensor, context: Tensor, hint_features: Tensor | None = None,
         blocks: int | None = None,
-    ) -> list[Tensor]:
+    ) -> list[Tensor]:  # fmt: skip
         """The control tensors, one an input block and one for the middle block (13 at full size).
 
         hint_features: encode_hint(hint), where the caller has it already; blocks: the first input blocks alone.
@@ -104,6 +88,10 @@ class ControlNet(UNetEncoder):
         if blocks is None:
             control.append(self.middle_block_out(self.middle_block(h, emb, context), emb, context))
         return control
+
+
+def _zero_convolution(channels: int) -> TimestepEmbedSequential:
+    return TimestepEmbedSequential(zero_module(nn.Conv2d(channels, channels, 1)))
 
 
 class ControlLDM(LatentDiffusion):
@@ -156,7 +144,7 @@ class ControlLDM(LatentDiffusion):
         is_diffusing: True for UNet and control network, False for autoencoder and text encoder.
         """
         gpu = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model.to(gpu if is_diffusing else "cpu")
-        self.control_model.to(gpu if is_diffusing else "cpu")
-        self.first_stage_model.to("cpu" if is_diffusing else gpu)
-        self.cond_stage_model.to("cpu" if is_diffusing else gpu)
+        for network in (self.model, self.control_model):
+            network.to(gpu if is_diffusing else "cpu")
+        for network in (self.first_stage_model, self.cond_stage_model):
+            network.to("cpu" if is_diffusing else gpu)

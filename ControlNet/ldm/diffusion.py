@@ -42,31 +42,18 @@ class LatentDiffusion(nn.Module):
     logvar: Tensor
 
     def __init__(
-        self,
-        unet_config: Mapping,
-        first_stage_config: Mapping,
-        cond_stage_config: Mapping,
-        timesteps: int = 1000,
-        linear_start: float = 0.00085,
-        linear_end: float = 0.0120,
-        first_stage_key: str = "jpg",
-        cond_stage_key: str = "txt",
-        channels: int = 4,
-        scale_factor: float = 0.18215,
-        cond_stage_trainable: bool = False,
-        parameterization: str = "eps",
-        use_ema: bool = False,
-        monitor: str | None = None,
-        image_size: int | None = None,
-        conditioning_key: str | None = "crossattn",
-        num_timesteps_cond: int | None = None,
-        log_every_t: int = 100,
-    ):
+        self, unet_config: Mapping, first_stage_config: Mapping, cond_stage_config: Mapping, timesteps: int = 1000,
+        linear_start: float = 0.00085, linear_end: float = 0.0120, first_stage_key: str = "jpg",
+        cond_stage_key: str = "txt", channels: int = 4, scale_factor: float = 0.18215,
+        cond_stage_trainable: bool = False, parameterization: str = "eps", use_ema: bool = False,
+        monitor: str | None = None, image_size: int | None = None, conditioning_key: str | None = "crossattn",
+        num_timesteps_cond: int | None = None, log_every_t: int = 100,
+    ):  # fmt: skip
         super().__init__()
         if parameterization != "eps":
             raise ValueError(f"parameterization must be eps (the network predicts noise), not {parameterization}")
         self.first_stage_key, self.cond_stage_key, self.channels = first_stage_key, cond_stage_key, channels
-        self.num_timesteps, self.scale_factor, self.log_every_t = timesteps, scale_factor, log_every_t
+        self.num_timesteps, self.scale_factor = timesteps, scale_factor
         self.cond_stage_trainable, self.use_ema = cond_stage_trainable, use_ema
         self.model = DiffusionWrapper(instantiate_from_config(unet_config))
         for name, table in schedule_buffers(scaled_linear_betas(timesteps, linear_start, linear_end)).items():
