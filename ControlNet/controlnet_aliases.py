@@ -2,22 +2,25 @@
 
 Published scripts put the ControlNet folder itself on sys.path and import `cldm`, `ldm` and `annotator` from there.
 Loaded that way, every class would exist a second time beside `ControlNet.cldm...`, and isinstance would fail between
-the two.  So these packages' `__init__`, when it runs under the short name, calls `enter`: it imports
-`ControlNet.<name>` from this same folder, puts that into sys.modules under the short name, and installs a finder that
-does so for every submodule.  The parent folder need not be on sys.path.
+the two.  So these packages' `__init__`, when it runs under the short name, calls `enter`, which installs a finder: it
+imports submodules as `ControlNet.<name>...` from this same folder, and puts them into sys.modules under the short name.
+The parent folder need not be on sys.path.
 """
 
+import contextlib
 import importlib
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 PACKAGES = ("cldm", "ldm", "annotator")
 MOVED = {
     "cldm.ddim_hacked": "ControlNet.cldm.ddim",
+    "cldm.logger": "ControlNet.cldm.lightning",
+    "cldm.model": "ControlNet.cldm.lightning",
     "ldm.models.autoencoder": "ControlNet.ldm.autoencoder",
     "ldm.models.diffusion.ddim": "ControlNet.cldm.ddim",
     "ldm.models.diffusion.ddpm": "ControlNet.ldm.diffusion",
@@ -53,22 +56,17 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def enter(name: str) -> None:
-    """Make the package `name`, one of PACKAGES, and its submodules those of ControlNet."""
-    if "ControlNet" not in sys.modules:
-        _load("ControlNet", FOLDER / "__init__.py", [str(FOLDER)])
-    if FOLDER not in [Path(path).resolve() for path in sys.modules["ControlNet"].__path__]:
+    """Make the submodules of the package `name`, one of PACKAGES, those of ControlNet."""
+    sys.path.insert(0, str(FOLDER.parent))
+    try:
+        import ControlNet
+
+        if name != "annotator":
+            with contextlib.suppress(ModuleNotFoundError):  # absent where this folder was copied alone
+                import torchvision_compat  # noqa: F401  before the script imports pytorch_lightning
+    finally:
+        sys.path.remove(str(FOLDER.parent))
+    if FOLDER not in [Path(path).resolve() for path in ControlNet.__path__]:
         raise ImportError(f"another ControlNet is imported already, not the one in {FOLDER}")
-    compat = FOLDER.parent / "torchvision_compat.py"
-    if name != "annotator" and compat.is_file() and compat.stem not in sys.modules:
-        _load(compat.stem, compat)  # before the script imports pytorch_lightning
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    sys.modules[name] = importlib.import_module(f"ControlNet.{name}")
-
-
-def _load(name: str, file: Path, search: list[str] | None = None) -> None:
-    spec = spec_from_file_location(name, file, submodule_search_locations=search)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[name] = module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])

@@ -7,7 +7,6 @@ labels, B class numbers; generator: of all random numbers.
 
 import copy
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch
 from omegaconf import DictConfig
@@ -15,44 +14,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ControlNet.cldm.cldm import ControlLDM
+from ControlNet.ldm.schedule import DISTILLED_STEPS
 from ControlNet.ldm.text import END, MAX_LENGTH, tokenize
 from ControlNet.ldm.util import extract_into_tensor
-from ControlNet.sampling import DISTILLED_STEPS, boundary
+from ControlNet.sampling import boundary
+from ControlNet.training_data import Views
 
 IGNORED = -100
 """In place of a class number: a position that counts for nothing in cross_entropy."""
 
 
-class Texts(Protocol):
-    """texts: those of class 0, of class 1, ..., one for each template, and then the negative ones.
-
-    classes, templates, negatives: how many there are.
-    """
-
-    texts: list[str]
-    classes: int
-    templates: int
-    negatives: int
-
-
-class _Conditioned(nn.Module):
-    """A task whose batches get texts: `texts`, `templates` and `negatives` are the data's."""
-
-    def __init__(self, data: Texts):
-        super().__init__()
-        self.texts, self.templates, self.negatives = data.texts, data.templates, data.negatives
-
-    def draw_texts(self, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """For each of B class numbers a text of its class and a negative one, as numbers in `texts`."""
-        positive, negative = (torch.rand(len(labels), generator=generator) for _ in range(2))
-        text = labels.cpu() * self.templates + (positive * self.templates).long()
-        return text, len(self.texts) - self.negatives + (negative * self.negatives).long()
-
-
 class AutoencoderTask(nn.Module):
     """The autoencoder's loss: L1 and L2 of the reconstruction, plus kl_weight times the KL divergence."""
 
-    def __init__(self, model: ControlLDM, settings: DictConfig, data: Texts):
+    def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
         super().__init__()
         self.autoencoder = model.first_stage_model.requires_grad_(True)
         self.kl_weight = settings.kl_weight
@@ -75,52 +50,72 @@ class TextTask(nn.Module):
     positions: Tensor
     named: Tensor
 
-    def __init__(self, model: ControlLDM, settings: DictConfig, data: Texts):
+    def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
         super().__init__()
         self.encoder = model.cond_stage_model.requires_grad_(True)
         self.texts = data.texts
-        negatives, templates, classes = data.negatives, data.templates, data.classes
-        own = torch.arange(classes).repeat_interleave(templates)
-        named = torch.cat([own, torch.arange(classes, classes + negatives)])[:, None].repeat(1, MAX_LENGTH)
+        nb_named = data.classes + data.negatives
+        own = torch.arange(data.classes).repeat_interleave(data.templates)
+        named = torch.cat([own, torch.arange(data.classes, nb_named)])[:, None].repeat(1, MAX_LENGTH)
         named[tokenize(self.texts) != END] = IGNORED
         self.register_buffer("named", named, persistent=False)
-        self.probe = nn.Linear(self.encoder(self.texts[:1]).shape[-1], classes + negatives)
+        self.probe = nn.Linear(self.encoder(self.texts[:1]).shape[-1], nb_named)
 
     def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         logits = self.probe(self.encoder(self.texts)).float()
         return {"loss": F.cross_entropy(logits.flatten(0, 1), self.named.flatten(), ignore_index=IGNORED)}
 
 
-class DiffusionTask(_Conditioned):
+class _NoiseTask(nn.Module):
+    """What the tasks that add noise to latents draw, from the generator, for a batch of pictures."""
+
+    def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
+        super().__init__()
+        self.model, self.settings = model, settings
+        self.texts, self.templates, self.negatives = data.texts, data.templates, data.negatives
+
+    def draw_texts(self, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """For each of B class numbers a text of its class and a negative one, as numbers in `texts`."""
+        positive, negative = (torch.rand(len(labels), generator=generator) for _ in range(2))
+        text = labels.cpu() * self.templates + (positive * self.templates).long()
+        return text, len(self.texts) - self.negatives + (negative * self.negatives).long()
+
+    def draw_control(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
+        """B x 1 x 1 x 1: 1 for an item whose UNet gets the control, 0 for the share hint_dropout of them."""
+        controlled = torch.rand(len(pictures), generator=generator) >= self.settings.hint_dropout
+        return controlled.float()[:, None, None, None].to(pictures.device)
+
+    @torch.no_grad()
+    def add_noise(self, pictures: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(the pictures' latents with the noise of timesteps t, that noise)."""
+        posterior = self.model.encode_first_stage(pictures)
+        latents = self.model.get_first_stage_encoding(posterior, generator).float()
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        return self.model.q_sample(latents, t, noise), noise
+
+
+class DiffusionTask(_NoiseTask):
     """The noise-prediction loss (DDPM, equation 14), conditioned on text and edge map.
 
     A share of the texts is replaced by a negative text, to train the unconditional branch of guidance, and a share of
     the control tensors is set to zero, to train the UNet without control (hint_dropout; 1 trains the UNet only).
     """
 
-    def __init__(self, model: ControlLDM, settings: DictConfig, data: Texts):
-        super().__init__(data)
-        self.model = model
-        self.settings = settings
+    def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
+        super().__init__(model, settings, data)
         model.first_stage_model.requires_grad_(False)
         model.cond_stage_model.requires_grad_(model.cond_stage_trainable)
 
     def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        model, batch = self.model, len(pictures)
-
-        def uniform():
-            return torch.rand(batch, generator=generator)
-
+        model, batch, device = self.model, len(pictures), pictures.device
         text, negative = self.draw_texts(labels, generator)
-        text = torch.where(uniform() < self.settings.text_dropout, negative, text)
-        controlled = (uniform() >= self.settings.hint_dropout).float()[:, None, None, None].to(pictures.device)
-        noisiness = uniform() ** self.settings.get("timestep_power", 1.0)  # below 1: noisy timesteps come more often
-        t = (noisiness * model.num_timesteps).long().clamp(max=model.num_timesteps - 1).to(pictures.device)
-        with torch.no_grad():
-            latents = model.get_first_stage_encoding(model.encode_first_stage(pictures), generator).float()
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        noisy = model.q_sample(latents, t, noise)
-        context = model.get_learned_conditioning(self.texts)[text.to(pictures.device)]
+        text = torch.where(torch.rand(batch, generator=generator) < self.settings.text_dropout, negative, text)
+        controlled = self.draw_control(pictures, generator)
+        # A power below 1 lets noisy timesteps come more often.
+        noisiness = torch.rand(batch, generator=generator) ** self.settings.get("timestep_power", 1.0)
+        t = (noisiness * model.num_timesteps).long().clamp(max=model.num_timesteps - 1).to(device)
+        noisy, noise = self.add_noise(pictures, t, generator)
+        context = model.get_learned_conditioning(self.texts)[text.to(device)]
         if self.settings.hint_dropout >= 1:
             eps = model.model.diffusion_model(x=noisy, timesteps=t, context=context, control=None).float()
         else:
@@ -129,7 +124,7 @@ class DiffusionTask(_Conditioned):
         return {"loss": F.mse_loss(eps, noise)}
 
 
-class ConsistencyTask(_Conditioned):
+class ConsistencyTask(_NoiseTask):
     """Distils the model into one for a few LCM steps without guidance (Luo et al. 2023, algorithm 1).
 
     The teacher, the model as it was, makes one guided DDIM step from timestep t, one of the 50, to t - settings.skip.
@@ -142,28 +137,22 @@ class ConsistencyTask(_Conditioned):
     HUBER = 1e-3
     """c of the pseudo-Huber loss, sqrt(difference^2 + c^2) - c."""
 
-    def __init__(self, model: ControlLDM, settings: DictConfig, data: Texts):
-        super().__init__(data)
-        self.settings = settings
-        self.model = model.requires_grad_(False)
+    def __init__(self, model: ControlLDM, settings: DictConfig, data: Views):
+        super().__init__(model.requires_grad_(False), settings, data)
         self.networks = nn.ModuleList([model.model.diffusion_model, model.control_model])
         self.teacher, self.target = (copy.deepcopy(self.networks).eval() for _ in range(2))
         self.networks.requires_grad_(True)
 
     def forward(self, pictures: Tensor, edges: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        model, batch, device = self.model, len(pictures), pictures.device
+        model, device = self.model, pictures.device
         self._move_target()
-
-        def uniform():
-            return torch.rand(batch, generator=generator)
-
         text, negative = self.draw_texts(labels, generator)
-        controlled = (uniform() >= self.settings.hint_dropout).float()[:, None, None, None].to(device)
+        controlled = self.draw_control(pictures, generator)
         spacing = model.num_timesteps // DISTILLED_STEPS
-        t = (((uniform() * DISTILLED_STEPS).long() + 1) * spacing - 1).to(device)
+        chosen = (torch.rand(len(pictures), generator=generator) * DISTILLED_STEPS).long()
+        t = ((chosen + 1) * spacing - 1).to(device)
         with torch.no_grad():
-            latents = model.get_first_stage_encoding(model.encode_first_stage(pictures), generator).float()
-            noisy = model.q_sample(latents, t, torch.randn(latents.shape, generator=generator).to(latents))
+            noisy, _ = self.add_noise(pictures, t, generator)
             contexts = model.get_learned_conditioning(self.texts)
             context, unconditional = contexts[text.to(device)], contexts[negative.to(device)]
             eps = predicted_noise(self.teacher, noisy, t, context, edges, controlled)

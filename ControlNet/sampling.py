@@ -10,117 +10,111 @@ DDIM: Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models".
 DPM-Solver++: Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Models".
 UniPC: Zhao et al. 2023, "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models".
 LCM: Luo et al. 2023, "Latent Consistency Models".  TCD: Zheng et al. 2024, "Trajectory Consistency Distillation".
-Karras spacing: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", equation 5.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ControlNet.cldm.guidance import Guided
-from ControlNet.ldm.schedule import ddim_timesteps
+from ControlNet.ldm.schedule import Schedule, ancestral, distilled, evenly, karras, trailing, uniform
+from ControlNet.ldm.unet import DeepFeatures
 
 Denoise = Callable[[Tensor, int], Tensor]
 Noise = Callable[[Tensor, int], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 T = TypeVar("T", float, Tensor)
 
-FIRST, LAST = 0.85, 0.05
-"""Parts of the timesteps at which ancestral sampling evaluates the network first and last.
-
-Measured on digits (tests/bench/bench_codebook.py).  In earlier steps the noise hides the picture from the network so
-well that noise which is chosen changes little; later ones have too little noise to choose.
-"""
-KARRAS_RHO = 7.0
-DISTILLED_STEPS = 50
-"""Timesteps that LCM and TCD are distilled to, among which theirs are chosen."""
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # of LCM's consistency function
 
 
-# --- schedules ------------------------------------------------------------------------------------------------------
+# --- the guided denoiser --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """timesteps: in the order of sampling, the noisiest first; alphas, sigmas: there, and where the last step leads;
-    alphas_cumprod: alpha^2 of all the model's timesteps."""
+class Guided:
+    """Classifier-free guidance: eps = eps_uncond + scale * (eps_cond - eps_uncond) (Ho & Salimans 2022).
 
-    timesteps: list[int]
-    alphas: list[float]
-    sigmas: list[float]
-    alphas_cumprod: list[float]
-
-    @property
-    def lambdas(self) -> list[float]:
-        """Infinite where there is no noise."""
-        pairs = zip(self.alphas, self.sigmas, strict=True)
-        return [math.log(alpha / sigma) if sigma > 0 else math.inf for alpha, sigma in pairs]
-
-    def last(self, steps: int) -> "Schedule":
-        """The last steps alone."""
-        first = len(self.timesteps) - steps
-        return Schedule(self.timesteps[first:], self.alphas[first:], self.sigmas[first:], self.alphas_cumprod)
-
-
-def _at(alphas_cumprod: list[float], timesteps: Sequence[int], end: float) -> Schedule:
-    """The schedule of these timesteps.  end: alpha^2 where the last step leads, 1 for the clean picture."""
-    squares = [*(alphas_cumprod[t] for t in timesteps), end]
-    alphas, sigmas = [square**0.5 for square in squares], [(1 - square) ** 0.5 for square in squares]
-    return Schedule(list(timesteps), alphas, sigmas, alphas_cumprod)
-
-
-def uniform(alphas_cumprod: list[float], steps: int) -> Schedule:
-    """DDIM's, as published: it may have more steps than asked for (see `ddim_timesteps`)."""
-    timesteps = ddim_timesteps(steps, len(alphas_cumprod), "uniform")
-    return _at(alphas_cumprod, timesteps[::-1].tolist(), alphas_cumprod[0])
-
-
-def trailing(alphas_cumprod: list[float], steps: int) -> Schedule:
-    """From the last timestep down: for weights distilled to one to eight steps (Turbo, Hyper-SD, Lightning)."""
-    timesteps = ddim_timesteps(steps, len(alphas_cumprod), "trailing")
-    return _at(alphas_cumprod, timesteps[::-1].tolist(), alphas_cumprod[0])
-
-
-def ancestral(alphas_cumprod: list[float], steps: int) -> Schedule:
-    """From part FIRST of the timesteps to part LAST, and then to the clean picture."""
-    count = len(alphas_cumprod)
-    timesteps = np.linspace(count * FIRST, count * LAST, steps).round().astype(int)
-    return _at(alphas_cumprod, timesteps.tolist(), 1.0)
-
-
-def evenly(alphas_cumprod: list[float], steps: int) -> Schedule:
-    """Evenly spaced from the last timestep down, as in the solvers' experiments with guidance.
-
-    With DDIM's timesteps, which start at 951 of 999 for 20 steps, DPM-Solver++ lands two to three times as far from the
-    many-step solution (measured on the bundled model).
+    cond, uncond: as ControlLDM.apply_model takes them.  Without uncond, or at scale 1, the unconditional branch is not
+    computed.  Both branches run as one batch of twice the size, unless only one of them has control (guess mode).  A
+    hint's features are the same at every step and in both branches: they are computed once.
+    reusing: keep the UNet's deep features for calls that reuse them (see DeepFeatures).
     """
-    timesteps = np.unique(np.linspace(0, len(alphas_cumprod) - 1, steps + 1).round().astype(np.int64))
-    return _at(alphas_cumprod, timesteps[:0:-1].tolist(), 1.0)
+
+    def __init__(self, model, cond: dict, uncond: dict | None = None, reusing: bool = False):
+        _check_conditioning(cond, "conditioning")
+        if uncond is not None:
+            _check_conditioning(uncond, "unconditional_conditioning")
+        self.model, self.reusing = model, reusing
+        self._cond, self._uncond = cond, uncond
+        self._features: dict[tuple[int, ...], Tensor] = {}  # ids of a hint's tensors -> its features
+
+    def __call__(self, x: Tensor, t: Tensor | int, scale: float = 1.0, reuse: bool = False) -> Tensor:
+        """The guided noise in x (B x 4 x h x w) at timesteps t (B, or one for all): float32, x's shape.
+
+        x is float32, whatever the networks compute in.
+        reuse: take the deep features from the last call that computed them; no effect unless `reusing`.
+        """
+        y, t = x.to(self.model.dtype), filled(x, t) if isinstance(t, int) else t
+        if self._uncond is None or scale == 1.0:
+            return self._predict(y, t, self._conditional, reuse)
+        if len(self._branches) == 1:
+            both = self._predict(torch.cat([y, y]), torch.cat([t, t]), self._branches[0], reuse)
+            eps, eps_uncond = both.chunk(2)
+        else:
+            eps, eps_uncond = (self._predict(y, t, branch, reuse) for branch in self._branches)
+        return eps_uncond + scale * (eps - eps_uncond)
+
+    def _predict(self, y: Tensor, t: Tensor, branch: dict[str, Any], reuse: bool) -> Tensor:
+        if self.reusing:
+            branch["deep"].reuse = reuse
+        return self.model.apply_model(y, t, branch).float()
+
+    @cached_property
+    def _conditional(self) -> dict[str, Any]:
+        """What is computed without guidance."""
+        return self._with_features(self._cond)
+
+    @cached_property
+    def _branches(self) -> list[dict[str, Any]]:
+        """What is computed with guidance: one batch of both branches where that is possible, else both."""
+        assert self._uncond is not None
+        cond, uncond = self._with_features(self._cond), self._with_features(self._uncond)
+        if (cond["c_concat"] is None) != (uncond["c_concat"] is None):
+            return [cond, uncond]
+        both = {**cond, "c_crossattn": _pairs(cond["c_crossattn"], uncond["c_crossattn"])}
+        if cond["c_concat"] is not None:
+            both["c_concat"] = _pairs(cond["c_concat"], uncond["c_concat"])
+            both["hint_features"] = torch.cat([cond["hint_features"], uncond["hint_features"]])
+        return [both]
+
+    def _with_features(self, cond: dict) -> dict[str, Any]:
+        branch = {"c_concat": None, **cond, "deep": DeepFeatures() if self.reusing else None}
+        if branch["c_concat"] is not None:
+            key = tuple(map(id, cond["c_concat"]))
+            if key not in self._features:
+                hint = torch.cat(cond["c_concat"], dim=1).to(self.model.device, self.model.dtype)
+                self._features[key] = self.model.control_model.encode_hint(hint)
+            branch["hint_features"] = self._features[key]
+        return branch
 
 
-def karras(alphas_cumprod: list[float], steps: int) -> Schedule:
-    """sigma / alpha spaced as Karras et al. do; rounded to the nearest timestep for the network alone."""
-    squares = np.array(alphas_cumprod)
-    ratios = np.sqrt((1 - squares) / squares)
-    chosen = np.linspace(ratios[-1] ** (1 / KARRAS_RHO), ratios[0] ** (1 / KARRAS_RHO), steps) ** KARRAS_RHO
-    timesteps = np.interp(np.log(chosen), np.log(ratios), np.arange(len(ratios))).round().astype(np.int64)
-    chosen = np.append(chosen, 0.0)
-    alphas = 1 / np.sqrt(1 + chosen**2)
-    return Schedule(timesteps.tolist(), alphas.tolist(), (chosen * alphas).tolist(), alphas_cumprod)
+def _check_conditioning(conditioning: Any, name: str) -> None:
+    if not isinstance(conditioning, dict) or not isinstance(conditioning.get("c_crossattn"), list | tuple):
+        raise ValueError(f'{name} must be {{"c_concat": [hint] or None, "c_crossattn": [context]}}')
 
 
-def distilled(alphas_cumprod: list[float], steps: int) -> Schedule:
-    """At most 50 steps, of LCM and TCD."""
-    if steps > DISTILLED_STEPS:
-        raise ValueError(f"steps must be between 1 and {DISTILLED_STEPS}, not {steps}")
-    timesteps = np.arange(DISTILLED_STEPS, 0, -1) * (len(alphas_cumprod) // DISTILLED_STEPS) - 1
-    chosen = np.linspace(0, DISTILLED_STEPS, steps, endpoint=False).astype(np.int64)
-    return _at(alphas_cumprod, timesteps[chosen].tolist(), alphas_cumprod[0])
+def _pairs(cond: Sequence[Tensor], uncond: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors of both branches as those of one batch, the conditional one first."""
+    return [torch.cat(pair) for pair in zip(cond, uncond, strict=True)]
+
+
+def filled(x: Tensor, timestep: int) -> Tensor:
+    """The timestep for each item of x: B, int64."""
+    return torch.full((len(x),), timestep, device=x.device, dtype=torch.int64)
 
 
 # --- samplers -------------------------------------------------------------------------------------------------------
@@ -308,14 +302,10 @@ def sample_latents(
         count = len(schedule.timesteps)
         schedule = schedule.last(max(1, round(strength * count)))
         scales = scales[count - len(schedule.timesteps) :]
-        x = model.q_sample(start.to(x), _filled(x, schedule.timesteps[0]), x)
+        x = model.q_sample(start.to(x), filled(x, schedule.timesteps[0]), x)
     predict = Guided(model, cond, uncond, reusing=reuse_every > 1)
 
     def denoise(x: Tensor, i: int) -> Tensor:
-        return predict(x, _filled(x, schedule.timesteps[i]), scales[i], reuse=i % reuse_every > 0)
+        return predict(x, schedule.timesteps[i], scales[i], reuse=i % reuse_every > 0)
 
     return SAMPLERS[sampler].sample(denoise, x, schedule, noise, eta)
-
-
-def _filled(x: Tensor, timestep: int) -> Tensor:
-    return torch.full((len(x),), timestep, device=x.device, dtype=torch.int64)

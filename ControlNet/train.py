@@ -23,7 +23,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +43,28 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ControlNet.cldm.cldm import ControlLDM
-from ControlNet.cldm.model import ModelError, create_model, load_model, refuse_resolvers
-from ControlNet.cldm.weights import find_weights
-from ControlNet.disk import move_into_place, user_path
-from ControlNet.ldm.patch_autoencoder import PatchAutoencoder
+from ControlNet.cldm.model import ModelError, create_model, load_model
+from ControlNet.cldm.weights import find_weights, refuse_resolvers
+from ControlNet.ldm.autoencoder import PatchAutoencoder
 from ControlNet.objectives import AutoencoderTask, ConsistencyTask, DiffusionTask, TextTask
-from ControlNet.training_data import STAGES, StepSampler, Views, step_seed
+from ControlNet.training_data import STAGES, StepSampler, Views, step_seed, user_path
 
 TASKS = dict(zip(STAGES, (AutoencoderTask, TextTask, DiffusionTask, DiffusionTask, ConsistencyTask), strict=True))
-
-
-FIXED_KEYS = (
-    *("seed", "precision", "teacher", "hint", "image_size", "texts", "negative_texts", "augmentation", "looseness"),
-)
+FIXED_KEYS = [
+    "seed", "precision", "teacher", "hint", "image_size", "texts", "negative_texts", "augmentation", "looseness",
+]  # fmt: skip
 """Keys of the config, beside those of the stage, that a checkpoint's training must have in common with this one."""
-
 MOST_READ = 64
 """Pictures whose content goes into the digest of `data`, beside the names and sizes of all."""
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file, and move it into place: a power failure leaves the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    write(temporary)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def content_digests(config: DictConfig, data: Views) -> dict[str, str | None]:
@@ -90,9 +95,7 @@ def check_settings(config: DictConfig, stage: str, data: Views, has_checkpoint: 
                 f"{file.parent} has a checkpoint of the {stage} stage with other settings ({', '.join(differ)}): give "
                 "this training another output=, or delete the checkpoint"
             )
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(settings, indent=1))
-    move_into_place(file, temporary)
+    write_whole(file, lambda path: path.write_text(json.dumps(settings, indent=1)))
 
 
 def make_optimizer(parameters: Sequence[Tensor], learning_rate: float, precision: str) -> torch.optim.AdamW:
@@ -149,11 +152,9 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
             state["log"].append({"step": state["step"], "seconds": round(seconds + time.time() - began, 1), **means})
             bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
             began, sums = time.time(), {}
-            temporary = checkpoint.with_suffix(".tmp")
-            fabric.save(temporary, state)
-            move_into_place(checkpoint, temporary)
-            temporary.write_text(json.dumps(state["log"], indent=1))
-            move_into_place(output / f"{stage}_losses.json", temporary)
+            write_whole(checkpoint, lambda path: fabric.save(path, state))
+            losses_file, text = output / f"{stage}_losses.json", json.dumps(state["log"], indent=1)
+            write_whole(losses_file, lambda path, text=text: path.write_text(text))
     if settings.get("ema_decay"):
         task.load_state_dict(average.module.state_dict())
 
@@ -186,9 +187,7 @@ def export(model: ControlLDM, path: Path, hint: str) -> None:
         elif tensor.is_floating_point() and "." in name:  # names without a dot: the schedule's tables, kept in float32
             tensor = tensor.half()
         tensors[name] = tensor.cpu().contiguous()
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, {"hint": hint})
-    move_into_place(path, temporary)
+    write_whole(path, lambda file: save_file(tensors, file, {"hint": hint}))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -237,9 +236,8 @@ def train(config: DictConfig) -> None:
             fit(fabric, model, "autoencoder", config)
         factor = normalise_latents(model, config)
         fabric.print(f"latents scaled by {factor:.3f}")
-        fit(fabric, model, "text", config)
-        fit(fabric, model, "diffusion", config)
-        fit(fabric, model, "refine", config)
+        for stage in ("text", "diffusion", "refine"):
+            fit(fabric, model, stage, config)
     export(model, weights, config.get("hint") or "edges")
     beside = weights.with_suffix(".yaml")
     if not beside.exists():  # where compress/run.py --model looks for it

@@ -11,12 +11,15 @@ import cv2
 import numpy as np
 import torch
 from omegaconf import DictConfig
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ControlNet.cldm.model import ModelError
-from ControlNet.disk import read_picture, user_path
+from ControlNet.cldm.files import ModelError
 
+MAX_PIXELS = 90_000_000
+LONGEST_SIDE = 32767
+"""OpenCV's maps take no longer one."""
 STAGES = ("autoencoder", "text", "diffusion", "refine", "consistency")
 
 
@@ -36,13 +39,11 @@ class Views(Dataset):
         self.items = [(file, y) for y, label in enumerate(labels) for file in sorted((folder / label).iterdir())]
         if not self.items:
             raise ModelError(f"{folder} holds no pictures; they belong in {folder}/<class-label>/")
-        texts = read_class_names(user_path(config.class_names)) if config.class_names else {}
-        templates = [
-            template.replace("{label}", texts.get(label, label)) for label in labels for template in config.texts
-        ]
-        self.texts = [*templates, *config.negative_texts]
+        names = read_class_names(user_path(config.class_names)) if config.class_names else {}
+        texts = [text.replace("{label}", names.get(label, label)) for label in labels for text in config.texts]
+        self.texts = [*texts, *config.negative_texts]
+        """Those of class 0, of class 1, ..., one for each template, and then the negative ones."""
         self.classes, self.templates, self.negatives = len(labels), len(config.texts), len(config.negative_texts)
-        """The texts of class 0, of class 1, ..., one for each template, and then the negative ones."""
         self.size = config.image_size
         self.augmentation, self.looseness = config.augmentation, config.looseness
         self.seed = [config.seed, STAGES.index(stage)]
@@ -78,13 +79,36 @@ class Views(Dataset):
         return cv2.resize(image, (self.size, self.size), interpolation=interpolation)
 
 
+def user_path(text: str) -> Path:
+    """~ is the home folder."""
+    return Path(text).expanduser()
+
+
+class UnreadableImage(ModelError):
+    """A DataLoader re-raises its workers' errors with their traceback as the message; only its last line is kept."""
+
+    def __init__(self, message: str):
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
+def read_picture(file: Path) -> np.ndarray:
+    """A picture as RGB.  Raises UnreadableImage, which names the file, also for one of more pixels than memory has."""
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS or max(image.size) >= LONGEST_SIDE:
+                raise OSError(f"{image.width} x {image.height} pixels are too many to train on")
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # decoders raise anything for a broken file
+        raise UnreadableImage(f"cannot read image {file}: {error}") from error
+
+
 def read_class_names(file: Path) -> dict[str, str]:
     """Class label -> text.  Raises ModelError for a file that is no such table, or gives a label two texts."""
 
     def unique(pairs: list[tuple[str, str]]) -> dict[str, str]:
-        twice = [label for label, count in Counter(label for label, _ in pairs).items() if count > 1]
-        if twice:
-            raise ModelError(f"{file} gives class {twice[0]!r} {len(pairs) - len(dict(pairs)) + 1} texts: keep one")
+        for label, count in Counter(label for label, _ in pairs).items():
+            if count > 1:
+                raise ModelError(f"{file} gives class {label!r} {count} texts: keep one")
         return dict(pairs)
 
     try:

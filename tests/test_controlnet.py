@@ -8,12 +8,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from ControlNet.cldm import lightning
 from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.cldm.model import MODELS_FOLDER, ModelError, create_model, load_model, load_state_dict
 from ControlNet.ldm.schedule import ddim_timesteps
 from ControlNet.ldm.text import tokenize
 from tests import forks
 from tests.little_config import relative_error
+from tests.little_model import little_config
 from tests.small_controlnet import reference_state_dict, small_config, small_model
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -294,7 +296,7 @@ def fresh():
     other = create_model(small_config())
     other.load_state_dict(reference_state_dict(other))
     del other
-    return create_model(small_config())
+    return lightning.create_model(small_config())
 
 
 def test_a_fresh_control_network_changes_nothing(fresh):
@@ -414,22 +416,47 @@ def test_a_gpu_predicts_what_the_cpu_does(dtype, tolerance, model, figures, tmp_
     assert_close(eps.float().cpu(), figures["eps"], tolerance)
 
 
-LIGHTNING_LATE = """
-from ControlNet.cldm.model import create_model
-from ControlNet.cldm.cldm import ControlLDM
-from tests.little_model import little_config
-before = create_model(little_config())
+TRAINING = """
+import torch
+from torch.utils.data import DataLoader
+{imports}
+from cldm.cldm import ControlLDM
+from ldm.models.diffusion.ddpm import LatentDiffusion
+import ControlNet.cldm.model as plain
+
+assert isinstance(model, ControlLDM) and isinstance(model, LatentDiffusion) and isinstance(model, pl.LightningModule)
+assert not isinstance(plain.create_model("little.yaml"), pl.LightningModule)
+before = {{name: tensor.clone() for name, tensor in model.state_dict().items()}}
+picture = torch.rand(64, 64, 3)
+quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+trainer = pl.Trainer(accelerator="cpu", max_steps=2, **quiet)
+trainer.fit(model, DataLoader([{{"jpg": picture * 2 - 1, "txt": "digit", "hint": picture}}] * 4, batch_size=2))
+changed = {{name.split(".")[0] for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}}
+assert changed == {{"control_model"}}, changed
+"""
+MODEL_FIRST = """
+from cldm.model import create_model
+model = create_model("little.yaml")
 import pytorch_lightning as pl
-after, again = create_model(little_config()), create_model(little_config())
-assert not isinstance(before, pl.LightningModule)
-assert isinstance(after, pl.LightningModule) and type(after) is type(again)
-assert all(isinstance(each, ControlLDM) and type(each).__name__ == "ControlLDM" for each in (before, after))
-assert before.state_dict().keys() == after.state_dict().keys()
-assert str(after.device) == "cpu" and after.training_step.__func__ is before.training_step.__func__
+"""
+LIGHTNING_FIRST = """
+import pytorch_lightning as pl
+from cldm.model import create_model
+model = create_model("little.yaml")
 """
 
 
-def test_a_model_is_a_lightning_module_whenever_lightning_was_imported_before_it_was_made():
-    """Not only where it was imported before ControlNet."""
-    ended = forks.run(["-c", LIGHTNING_LATE])
+@pytest.mark.parametrize("imports", [MODEL_FIRST, LIGHTNING_FIRST])
+def test_a_trainer_takes_the_published_model_in_either_order_of_imports(imports, tmp_path):
+    OmegaConf.save(little_config(), tmp_path / "little.yaml")
+    script = TRAINING.format(imports=imports)
+    ended = forks.run(["-c", script], cwd=tmp_path, env={"PYTHONPATH": str(MODELS_FOLDER.parent)})
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_commands_do_not_import_lightning():
+    commands = (
+        "import sys, main, compress.run, compress.generators.build, compress.training.on_demand, ControlNet.train"
+    )
+    ended = forks.run(["-c", f"{commands}\nassert 'pytorch_lightning' not in sys.modules"])
     assert ended.returncode == 0, ended.stderr

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ControlNet.cldm.ddim import DDIMSampler
-from ControlNet.cldm.guidance import Guided
-from ControlNet.sampling import SAMPLERS, Schedule, make_schedule
+from ControlNet.ldm.schedule import Schedule
+from ControlNet.sampling import SAMPLERS, Guided, make_schedule
 from tests.conftest import long_but
 from tests.diffusers_schedulers import SCHEDULERS, scheduler
 from tests.little_config import relative_error

@@ -16,7 +16,7 @@ from compress.options import Machine
 from compress.presets import HIGH
 from ControlNet import train as trainer
 from ControlNet.cldm.model import BUNDLED, MODELS_FOLDER, load_model, load_state_dict
-from ControlNet.ldm.patch_autoencoder import PatchAutoencoder
+from ControlNet.ldm.autoencoder import PatchAutoencoder
 from tests import forks
 from tests.bench.bench_tiny_model import edge_map, edges_found, generate, nearest_neighbour
 from tests.little_model import little_config, little_model, save_checkpoint

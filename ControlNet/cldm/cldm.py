@@ -1,37 +1,28 @@
 """ControlNet: a trainable copy of the UNet's encoder that reads an edge map and steers the UNet (Zhang et al. 2023)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from ControlNet.cldm.ddim import DDIMSampler
 from ControlNet.ldm.diffusion import LatentDiffusion
 from ControlNet.ldm.unet import DeepFeatures, TimestepEmbedSequential, UNetEncoder, UNetModel
-from ControlNet.ldm.util import instantiate_from_config, log_txt_as_img, zero_module
+from ControlNet.ldm.util import instantiate_from_config, zero_module
 
 
 class ControlledUnetModel(UNetModel):
     """The UNet, with the control's tensors added to its skip connections and its middle block."""
 
     def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor,
-        control: Sequence[Tensor] | None = None,
-        only_mid_control: bool = False,
-        deep: DeepFeatures | None = None,
-    ) -> Tensor:
-        """Predict the noise.
+        self, x: Tensor, timesteps: Tensor, context: Tensor, control: Sequence[Tensor] | None = None,
+        only_mid_control: bool = False, deep: DeepFeatures | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The noise in x: B x 4 x h x w.
 
         x: B x 4 x h x w noisy latents; timesteps: B; context: B x 77 x context_dim.
         control: one tensor an input block and one for the middle block, in that order, or None; where deep features
         are reused, those of deep.blocks alone.
         deep: where to keep the deep features, and whether to reuse them.
-        Returns B x 4 x h x w.
         """
         emb = self.embed_timesteps(timesteps, x.dtype)
         reused = None if deep is None or deep.blocks is None else deep.features
@@ -60,20 +51,15 @@ class ControlNet(UNetEncoder):
 
     def __init__(self, hint_channels: int, model_channels: int, **kwargs):
         super().__init__(model_channels=model_channels, **kwargs)
-        widths = [(16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2)]  # channels and stride; 8x down in all
         layers: list[nn.Module] = []
         channels = hint_channels
-        for width, stride in widths:
+        for width, stride in ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2)):  # 8x down in all
             layers += [nn.Conv2d(channels, width, 3, stride=stride, padding=1), nn.SiLU()]
             channels = width
-        self.input_hint_block = TimestepEmbedSequential(
-            *layers, zero_module(nn.Conv2d(channels, model_channels, 3, padding=1))
-        )
-        self.zero_convs = nn.ModuleList(
-            TimestepEmbedSequential(zero_module(nn.Conv2d(c, c, 1))) for c in self.skip_channels
-        )
-        middle = self.skip_channels[-1]
-        self.middle_block_out = TimestepEmbedSequential(zero_module(nn.Conv2d(middle, middle, 1)))
+        layers.append(zero_module(nn.Conv2d(channels, model_channels, 3, padding=1)))
+        self.input_hint_block = TimestepEmbedSequential(*layers)
+        self.zero_convs = nn.ModuleList(_zero_convolution(channels) for channels in self.skip_channels)
+        self.middle_block_out = _zero_convolution(self.skip_channels[-1])
 
     def encode_hint(self, hint: Tensor) -> Tensor:
         """hint: B x 3 x 8h x 8w in 0..1 -> B x model_channels x h x w.  It depends on neither timestep nor text."""
@@ -82,14 +68,9 @@ class ControlNet(UNetEncoder):
         return hint
 
     def forward(
-        self,
-        x: Tensor,
-        hint: Tensor | None,
-        timesteps: Tensor,
-        context: Tensor,
-        hint_features: Tensor | None = None,
+        self, x: Tensor, hint: Tensor | None, timesteps: Tensor, context: Tensor, hint_features: Tensor | None = None,
         blocks: int | None = None,
-    ) -> list[Tensor]:
+    ) -> list[Tensor]:  # fmt: skip
         """The control tensors, one an input block and one for the middle block (13 at full size).
 
         hint_features: encode_hint(hint), where the caller has it already; blocks: the first input blocks alone.
@@ -109,6 +90,10 @@ class ControlNet(UNetEncoder):
         return control
 
 
+def _zero_convolution(channels: int) -> TimestepEmbedSequential:
+    return TimestepEmbedSequential(zero_module(nn.Conv2d(channels, channels, 1)))
+
+
 class ControlLDM(LatentDiffusion):
     """Latent diffusion with a control network.
 
@@ -116,12 +101,11 @@ class ControlLDM(LatentDiffusion):
     only_mid_control: add the control to the middle block alone; others: LatentDiffusion's.
 
     Attributes: `control_model`, `first_stage_model`, `cond_stage_model`, `model.diffusion_model`; `control_scales`, a
-    factor for each control tensor, 1 at first; `sd_locked`, whether training leaves the UNet's decoder as it is;
-    `fingerprint`, which tells the weights from others ("" unless `load_model` loaded them).
+    factor for each control tensor, 1 at first; `fingerprint`, which tells the weights from others ("" unless
+    `load_model` loaded them).
     """
 
     fingerprint = ""
-    sd_locked = True
     control_model: ControlNet
 
     def __init__(self, control_stage_config: Mapping, control_key: str = "hint", only_mid_control: bool = False,
@@ -160,74 +144,7 @@ class ControlLDM(LatentDiffusion):
         is_diffusing: True for UNet and control network, False for autoencoder and text encoder.
         """
         gpu = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model.to(gpu if is_diffusing else "cpu")
-        self.control_model.to(gpu if is_diffusing else "cpu")
-        self.first_stage_model.to("cpu" if is_diffusing else gpu)
-        self.cond_stage_model.to("cpu" if is_diffusing else gpu)
-
-    # --- training -----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def get_input(self, batch: Mapping, k: str, bs: int | None = None) -> tuple[Tensor, Any]:
-        """(latents, conditioning) of the first bs items; batch[control_key]: hints, B x H x W x 3 in 0..1."""
-        z, context = super().get_input(batch, self.first_stage_key, bs)
-        hint = rearrange(batch[self.control_key][:bs], "b h w c -> b c h w").contiguous().float().to(self.device)
-        return z, {"c_crossattn": [context], "c_concat": [hint]}
-
-    def forward(self, x: Tensor, c: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.cond_stage_trainable:
-            c = {**c, "c_crossattn": [self.get_learned_conditioning(texts) for texts in c["c_crossattn"]]}
-        return super().forward(x, c)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW on the control network and, unless sd_locked, the UNet's decoder; the rest is frozen."""
-        if self.use_ema:
-            raise ValueError("training keeps no moving average of the weights: set use_ema to False in the config")
-        unet = self.model.diffusion_model.requires_grad_(False)
-        trained: list[nn.Module] = [self.control_model]
-        if not self.sd_locked:
-            trained += [unet.output_blocks, unet.out]
-        parameters = [parameter for part in trained for parameter in part.requires_grad_(True).parameters()]
-        return torch.optim.AdamW(parameters, lr=self.learning_rate)
-
-    @torch.no_grad()
-    def log_images(
-        self, batch: Mapping, N: int = 4, sample: bool = False, ddim_steps: int = 50, ddim_eta: float = 0.0,
-        unconditional_guidance_scale: float = 9.0, **kwargs,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """Images of the first N items to look at, each n x 3 x H x W in about [-1, 1].
-
-        sample: whether to sample without guidance, too.  The published rows of noisy and of denoised images are not
-        made: their arguments (n_row, plot_diffusion_rows, ...) are accepted and have no effect.
-        """
-        z, cond = self.get_input(batch, self.first_stage_key, bs=N)
-        if self.cond_stage_trainable:
-            cond["c_crossattn"] = [self.get_learned_conditioning(texts) for texts in cond["c_crossattn"]]
-        hint = cond["c_concat"][0]
-        log = {
-            "reconstruction": self.decode_first_stage(z),
-            "control": hint * 2.0 - 1.0,
-            "conditioning": log_txt_as_img((512, 512), batch[self.cond_stage_key][:N], size=16),
-        }
-        if sample:
-            log["samples"] = self.decode_first_stage(self.sample_log(cond, len(z), True, ddim_steps, eta=ddim_eta)[0])
-        if unconditional_guidance_scale > 1.0:
-            uncond = {"c_concat": [hint], "c_crossattn": [self.get_unconditional_conditioning(len(z))]}
-            samples, _ = self.sample_log(
-                cond,
-                len(z),
-                True,
-                ddim_steps,
-                eta=ddim_eta,
-                unconditional_guidance_scale=unconditional_guidance_scale,
-                unconditional_conditioning=uncond,
-            )
-            log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = self.decode_first_stage(samples)
-        return log
-
-    @torch.no_grad()
-    def sample_log(self, cond: dict, batch_size: int, ddim: bool, ddim_steps: int, **kwargs) -> tuple[Tensor, dict]:
-        """DDIMSampler.sample at the hint's size."""
-        height, width = cond["c_concat"][0].shape[-2:]
-        shape = (self.channels, height // 8, width // 8)
-        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **kwargs)
+        for network in (self.model, self.control_model):
+            network.to(gpu if is_diffusing else "cpu")
+        for network in (self.first_stage_model, self.cond_stage_model):
+            network.to("cpu" if is_diffusing else gpu)

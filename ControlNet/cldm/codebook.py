@@ -5,7 +5,7 @@ one of 2^bits Gaussian codewords that is most aligned with what the predicted cl
 2025, "Turbo-DDCM": it is the normalised sum of several signed codewords.  Who knows their numbers repeats the walk.
 
 Beyond the papers:
-- The steps lie where they change the picture (`ControlNet.sampling.ancestral`).
+- The steps lie where they change the picture (`ControlNet.ldm.schedule.ancestral`).
 - The encoder looks ahead: it tries the few codewords that are most aligned, and takes the one after which the network's
   next prediction is nearest to the picture.  That changes neither the length of a code nor its decoding.
 """
@@ -16,8 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ControlNet.cldm.guidance import Guided
-from ControlNet.sampling import Noise, clean, ddim_mean, make_schedule
+from ControlNet.sampling import Guided, Noise, clean, ddim_mean, make_schedule
 
 SEED = 2**31
 """Codeword k of step i is drawn with the seed SEED + 2^16 i + k, the initial noise with SEED - 1.
@@ -66,7 +65,7 @@ def encode(
     x, code, eps = initial_noise(shape).to(latents).expand(latents.shape), [], None
     for i in range(coded):
         if eps is None:
-            eps = predict(x, _filled(x, schedule.timesteps[i]))
+            eps = predict(x, schedule.timesteps[i])
         x0 = clean(schedule, i, x, eps)
         numbers, noises = most_aligned((latents - x0).flatten(1), i, bits, atoms, candidates)
         mean, sigma = ddim_mean(schedule, i, x0, eps, eta=1.0)
@@ -74,7 +73,7 @@ def encode(
         x, eps = tried[:, 0], None
         if tried.shape[1] > 1:
             flat = tried.flatten(0, 1)
-            next_eps = wide(flat, _filled(flat, schedule.timesteps[i + 1]))
+            next_eps = wide(flat, schedule.timesteps[i + 1])
             missing = latents[:, None] - clean(schedule, i + 1, flat, next_eps).view_as(tried)
             best = missing.flatten(2).square().sum(2).argmin(1)
             rows = torch.arange(batch, device=latents.device)
@@ -146,10 +145,6 @@ def noise_of(step: int, numbers: Sequence[int], size: int) -> Tensor:
 def initial_noise(shape: Sequence[int]) -> Tensor:
     """Where the walks of all codes begin, on the CPU."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(SEED - 1))
-
-
-def _filled(x: Tensor, timestep: int) -> Tensor:
-    return torch.full((len(x),), timestep, device=x.device, dtype=torch.int64)
 
 
 def _repeated(cond: dict, times: int) -> dict:

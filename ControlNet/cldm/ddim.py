@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ControlNet.cldm.guidance import Guided
 from ControlNet.ldm.schedule import ddim_timesteps
 from ControlNet.ldm.util import extract_into_tensor
+from ControlNet.sampling import Guided, filled
 
 
 class DDIMSampler:
@@ -35,12 +35,11 @@ class DDIMSampler:
         """
         self.ddim_timesteps = ddim_timesteps(ddim_num_steps, self.ddpm_num_timesteps, ddim_discretize)
         cumprod = self.model.alphas_cumprod.detach().double().cpu()
-        self.ddim_alphas = cumprod[torch.from_numpy(self.ddim_timesteps)]
-        self.ddim_alphas_prev = torch.cat([cumprod[:1], self.ddim_alphas[:-1]])
-        self.ddim_sigmas = _sigmas(self.ddim_alphas, self.ddim_alphas_prev, ddim_eta)
-        self.ddim_sqrt_one_minus_alphas = (1 - self.ddim_alphas).sqrt()
-        every = torch.cat([torch.ones(1).double(), cumprod[:-1]])
-        self._all_steps = (cumprod, every, _sigmas(cumprod, every, ddim_eta))
+        alphas = cumprod[torch.from_numpy(self.ddim_timesteps)]
+        self._chosen_steps = _tables(alphas, cumprod[:1], ddim_eta)
+        self._all_steps = _tables(cumprod, torch.ones(1).double(), ddim_eta)
+        self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas = self._chosen_steps
+        self.ddim_sqrt_one_minus_alphas = (1 - alphas).sqrt()
 
     @torch.no_grad()
     def sample(
@@ -70,8 +69,9 @@ class DDIMSampler:
             raise ValueError("mask needs x0, the latents to keep where it is 1")
         self.make_schedule(S, ddim_eta=eta, verbose=verbose)
         count = len(self.ddim_timesteps)
-        if ucg_schedule is not None and len(ucg_schedule) != count:
-            raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {count} steps")
+        scales = [unconditional_guidance_scale] * count if ucg_schedule is None else ucg_schedule
+        if len(scales) != count:
+            raise ValueError(f"ucg_schedule has {len(scales)} scales for {count} steps")
         x = torch.randn((batch_size, *shape), device=self.model.device) if x_T is None else x_T
         if x.shape != (batch_size, *shape):
             raise ValueError(f"x_T has shape {tuple(x.shape)}, not {(batch_size, *shape)}")
@@ -81,10 +81,10 @@ class DDIMSampler:
         history = {"x_inter": [x], "pred_x0": [x]}
         for i in tqdm(range(count), type(self).__name__, leave=False, disable=not verbose):
             index = count - 1 - i
-            t = torch.full((batch_size,), int(self.ddim_timesteps[index]), device=x.device, dtype=torch.int64)
+            t = filled(x, int(self.ddim_timesteps[index]))
             if mask is not None:
                 x = self.model.q_sample(x0, t) * mask + (1 - mask) * x
-            eps = predict(x, t, unconditional_guidance_scale if ucg_schedule is None else ucg_schedule[i])
+            eps = predict(x, t, scales[i])
             if score_corrector is not None:
                 eps = score_corrector.modify_score(self.model, eps, x, t, conditioning, **(corrector_kwargs or {}))
             x, predicted = self._step(index, x, eps, False, temperature, noise_dropout, always_draw=always_draw)
@@ -118,7 +118,7 @@ class DDIMSampler:
         self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None
     ) -> Tensor:
         """Clean latents x0 with noise added; t (B): numbers of the schedule, or timesteps where use_original_steps."""
-        alphas = self._tables(use_original_steps)[0].to(x0)
+        alphas = (self._all_steps if use_original_steps else self._chosen_steps)[0].to(x0)
         noise = torch.randn_like(x0) if noise is None else noise
         signal, noisy = (extract_into_tensor(table.sqrt(), t, x0.shape) for table in (alphas, 1 - alphas))
         return signal * x0 + noisy * noise
@@ -134,8 +134,8 @@ class DDIMSampler:
         predict = Guided(self.model, cond, unconditional_conditioning)
         x = x_latent
         for i, index in enumerate(reversed(range(min(t_start, len(timesteps))))):
-            t = torch.full((len(x),), int(timesteps[index]), device=x.device)
-            x, _ = self._step(index, x, predict(x, t, unconditional_guidance_scale), use_original_steps)
+            eps = predict(x, int(timesteps[index]), unconditional_guidance_scale)
+            x, _ = self._step(index, x, eps, use_original_steps)
             if callback is not None:
                 callback(i)
         return x
@@ -155,11 +155,10 @@ class DDIMSampler:
         if t_enc > len(timesteps):
             raise ValueError(f"t_enc must be at most the schedule's {len(timesteps)} steps, not {t_enc}")
         predict = Guided(self.model, c, unconditional_conditioning)
-        alphas, previous, _ = self._tables(use_original_steps)
+        alphas, previous, _ = self._all_steps if use_original_steps else self._chosen_steps
         x, on_the_way = x0, {}
         for i in range(t_enc):
-            t = torch.full((len(x),), int(timesteps[i]), device=x.device)
-            eps = predict(x, t, unconditional_guidance_scale)
+            eps = predict(x, int(timesteps[i]), unconditional_guidance_scale)
             a, a_next = float(previous[i]), float(alphas[i])
             x = (a_next / a) ** 0.5 * x + a_next**0.5 * ((1 / a_next - 1) ** 0.5 - (1 / a - 1) ** 0.5) * eps
             if return_intermediates and (i % max(1, t_enc // return_intermediates) == 0 or i >= t_enc - 2):
@@ -169,10 +168,6 @@ class DDIMSampler:
         out = {"x_encoded": x, "intermediate_steps": list(on_the_way)}
         return x, out | ({"intermediates": list(on_the_way.values())} if return_intermediates else {})
 
-    def _tables(self, use_original_steps: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha_bar, the previous step's alpha_bar, sigma; of the chosen timesteps, or of all of them."""
-        return self._all_steps if use_original_steps else (self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas)
-
     def _step(
         self, index: int, x: Tensor, eps: Tensor, original: bool = False, temperature: float = 1.0,
         dropout: float = 0.0, repeat_noise: bool = False, always_draw: bool = True,
@@ -181,7 +176,8 @@ class DDIMSampler:
 
         always_draw: draw noise also where none is added, as published, so that later draws are the published ones.
         """
-        a, previous, sigma = (float(table[index]) for table in self._tables(original))
+        tables = self._all_steps if original else self._chosen_steps
+        a, previous, sigma = (float(table[index]) for table in tables)
         x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
         x_next = previous**0.5 * x0 + (1 - previous - sigma**2) ** 0.5 * eps
         if sigma > 0 or always_draw:
@@ -191,14 +187,15 @@ class DDIMSampler:
         return x_next, x0
 
 
-def _sigmas(alphas: Tensor, previous: Tensor, eta: float) -> Tensor:
-    return eta * ((1 - previous) / (1 - alphas) * (1 - alphas / previous)).sqrt()
+def _tables(alphas: Tensor, before: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(alpha_bar of each step, that of the step before, sigma).  before: alpha_bar before the first step."""
+    previous = torch.cat([before, alphas[:-1]])
+    return alphas, previous, eta * ((1 - previous) / (1 - alphas) * (1 - alphas / previous)).sqrt()
 
 
 def _refuse_unsupported(quantize_x0: bool, dynamic_threshold: Any, normals_sequence: Any) -> None:
     if quantize_x0:
         raise ValueError("quantize_x0 needs an autoencoder with a codebook; AutoencoderKL has none")
-    if dynamic_threshold is not None:
-        raise ValueError("dynamic_threshold is not supported: the published sampler does not implement it either")
-    if normals_sequence is not None:
-        raise ValueError("normals_sequence is not supported: the published sampler ignores it")
+    for name, value in (("dynamic_threshold", dynamic_threshold), ("normals_sequence", normals_sequence)):
+        if value is not None:
+            raise ValueError(f"{name} is not supported: the published sampler does not implement it either")

@@ -1,8 +1,7 @@
-"""Weights in diffusers' layout -> the official checkpoint's names.
+"""Weights in diffusers' layout -> the official checkpoint's names, for any number of levels and blocks.
 
 diffusers stores each network in its own folder and numbers blocks within each level (`down_blocks.1.resnets.0`), where
-the official checkpoint numbers them consecutively (`input_blocks.4.0`).  The tables below map modules for any number
-of levels and blocks.
+the official checkpoint numbers them consecutively (`input_blocks.4.0`).
 """
 
 import json
@@ -25,14 +24,10 @@ NETWORKS = {
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _ENDINGS = ("safetensors", "bin", "fp16.safetensors", "fp16.bin")  # the first that exists is read
 
-_UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
+_UNET_PARTS = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
 _VAE_PARTS = {
     "conv_shortcut": "nin_shortcut",
     "group_norm": "norm",
@@ -47,18 +42,16 @@ def read_folder(path: Path) -> dict[str, Tensor]:
     """The tensors of a pipeline's folder (unet/, vae/, text_encoder/, controlnet/, those that it has) or of a
     ControlNet's folder, by official names.  Raises ModelError.
     """
-    if any((path / network).is_dir() for network in NETWORKS):
+    state: dict[str, Tensor] = {}
+    if networks := [network for network in NETWORKS if (path / network).is_dir()]:
         _check_schedule(path)
-        state: dict[str, Tensor] = {}
-        for network in NETWORKS:
-            if (path / network).is_dir():
-                state |= to_official(network, _read_network(path / network))
+        for network in networks:
+            state |= to_official(network, _read_network(path / network))
         return state
     state = _read_network(path)
     if not is_controlnet(state):
-        raise ModelError(
-            f"{path} holds one network, and no ControlNet: name the folder that has unet/, vae/ and text_encoder/"
-        )
+        what = "name the folder that has unet/, vae/ and text_encoder/"
+        raise ModelError(f"{path} holds one network, and no ControlNet: {what}")
     return to_official("controlnet", state)
 
 
@@ -84,10 +77,9 @@ def _read_network(folder: Path) -> dict[str, Tensor]:
         if index.is_file():
             return _read_shards(index)
     entries = sorted(entry.name for entry in folder.iterdir())
-    raise ModelError(
-        f"{folder} is no folder of diffusers' layout: it has neither unet/, vae/ and text_encoder/ nor "
-        f"{names[0]}, but {', '.join(entries[:5]) or 'nothing'}{', ...' if len(entries) > 5 else ''}"
-    )
+    content = (", ".join(entries[:5]) or "nothing") + (", ..." if len(entries) > 5 else "")
+    wanted = f"neither unet/, vae/ and text_encoder/ nor {names[0]}"
+    raise ModelError(f"{folder} is no folder of diffusers' layout: it has {wanted}, but {content}")
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -113,7 +105,9 @@ def to_official(network: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     elif network == "vae":
         modules, parts = _vae_modules(levels=_count(state, r"encoder\.down_blocks\.(\d+)"), state=state), _VAE_PARTS
     else:
-        modules, parts = _unet_modules(*_unet_sizes(state)), _UNET_RESNET
+        levels, n = _count(state, r"down_blocks\.(\d+)"), _count(state, r"down_blocks\.0\.resnets\.(\d+)")
+        attend = {int(match[1]) for name in state if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
+        modules, parts = _unet_modules(levels, n, attend), _UNET_PARTS
     official = {}
     for name, tensor in state.items():
         name = NETWORKS[network] + _rename(name, modules, parts)
@@ -140,29 +134,18 @@ def _count(state: Iterable[str], pattern: str) -> int:
     return max((int(match[1]) + 1 for name in state if (match := re.match(pattern, name))), default=0)
 
 
-def _unet_sizes(state: Iterable[str]) -> tuple[int, int, set[int]]:
-    """The arguments of _unet_modules, from diffusers' names."""
-    attend = {int(match[1]) for name in state if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
-    return _count(state, r"down_blocks\.(\d+)"), _count(state, r"down_blocks\.0\.resnets\.(\d+)"), attend
-
-
 def unet_layers(state: Iterable[str]) -> dict[str, str]:
     """diffusers' names of the UNet's layers -> the official names, of all weights among these official names."""
-    layers = [name[: -len(".weight")] for name in state if name.startswith(NETWORKS["unet"]) and name[-7:] == ".weight"]
-    bare = [layer.removeprefix(NETWORKS["unet"]) for layer in layers]
-    levels = 1 + sum(layer.startswith("input_blocks.") and layer.endswith(".op") for layer in bare)
-    n = _count(bare, r"input_blocks\.(\d+)") // levels - 1
-    attend = {
-        int(match[1]) // (n + 1)
-        for layer in bare
-        if (match := re.match(r"output_blocks\.(\d+)\.1\.transformer_blocks\.", layer))
-    }
+    prefix, kind = NETWORKS["unet"], ".weight"
+    weights = [name for name in state if name.startswith(prefix) and name.endswith(kind)]
+    layers = [name.removeprefix(prefix).removesuffix(kind) for name in weights]
+    levels = 1 + sum(layer.startswith("input_blocks.") and layer.endswith(".op") for layer in layers)
+    n = _count(layers, r"input_blocks\.(\d+)") // levels - 1
+    transformers = (re.match(r"output_blocks\.(\d+)\.1\.transformer_blocks\.", layer) for layer in layers)
+    attend = {int(match[1]) // (n + 1) for match in transformers if match}
     modules = {official: theirs for theirs, official in _unet_modules(levels, n, attend).items()}
-    parts = {official: theirs for theirs, official in _UNET_RESNET.items()}
-    return {
-        _rename(f"{name}.weight", modules, parts).removesuffix(".weight"): official
-        for name, official in zip(bare, layers, strict=True)
-    }
+    parts = {official: theirs for theirs, official in _UNET_PARTS.items()}
+    return {_rename(layer + kind, modules, parts).removesuffix(kind): prefix + layer for layer in layers}
 
 
 def _unet_modules(levels: int, n: int, attend: Collection[int]) -> dict[str, str]:

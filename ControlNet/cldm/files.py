@@ -42,12 +42,8 @@ def load_state_dict(path: str | os.PathLike, location: str | torch.device = "cpu
                 content = torch.load(file, map_location=location, weights_only=True)
     except (ModelError, MemoryError, torch.OutOfMemoryError):
         raise
-    except pickle.UnpicklingError as error:  # torch's own message advises to disable weights_only
-        raise ModelError(f"{path} {_why_not_plain(error)}") from error
-    except PermissionError as error:
-        raise ModelError(f"{path} may not be read: {error.strerror}") from error
     except Exception as error:  # a flipped bit makes the readers raise anything
-        raise ModelError(f"{path} {_why_not_whole(path, error)}") from error
+        raise ModelError(f"{path} {_why_unreadable(path, error)}") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"{path} holds no tensors by name")
@@ -63,18 +59,22 @@ def digest(path: str | os.PathLike, what: str) -> str:
         raise ModelError(f"no {what} at {path}: {error.strerror}") from error
 
 
-_OTHER_FORMATS = {
-    b"GGUF": "a GGUF file (quantised weights for llama.cpp and the like)",
-    b"\x89HDF": "an HDF5 file (Keras)",
-    b"TFL3": "a TensorFlow Lite model",
+_TAKE_ANOTHER = "and not a checkpoint of PyTorch: take its .safetensors or .ckpt"
+_OTHER_FILES = {
+    rb"\Z": "empty, a broken download? Fetch it again",
+    rb"version https://git-lfs": "a Git LFS pointer, not the weights: `git lfs pull` in its folder fetches them",
+    rb"\s*<(?i:!doctype|html|\?xml)": "a web page saved under this name: download the file that the page links to",
+    rb"GGUF": f"a GGUF file (quantised weights for llama.cpp and the like), {_TAKE_ANOTHER}",
+    rb"\x89HDF": f"an HDF5 file (Keras), {_TAKE_ANOTHER}",
+    rb"TFL3": f"a TensorFlow Lite model, {_TAKE_ANOTHER}",
 }
-"""First bytes -> what a file of them is."""
+"""Patterns of a file's first bytes -> what it is: other formats, and what failed downloads leave."""
 
 
 def _kind(path: Path) -> str:
     """ "zip" (torch.save's), "safetensors" or "pickle" (torch.save's before 2020), by the first bytes of the file.
 
-    Raises ModelError for other content that failed downloads leave under a checkpoint's name.
+    Raises ModelError for other content.
     """
     with path.open("rb") as file:
         head = file.read(512)
@@ -82,33 +82,27 @@ def _kind(path: Path) -> str:
         return "zip"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         return "safetensors"
-    for magic, what in _OTHER_FORMATS.items():
-        if head.startswith(magic):
-            raise ModelError(f"{path} is {what}, and not a checkpoint of PyTorch: take its .safetensors or .ckpt")
+    for pattern, what in _OTHER_FILES.items():
+        if re.match(pattern, head):
+            raise ModelError(f"{path} is {what}")
     if path.suffix.lower() == ".onnx" and head[:1] == b"\x08":  # protobuf's first field, the format's version
-        raise ModelError(f"{path} is an ONNX model, and not a checkpoint of PyTorch: take its .safetensors or .ckpt")
-    if not head:
-        raise ModelError(f"{path} is empty, a broken download? Fetch it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise ModelError(f"{path} is a Git LFS pointer, not the weights: `git lfs pull` in its folder fetches them")
-    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
-        raise ModelError(f"{path} is a web page saved under this name: download the file that the page links to")
+        raise ModelError(f"{path} is an ONNX model, {_TAKE_ANOTHER}")
     if head.isascii() and head.decode().replace("\n", " ").isprintable():
         raise ModelError(f"{path} is not a checkpoint but a text that begins with {head[:40].decode()!r}")
     return "pickle"
 
 
-def _why_not_plain(error: pickle.UnpicklingError) -> str:
-    match = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if match:
-        return (
-            f"is no plain checkpoint: beside tensors it holds code ({match[1]}), which is never run. "
-            "Take the .safetensors of these weights instead"
-        )
-    return "is no plain checkpoint: another kind of file, a broken download, or one that holds code, which is never run"
-
-
-def _why_not_whole(path: Path, error: Exception) -> str:
+def _why_unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return f"may not be read: {error.strerror}"
+    if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to disable weights_only
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code is None:
+            return (
+                "is no plain checkpoint: another kind of file, a broken download, or it holds code, which is never run"
+            )
+        held = f"beside tensors it holds code ({code[1]}), which is never run"
+        return f"is no plain checkpoint: {held}. Take the .safetensors of these weights instead"
     size, why = path.stat().st_size, re.split(r"\. |\n", str(error))[0] or type(error).__name__
     if broke_off(path) or "incomplete metadata" in why or "MetadataIncomplete" in why:  # safetensors' words
         return f"is a download that broke off after {size:,} bytes. Fetch it again"

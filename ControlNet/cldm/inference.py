@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.openvino_engine import use_openvino
@@ -25,13 +25,12 @@ def make_ready(model: ControlLDM, *, engine: str = "torch", low_memory: bool = F
     size in each run; "openvino": see openvino_engine.py, with this precision.
     low_memory: change neither layout nor device of the weights.
     """
+    on_cpu = model.device.type == "cpu"
     if engine == "openvino":
         use_openvino(model, precision)
         return
-    compile = engine == "compile"
-    if compile:
+    if engine == "compile":
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
-        on_cpu = model.device.type == "cpu"
         freeze = {"freezing": True} if on_cpu and not low_memory else None  # weights as constants, which it then packs
         graphs = {"triton.cudagraphs": True} if not on_cpu and not low_memory else None
         for name, options in (("apply_model", freeze or graphs), ("decode_first_stage", freeze)):
@@ -39,9 +38,9 @@ def make_ready(model: ControlLDM, *, engine: str = "torch", low_memory: bool = F
                 setattr(model, name, _Compiled(getattr(model, name), options))
     if low_memory:
         return
-    if model.device.type != "cpu":
+    if not on_cpu:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    elif not compile:
+    elif engine != "compile":
         for name, part in model.named_children():
             if name != "cond_stage_model":  # runs once a text
                 pack_weights(part)
@@ -57,10 +56,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """A GPU's allocator has an error of its own; cuDNN, cuBLAS and the CPU's allocator say so in words."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
-_OUT_OF_MEMORY = ("can't allocate memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    words = ("can't allocate memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
 
 
 def pin(*networks: nn.Module) -> None:
@@ -91,7 +88,7 @@ class _Compiled:
         if self.function is self.plain:
             return self.plain(*args, **kwargs)
         try:
-            return self._own(self.function(*args, **kwargs), *args)
+            result = self.function(*args, **kwargs)
         except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ImportError, OSError) as error:
             if is_out_of_memory(error):
                 raise
@@ -101,8 +98,6 @@ class _Compiled:
             log.warning("torch.compile does not work here, going on without it: %s", reason)
             self.function = self.plain
             return result
-
-    def _own(self, result: Tensor, *args) -> Tensor:
         if not self.graphs:
             return result
         for deep in [arg["deep"] for arg in args if isinstance(arg, dict) and arg.get("deep") is not None]:

@@ -6,7 +6,7 @@ Layers are named as kohya's scripts do (`lora_unet_down_blocks_0_...`, also LCM-
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,11 +34,9 @@ class Lora(NamedTuple):
 
 
 def merge(state: Mapping[str, Tensor], lora: tuple[str | Path, float]) -> dict[str, Tensor]:
-    """The state (official names) with W + scale * alpha / rank * up @ down in place of the weights W of the LoRA.
+    """The state (official names) with W + scale * alpha / rank * up @ down, float32, in place of the LoRA's weights W.
 
-    lora: file and scale.
-
-    A changed weight is float32.  Raises ModelError where the file is no LoRA, or not one for this model.
+    lora: file and scale.  Raises ModelError where the file is no LoRA, or not one for this model.
     """
     path, scale = Path(lora[0]).expanduser(), lora[1]
     layers, names = _read(path), _names(state)
@@ -54,9 +52,8 @@ def merge(state: Mapping[str, Tensor], lora: tuple[str | Path, float]) -> dict[s
             change = _change(tensors, weight.shape)
         except (RuntimeError, KeyError, ValueError) as error:
             shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in tensors.items())
-            raise ModelError(
-                f"the LoRA {path} does not fit this model: {layer} has {shapes} for a weight of {tuple(weight.shape)}"
-            ) from error
+            what = f"{layer} has {shapes} for a weight of {tuple(weight.shape)}"
+            raise ModelError(f"the LoRA {path} does not fit this model: {what}") from error
         merged[name] = weight + scale * change
     return merged
 
@@ -87,51 +84,52 @@ def _read(path: Path) -> dict[str, dict[str, Tensor]]:
             what = f"is a {kind}, and only plain LoRA is supported" if kind else f"is no LoRA: it holds {name}"
             raise ModelError(f"{path} {what}")
         layers.setdefault(_plain(layer), {})[part] = tensor
-    for network, value in _alphas(path).items():
-        for layer, tensors in layers.items():
-            if layer.startswith(f"{network}."):
-                tensors.setdefault("alpha", torch.tensor(value))
-    return _with_adapter_config(path, layers)
+    for layer, alpha in (_alphas_of_peft(path, layers) | _alphas_of_diffusers(path, layers)).items():
+        layers[layer].setdefault("alpha", torch.tensor(alpha))
+    return layers
 
 
 def lora_digest(path: str | Path) -> str:
     """16 hex digits of a LoRA's file, and ".", and 8 of the adapter_config.json beside it where that counts."""
-    file = adapter_config(Path(path).expanduser())
+    file = _adapter_config(Path(path).expanduser())
     return digest(path, "LoRA") + (f".{digest(file, 'config')[:8]}" if file else "")
 
 
-def adapter_config(path: Path) -> Path | None:
+def _adapter_config(path: Path) -> Path | None:
     """The adapter_config.json that peft writes beside its adapter_model.safetensors; None for other files."""
     file = path.parent / "adapter_config.json"
     return file if path.stem == "adapter_model" and file.is_file() else None
 
 
-def _with_adapter_config(path: Path, layers: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """The layers with the alphas of the adapter_config.json that peft writes beside its weights.
+def _alphas_of_peft(path: Path, layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """The alphas of layers by the adapter_config.json that peft writes beside its weights; none without that file.
 
     alpha_pattern has a layer's own; with use_rslora the change is scaled by alpha / sqrt(rank).
     """
-    file = adapter_config(path)
+    file, alphas = _adapter_config(path), dict[str, float]()
     if file is None:
-        return layers
+        return alphas
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        alpha, patterns = float(config.get("lora_alpha", 8)), dict(config.get("alpha_pattern") or {})
-        patterns = {pattern: float(value) for pattern, value in patterns.items()}
-        own = {layer: _of_pattern(patterns, layer, alpha) for layer in layers}
+        patterns = dict(config.get("alpha_pattern") or {})
+        for layer, tensors in layers.items():
+            rank = len(tensors["down"]) if "down" in tensors else 1
+            own = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+            alpha = float(next(own, config.get("lora_alpha", 8)))
+            alphas[layer] = alpha * rank**0.5 if config.get("use_rslora") else alpha
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise ModelError(f"can't read {file}, which says how strong the LoRA is: {error}") from error
-    for layer, tensors in layers.items():
-        rank = len(tensors["down"]) if "down" in tensors else 1
-        factor = rank**0.5 if config.get("use_rslora") else 1.0
-        tensors.setdefault("alpha", torch.tensor(own[layer] * factor))
-    return layers
+    return alphas
 
 
-def _of_pattern(patterns: Mapping[str, float], layer: str, otherwise: float) -> float:
-    """The value of the first pattern that matches the end of a layer's name, as peft matches them."""
-    matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-    return next(matches, otherwise)
+def _alphas_of_diffusers(path: Path, layers: Iterable[str]) -> dict[str, float]:
+    """The alphas of layers by the head of diffusers' files, where it has them by network."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    alphas = {layer: settings.get(f"{layer.partition('.')[0]}.lora_alpha") for layer in layers}
+    return {layer: float(alpha) for layer, alpha in alphas.items() if alpha is not None}
 
 
 def _plain(layer: str) -> str:
@@ -141,16 +139,6 @@ def _plain(layer: str) -> str:
         head, _, last = layer.rpartition(".")
         return f"{head}.{_TEXT_ATTENTION.get(last, last)}"
     return f"{layer}.0" if layer.endswith(".to_out") else layer
-
-
-def _alphas(path: Path) -> dict[str, float]:
-    """{"unet": alpha, "text_encoder": alpha} of diffusers' files that say so in their head."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, "pt") as file:
-        settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    alphas = {network: settings.get(f"{network}.lora_alpha") for network in ("unet", "text_encoder")}
-    return {network: float(alpha) for network, alpha in alphas.items() if alpha is not None}
 
 
 def _names(state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -1,21 +1,18 @@
 """Building models from configs and filling them from checkpoints."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from torch.overrides import TorchFunctionMode
-from yaml import YAMLError
 
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.files import ModelError, digest, load_state_dict
 from ControlNet.cldm.lora import Lora, lora_digest, merge
 from ControlNet.cldm.small_decoder import decoder_file, load_small_decoder, use_small_decoder
-from ControlNet.cldm.weights import BUNDLED, MODELS_FOLDER, complete, find_weights, fingerprint
+from ControlNet.cldm.weights import BUNDLED, MODELS_FOLDER, Weights, complete, find_weights, fingerprint, read_config
 from ControlNet.ldm.autoencoder import AutoencoderKL
 from ControlNet.ldm.util import instantiate_from_config
 
@@ -25,8 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-_OTHER_VERSIONS = {"use_linear_in_transformer": "2.x", "OpenCLIPEmbedder": "2.x", "sgm.": "XL"}
-"""What configs of other versions hold -> the version."""
+_OTHER_VERSIONS = {"use_linear_in_transformer": "2.x", "OpenCLIPEmbedder": "2.x", "sgm.": "XL"}  # by words of configs
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -41,55 +37,33 @@ class _WithoutInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def create_model(config_path: str | os.PathLike | DictConfig | Mapping) -> ControlLDM:
-    """Build a ControlLDM from a config: a .yaml path, or its content.
+def create_model(
+    config_path: str | os.PathLike | DictConfig | Mapping, cls: type[ControlLDM] = ControlLDM
+) -> ControlLDM:
+    """Build a ControlLDM, or a subclass of it, from a config: a .yaml path, or its content.
 
     Its parameters have the published initial values: random where theirs are, zero in the zero convolutions.  Only the
     text encoder, which the published code downloads, is random here.
     Raises ModelError for a config that names an unknown class or parameter.
     """
-    config = _read_config(config_path)
+    config = read_config(config_path)
+    name = config_path if isinstance(config_path, str | os.PathLike) else "model config"
     try:
-        return instantiate_from_config(config["model"])
+        return instantiate_from_config(config["model"], cls)
     except KeyError as error:
-        raise ModelError(f"{_name(config_path)}: the config lacks {error}") from error
+        raise ModelError(f"{name}: the config lacks {error}") from error
     except ValueError as error:
-        version = next((version for part, version in _OTHER_VERSIONS.items() if part in str(config)), None)
-        if version:
-            what = f"is a config of Stable Diffusion {version}, and only models of 1.5 are supported ({error})"
-            raise ModelError(f"{_name(config_path)} {what}") from error
-        raise ModelError(f"{_name(config_path)}: {error}") from error
+        for part, version in _OTHER_VERSIONS.items():
+            if part in str(config):
+                what = f"a config of Stable Diffusion {version}, and only models of 1.5 are supported"
+                raise ModelError(f"{name} is {what} ({error})") from error
+        raise ModelError(f"{name}: {error}") from error
 
 
 def create_empty_model(config_path: str | os.PathLike | DictConfig | Mapping) -> ControlLDM:
     """Like create_model, but with unset parameters, for load_state_dict to fill: instant at any size."""
     with _WithoutInit():
         return create_model(config_path)
-
-
-def refuse_resolvers(config: DictConfig, name: str) -> None:
-    """Raise ModelError for a config with references such as ${oc.env:NAME}: a foreign file must not read the
-    environment.  ${key} is fine."""
-    if resolver := re.search(r"\$\{[\w.]+:[^}]*\}", OmegaConf.to_yaml(config)):
-        raise ModelError(f"{name} has {resolver[0]}; only references to its own keys are read")
-
-
-def _name(config_path) -> str:
-    return str(config_path) if isinstance(config_path, str | os.PathLike) else "model config"
-
-
-def _read_config(config_path) -> dict:
-    if isinstance(config_path, str | os.PathLike):
-        try:
-            config_path = OmegaConf.load(Path(config_path).expanduser())
-        except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
-            raise ModelError(f"can't read the model config {config_path}: {error}") from error
-    config = OmegaConf.create(config_path)
-    refuse_resolvers(config, "the model config")
-    config = OmegaConf.to_container(config, resolve=True)
-    if not isinstance(config, dict) or "model" not in config:
-        raise ModelError("a model config has one key, `model`, with `target` and `params`")
-    return config
 
 
 def load_model(
@@ -117,15 +91,10 @@ def load_model(
     Raises ModelError, with the likely reason, for weights that don't fit.
     """
     weights = find_weights(spec, base)
-    model = create_empty_model(weights.config)
-    state = complete(weights, model.state_dict())
-    for lora in loras:
-        state = merge(state, lora)
-    model.load_state_dict(state, assign=True)
+    model = _filled_model(weights, loras)
     if decoder is not None:
         use_small_decoder(model.first_stage_model, model.scale_factor, load_small_decoder(decoder, model.channels))
     model.fingerprint = _with_changes(fingerprint(weights), loras, decoder)
-    del state
     del weights  # so that a tensor's old memory is free as soon as it is converted
     tables = dict(model.named_buffers(recurse=False))
     for name, part in model.named_children():
@@ -140,13 +109,17 @@ def load_first_stage(
     spec: str | os.PathLike = "sd15", device: torch.device | str = "cpu", base: str | os.PathLike | None = None
 ) -> AutoencoderKL:
     """The autoencoder alone of `load_model(spec, base=base)`, in float32.  Raises ModelError."""
-    weights = find_weights(spec, base)
-    model = create_empty_model(weights.config)
-    state, prefix = complete(weights, model.state_dict()), "first_stage_model."
-    network = model.first_stage_model
-    own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    network.load_state_dict(own, assign=True)
+    network = _filled_model(find_weights(spec, base)).first_stage_model
     return network.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def _filled_model(weights: Weights, loras: Sequence[tuple[str | Path, float]] = ()) -> ControlLDM:
+    model = create_empty_model(weights.config)
+    state = complete(weights, model.state_dict())
+    for lora in loras:
+        state = merge(state, lora)
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 def weights_fingerprint(
@@ -155,11 +128,9 @@ def weights_fingerprint(
     loras: Sequence[tuple[str | Path, float]] = (),
     decoder: str | os.PathLike | None = None,
 ) -> str:
-    """What tells the weights of `load_model(spec, base=base, loras=loras, decoder=decoder)` from others, without
-    building the model: `weights.fingerprint`, and "+", digest and scale of each LoRA, "+decoder:" and digest of the
-    decoder.
+    """What tells the weights of `load_model` with the same arguments from others, without building the model.
 
-    The same for any file or folder of the same weights, in float32 or float16, under the same config.
+    It is `weights.fingerprint`, and "+", digest and scale of each LoRA, "+decoder:" and digest of the decoder.
     Raises ModelError.
     """
     return _with_changes(fingerprint(find_weights(spec, base)), loras, decoder)

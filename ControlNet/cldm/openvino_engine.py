@@ -1,7 +1,6 @@
 """OpenVINO in place of torch for the networks of sampling, on a CPU: the denoising step and the decoder.
 
-A network is converted once for its weights, whatever the batch and the size of the pictures, and kept on disk, in
-$ESCORT_CACHE_DIR/openvino (default: ~/.cache/escort/openvino) under a digest of the weights.
+A network is converted once for its weights, whatever the batch and the size of the pictures, and kept on disk.
 """
 
 import functools
@@ -61,7 +60,7 @@ def computes_bf16() -> bool:
 
 
 def cache_folder() -> Path:
-    """Of converted networks."""
+    """Of converted networks: $ESCORT_CACHE_DIR/openvino, ~/.cache/escort/openvino by default."""
     home = os.environ.get("ESCORT_CACHE_DIR") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "escort")
     return Path(home).expanduser() / "openvino"
 
@@ -93,9 +92,12 @@ def use_openvino(model: ControlLDM, precision: str = "fp32") -> None:
         return eps
 
     decoder = _Network(_Decoder(model.first_stage_model), precision)
+
+    def decode_first_stage(z: Tensor, *_, **__) -> Tensor:
+        return decoder({"z": z / model.scale_factor})[0]
+
     model.apply_model = apply_model  # type: ignore[method-assign]
-    decode = lambda z, *_, **__: decoder({"z": z / model.scale_factor})[0]  # noqa: E731
-    model.decode_first_stage = decode  # type: ignore[method-assign]
+    model.decode_first_stage = decode_first_stage  # type: ignore[method-assign]
     for network in (model.control_model.input_hint_block, model.first_stage_model.encoder):  # torch still computes them
         pack_weights(network)
 
@@ -136,8 +138,8 @@ class _Decoder(nn.Module):
 class _Network:
     """A module as OpenVINO computes it, converted at its first call.
 
-    Compiled for each shape of the inputs, which takes seconds, and saves a small network half of its time, a large one
-    a sixth.  A large one is compiled for the first shape, and once for all shapes when another one comes.
+    It is compiled for each shape of the inputs, which takes seconds, and saves a small network half of its time, a
+    large one a sixth.  A large one is compiled for the first shape, and once for all shapes when another one comes.
     """
 
     def __init__(self, module: nn.Module, precision: str):
@@ -145,21 +147,18 @@ class _Network:
         self.is_large = sum(parameter.numel() for parameter in module.parameters()) > LARGE
         self._graph: Any = None
         self._any_shapes: dict[str, Any] = {}  # the graph's own, by inputs
-        self._requests: dict[tuple, Any] = {}  # by shapes, the last used one at the end
-        self._request_of_any: Any = None  # for all shapes
+        self._requests: dict[tuple | None, Any] = {}  # by shapes, None for all; the last used one at the end
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """The module's outputs, float32.  inputs: by the names of its arguments."""
-        shapes = tuple(tuple(tensor.shape) for tensor in inputs.values())
+        shapes: tuple | None = tuple(tuple(tensor.shape) for tensor in inputs.values())
         if self.is_large and self._requests and shapes not in self._requests:
-            self._requests.clear()  # before the next one is compiled, which takes as much memory
-            self._request_of_any = self._compiled(inputs, None)
-        request = self._request_of_any
-        if request is None:
-            request = self._requests.pop(shapes, None) or self._compiled(inputs, shapes)
-            self._requests[shapes] = request
-            if len(self._requests) > MOST_SHAPES:
-                del self._requests[next(iter(self._requests))]
+            shapes = None
+            if None not in self._requests:
+                self._requests.clear()  # before the next one is compiled, which takes as much memory
+        request = self._requests[shapes] = self._requests.pop(shapes, None) or self._compiled(inputs, shapes)
+        if len(self._requests) > MOST_SHAPES:
+            del self._requests[next(iter(self._requests))]
         outputs = request.infer({name: tensor.contiguous().numpy() for name, tensor in inputs.items()})
         return [torch.from_numpy(output) for output in outputs.values()]
 
@@ -182,32 +181,33 @@ class _Network:
         import openvino
 
         name = f"{type(self.module).__name__.strip('_').lower()}-{self._digest(inputs, openvino.__version__)}"
-        kept = cache_folder() / name
-        file = kept / "network.xml"
+        file = cache_folder() / name / "network.xml"
         if file.is_file():
             try:
                 return _core().read_model(file)
             except RuntimeError:
                 log.warning("%s can't be read, the network is converted again", file)
-                shutil.rmtree(kept, ignore_errors=True)
+                shutil.rmtree(file.parent, ignore_errors=True)
         log.info("converting a network for OpenVINO, once for these weights")
         with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
             warnings.simplefilter("ignore")  # the tracer's: the graph does not depend on sizes
             example = {name: tensor.clone() for name, tensor in inputs.items()}
             graph = openvino.convert_model(self.module, example_input=example)
         try:
-            _keep(graph, kept, file.name)
+            _write(graph, file)
         except (OSError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or ["?"])[-1]
-            log.warning("the converted network can't be kept in %s and is converted again next time: %s", kept, reason)
+            reason, folder = (str(error).strip().splitlines() or ["?"])[-1], file.parent
+            log.warning(
+                "the converted network can't be kept in %s and is converted again next time: %s", folder, reason
+            )
         return graph
 
     def _digest(self, inputs: Mapping[str, Tensor], version: str) -> str:
         """Of all that the converted network depends on: the weights by a sample of each tensor's values."""
         heads = [module.heads for module in self.module.modules() if isinstance(module, CrossAttention)]
         only_mid = getattr(self.module, "only_mid_control", None)
-        parts = [FORMAT, version, sorted(inputs), str(self.module), heads, only_mid]
-        digest = hashlib.sha256(repr(tuple(parts)).encode())
+        parts = (FORMAT, version, sorted(inputs), str(self.module), heads, only_mid)
+        digest = hashlib.sha256(repr(parts).encode())
         for name, tensor in self.module.state_dict().items():
             values = tensor.detach().flatten()
             picked = values[:: max(1, len(values) // SAMPLED_VALUES)].float().contiguous()
@@ -215,18 +215,17 @@ class _Network:
         return digest.hexdigest()[:16]
 
 
-def _keep(graph, folder: Path, file: str) -> None:
+def _write(graph, file: Path) -> None:
     """Write a graph into a folder that is there as a whole or not at all."""
     import openvino
 
+    folder = file.parent
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        openvino.save_model(graph, temporary / file, compress_to_fp16=False)
-        os.chmod(temporary, 0o755)
-        temporary.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True) as made:
+        openvino.save_model(graph, Path(made, file.name), compress_to_fp16=False)
+        os.chmod(made, 0o755)
+        try:
+            os.rename(made, folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise

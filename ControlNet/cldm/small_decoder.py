@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,14 +18,11 @@ BLOCKS = (3, 3, 3, 1)
 class _Block(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Sequential(_conv(channels), nn.ReLU(), _conv(channels), nn.ReLU(), _conv(channels))
+        first, second, third = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.conv(x) + x)
-
-
-def _conv(channels: int, bias: bool = True) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
 
 
 class SmallDecoder(nn.Module):
@@ -40,7 +36,7 @@ class SmallDecoder(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(latent_channels, channels, 3, padding=1), nn.ReLU()]
         for i, blocks in enumerate(BLOCKS):
             if i > 0:
-                layers += [nn.Upsample(scale_factor=2), _conv(channels, bias=False)]
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1, bias=False)]
             layers += [_Block(channels) for _ in range(blocks)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 3, 3, padding=1))
 
@@ -72,10 +68,13 @@ def load_small_decoder(path: str | os.PathLike, latent_channels: int = 4) -> Sma
     Raises ModelError where it is neither, or for other latents.
     """
     file, decoder = decoder_file(path), SmallDecoder(latent_channels)
-    named = [(_name(name), tensor.float()) for name, tensor in load_state_dict(file).items()]
-    state = {name: tensor for name, tensor in named if name}
-    if problem := _difference(state, decoder.state_dict()):
-        raise ModelError(f"{file} is no decoder of TAESD for this model's latents: {problem}")
+    state = {_own_name(name): tensor.float() for name, tensor in load_state_dict(file).items()}
+    state.pop("", None)
+    shapes, expected = ({name: tuple(t.shape) for name, t in each.items()} for each in (state, decoder.state_dict()))
+    for name in sorted(shapes | expected):
+        if shapes.get(name) != expected.get(name):
+            what = f"{name} is {shapes.get(name, 'missing')}, not {expected.get(name, 'known')}"
+            raise ModelError(f"{file} is no decoder of TAESD for this model's latents: {what}")
     decoder.load_state_dict(state)
     return decoder
 
@@ -86,20 +85,8 @@ def decoder_file(path: str | os.PathLike) -> Path:
     return path / IN_A_FOLDER if path.is_dir() else path
 
 
-def _name(name: str) -> str:
+def _own_name(name: str) -> str:
     """SmallDecoder's name of a tensor; "" for one of the encoder."""
     if match := re.fullmatch(r"(\d+)\.(.+)", name):  # TAESD's own, which counts its first operation as layer 0
         return f"layers.{int(match[1]) - 1}.{match[2]}"
     return "" if name.startswith("encoder.") else name.removeprefix("decoder.")
-
-
-def _difference(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """The first thing in which the tensors differ; "" for none."""
-    for name in sorted({*state, *expected}):
-        if name not in expected:
-            return f"it has {name}"
-        if name not in state:
-            return f"it lacks {name}"
-        if state[name].shape != expected[name].shape:
-            return f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
-    return ""

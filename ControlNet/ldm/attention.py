@@ -1,10 +1,12 @@
 """The spatial transformer: attention of every position of a feature map to every other, and to the text."""
 
+from collections import OrderedDict
+
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ControlNet.ldm.util import default, zero_module
+from ControlNet.ldm.util import zero_module
 
 
 class GEGLU(nn.Module):
@@ -19,22 +21,19 @@ class GEGLU(nn.Module):
         return x * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
+class FeedForward(nn.Sequential):
     def __init__(self, channels: int, dropout: float = 0.0):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(dropout), nn.Linear(4 * channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        wide = 4 * channels
+        net = nn.Sequential(GEGLU(channels, wide), nn.Dropout(dropout), nn.Linear(wide, channels))
+        super().__init__(OrderedDict(net=net))
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention of x (B x N x C) to a context (B x M x D), or to x itself where there is none."""
 
-    def __init__(self, channels: int, context_dim: int | None, heads: int, dim_head: int, dropout: float = 0.0):
+    def __init__(self, channels: int, context_dim: int, heads: int, dim_head: int, dropout: float = 0.0):
         super().__init__()
         inner = heads * dim_head
-        context_dim = channels if context_dim is None else context_dim
         self.heads = heads
         self.to_q = nn.Linear(channels, inner, bias=False)
         self.to_k = nn.Linear(context_dim, inner, bias=False)
@@ -42,7 +41,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, channels), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = default(context, x)
+        context = x if context is None else context
         q, k, v = (
             rearrange(y, "b n (h d) -> b h n d", h=self.heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
@@ -55,7 +54,7 @@ class BasicTransformerBlock(nn.Module):
 
     def __init__(self, channels: int, heads: int, dim_head: int, context_dim: int, dropout: float = 0.0):
         super().__init__()
-        self.attn1 = CrossAttention(channels, None, heads, dim_head, dropout)
+        self.attn1 = CrossAttention(channels, channels, heads, dim_head, dropout)
         self.ff = FeedForward(channels, dropout)
         self.attn2 = CrossAttention(channels, context_dim, heads, dim_head, dropout)
         self.norm1 = nn.LayerNorm(channels)

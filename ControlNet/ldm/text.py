@@ -4,7 +4,7 @@ import contextlib
 import gzip
 import json
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ MAX_LENGTH = 77
 _PIECES = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
-@lru_cache(maxsize=1)
+@cache
 def _tokenizer() -> Tokenizer:
     lines = gzip.decompress(MERGES_FILE.read_bytes()).decode().splitlines()
     merges = [(first, second) for first, second in map(str.split, lines)]
@@ -30,21 +30,21 @@ def _tokenizer() -> Tokenizer:
     words = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
     vocabulary = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     tokenizer = Tokenizer(BPE(vocabulary, merges, end_of_word_suffix="</w>", fuse_unk=False, unk_token="<|endoftext|>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    spaces = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True)
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, bytewise])
     return tokenizer
+
+
+def _encodings(texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in _tokenizer().encode_batch(list(texts), add_special_tokens=False)]
 
 
 def nb_tokens(texts: Sequence[str]) -> list[int]:
     """The number of each text's tokens, of which `tokenize` keeps MAX_LENGTH - 2."""
-    return [len(encoding.ids) for encoding in _tokenizer().encode_batch(list(texts), add_special_tokens=False)]
+    return [len(ids) for ids in _encodings(texts)]
 
 
 def tokenize(texts: str | Sequence[str]) -> Tensor:
@@ -52,12 +52,8 @@ def tokenize(texts: str | Sequence[str]) -> Tensor:
 
     One string is one text.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    ids = torch.full((len(texts), MAX_LENGTH), END, dtype=torch.int64)
-    for row, encoding in zip(ids, _tokenizer().encode_batch(texts, add_special_tokens=False), strict=True):
-        tokens = [START, *encoding.ids[: MAX_LENGTH - 2]]
-        row[: len(tokens)] = torch.tensor(tokens)
-    return ids
+    rows = [[START, *ids[: MAX_LENGTH - 2]] for ids in _encodings([texts] if isinstance(texts, str) else texts)]
+    return torch.tensor([row + [END] * (MAX_LENGTH - len(row)) for row in rows], dtype=torch.int64)
 
 
 class FrozenCLIPEmbedder(nn.Module):
@@ -70,15 +66,10 @@ class FrozenCLIPEmbedder(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden_size: int = 768,
-        intermediate_size: int = 3072,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        version: str = "openai/clip-vit-large-patch14",
-        device: str | None = None,
+        self, hidden_size: int = 768, intermediate_size: int = 3072, num_hidden_layers: int = 12,
+        num_attention_heads: int = 12, version: str = "openai/clip-vit-large-patch14", device: str | None = None,
         max_length: int = MAX_LENGTH,
-    ):
+    ):  # fmt: skip
         super().__init__()
         if max_length != MAX_LENGTH:
             raise ValueError(f"max_length must be {MAX_LENGTH}, the text model's number of positions")
@@ -88,20 +79,12 @@ class FrozenCLIPEmbedder(nn.Module):
         from transformers import CLIPTextConfig, CLIPTextModel
 
         self.max_length = max_length
-        self.transformer = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408,
-                hidden_size=hidden_size,
-                intermediate_size=intermediate_size,
-                num_hidden_layers=num_hidden_layers,
-                num_attention_heads=num_attention_heads,
-                max_position_embeddings=MAX_LENGTH,
-                hidden_act="quick_gelu",
-                bos_token_id=START,
-                eos_token_id=END,
-                pad_token_id=END,
-            )
-        )
+        config = CLIPTextConfig(
+            hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads, max_position_embeddings=MAX_LENGTH, hidden_act="quick_gelu",
+            bos_token_id=START, eos_token_id=END, pad_token_id=END,
+        )  # fmt: skip
+        self.transformer = CLIPTextModel(config)
         self._own_prefix = "text_model." if hasattr(self.transformer, "text_model") else ""
         self.register_state_dict_post_hook(self._to_official_names)
         self.register_load_state_dict_pre_hook(self._from_any_names)
@@ -121,14 +104,11 @@ class FrozenCLIPEmbedder(nn.Module):
     @staticmethod
     def _from_any_names(module, state: dict, prefix: str, metadata, strict, missing, unexpected, errors) -> None:
         root = f"{prefix}transformer."
-        own_names = {name for name, _ in module.transformer.named_parameters()}
-        own_names |= {name for name, _ in module.transformer.named_buffers()}
         for name in [name for name in state if name.startswith(root)]:
             bare = name[len(root) :].removeprefix("text_model.")
             tensor = state.pop(name)
-            if bare == "embeddings.position_ids":
-                continue  # counted, not learned: filled in below where this transformers release stores it
-            state[root + (module._own_prefix + bare if module._own_prefix + bare in own_names else bare)] = tensor
+            if bare != "embeddings.position_ids":  # counted, not learned: filled in below where it is stored
+                state[root + module._own_prefix + bare] = tensor
         positions = f"{module._own_prefix}embeddings.position_ids"
         if positions in module.transformer.state_dict():
             state[root + positions] = module._embeddings.position_ids
@@ -146,12 +126,8 @@ class FrozenCLIPEmbedder(nn.Module):
         return next(self.transformer.parameters()).device
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
-        return self.encode_tokens(tokenize(text))
+        """One text or several -> B x 77 x hidden_size."""
+        return self.transformer(input_ids=tokenize(text).to(self.device)).last_hidden_state
 
     def encode(self, text: str | Sequence[str]) -> Tensor:
-        """One text or several -> B x 77 x hidden_size."""
         return self(text)
-
-    def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """token ids (int64, B x 77) -> B x 77 x hidden_size."""
-        return self.transformer(input_ids=tokens.to(self.device)).last_hidden_state

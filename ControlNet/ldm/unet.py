@@ -1,12 +1,12 @@
 """The denoising UNet of latent diffusion, in the official checkpoint's layout."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ControlNet.ldm.attention import SpatialTransformer
 from ControlNet.ldm.util import timestep_embedding, zero_module
@@ -31,16 +31,11 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, emb_channels: int, dropout: float = 0.0):
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels_in), nn.SiLU(), nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        )
+        convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, channels_in), nn.SiLU(), convolution)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, channels_out))
-        self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, channels_out),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-            zero_module(nn.Conv2d(channels_out, channels_out, 3, padding=1)),
-        )
+        last = zero_module(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.out_layers = nn.Sequential(nn.GroupNorm(32, channels_out), nn.SiLU(), nn.Dropout(dropout), last)
         same = channels_in == channels_out
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
@@ -49,54 +44,38 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + self.out_layers(h)
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Sequential):
     def __init__(self, channels: int):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+        super().__init__(OrderedDict(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
 
 
-class Upsample(nn.Module):
+class Upsample(nn.Sequential):
     def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        enlarge, conv = nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(channels, channels, 3, padding=1)
+        super().__init__(OrderedDict(enlarge=enlarge, conv=conv))
 
 
 class UNetEncoder(nn.Module):
     """The half that the UNet and the ControlNet have in common: timestep embedding, input blocks, middle block.
 
-    Arguments are the official config's.  attention_resolutions are downsampling factors (1 = the latents' own size).
+    Arguments are the official config's.  attention_resolutions are downsampling factors (1 = the latents' own size);
+    image_size, use_checkpoint and legacy have no effect.
     Attributes: `skip_channels`, the channels of each input block's output.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        model_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        channel_mult: Sequence[int],
-        context_dim: int,
-        num_heads: int = -1,
-        num_head_channels: int = -1,
-        transformer_depth: int = 1,
-        dropout: float = 0.0,
-        image_size: int | None = None,  # says nothing: the network is convolutional
-        use_spatial_transformer: bool = True,
-        use_checkpoint: bool = False,  # recomputes activations in training to save memory; no effect on results
-        legacy: bool = False,
-    ):
+        self, in_channels: int, model_channels: int, num_res_blocks: int, attention_resolutions: Sequence[int],
+        channel_mult: Sequence[int], context_dim: int, num_heads: int = -1, num_head_channels: int = -1,
+        transformer_depth: int = 1, dropout: float = 0.0, image_size: int | None = None,
+        use_spatial_transformer: bool = True, use_checkpoint: bool = False, legacy: bool = False,
+    ):  # fmt: skip
         super().__init__()
         if not use_spatial_transformer:
             raise ValueError("use_spatial_transformer must be true: Stable Diffusion attends to text that way")
         if (num_heads == -1) == (num_head_channels == -1):
             raise ValueError("give one of num_heads and num_head_channels")
-        self.model_channels = model_channels
+        self.model_channels, self.channel_mult, self.num_res_blocks = model_channels, channel_mult, num_res_blocks
+        self.attention_resolutions = attention_resolutions
         self._num_heads, self._num_head_channels = num_heads, num_head_channels
         self._depth, self._context_dim, self._dropout = transformer_depth, context_dim, dropout
         self._emb_channels = emb_channels = 4 * model_channels
@@ -125,11 +104,8 @@ class UNetEncoder(nn.Module):
         layers: list[nn.Module] = [ResBlock(channels_in, channels_out, self._emb_channels, self._dropout)]
         if attend:
             heads = channels_out // self._num_head_channels if self._num_heads == -1 else self._num_heads
-            layers.append(
-                SpatialTransformer(
-                    channels_out, heads, channels_out // heads, self._depth, self._context_dim, self._dropout
-                )
-            )
+            sizes = channels_out, heads, channels_out // heads
+            layers.append(SpatialTransformer(*sizes, self._depth, self._context_dim, self._dropout))
         return layers
 
     def embed_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,10 +117,8 @@ class UNetEncoder(nn.Module):
 class DeepFeatures:
     """What a UNet's last `SHALLOW` output blocks got from those below, kept from one timestep for the next ones.
 
-    The deep features change little between timesteps (Ma et al. 2023, "DeepCache: Accelerating Diffusion Models for
-    Free").  Where they are reused, only the first input blocks and the last output blocks are computed.
-
-    reuse: whether to take `features`, if there are any, in place of computing them.
+    They change little between timesteps (Ma et al. 2023, "DeepCache: Accelerating Diffusion Models for Free").
+    reuse: whether to take `features`, if there are any, in place of computing them and the blocks between.
     """
 
     SHALLOW: ClassVar[int] = 1
@@ -161,31 +135,16 @@ class DeepFeatures:
 class UNetModel(UNetEncoder):
     """eps(x_t, t, text): the noise in noisy latents.  `out_channels` and UNetEncoder's arguments."""
 
-    def __init__(
-        self,
-        out_channels: int,
-        model_channels: int,
-        num_res_blocks: int,
-        channel_mult: Sequence[int],
-        attention_resolutions: Sequence[int],
-        **kwargs,
-    ):
-        super().__init__(
-            model_channels=model_channels,
-            num_res_blocks=num_res_blocks,
-            channel_mult=channel_mult,
-            attention_resolutions=attention_resolutions,
-            **kwargs,
-        )
+    def __init__(self, out_channels: int, **kwargs):
+        super().__init__(**kwargs)
         skips, channels = list(self.skip_channels), self.skip_channels[-1]
         self.output_blocks = nn.ModuleList()
-        for level in reversed(range(len(channel_mult))):
-            mult = channel_mult[level]
-            for i in range(num_res_blocks + 1):
-                attend = 2**level in attention_resolutions
-                layers = self._layers(channels + skips.pop(), mult * model_channels, attend)
-                channels = mult * model_channels
-                if level > 0 and i == num_res_blocks:
+        for level, mult in reversed(list(enumerate(self.channel_mult))):
+            for i in range(self.num_res_blocks + 1):
+                attend = 2**level in self.attention_resolutions
+                layers = self._layers(channels + skips.pop(), mult * self.model_channels, attend)
+                channels = mult * self.model_channels
+                if level > 0 and i == self.num_res_blocks:
                     layers.append(Upsample(channels))
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
         self.out = nn.Sequential(

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,18 @@ TARGETS = {
     "cldm.cldm.ControlNet": "ControlNet.cldm.cldm",
     "cldm.cldm.ControlledUnetModel": "ControlNet.cldm.cldm",
     "ldm.models.autoencoder.AutoencoderKL": "ControlNet.ldm.autoencoder",
-    "ldm.models.autoencoder.PatchAutoencoder": "ControlNet.ldm.patch_autoencoder",
+    "ldm.models.autoencoder.PatchAutoencoder": "ControlNet.ldm.autoencoder",
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": "ControlNet.ldm.text",
     "torch.nn.Identity": "torch.nn",
 }
 """What a config's `target:` may be, and the module that has it.  Nothing else is imported: a config can't run code."""
 
 
-def instantiate_from_config(config: Mapping) -> Any:
-    """Build what {target, params} describes.  Raises ValueError for an unknown target or parameter."""
+def instantiate_from_config(config: Mapping, subclass: type | None = None) -> Any:
+    """Build what {target, params} describes, as an instance of a subclass of the target where one is named.
+
+    Raises ValueError for an unknown target or parameter.
+    """
     target, params = config["target"], dict(config.get("params") or {})
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; known are {', '.join(TARGETS)}")
@@ -37,7 +40,7 @@ def instantiate_from_config(config: Mapping) -> Any:
     if unknown:
         raise ValueError(f"{target} has no parameter {', '.join(unknown)}")
     try:
-        return cls(**params)
+        return (subclass or cls)(**params)
     except TypeError as error:
         raise ValueError(f"{target}: {error}") from error
 
@@ -61,13 +64,6 @@ def zero_module(module: nn.Module) -> nn.Module:
 def extract_into_tensor(table: Tensor, t: Tensor, shape: Sequence[int]) -> Tensor:
     """table[t] (B values), shaped B x 1 x ... to broadcast against a tensor of this shape."""
     return table.gather(-1, t).reshape(len(t), *(1 for _ in shape[1:]))
-
-
-def default(value: Any, otherwise: Any | Callable) -> Any:
-    """value, or `otherwise` (called where it is a function) for None."""
-    if value is not None:
-        return value
-    return otherwise() if inspect.isfunction(otherwise) else otherwise
 
 
 def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Tensor:

@@ -27,11 +27,12 @@ from compress.presets import HIGH
 from ControlNet import sampling
 from ControlNet.cldm import codebook
 from ControlNet.cldm.model import load_model
+from ControlNet.ldm import schedule
 from tests.little_model import sampled
 from utils.curate.command import DIGIT_NAMES, read_digits
 
 BATCH = 50
-DEFAULT = (sampling.FIRST, sampling.LAST)
+DEFAULT = (schedule.FIRST, schedule.LAST)
 WAYS = [  # (form, timesteps as parts, candidates)
     ("codebook:6@20", (0.951, 0.001), 1),
     ("codebook:6@20", DEFAULT, 1),
@@ -81,7 +82,7 @@ class Bench:
         """(bytes, latents that come back, CPU seconds of encoding a picture, of decoding one)."""
         form = form_named(name, HIGH)
         how = {"steps": form.steps + 1, "coded": form.coded, "bits": form.bits, "atoms": form.atoms}
-        sampling.FIRST, sampling.LAST = ends
+        schedule.FIRST, schedule.LAST = ends
         conds = [{"c_concat": None, "c_crossattn": [part]} for part in self.context.split(BATCH)]
         parts, back = list(zip(self.latents.split(BATCH), conds, strict=True)), []
         start = time.process_time()
@@ -93,7 +94,7 @@ class Bench:
             back.append(sampled(self.model, "ancestral", form.steps + 1, part.shape, cond, x=x, noise=noise))
         self.pictures(torch.cat(back))  # a copy's time has the decoder in it
         seconds = middle - start, time.process_time() - middle
-        sampling.FIRST, sampling.LAST = DEFAULT
+        schedule.FIRST, schedule.LAST = DEFAULT
         return form.fixed_bytes, torch.cat(back), *(each / len(self.images) for each in seconds)
 
     @torch.inference_mode()

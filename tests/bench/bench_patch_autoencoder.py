@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cv2
 import torch
 
-from ControlNet.disk import read_picture
-from ControlNet.ldm.patch_autoencoder import PatchAutoencoder
+from ControlNet.ldm.autoencoder import PatchAutoencoder
+from ControlNet.training_data import read_picture
 
 PICTURES = 2000
 
