@@ -9,7 +9,7 @@ from typing import Any
 
 from exps.points import Point
 from exps.runs import MAIN, call, last_words
-from exps.sweep import Candidate, Plan, Sweep, made_ahead
+from exps.sweep import Candidate, Plan, made_ahead
 from utils import cli
 from utils.files import write_json
 from utils.results.records import load_results
@@ -35,7 +35,7 @@ def exemplars(
 def training_seconds(keys: Mapping[str, Any]) -> tuple[float, float, int]:
     """(seconds of phase 0, of later phases, bytes of a run's folder) of a class order, from one epoch a phase here.
 
-    keys: main.py's, of a run with real exemplars alone.  NaN where the run fails.
+    keys: main.py's.  NaN where the run fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         short = {"init_epoch": 1, "epochs": 1, "init_milestones": [], "milestones": [], "seed": keys["seed"][:1]}
@@ -95,8 +95,7 @@ def tell(plan: Plan, known: Sequence[Point], todo: Sequence[Point]) -> None:
     for method in sweep.methods:
         method_points = [point for point in todo if point.config["model_name"] == method]
         if method_points:
-            keys = plan.keys(method, _real(sweep), sweep.budgets[0])
-            first, later, size = training_seconds({**keys, "seed": list(sweep.seeds)})
+            first, later, size = training_seconds(_keys_of_estimate(plan, method))
             orders = sum(len(point.seeds) for point in method_points)
             alike = {(point.phase0, seed) for point in method_points for seed in point.seeds}
             training += first * len(alike) + later * orders
@@ -140,9 +139,21 @@ def _copies(plan: Plan, candidate: Candidate, synthetic: int | None = None) -> t
     return form, min(most, synthetic) * measures["classes"], number
 
 
-def _real(sweep: Sweep) -> Candidate:
-    keys = {"syn_form": "real", "real_per_class": None, "syn_per_class": 0, "augmentation_prob": 0}
-    return Candidate("real", "real", keys)
+def _keys_of_estimate(plan: Plan, method: str) -> dict[str, Any]:
+    """main.py's keys of a run with as many exemplars as the mean of all rows and budgets, all of them real images.
+
+    It needs no copies, and runs where a budget does not hold a real image.
+    """
+    sweep, forms, most = plan.sweep, plan.measures["forms"], plan.measures["images_per_class"]
+    candidates = [candidate for candidate in sweep.candidates if "error" not in forms[candidate.keys["syn_form"]]]
+    numbers = [
+        sum(exemplars(forms[candidate.keys["syn_form"]], forms["real"]["bytes"], budget, candidate.keys, most))
+        for candidate in candidates
+        for budget in sweep.budgets
+    ]
+    number = max(1, round(sum(numbers) / max(1, len(numbers))))
+    memory = {"memory_per_class": number, "real_per_class": number, "syn_per_class": 0, "fixed_memory": True}
+    return {**sweep.config, **memory, "augmentation_prob": 0, "model_name": method, "seed": list(sweep.seeds)}
 
 
 def _hours(seconds: float) -> str:

@@ -295,6 +295,17 @@ def test_what_a_budget_holds_by_the_arithmetic(folder, capsys, monkeypatch):
     assert rows["text"][4].startswith(rows["real"][4].split()[0])
 
 
+@pytest.mark.long
+def test_the_time_of_a_sweep_whose_budgets_hold_no_real_image(folder, capsys):
+    forms = [{"form": "webp:10@8", "real_per_class": 0}]
+    file = sweep_file(folder, forms=forms, budgets=[200, 300], methods=["replay"])
+    assert pareto.main([str(file), "--output", str(folder / "none"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"  0 \+ [1-4]  ", said), said
+    assert re.search(r"training: about 0\.\d\d hours", said), said
+    assert not (folder / "none").exists()
+
+
 def test_the_demo_says_what_one_class_order_can_say_and_has_a_folder_of_its_own():
     assert "One class order" in demo.what_it_says(1)
     assert "3 class orders" in demo.what_it_says(3)
