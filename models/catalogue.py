@@ -11,12 +11,14 @@ import ast
 import dataclasses
 import importlib
 from collections import ChainMap
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convs import BACKBONES, LIBRARIES
-from utils.config.schema import MethodInfo
+from utils.config.read import load_config
+from utils.config.schema import Config, MethodInfo
 from utils.config.show import markdown
 from utils.errors import UserError
 
@@ -89,6 +91,11 @@ def load(name: str) -> "type[Method]":
     """The class of a method, imported now."""
     module, class_name = class_names()[name]
     return getattr(importlib.import_module(f"models.{module}"), class_name)
+
+
+def read_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """The checked config of a file with `key=value` overrides on top (`utils.config.read.load_config`)."""
+    return load_config(file, overrides, methods=methods(), backbones=backbones())
 
 
 def backbones() -> tuple[str, ...]:

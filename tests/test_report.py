@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from exps.report import command as report
+from exps.report import __main__ as report
 from exps.report import gallery, screen
 from tests.shapes import make_shapes
 from utils.config.schema import Config

@@ -16,9 +16,9 @@ from typing import Any
 
 from jinja2 import Environment, Template
 
-from exps.report import comparison, figures, pictures
+from exps.report import figures, pictures, tables
 from exps.report.entries import REAL, Entry, Runs, areas, config_differences, entries, lines
-from exps.report.tables import mean_std, paired
+from exps.report.tables import paired
 from utils.files import write_text
 from utils.results.records import Classifier, Spread, load_results
 
@@ -55,14 +55,14 @@ def page(
     configs = {name: results.config for name, (_, results) in runs.items()}
     titles, rows = pictures.form_rows(compared)
     looks = figures.Looks(list(by_line))
-    table = comparison.table_rows(compared)
+    table = tables.table_rows(compared)
     return _template().render(
         title=title or _title(compared),
         notes=notes,
-        verdict=[] if single else comparison.verdict(table),
+        verdict=[] if single else tables.verdict(table),
         single=single,
         table=table,
-        classifiers=[c for c in comparison.WORDS if any(c in row.cells for row in table)],
+        classifiers=[c for c in tables.WORDS if any(c in row.cells for row in table)],
         several_methods=len({entry.model for entry in compared}) > 1,
         budgets=len({entry.budget for entry in compared}) > 1,
         over_bytes=figures.accuracy_over_bytes(by_line, looks) if len({e.size for e in compared}) > 1 else None,
@@ -72,7 +72,6 @@ def page(
         details=[_details(row, compared, file) for row in table],
         forms_titles=titles,
         forms_rows=rows,
-        memory=_memory_rows(table),
         provenance=_provenance_groups(compared),
         config_names=list(configs),
         differences=config_differences(configs) if not single else [],
@@ -84,8 +83,8 @@ def page(
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["mean_std"] = mean_std
-    environment.globals |= {"words": comparison.WORDS, "legend": comparison.LEGEND}
+    environment.filters["mean_std"] = tables.mean_std
+    environment.globals |= {"words": tables.WORDS, "legend": tables.LEGEND}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
@@ -96,7 +95,7 @@ def _title(compared: Sequence[Entry]) -> str:
     return f"{subjects}: {forms[0]}" if len(forms) == 1 else subjects
 
 
-def _details(row: comparison.Row, compared: Sequence[Entry], file: Path | None) -> dict[str, Any]:
+def _details(row: tables.Row, compared: Sequence[Entry], file: Path | None) -> dict[str, Any]:
     """What unfolds below a run: its files, its accuracy on each class, its confusion matrices."""
     own = [entry for entry in compared if entry.name == row.entry.name]
     per_class: dict[str, list[float | None]] = {}
@@ -108,11 +107,11 @@ def _details(row: comparison.Row, compared: Sequence[Entry], file: Path | None) 
                     last.setdefault(label, []).append(curve[-1])
         for label, values in last.items():
             per_class.setdefault(label, [None] * len(own))[column] = sum(values) / len(values)
-    matrices = [(comparison.WORDS[entry.classifier], pictures.confusion(entry)) for entry in own]
+    matrices = [(tables.WORDS[entry.classifier], pictures.confusion(entry)) for entry in own]
     return {
         "name": row.entry.name,
         "links": _links(row.entry.folder, file),
-        "classifiers": [comparison.WORDS[entry.classifier] for entry in own],
+        "classifiers": [tables.WORDS[entry.classifier] for entry in own],
         "per_class": sorted(per_class.items()),
         "confusions": [(word, matrix) for word, matrix in matrices if matrix],
     }
@@ -142,7 +141,7 @@ def phase_figures(compared: Sequence[Entry], looks: figures.Looks) -> list[tuple
     panels = []
     for (budget, classifier), group in sorted(groups.items(), key=lambda item: item[0][0] or 0):
         parts = [f"{budget:,} bytes per class"] if budget and len(budgets) > 1 else []
-        parts += [comparison.WORDS[classifier]] if len(classifiers) > 1 else []
+        parts += [tables.WORDS[classifier]] if len(classifiers) > 1 else []
         for start in range(0, len(group), PANEL):
             name = f"phases-{budget or 0}-{classifier}-{start}"
             part = dict(list(group.items())[start : start + PANEL])
@@ -158,7 +157,7 @@ def _forgetting(compared: Sequence[Entry]) -> list[dict[str, Any]]:
         if spread := entry.averages.forgetting:
             parts = [entry.model] if len(models) > 1 else []
             parts += [entry.line, *([f"{entry.budget:,} bytes"] if len(budgets) > 1 and entry.budget else [])]
-            spreads.append((entry, ", ".join([*parts, comparison.WORDS[entry.classifier]]), spread))
+            spreads.append((entry, ", ".join([*parts, tables.WORDS[entry.classifier]]), spread))
     labels = Counter(label for _, label, _ in spreads)
     longest = max((spread.mean for *_, spread in spreads), default=0) or 1
     return [
@@ -186,17 +185,6 @@ def area_table(by_line: Mapping[tuple[str, str], Sequence[Entry]]) -> list[dict[
                 row = {"method": method, "form": form, "mean": mean, "against": against}
                 rows.append({**row, "budgets": ", ".join(f"{budget:,}" for budget in budgets)})
     return sorted(rows, key=lambda row: (row["method"], -row["mean"].mean))
-
-
-def _memory_rows(table: Sequence[comparison.Row]) -> list[dict[str, Any]]:
-    """For each run: its name, figures of memory, network and time, and the forms in its memory after the last phase."""
-    rows = []
-    for row in table:
-        order, summary = row.entry.orders[0], row.entry.results.summary
-        forms = [form for form in order.memory.forms if form.exemplars]
-        network = 4 * order.phases[-1].parameters
-        rows.append({"name": row.entry.name, "summary": summary, "network": network, "forms": forms})
-    return rows
 
 
 def _provenance_groups(compared: Sequence[Entry]) -> list[dict[str, Any]]:
