@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,6 @@ from models import catalogue
 from models.use import command as use
 from utils import cli
 from utils import log as logs
-from utils.config.read import load_config
 from utils.config.schema import Config, as_dict
 from utils.config.show import help_text
 from utils.data.classes import DataManager
@@ -61,21 +60,17 @@ def command(argv: Sequence[str] | None) -> int | None:
         epilog="Using a trained network: main.py predict | evaluate | export RUN (--help says more).",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", type=cli.path, help="a JSON config; exps/config.json is the paper's experiment"
-    )
+    config_help = "a JSON config; exps/config.json is the paper's experiment"
+    parser.add_argument("--config", metavar="FILE", type=cli.path, help=config_help)
     parser.add_argument("--help-config", action="store_true", help="list every config key and exit")
-    parser.add_argument(
-        "--list", choices=("methods", "backbones", "datasets", "forms"), help="list what there is and exit"
-    )
+    kinds = ("methods", "backbones", "datasets", "forms")
+    parser.add_argument("--list", choices=kinds, help="list what there is and exit")
     parser.add_argument("--show-config", action="store_true", help="print the checked config as JSON and exit")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="replaces a key of the config; also --key value"
-    )
+    override_help = "replaces a key of the config; also --key value"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=override_help)
     arguments = parser.parse_intermixed_args(cli.options_as_overrides(parser, words))
-    methods, backbones = catalogue.methods(), catalogue.backbones()
     if arguments.help_config:
-        print(help_text(methods, backbones))
+        print(help_text(catalogue.methods(), catalogue.backbones()))
     elif arguments.list:
         values = dict(override.partition("=")[::2] for override in arguments.overrides)
         list_what_there_is(arguments.list, values.get("data_dir"))
@@ -83,7 +78,7 @@ def command(argv: Sequence[str] | None) -> int | None:
         file = next((word for word in arguments.overrides if word.endswith(".json")), "exps/config.json")
         raise UserError(f"no config: python main.py --config {file} [key=value ...]")
     else:
-        config = load_config(arguments.config, arguments.overrides, methods=methods, backbones=backbones)
+        config = catalogue.read_config(arguments.config, arguments.overrides)
         if arguments.show_config:
             print(json.dumps(as_dict(config), indent=2, ensure_ascii=False))
         else:
@@ -117,10 +112,8 @@ def list_what_there_is(kind: str, folder: str | None) -> None:
     print(cli.visible("\n".join(names)))
 
 
-def run(config: Config) -> ResultsFile:
-    """The experiment.  Returns what it writes to results.json."""
-    from exps.report.screen import show
-
+def run(config: Config) -> None:
+    """The experiment: one class order after another, then the table of their results."""
     experiment = prepare(config)
     try:
         for seed in experiment.orders:
@@ -131,14 +124,7 @@ def run(config: Config) -> ResultsFile:
         stop.going_on = f"the same command {going_on}"  # type: ignore[attr-defined]  # `utils.cli` says so
         raise
     experiment.fabric.barrier()  # wait until rank 0 has written: an early exit looks like a crash to the others
-    folder, results = experiment.output.folder, experiment.results
-    if experiment.fabric.is_global_zero:
-        runs, plain = {config.model_name: (folder, results.compared())}, io.StringIO()
-        show(runs)
-        show(runs, plain)
-        log.debug("\n%s", plain.getvalue())  # into the file, independent of the terminal's width
-    log.info("results: %s", folder / "results.json")
-    return results
+    experiment.show()
 
 
 def prepare(config: Config) -> "Experiment":
@@ -148,13 +134,11 @@ def prepare(config: Config) -> "Experiment":
 
     data_folder = data_dir(config.data_dir)
     config = replace(config, dataset=find_dataset(data_folder, config.dataset))
-    paths = DatasetPaths(data_folder, config.dataset, config.variant)
-    assert config.output_dir is not None  # load_config fills it in
-    folder = Path(config.output_dir)
+    folder = Path(config.output_dir or "")  # which load_config fills in
     check_folder("output_dir", folder)
     if config.phase0_cache:
         check_folder("phase0_cache", Path(config.phase0_cache))
-    orders = class_orders(config, paths)
+    orders = class_orders(config, DatasetPaths(data_folder, config.dataset, config.variant))
     data = orders[config.seed[0]]
     numbers = gone_images(folder, orders) if config.memory_only else None
     form = exemplar_form(config, data.paths, data.resolution)
@@ -182,14 +166,13 @@ def prepare(config: Config) -> "Experiment":
         check_compiler(fabric.device)
     if fabric.is_global_zero:
         output.claim()
-    logs.start(output.folder / "log.txt", quiet=not fabric.is_global_zero)
+    logs.start(folder / "log.txt", quiet=not fabric.is_global_zero)
     for note in config.notes:
         log.info("%s", note)
-
-    phase0_cache = Path(config.phase0_cache) if config.phase0_cache else output.folder / "phase0_cache"
+    phase0_cache = Path(config.phase0_cache) if config.phase0_cache else folder / "phase0_cache"
     pixel_cache = Path(os.path.abspath(phase0_cache)).parent / "pixel_cache"  # "." has no name that could be replaced
     transform, size = data.defaults.train_transform.prepare, data.decoded_bytes
-    pixels = open_cache(config.cache, config.cache_gib, pixel_cache, paths.root, transform, size, data.folders)
+    pixels = open_cache(config.cache, config.cache_gib, pixel_cache, data.paths.root, transform, size, data.folders)
     return Experiment(config, orders, exemplars, copies, fabric, output, phase0_cache, pixels)
 
 
@@ -209,9 +192,8 @@ def start(config: Config) -> "Fabric":
 class Experiment:
     """What the class orders of a run share.
 
-    orders: the data in each class order, by seed; exemplars: what they are; copies: those that are read, or None;
-    output: the folder of results; phase0_cache: the folder of trained phase-0 networks; pixels: decoded images, None
-    where none are kept.
+    orders: the data in each class order, by seed; copies: those that are read, or None; phase0_cache: the folder of
+    trained phase-0 networks; pixels: decoded images, None where none are kept; results: of all class orders so far.
     """
 
     config: Config
@@ -222,8 +204,7 @@ class Experiment:
     output: Output
     phase0_cache: Path
     pixels: "PictureCache | None"
-    results: ResultsFile = field(default_factory=lambda: ResultsFile.of({}, []))
-    """Of all class orders so far."""
+    results: ResultsFile | None = None
 
     def run(self, seed: int) -> None:
         """One class order's phases."""
@@ -243,23 +224,34 @@ class Experiment:
             folders = folder / "checkpoints", self.phase0_cache
             class_order = Run(config, data, fabric, memory, *folders, copies, history, pixels=self.pixels)
             records = Trainer(method, class_order).fit(after_phase=lambda records: self.write(seed, records))
-            if config.regenerate == "on_demand" and records and records[-1]["copies_on_demand"] is not None:
-                log.info(copies_saved(config, data, records))
+        if config.regenerate == "on_demand" and records and records[-1]["copies_on_demand"] is not None:
+            log.info(copies_saved(config, data, records))
 
     def write(self, seed: int, records: "Sequence[PhaseRecord]") -> None:
         """Write the records of a class order's phases so far."""
-        data = self.orders[seed]
-        order = ClassOrder.of_training(seed, data.class_names, records, data.nb_phases)
-        warn_of_one_class(records[-1], data.class_names)
         if not self.fabric.is_global_zero:
-            self.results = ResultsFile.of({}, [order])
             return
+        data = self.orders[seed]
+        warn_of_one_class(records[-1], data.class_names)
         confusions = {}
         for name in CLASSIFIERS:
             used = [metrics for record in records if (metrics := record.get(name)) is not None]
             if len(used) == len(records):
                 confusions[name] = [metrics["confusion"] for metrics in used]
+        order = ClassOrder.of_training(seed, data.class_names, records, data.nb_phases)
         self.results = self.output.write(order, confusions)
+
+    def show(self) -> None:
+        """Print the results, and write them to the log file, where the table is independent of the terminal's width."""
+        from exps.report.screen import show
+
+        if self.results is None:  # the first process alone has them
+            return
+        runs, plain = {self.config.model_name: (self.output.folder, self.results.compared())}, io.StringIO()
+        show(runs)
+        show(runs, plain)
+        log.debug("\n%s", plain.getvalue())
+        log.info("results: %s", self.output.folder / "results.json")
 
 
 def class_orders(config: Config, paths: DatasetPaths) -> dict[int, DataManager]:
@@ -282,7 +274,7 @@ def class_orders(config: Config, paths: DatasetPaths) -> dict[int, DataManager]:
 
 def warn_of_one_class(record: Mapping[str, Any], class_names: Sequence[str]) -> None:
     """Say so where a phase's classifier takes all test images for one class: it has learnt nothing, or diverged."""
-    for classifier in ("cnn", "nme"):
+    for classifier, name in (("cnn", "head (CNN)"), ("nme", "nearest mean (NME)")):
         if record[classifier] is None:
             continue
         predicted = np.asarray(record[classifier]["confusion"]).sum(axis=0)
@@ -291,7 +283,7 @@ def warn_of_one_class(record: Mapping[str, Any], class_names: Sequence[str]) -> 
                 "phase %d: the %s takes all %d test images for %r. Its training may have diverged (see epochs.csv): a "
                 "lower learning rate, or more epochs, may help.",
                 record["phase"],
-                {"cnn": "head (CNN)", "nme": "nearest mean (NME)"}[classifier],
+                name,
                 predicted.sum(),
                 class_names[predicted.argmax()],
             )

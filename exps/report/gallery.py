@@ -4,6 +4,7 @@ python -m exps.report.gallery --data-dir data --dataset Food101 --copies 5 exemp
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -30,15 +31,13 @@ def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: i
     """
     from matplotlib.figure import Figure  # slow to import, and needed here alone
 
-    texts = paths.class_texts()
     rows = []
-    for label in list(texts)[:most_classes]:
-        image = next((image for image in paths.images(label) if paths.find_kept(image)), None)
-        if image is not None:
-            rows.append((texts[label], image))
+    for label, text in list(paths.class_texts().items())[:most_classes]:
+        prompts = ((text, image, kept) for image in paths.images(label) if (kept := paths.find_kept(image)))
+        rows += itertools.islice(prompts, 1)
     if not rows:
         raise UserError(f"{paths.folder('kept')} has no edge maps yet: run compress/run.py first.")
-    existing = [[copy for k in range(copies) if (copy := paths.copy(image, k)).is_file()] for _, image in rows]
+    existing = [[copy for k in range(copies) if (copy := paths.copy(image, k)).is_file()] for _, image, _ in rows]
     if copies and not any(existing):
         raise UserError(f"{paths.folder('copies')} has no copies yet: run compress/run.py first, or set --copies 0.")
     columns = ["image", "edge map", *(f"copy {k}" for k in range(max(map(len, existing))))]
@@ -46,9 +45,9 @@ def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: i
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for axes, title in zip(grid[0], columns, strict=True):
         axes.set_title(title, fontsize=9)
-    for row, (text, image), copy_files in zip(grid, rows, existing, strict=True):
+    for row, (text, image, kept), copy_files in zip(grid, rows, existing, strict=True):
         row[0].set_ylabel(drawn(text), fontsize=9)
-        pictures = [_picture(image), _edge_map(paths, image), *map(_picture, copy_files)]
+        pictures = [_picture(image), _edge_map(paths, image, kept), *map(_picture, copy_files)]
         for axes, picture in zip(row, pictures, strict=False):
             axes.imshow(picture)
             axes.set_xticks([])
@@ -65,14 +64,11 @@ def _picture(path: Path) -> Image.Image:
         raise UserError(f"cannot read image {error}") from error
 
 
-def _edge_map(paths: DatasetPaths, image: Path) -> np.ndarray:
+def _edge_map(paths: DatasetPaths, image: Path, kept: Path) -> np.ndarray:
     """HxWx3 uint8.  A coded map's size follows from the image's and the recorded settings."""
-    label, kept = image.parent.name, paths.find_kept(image)
-    assert kept is not None, "looked for by the caller"
-    recorded = recorded_settings(paths.folder("kept"), [label])[label] or {}
+    recorded = recorded_settings(paths.folder("kept"), [image.parent.name])[image.parent.name] or {}
     names = {each.name for each in fields(HIGH)}
     form = Edges(replace(HIGH, **{name: value for name, value in recorded.items() if name in names}))
-    assert kept is not None
     try:
         width, height, _ = image_bits(image)
         return np.dstack([read(kept.read_bytes(), form.edge_size(height, width))] * 3)

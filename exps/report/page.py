@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, Template
@@ -20,7 +21,7 @@ from exps.report import figures, pictures, tables
 from exps.report.entries import REAL, Entry, Runs, areas, config_differences, entries, lines
 from exps.report.tables import paired
 from utils.files import write_text
-from utils.results.records import Classifier, Spread, load_results
+from utils.results.records import Classifier, load_results
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -106,7 +107,7 @@ def _details(row: tables.Row, compared: Sequence[Entry], file: Path | None) -> d
                 if curve and curve[-1] is not None:
                     last.setdefault(label, []).append(curve[-1])
         for label, values in last.items():
-            per_class.setdefault(label, [None] * len(own))[column] = sum(values) / len(values)
+            per_class.setdefault(label, [None] * len(own))[column] = fmean(values)
     matrices = [(tables.WORDS[entry.classifier], pictures.confusion(entry)) for entry in own]
     return {
         "name": row.entry.name,
@@ -133,8 +134,7 @@ def phase_figures(compared: Sequence[Entry], looks: figures.Looks) -> list[tuple
     """
     groups: dict[tuple[int | None, Classifier], dict[tuple[str, str], Entry]] = {}
     for entry in compared:
-        alike = [e for e in compared if (e.budget, e.method, e.line) == (entry.budget, entry.method, entry.line)]
-        form = entry.line if len(alike) == 1 else f"{entry.line}: {entry.name}"
+        form = entry.line_among(e for e in compared if e.budget == entry.budget)
         groups.setdefault((entry.budget, entry.classifier), {})[entry.method, form] = entry
     limits = figures.accuracy_limits(compared)
     budgets, classifiers = {budget for budget, _ in groups}, {classifier for _, classifier in groups}
@@ -152,22 +152,19 @@ def phase_figures(compared: Sequence[Entry], looks: figures.Looks) -> list[tuple
 def _forgetting(compared: Sequence[Entry]) -> list[dict[str, Any]]:
     """Rows of bars.  share: of the longest one, in percent."""
     models, budgets = {entry.model for entry in compared}, {entry.budget for entry in compared}
-    spreads: list[tuple[Entry, str, Spread]] = []
+    rows = []
     for entry in compared:
         if spread := entry.averages.forgetting:
             parts = [entry.model] if len(models) > 1 else []
             parts += [entry.line, *([f"{entry.budget:,} bytes"] if len(budgets) > 1 and entry.budget else [])]
-            spreads.append((entry, ", ".join([*parts, tables.WORDS[entry.classifier]]), spread))
-    labels = Counter(label for _, label, _ in spreads)
-    longest = max((spread.mean for *_, spread in spreads), default=0) or 1
-    return [
-        {
-            "name": label if labels[label] == 1 else f"{entry.name}: {label}",
-            "spread": spread,
-            "share": max(0.0, 100 * spread.mean / longest),
-        }
-        for entry, label, spread in spreads
-    ]
+            label = ", ".join([*parts, tables.WORDS[entry.classifier]])
+            rows.append({"run": entry.name, "label": label, "spread": spread})
+    labels = Counter(row["label"] for row in rows)
+    longest = max((row["spread"].mean for row in rows), default=0) or 1
+    for row in rows:
+        row["name"] = row["label"] if labels[row["label"]] == 1 else f"{row['run']}: {row['label']}"
+        row["share"] = max(0.0, 100 * row["spread"].mean / longest)
+    return rows
 
 
 def area_table(by_line: Mapping[tuple[str, str], Sequence[Entry]]) -> list[dict[str, Any]]:
@@ -178,12 +175,11 @@ def area_table(by_line: Mapping[tuple[str, str], Sequence[Entry]]) -> list[dict[
         sizes = [{entry.size for entry in line} for line in own.values() if len({entry.size for entry in line}) > 1]
         budgets = sorted(set.intersection(*sizes)) if sizes else []
         by_form = {form: areas(line, budgets) for form, line in own.items()}
+        listed = ", ".join(f"{budget:,}" for budget in budgets)
         for form, scores in by_form.items():
-            if scores:
+            if mean := paired(scores, dict.fromkeys(scores, 0.0)):
                 against = paired(scores, by_form.get(REAL, {})) if form != REAL else None
-                mean = paired(scores, dict.fromkeys(scores, 0.0))
-                row = {"method": method, "form": form, "mean": mean, "against": against}
-                rows.append({**row, "budgets": ", ".join(f"{budget:,}" for budget in budgets)})
+                rows.append({"method": method, "form": form, "mean": mean, "against": against, "budgets": listed})
     return sorted(rows, key=lambda row: (row["method"], -row["mean"].mean))
 
 

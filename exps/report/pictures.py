@@ -4,9 +4,8 @@ import base64
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -31,8 +30,7 @@ MODELS = Path(__file__).resolve().parents[2] / "ControlNet" / "models"
 TRAINED_ON = {"sd15": "LAION-5B's captioned pictures (Stable Diffusion 1.5), and edge maps of 3 million pictures"}
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A picture with what is said of it.  uri: None where there is nothing to show; alt: what it shows; others: further
     copies, as `uri`."""
 
@@ -42,8 +40,7 @@ class Picture:
     others: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Confusion:
+class Confusion(NamedTuple):
     """A confusion matrix.
 
     names: of the classes, in order; cells: for each true class (percent, colour) of each predicted one, empty where
@@ -92,7 +89,7 @@ def form_rows(compared: Sequence[Entry]) -> tuple[list[str], list[list[Picture]]
                 alt = f"{image.parent.name}: {form}, copy"
                 pictures = [_thumbnail(copy, None, alt) for copy in copies if copy.is_file()]
                 others = tuple(picture.uri for picture in pictures[1:] if picture.uri)
-                row.append(replace(pictures[0], others=others) if pictures else _thumbnail(None, None, alt))
+                row.append(pictures[0]._replace(others=others) if pictures else _thumbnail(None, None, alt))
     return (titles, rows) if len(titles) > 1 else ([], [])
 
 
@@ -133,8 +130,8 @@ def confusion(entry: Entry) -> Confusion | None:
             text = confusion_file(entry.folder, order.seed, len(order.phases) - 1, entry.classifier).read_text("utf-8")
             header, *rows = csv.reader(io.StringIO(text))
             counts = np.array([[float(cell) for cell in row[1:]] for row in rows])
-            places = [header[1:].index(name) for name in names]
-            total += counts[np.ix_(places, places)]
+            columns = [header[1:].index(name) for name in names]
+            total += counts[np.ix_(columns, columns)]
         except (OSError, ValueError, IndexError):
             return None
     share = total / np.maximum(total.sum(axis=1, keepdims=True), 1)
@@ -161,11 +158,8 @@ def provenance(entry: Entry) -> list[tuple[str, str]]:
         return []
     rows = []
     for made_by in copies.made_by:
-        if made_by.settings is None:
-            rows.append(("settings", "not recorded"))
-            continue
-        flat = dict(_flat(made_by.settings))
-        rows += [(key, flat[key]) for key in sorted(flat, key=lambda key: (key not in ("model", "precision"), key))]
+        settings = {"settings": "not recorded"} if made_by.settings is None else dict(_flat(made_by.settings))
+        rows += sorted(settings.items(), key=lambda row: (row[0] not in ("model", "precision"), row))
     return [*rows, ("copies used", f"{copies.files:,}"), ("digest of copies", copies.digest), *_generator(copies)]
 
 
@@ -180,10 +174,7 @@ def _flat(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _generator(copies: Copies) -> list[tuple[str, str]]:
-    """The generator's name or file, its bytes, and what it was trained on, as far as these are at hand.
-
-    Nothing for copies that no model made.
-    """
+    """The generator's name or file, its bytes, and what it was trained on; nothing for copies that no model made."""
     settings = [made_by.settings or {} for made_by in copies.made_by]
     if not any(each.get("model") or each.get("autoencoder") for each in settings):
         return []

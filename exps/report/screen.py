@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from exps.report.entries import Entry, Runs, entries
+from exps.report.entries import Runs, entries
 from exps.report.figures import COLOURS
 from exps.report.tables import mean_std
 from utils import cli
 from utils.files import printable, write_atomically
-from utils.results.records import Spread
+from utils.results.records import Averages, Spread
 
 _STYLES = ("-", "--", ":", "-.")
 _MARKERS = "osD^v<>PX*"
@@ -23,36 +23,31 @@ def show(runs: Runs, file: TextIO | None = None) -> None:
     reused); mean ± standard deviation, and a line that says so, where there are several seeds.
     """
     compared = entries(runs)
-    columns: dict[str, list[str]] = {"": [entry.title for entry in compared]}
-    columns["top-1 after each phase"] = [_curve(entry) for entry in compared]
-    spreads: dict[str, list[Spread | None]] = {
-        "average": [entry.averages.average_incremental_accuracy for entry in compared],
-        "forgetting": [entry.averages.forgetting for entry in compared],
-    }
-    if _say_more(spreads["forgetting"], in_tens := [entry.averages.forgetting_in_tens for entry in compared], 1):
-        spreads["forgetting (PyCIL)"] = in_tens
-    if _say_more(spreads["forgetting"], transfer := [entry.averages.backward_transfer for entry in compared], -1):
-        spreads["transfer"] = transfer
-    spreads["units"] = [entry.results.summary.units for entry in compared]
-    columns |= {title: [mean_std(value) for value in values] for title, values in spreads.items()}
-    columns["bytes"] = [mean_std(entry.results.summary.bytes, 0) for entry in compared]
-    columns["seconds"] = [mean_std(entry.results.summary.seconds, 0) for entry in compared]
+    averages, summaries = [entry.averages for entry in compared], [entry.results.summary for entry in compared]
+    columns = {"": [entry.title for entry in compared], "top-1 after each phase": [_curve(a) for a in averages]}
+    columns["average"] = [mean_std(a.average_incremental_accuracy) for a in averages]
+    columns["forgetting"] = [mean_std(a.forgetting) for a in averages]
+    if any(_differ(a.forgetting, a.forgetting_in_tens, 1) for a in averages):
+        columns["forgetting (PyCIL)"] = [mean_std(a.forgetting_in_tens) for a in averages]
+    if any(_differ(a.forgetting, a.backward_transfer, -1) for a in averages):
+        columns["transfer"] = [mean_std(a.backward_transfer) for a in averages]
+    columns["units"] = [mean_std(summary.units) for summary in summaries]
+    columns["bytes"] = [mean_std(summary.bytes, 0) for summary in summaries]
+    columns["seconds"] = [mean_std(summary.seconds, 0) for summary in summaries]
     several = any(len(entry.orders) > 1 for entry in compared)
     notes = ["mean ± standard deviation over class orders"] if several else []
     cli.show_table(list(columns), list(zip(*columns.values(), strict=True)), notes, file=file)
 
 
-def _curve(entry: Entry) -> str:
+def _curve(averages: Averages) -> str:
     """Such as "91.0±0.4 82.1±1.0": no spaces within a phase's, so that a long curve is folded between phases."""
-    top1 = entry.averages.top1
-    points = (mean_std(Spread(mean=mean, std=std)) for mean, std in zip(top1.mean, top1.std, strict=True))
-    return " ".join(point.replace(" ", "") for point in points)
+    points = zip(averages.top1.mean, averages.top1.std, strict=True)
+    return " ".join(mean_std(Spread(mean=mean, std=std)).replace(" ", "") for mean, std in points)
 
 
-def _say_more(forgetting: Sequence[Spread | None], others: Sequence[Spread | None], sign: int) -> bool:
-    """Whether other measures, times `sign`, differ from the forgetting somewhere."""
-    pairs = zip(forgetting, others, strict=True)
-    return any(one and other and abs(one.mean - sign * other.mean) > 0.05 for one, other in pairs)
+def _differ(forgetting: Spread | None, other: Spread | None, sign: int) -> bool:
+    """Whether another measure, times `sign`, says something else than the forgetting."""
+    return bool(forgetting and other) and abs(forgetting.mean - sign * other.mean) > 0.05
 
 
 def drawn(text: str) -> str:

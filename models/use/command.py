@@ -34,8 +34,8 @@ def run(argv: Sequence[str]) -> int:
     check_is_run(options.run)
     from models.use.learner import Learner  # imports torch: a wrong folder is answered at once
 
-    chosen = {"seed": options.seed, "phase": options.phase, "device": options.device}
-    learner = Learner(options.run, classifier=options.classifier, **chosen)
+    chosen = {name: getattr(options, name) for name in ("seed", "phase", "device", "classifier")}
+    learner = Learner(options.run, **chosen)
     print(cli.visible(learner.description), file=sys.stderr)
     return {"predict": _predict, "evaluate": _evaluate, "export": _export}[argv[0]](learner, options)
 
@@ -69,7 +69,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _predict(learner, options: argparse.Namespace) -> int:
     """Exit code 1 where some pictures can't be read: they are listed and left out."""
-    from models.use.predict import header, pictures_of, rows
+    from models.use.predictions import header, pictures_of, rows
 
     table, broken = io.StringIO(), list[str]()
     writer = csv.writer(table if options.output else sys.stdout, lineterminator="\n")
@@ -83,7 +83,7 @@ def _predict(learner, options: argparse.Namespace) -> int:
 
 
 def _evaluate(learner, options: argparse.Namespace) -> int:
-    from models.use.evaluate import evaluate, in_words
+    from models.use.predictions import evaluate, in_words
 
     figures = evaluate(learner, options.data)
     print(cli.visible("\n".join(in_words(figures, options.classifier))))
