@@ -243,7 +243,7 @@ class Experiment:
 
     def show(self) -> None:
         """Print the results, and write them to the log file, where the table is independent of the terminal's width."""
-        from exps.report.screen import show
+        from exps.report.tables import show
 
         if self.results is None:  # the first process alone has them
             return

@@ -14,7 +14,6 @@ are run.  The same command in several processes or on several machines shares th
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 from exps.grid import Point, finish, finished
 from exps.report.entries import Entry, entries
 from exps.report.tables import markdown, mean_std
+from exps.runs import as_overrides
 from models import catalogue
 from utils import cli
 from utils.config.read import read_json
@@ -36,7 +36,7 @@ MEMORIES = {
 """Overrides of each kind of run."""
 
 
-def read(file: Path) -> tuple[Path, dict[str, tuple[str, ...]]]:
+def read(file: Path) -> tuple[Path, dict[str, list[str]]]:
     """The config of a file's table, and each method's own keys as "key=value"; no method stands for all of them.
 
     Raises UserError for a file that is no table.
@@ -49,11 +49,7 @@ def read(file: Path) -> tuple[Path, dict[str, tuple[str, ...]]]:
         raise UserError(f"{file}: a table has two keys: config, the path of a config, and methods, an object.")
     if wrong := [name for name, keys in methods.items() if not isinstance(keys, dict)]:
         raise UserError(f"{file}: methods: {wrong[0]} must have an object of main.py's keys, such as {{}}.")
-    own_keys = {
-        name: tuple(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in keys.items())
-        for name, keys in methods.items()
-    }
-    return file.parent / config, own_keys
+    return file.parent / config, {name: as_overrides(keys) for name, keys in methods.items()}
 
 
 def point_of(file: Path, method: str, memory: str, overrides: Sequence[str], output: Path) -> Point:
@@ -79,8 +75,7 @@ def table(points: Mapping[tuple[str, str], Point]) -> tuple[list[str], list[list
 def _cells(entry: Entry | None) -> list[str]:
     if entry is None:
         return ["", "", ""]
-    averages, seconds = entry.averages, entry.results.summary.seconds
-    return [mean_std(averages.average_incremental_accuracy), mean_std(averages.forgetting), f"{seconds.mean:,.0f}"]
+    return [mean_std(entry.average), mean_std(entry.forgetting), f"{entry.results.summary.seconds.mean:,.0f}"]
 
 
 def compare(options: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Commands that experiments of many runs start, and what happens to them when the experiment is stopped."""
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -109,6 +110,12 @@ def last_words(done: subprocess.CompletedProcess) -> str:
     message = [lines[start].removeprefix("error: ")]
     message += itertools.takewhile(lambda line: line.startswith(" "), lines[start + 1 :])
     return "\n".join(message)
+
+
+def as_overrides(keys: Mapping[str, Any]) -> list[str]:
+    """Keys of main.py as it takes them on the command line, such as "milestones=[5,8]"."""
+    texts = {key: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for key, v in keys.items()}
+    return [f"{key}={text}" for key, text in texts.items()]
 
 
 def threads(jobs: int) -> dict[str, str]:

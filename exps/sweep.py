@@ -11,7 +11,7 @@ from annotated_types import MinLen
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from exps.grid import Point, checked_keys, finished
-from exps.runs import MEASURE, call, last_words
+from exps.runs import MEASURE, as_overrides, call, last_words
 from utils import cli
 from utils.config.read import read_json
 from utils.data.paths import data_dir, find_dataset
@@ -184,11 +184,7 @@ def _candidate(file: Path, form: str, own: Mapping[str, Any], real: int | None) 
     p = keys["augmentation_prob"]
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
         raise UserError(f"{file}: augmentation_prob is a probability, 0 to 1, or a list of them, not {p!r}.")
-    words = [
-        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in own.items()
-        if key not in ("augmentation_prob", "copies_of")
-    ]
+    words = as_overrides({key: v for key, v in own.items() if key not in ("augmentation_prob", "copies_of")})
     copies_of = keys.pop("copies_of", None)
     if form != REAL:
         keys = {"syn_form": form, "real_per_class": real, "syn_per_class": "fill", **keys}

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from exps.report.screen import plot, show
+from exps.report.tables import show
 from utils import cli
 from utils.files import printable, write_text
 from utils.results.records import load_results
@@ -29,6 +29,8 @@ def command(argv: Sequence[str] | None) -> None:
         runs[printable(name)] = (path if path.is_dir() else path.parent, load_results(path))
     show(runs)
     if arguments.plot:
+        from exps.report.gallery import plot
+
         plot(runs, arguments.plot)
     if arguments.html:
         from exps.report.page import page  # imports Jinja2

@@ -86,10 +86,23 @@ class Entry:
         return self.results.summary.classifiers[self.classifier]
 
     @property
-    def last(self) -> Spread:
-        """Top-1 accuracy after the last phase, in percent."""
+    def average(self) -> Spread:
+        """Average incremental accuracy, in percent."""
+        return self.averages.average_incremental_accuracy
+
+    @property
+    def top1(self) -> list[Spread]:
+        """Top-1 accuracy by phase, in percent."""
         top1 = self.averages.top1
-        return Spread(mean=top1.mean[-1], std=top1.std[-1])
+        return [Spread(mean=mean, std=std) for mean, std in zip(top1.mean, top1.std, strict=True)]
+
+    @property
+    def last(self) -> Spread:
+        return self.top1[-1]
+
+    @property
+    def forgetting(self) -> Spread | None:
+        return self.averages.forgetting
 
     @property
     def scores(self) -> dict[int, float]:
@@ -172,12 +185,13 @@ def reference_of(entry: Entry, compared: Sequence[Entry]) -> Entry | None:
     return None if reference is entry else reference
 
 
-def config_differences(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """(key, a value a config) of the keys in which configs differ, without those that change no number."""
-    keys = dict.fromkeys(key for config in configs.values() for key in config)
-    rows = [(key, [_text(config.get(key)) for config in configs.values()]) for key in keys if key not in NEUTRAL]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
+def config_differences(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, str]]]:
+    """(key, name of config -> value) of the keys in which configs differ, without those that change no number."""
+    keys = dict.fromkeys(key for config in configs.values() for key in config if key not in NEUTRAL)
+    rows = [(key, {name: in_words(config.get(key)) for name, config in configs.items()}) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values.values())) > 1]
 
 
-def _text(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """A setting's value in a table."""
     return "–" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -62,7 +62,7 @@ def labels(lines: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
 
 def accuracy_limits(compared: Sequence[Entry]) -> tuple[float, float]:
     """The range of accuracies that figures over phases share: from and to a multiple of ten, in percent."""
-    values = [value for entry in compared for value in entry.averages.top1.mean]
+    values = [value.mean for entry in compared for value in entry.top1]
     low, high = min(values, default=0.0), max(values, default=100.0)
     return max(0.0, 10 * math.floor(low / 10 - 0.2)), min(100.0, 10 * math.ceil(high / 10 + 0.2))
 
@@ -71,7 +71,7 @@ def accuracy_over_bytes(lines: Mapping[tuple[str, str], Sequence[Entry]], looks:
     """Average incremental accuracy against bytes per class, a line a method and form; bars: standard deviation."""
     names = labels(lines)
     sizes = sorted({entry.size for line in lines.values() for entry in line})
-    averages = [entry.averages.average_incremental_accuracy for line in lines.values() for entry in line]
+    averages = [entry.average for line in lines.values() for entry in line]
     low = 10 * math.floor(min(value.mean - value.std for value in averages) / 10)
     high = 10 * math.ceil(max(value.mean + value.std for value in averages) / 10)
     axes = _Axes((math.log(sizes[0]), math.log(sizes[-1])), (max(0, low), min(100, high)))
@@ -79,7 +79,7 @@ def accuracy_over_bytes(lines: Mapping[tuple[str, str], Sequence[Entry]], looks:
     names_of_axes = "memory (bytes per class, log scale)", "average incremental accuracy (%)"
     axes.grid([(math.log(size), f"{size:,}") for size in ticks], *names_of_axes)
     for (method, form), entries in lines.items():
-        points = [(math.log(entry.size), entry.averages.average_incremental_accuracy) for entry in entries]
+        points = [(math.log(entry.size), entry.average) for entry in entries]
         titles = [f"{names[method, form]}, {entry.size:,} bytes" for entry in entries]
         axes.line(points, titles, looks.look(method, form), band=False, bars=True)
     return axes.svg("bytes", "Average incremental accuracy against bytes per class") + _legend(lines, looks)
@@ -97,8 +97,8 @@ def accuracy_over_phases(
     axes = _Axes((seen[0], seen[-1]), limits)
     axes.grid([(n, str(n)) for n in seen[:: math.ceil(len(seen) / 8)]], "classes seen", "top-1 accuracy (%)")
     for (method, form), entry in lines.items():
-        top1, classes = entry.averages.top1, entry.results.summary.classes_seen
-        points = [(n, Spread(mean=m, std=s)) for n, m, s in zip(classes, top1.mean, top1.std, strict=True)]
+        classes = entry.results.summary.classes_seen
+        points = list(zip(classes, entry.top1, strict=True))
         titles = [f"{names[method, form]}, {n} classes" for n in classes]
         # More bands hide each other.
         axes.line(points, titles, looks.look(method, form), band=len(lines) <= 6, bars=False)

@@ -54,7 +54,6 @@ def page(
     by_line = lines(compared)
     single = len(runs) == 1
     configs = {name: results.config for name, (_, results) in runs.items()}
-    titles, rows = pictures.form_rows(compared)
     looks = figures.Looks(list(by_line))
     table = tables.table_rows(compared)
     return _template().render(
@@ -64,18 +63,16 @@ def page(
         single=single,
         table=table,
         classifiers=[c for c in tables.WORDS if any(c in row.cells for row in table)],
-        several_methods=len({entry.model for entry in compared}) > 1,
-        budgets=len({entry.budget for entry in compared}) > 1,
+        several_orders=any(len(entry.orders) > 1 for entry in compared),
+        grouped=len({row.group for row in table}) > 1,
         over_bytes=figures.accuracy_over_bytes(by_line, looks) if len({e.size for e in compared}) > 1 else None,
         over_phases=phase_figures(compared, looks),
         forgetting=_forgetting(compared),
         areas=area_table(by_line),
         details=[_details(row, compared, file) for row in table],
-        forms_titles=titles,
-        forms_rows=rows,
+        forms_rows=pictures.form_rows(compared),
         provenance=_provenance_groups(compared),
-        config_names=list(configs),
-        differences=config_differences(configs) if not single else [],
+        differences=config_differences(configs),
         config=json.dumps(next(iter(configs.values())), indent=2, ensure_ascii=False) if single else None,
         foot=_foot(runs),
     )
@@ -154,7 +151,7 @@ def _forgetting(compared: Sequence[Entry]) -> list[dict[str, Any]]:
     models, budgets = {entry.model for entry in compared}, {entry.budget for entry in compared}
     rows = []
     for entry in compared:
-        if spread := entry.averages.forgetting:
+        if spread := entry.forgetting:
             parts = [entry.model] if len(models) > 1 else []
             parts += [entry.line, *([f"{entry.budget:,} bytes"] if len(budgets) > 1 and entry.budget else [])]
             label = ", ".join([*parts, tables.WORDS[entry.classifier]])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from compress.forms import form_named
 from compress.presets import PRESETS
-from exps.report.entries import REAL, Entry
+from exps.report.entries import REAL, Entry, in_words
 from utils.data.images import read_image
 from utils.data.paths import DatasetPaths, data_dir, find_dataset
 from utils.errors import UserError
@@ -53,8 +53,8 @@ class Confusion(NamedTuple):
     in_order: bool
 
 
-def form_rows(compared: Sequence[Entry]) -> tuple[list[str], list[list[Picture]]]:
-    """What the forms of several runs of one dataset keep: (titles, rows of pictures), a row an image.
+def form_rows(compared: Sequence[Entry]) -> list[dict[str, Picture]]:
+    """What the forms of several runs of one dataset keep: a row an image, pictures by the titles of their columns.
 
     The columns are the image, then for each form what is kept and the copies.  Shows an image of each of the first
     MOST_CLASSES classes, as far as files are at hand; no rows where none is, or where the runs have several datasets.
@@ -64,7 +64,7 @@ def form_rows(compared: Sequence[Entry]) -> tuple[list[str], list[list[Picture]]
         (data_dir(e.config.get("data_dir")), e.config["dataset"], e.config.get("variant", "")) for e in compared
     }
     if not forms or len(datasets) != 1:
-        return [], []
+        return []
     folder, dataset, variant = datasets.pop()
     dataset = find_dataset(folder, dataset)
     try:
@@ -74,23 +74,22 @@ def form_rows(compared: Sequence[Entry]) -> tuple[list[str], list[list[Picture]]
         paths = DatasetPaths(folder, dataset, variant)
         classes = [images for label in paths.classes()[:MOST_CLASSES] if (images := paths.images(label))]
     except UserError:
-        return [], []
+        return []
     # Of a class's images the first one of which the most forms have copies: those made on demand are few.
     first = [max(images, key=lambda i: sum(p.copy(i, 0).is_file() for p in form_paths.values())) for images in classes]
-    titles = ["original"]
-    rows = [[_thumbnail(image, image.stat().st_size, f"{image.parent.name}: original")] for image in first]
+    rows = [{"original": _thumbnail(image, image.stat().st_size, f"{image.parent.name}: original")} for image in first]
     for form, own in form_paths.items():
         files = [(own.find_kept(image), [own.copy(image, k) for k in range(MOST_COPIES)]) for image in first]
         if any(kept or copies[0].is_file() for kept, copies in files):
-            titles += [f"{form}: kept", f"{form}: comes back"]
             for image, row, (kept, copies) in zip(first, rows, files, strict=True):
                 size = kept.stat().st_size if kept else None
-                row.append(_thumbnail(kept, size, f"{image.parent.name}: {form}, kept"))
+                row[f"{form}: kept"] = _thumbnail(kept, size, f"{image.parent.name}: {form}, kept")
                 alt = f"{image.parent.name}: {form}, copy"
                 pictures = [_thumbnail(copy, None, alt) for copy in copies if copy.is_file()]
                 others = tuple(picture.uri for picture in pictures[1:] if picture.uri)
-                row.append(pictures[0]._replace(others=others) if pictures else _thumbnail(None, None, alt))
-    return (titles, rows) if len(titles) > 1 else ([], [])
+                first_copy = pictures[0] if pictures else Picture(None, "not there")
+                row[f"{form}: comes back"] = first_copy._replace(others=others)
+    return rows if rows and len(rows[0]) > 1 else []
 
 
 def _thumbnail(file: Path | None, size: int | None, alt: str) -> Picture:
@@ -169,7 +168,7 @@ def _flat(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             flat += _flat(value)
         elif value is not None:
-            flat.append((key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+            flat.append((key, in_words(value)))
     return flat
 
 

@@ -2,13 +2,14 @@
 Markdown and of "mean ± deviation"."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from exps.report.entries import REAL, Entry, reference_of
+from exps.report.entries import REAL, Entry, Runs, entries, reference_of
+from utils import cli
 from utils.results.records import Classifier, Spread
 
 WORDS: dict[Classifier, str] = {"cnn": "head", "nme": "nearest means", "student": "student", "svm": "SVM"}
@@ -72,42 +73,26 @@ class Cell:
     entry: Entry
     to_real: Paired | None = None
     to_codec: Paired | None = None
-    best: frozenset[str] = frozenset()
+    best: Collection[str] = ()
 
     @property
-    def average(self) -> Spread:
-        return self.entry.averages.average_incremental_accuracy
-
-    @property
-    def last(self) -> Spread:
-        return self.entry.last
-
-    @property
-    def forgetting(self) -> Spread | None:
-        return self.entry.averages.forgetting
-
     def ranks(self) -> dict[str, float]:
         """Its figures, the higher the better."""
-        ranks = {"average": self.average.mean, "last": self.last.mean}
-        return ranks | ({"forgetting": -self.forgetting.mean} if self.forgetting else {})
+        entry = self.entry
+        ranks = {"average": entry.average.mean, "last": entry.last.mean}
+        return ranks | ({"forgetting": -entry.forgetting.mean} if entry.forgetting else {})
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run.  unequal: why its bytes are not those of the others, "" where they are."""
+    """A run.
+
+    entry: of its first classifier; unequal: why its bytes are not those of the others, "" where they are.
+    """
 
     entry: Entry
-    cells: Mapping[Classifier, Cell]
+    cells: dict[Classifier, Cell]
     unequal: str
-
-    @property
-    def n(self) -> int:
-        return len(self.entry.orders)
-
-    @property
-    def first(self) -> Cell:
-        """Its first classifier's."""
-        return next(iter(self.cells.values()))
 
     @property
     def group(self) -> tuple[str, int | None]:
@@ -122,17 +107,15 @@ class Row:
 
 def table_rows(compared: Sequence[Entry]) -> list[Row]:
     """A row for each run, by method and budget; the best by its first classifier first, what is not comparable last."""
-    by_run: dict[str, list[Entry]] = {}
+    rows: dict[str, Row] = {}
     for entry in compared:
-        by_run.setdefault(entry.name, []).append(entry)
-    rows = []
-    for entries in by_run.values():
-        cells = {entry.classifier: _cell(entry, compared) for entry in entries}
-        rows.append(Row(entries[0], cells, _unequal(entries[0], reference_of(entries[0], compared))))
-    for row in rows:
-        _mark_best(row, [other for other in rows if other.group == row.group and other.is_comparable])
+        if entry.name not in rows:
+            rows[entry.name] = Row(entry, {}, _unequal(entry, reference_of(entry, compared)))
+        rows[entry.name].cells[entry.classifier] = _cell(entry, compared)
+    for row in rows.values():
+        _mark_best(row, [other for other in rows.values() if other.group == row.group and other.is_comparable])
     return sorted(
-        rows, key=lambda row: (row.group[0], row.group[1] or 0, not row.is_comparable, -row.first.average.mean)
+        rows.values(), key=lambda row: (row.group[0], row.group[1] or 0, not row.is_comparable, -row.entry.average.mean)
     )
 
 
@@ -142,7 +125,7 @@ def _cell(entry: Entry, compared: Sequence[Entry]) -> Cell:
     reference = reference_of(entry, compared)
     same = [e for e in compared if (e.method, e.budget, e.results.unfinished) == (entry.method, entry.budget, 0)]
     codecs = [e for e in same if e.is_codec]
-    codec = max(codecs, key=lambda e: e.averages.average_incremental_accuracy.mean, default=None)
+    codec = max(codecs, key=lambda e: e.average.mean, default=None)
     return Cell(
         entry,
         paired(entry.scores, reference.scores) if reference and reference.form == REAL else None,
@@ -166,9 +149,8 @@ def _mark_best(row: Row, group: Sequence[Row]) -> None:
     if len(group) < 2 or not row.is_comparable:
         return
     for classifier, cell in row.cells.items():
-        rivals = [other.cells[classifier].ranks() for other in group if classifier in other.cells]
-        ranks = cell.ranks().items()
-        cell.best = frozenset(key for key, rank in ranks if all(rank >= rival.get(key, rank) for rival in rivals))
+        rivals = [other.cells[classifier].ranks for other in group if classifier in other.cells]
+        cell.best = {key for key, rank in cell.ranks.items() if all(rank >= r.get(key, rank) for r in rivals)}
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
@@ -179,7 +161,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
         where = f"{model} at {budget:,} bytes per class" if budget else model
         for classifier in dict.fromkeys(c for row in group for c in row.cells):
             ranked = [row.cells[classifier] for row in group if classifier in row.cells]
-            ranked.sort(key=lambda cell: -cell.average.mean)
+            ranked.sort(key=lambda cell: -cell.entry.average.mean)
             if len(ranked) > 1:
                 word = "nearest means of exemplars" if classifier == "nme" else WORDS[classifier]
                 sentences.append(f"{where}, by the {word}: {_sentence(ranked[0], ranked[1])}")
@@ -187,7 +169,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 
 
 def _sentence(best: Cell, second: Cell) -> str:
-    parts = [f"{best.entry.line} is best with {best.average.mean:.1f} %"]
+    parts = [f"{best.entry.line} is best with {best.entry.average.mean:.1f} %"]
     if best.to_codec and not second.entry.is_codec:
         parts.append(f"{best.to_codec} over the best codec")
     if best.to_real and best.entry.form != REAL:
@@ -207,7 +189,7 @@ def as_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of the table as text, the best of a column in Markdown's asterisks."""
 
     def figure(cell: Cell, key: str) -> str:
-        text = mean_std(getattr(cell, key))
+        text = mean_std(getattr(cell.entry, key))
         return f"**{text}**" if key in cell.best else text
 
     used = [c for c in WORDS if any(c in row.cells for row in rows)]
@@ -223,8 +205,40 @@ def as_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         for classifier in used:
             cell = row.cells.get(classifier)
             line += [figure(cell, "average"), str(cell.to_real or ""), str(cell.to_codec or "")] if cell else ["-"] * 3
-        lines.append([*line, figure(row.first, "last"), figure(row.first, "forgetting"), str(row.n)])
+        first = row.cells[entry.classifier]
+        lines.append([*line, figure(first, "last"), figure(first, "forgetting"), str(len(entry.orders))])
     return header, lines
+
+
+def show(runs: Runs, file: TextIO | None = None) -> None:
+    """Print a table of several runs to `file` (default: stdout).
+
+    For each: top-1 accuracy after each phase and their average in %, forgetting (PyCIL's and backward transfer where
+    they say something else), memory in units and bytes, seconds (with phase 0's training also where a network was
+    reused); mean ± standard deviation, and a line that says so, where there are several seeds.
+    """
+    compared = entries(runs)
+    averages, summaries = [entry.averages for entry in compared], [entry.results.summary for entry in compared]
+    # No spaces within a phase's accuracy, so that a long curve is folded between phases.
+    curves = [" ".join(mean_std(value).replace(" ", "") for value in entry.top1) for entry in compared]
+    columns = {"": [entry.title for entry in compared], "top-1 after each phase": curves}
+    columns["average"] = [mean_std(entry.average) for entry in compared]
+    columns["forgetting"] = [mean_std(entry.forgetting) for entry in compared]
+    if any(_differ(a.forgetting, a.forgetting_in_tens, 1) for a in averages):
+        columns["forgetting (PyCIL)"] = [mean_std(a.forgetting_in_tens) for a in averages]
+    if any(_differ(a.forgetting, a.backward_transfer, -1) for a in averages):
+        columns["transfer"] = [mean_std(a.backward_transfer) for a in averages]
+    columns["units"] = [mean_std(summary.units) for summary in summaries]
+    columns["bytes"] = [mean_std(summary.bytes, 0) for summary in summaries]
+    columns["seconds"] = [mean_std(summary.seconds, 0) for summary in summaries]
+    several = any(len(entry.orders) > 1 for entry in compared)
+    below = ["mean ± standard deviation over class orders"] if several else []
+    cli.show_table(list(columns), list(zip(*columns.values(), strict=True)), below, file=file)
+
+
+def _differ(forgetting: Spread | None, other: Spread | None, sign: int) -> bool:
+    """Whether another measure, times `sign`, says something else than the forgetting."""
+    return forgetting is not None and other is not None and abs(forgetting.mean - sign * other.mean) > 0.05
 
 
 def notes(rows: Sequence[Row]) -> list[str]:

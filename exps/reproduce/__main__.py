@@ -12,11 +12,11 @@ import exps.reproduce
 from exps.report.tables import markdown, mean_std
 from exps.reproduce.rows import (
     FOLDER,
+    RECORDED,
     Row,
     Table,
     figures,
     find_row,
-    keep,
     read_records,
     read_tables,
     rows_of,
@@ -25,8 +25,8 @@ from exps.reproduce.rows import (
 from exps.runs import MAIN, ROOT, follow
 from utils import cli
 from utils.errors import UserError
-from utils.files import write_text
-from utils.results.records import ResultsFile, Spread, load_results
+from utils.files import write_json, write_text
+from utils.results.records import Spread, load_results
 
 PAGE = ROOT / "docs" / "reproduced.md"
 HEADING = "## Recorded runs\n"
@@ -84,16 +84,14 @@ def run(table: Table, row: Row, overrides: Sequence[str], *, only_print: bool) -
 
 def record(tables: Sequence[Table], file: Path, note: str) -> int:
     """Keep a run's numbers as those of the rows that it reproduces.  Raises UserError where there is none."""
-    loaded = load_results(file)
-    results = ResultsFile.of(loaded.config, loaded.runs)
+    results, records = load_results(file), read_records(FOLDER)
     for row in rows_of(tables, results.config):
-        entry = {**figures(results, row), "date": time.strftime("%Y-%m-%d"), "note": note}
-        keep(FOLDER, row.name, entry)
+        entry = records[row.name] = {**figures(results, row), "date": time.strftime("%Y-%m-%d"), "note": note}
         print(f"{row.name}: published {number(row.average) or '-'} / {number(row.last) or '-'}, ", end="")
         print(f"recorded {number(entry['average'])} / {number(entry['last'])}")
+    write_json(FOLDER / RECORDED, dict(sorted(records.items())))
     if PAGE.is_file():  # not where the project was installed without its docs
-        text = with_records(PAGE.read_text(encoding="utf-8"), tables, read_records(FOLDER))
-        write_text(PAGE, text)
+        write_text(PAGE, with_records(PAGE.read_text(encoding="utf-8"), tables, records))
         print(user_path(PAGE))
     return 0
 
