@@ -21,10 +21,8 @@ The JSON file has
                      "cnn") or that of nearest means ("nme"), over the class orders tune_seeds (default: the first).
                      Only what is chosen is tested
     expected         recorded accuracies, which `exps.demo` compares with the demo's
-Every run has a budget in bytes, the same for all forms: keys that would change it are refused.  Runs share phase 0's
-networks, encoded files and copies.  What is finished is kept, so a sweep that was killed goes on when it is started
-again; the same command started in several processes or on several machines shares the runs, and --submit starts it N
-times on a SLURM cluster.  With --jobs N, each of N runs at a time has a GPU of its own where there are several.
+Runs share phase 0's networks, encoded files and copies.  What is finished is kept, so a sweep that was killed goes on
+when it is started again; the same command started in several processes or on several machines shares the runs.
 Written to --output (default: outputs/<name of the file>): runs/, table.md, table.csv and report.html.
 """
 

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from models.training.method import Method
 
 FOLDER = Path(__file__).parent
-_LIGHT = ("annotated_types", "dataclasses", "typing", "collections.abc")
-_LIGHT += ("utils.config.schema", "utils.config.types", "utils.errors")
+_LIGHT = {
+    *("annotated_types", "dataclasses", "typing", "collections.abc"),
+    *("utils.config.schema", "utils.config.types", "utils.errors"),
+}
 """Modules that the code of a `Settings` may import from."""
 _FACTS = MethodInfo._fields[3:]
 """Class variables of a method that the config must know; each is written as a literal."""
@@ -122,9 +124,10 @@ def _compiled(tree: ast.Module, node: ast.ClassDef, file: Path) -> type:
     """The class of a `Settings` statement, made from that statement and the file's light imports alone."""
     imports: list[ast.stmt] = []
     for statement in tree.body:
-        modules = [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else []
-        modules += [statement.module or ""] if isinstance(statement, ast.ImportFrom) else []
-        if modules and all(module in _LIGHT for module in modules):
+        modules = {alias.name for alias in statement.names} if isinstance(statement, ast.Import) else set()
+        if isinstance(statement, ast.ImportFrom):
+            modules = {statement.module or ""}
+        if modules and modules <= _LIGHT:
             imports.append(statement)
     namespace: dict[str, Any] = {"__name__": f"models.{file.stem}"}
     exec(compile(ast.Module([*imports, node], []), str(file), "exec"), namespace)

@@ -81,7 +81,7 @@ def plot_exemplars(paths: DatasetPaths, copies: int, file: Path, most_classes: i
     """
     from matplotlib.figure import Figure  # slow to import, and needed here alone
 
-    rows = []
+    rows: list[tuple[str, Path, Path]] = []
     for label, text in list(paths.class_texts().items())[:most_classes]:
         prompts = ((text, image, kept) for image in paths.images(label) if (kept := paths.find_kept(image)))
         rows += itertools.islice(prompts, 1)

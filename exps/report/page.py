@@ -149,7 +149,7 @@ def phase_figures(compared: Sequence[Entry], looks: figures.Looks) -> list[tuple
 def _forgetting(compared: Sequence[Entry]) -> list[dict[str, Any]]:
     """Rows of bars.  share: of the longest one, in percent."""
     models, budgets = {entry.model for entry in compared}, {entry.budget for entry in compared}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in compared:
         if spread := entry.forgetting:
             parts = [entry.model] if len(models) > 1 else []

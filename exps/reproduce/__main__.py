@@ -87,8 +87,8 @@ def record(tables: Sequence[Table], file: Path, note: str) -> int:
     results, records = load_results(file), read_records(FOLDER)
     for row in rows_of(tables, results.config):
         entry = records[row.name] = {**figures(results, row), "date": time.strftime("%Y-%m-%d"), "note": note}
-        print(f"{row.name}: published {number(row.average) or '-'} / {number(row.last) or '-'}, ", end="")
-        print(f"recorded {number(entry['average'])} / {number(entry['last'])}")
+        recorded = _pair(entry["average"], entry["last"])
+        print(f"{row.name}: published {_pair(row.average, row.last)}, recorded {recorded}")
     write_json(FOLDER / RECORDED, dict(sorted(records.items())))
     if PAGE.is_file():  # not where the project was installed without its docs
         write_text(PAGE, with_records(PAGE.read_text(encoding="utf-8"), tables, records))
@@ -103,9 +103,9 @@ def number(value: float | None) -> str:
 def with_records(page: str, tables: Sequence[Table], records: Mapping[str, Mapping[str, Any]]) -> str:
     """docs/reproduced.md with its last section, the recorded runs, written anew.  page: its present text."""
     recorded = [(table, row) for table in tables for row in table.rows if row.name in records]
-    waiting = sum(len(table.rows) for table in tables) - len(recorded)
-    total = waiting + len(recorded)
-    lines = [f"{waiting} of {total} published rows wait for somebody with a GPU: each takes hours or days of one."]
+    total = sum(len(table.rows) for table in tables)
+    waiting = f"{total - len(recorded)} of {total} published rows wait for somebody with a GPU"
+    lines = [f"{waiting}: each takes hours or days of one."]
     if recorded:
         numbers = ("published: average", "last", "recorded: average", "last")
         header = ["row", "method, dataset, protocol", *numbers, "config"]
