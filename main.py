@@ -90,19 +90,15 @@ def list_what_there_is(kind: str, folder: str | None) -> None:
     """Print the methods, backbones, exemplar forms, or datasets: those in a data folder, and published lists."""
     if kind == "methods":
         configs = {file.stem: f"exps/{file.name}" for file in (Path(__file__).parent / "exps").glob("*.json")}
-        rows = [
-            [name, "yes" if info.uses_memory else "no", configs.get(name, "-"), info.paper]
-            for name, info in catalogue.methods().items()
-        ]
+        rows = []
+        for name, info in catalogue.methods().items():
+            rows.append([name, "yes" if info.uses_memory else "no", configs.get(name, "-"), info.paper])
         cli.show_table(("method", "exemplars", "config", "paper"), rows, left=4)
         return
     names: Iterable[str] = catalogue.backbones()
     if kind == "datasets":
         on_disk = datasets(data_dir(folder))
-        sizes = {
-            **dict.fromkeys(FETCHED, ""),
-            **{name: f" {len(labels(name) or ())} classes," for name in class_lists()},
-        }
+        sizes = dict.fromkeys(FETCHED, "") | {name: f" {len(labels(name) or ())} classes," for name in class_lists()}
         missing = [name for name in sizes if name not in on_disk]
         names = [*on_disk, *(f"{name}:{sizes[name]} not there; {curate_command(name)} makes it" for name in missing)]
     if kind == "forms":

@@ -111,10 +111,6 @@ def compare(options: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command.  Returns its exit code (`utils.cli`)."""
-    return cli.run(lambda: command(argv))
-
-
-def command(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m exps.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -124,7 +120,7 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--only", choices=MEMORIES, help="carry out one kind of runs; the table has what is there")
     parser.add_argument("--jobs", type=cli.at_least(1), default=1, metavar="N", help="runs at a time [%(default)s]")
     parser.add_argument("--output", type=cli.path, metavar="DIR", help="default: outputs/<name of the config>")
-    return compare(parser.parse_intermixed_args(cli.options_as_overrides(parser, argv)))
+    return cli.run(lambda: compare(parser.parse_intermixed_args(cli.options_as_overrides(parser, argv))))
 
 
 if __name__ == "__main__":

@@ -241,10 +241,6 @@ def _parameter(text: str) -> tuple[str, object]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command.  Returns its exit code (`utils.cli`)."""
-    return cli.run(lambda: command(argv))
-
-
-def command(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m exps.pareto", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -256,15 +252,13 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--forms", type=_names, default=[], metavar="A,B", help="only these of the file's forms")
     parser.add_argument("--methods", type=_names, default=[], metavar="A,B", help="in place of the file's")
     parser.add_argument("--output", type=cli.path, metavar="DIR", help="default: outputs/<name of the file>")
-    parser.add_argument(
-        "--submit", type=cli.at_least(1), metavar="N", help="start this command N times on SLURM (needs submitit)"
-    )
-    parser.add_argument(
-        "--slurm", action="append", default=[], metavar="KEY=VALUE", help="of submitit, such as timeout_min=600"
-    )
+    start = "start this command N times on SLURM (needs submitit)"
+    parser.add_argument("--submit", type=cli.at_least(1), metavar="N", help=start)
+    parameter = "of submitit, such as timeout_min=600"
+    parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help=parameter)
     parser.add_argument("--dataset", metavar="D", help="with --dry-run, without a file: what budgets hold of a dataset")
     parser.add_argument("--settings", default="", help="with --dataset: options of compress/run.py")
-    return pareto(parser.parse_args(argv))
+    return cli.run(lambda: pareto(parser.parse_args(argv)))
 
 
 def _names(text: str) -> list[str]:

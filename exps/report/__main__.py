@@ -1,6 +1,7 @@
 """`python -m exps.report`: runs of main.py side by side."""
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,8 @@ def command(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="python -m exps.report", description="Compare runs of main.py.")
     parser.add_argument("runs", nargs="+", metavar="[NAME=]FOLDER", help="an output folder of main.py")
     parser.add_argument("--plot", type=cli.output_file, metavar="FILE.png", help="also draw the accuracy curves")
-    parser.add_argument(
-        "--html", type=cli.output_file, metavar="FILE.html", help="also write one page with all that is known"
-    )
+    html = "also write one page with all that is known"
+    parser.add_argument("--html", type=cli.output_file, metavar="FILE.html", help=html)
     arguments = parser.parse_args(argv)
     runs = {}
     for name, path in named_paths(arguments.runs).items():
@@ -56,12 +56,9 @@ def named_paths(arguments: Sequence[str]) -> dict[str, Path]:
         parts, depth = folder.resolve().parts, 1
         while len({other.resolve().parts[-depth:] for other in alike}) < len(set(map(Path.resolve, alike))):
             depth += 1
-        name = base = own_name or "/".join(parts[-depth:])
-        number = 1
-        while name in named:
-            number += 1
-            name = f"{base} ({number})"
-        named[name] = folder
+        base = own_name or "/".join(parts[-depth:])
+        names = itertools.chain([base], (f"{base} ({number})" for number in itertools.count(2)))
+        named[next(name for name in names if name not in named)] = folder
     return named
 
 
