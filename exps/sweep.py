@@ -308,14 +308,11 @@ class Plan:
         keys |= {"budget_in": "bytes", "memory_bytes_per_class": budget, "fixed_memory": True}
         if not row:
             keys["val_per_class"] = sweep.val_per_class
-        parts = [method, candidate.label, *([f"p{p:g}"] if p else []), str(budget)]
-        folder = sweep.output / ("runs" if row else "validation") / _folder_name("-".join(parts))
+        text = "-".join([method, candidate.label, *([f"p{p:g}"] if p else []), str(budget)])
+        text = "".join(c if c.isalnum() or c in "@+=." else "-" for c in text).replace("--", "-")
+        folder = sweep.output / ("runs" if row else "validation") / text
         # In the file, so that main.py with it and another seed takes part in the sweep.
         keys |= {"output_dir": str(folder), "phase0_cache": str(sweep.output / "phase0_cache")}
         arguments = ("--config", str(folder / "point.json"))
         point = self._points[name] = Point(name, folder, checked_keys(keys), arguments, phase0, keys)
         return point
-
-
-def _folder_name(text: str) -> str:
-    return "".join(c if c.isalnum() or c in "@+=." else "-" for c in text).replace("--", "-")

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,18 +61,14 @@ def form_rows(compared: Sequence[Entry]) -> list[dict[str, Picture]]:
     MOST_CLASSES classes, as far as files are at hand; no rows where none is, or where the runs have several datasets.
     """
     forms = [form for form in dict.fromkeys(entry.form for entry in compared) if form != REAL]
-    datasets = {
-        (data_dir(e.config.get("data_dir")), e.config["dataset"], e.config.get("variant", "")) for e in compared
-    }
+    configs = [entry.config for entry in compared]
+    datasets = {(data_dir(c.get("data_dir")), c["dataset"], c.get("variant", "")) for c in configs}
     if not forms or len(datasets) != 1:
         return []
     folder, dataset, variant = datasets.pop()
-    dataset = find_dataset(folder, dataset)
     try:
-        form_paths = {
-            form: DatasetPaths(folder, dataset, variant, form_named(form, PRESETS["high"]).files) for form in forms
-        }
-        paths = DatasetPaths(folder, dataset, variant)
+        paths = DatasetPaths(folder, find_dataset(folder, dataset), variant)
+        form_paths = {form: replace(paths, files=form_named(form, PRESETS["high"]).files) for form in forms}
         classes = [images for label in paths.classes()[:MOST_CLASSES] if (images := paths.images(label))]
     except UserError:
         return []

@@ -85,7 +85,10 @@ def _table(file: Path) -> Table:
         rows = []
         for row in content["rows"]:
             config = {**content.get("config", {}), **row.get("config", {})}
-            rows.append(Row(**{**shared, **row, "base": _base(file, row["base"]), "config": config}))
+            base = Path(os.path.normpath(file.parent.absolute() / row["base"]))
+            if not base.is_file():
+                raise UserError(f"{file}: there is no config {base}.")
+            rows.append(Row(**{**shared, **row, "base": base, "config": config}))
         table = Table(content["source"], content["url"], content["table"], content["note"], tuple(rows))
     except (KeyError, TypeError) as error:
         raise UserError(
@@ -98,13 +101,6 @@ def _table(file: Path) -> Table:
         if row.classifier not in CLASSIFIERS:
             raise UserError(f"{file}: row {row.name!r}: classifier is one of {', '.join(CLASSIFIERS)}.")
     return table
-
-
-def _base(file: Path, base: str) -> Path:
-    path = Path(os.path.normpath(file.parent.absolute() / base))
-    if not path.is_file():
-        raise UserError(f"{file}: there is no config {path}.")
-    return path
 
 
 def find_row(tables: Sequence[Table], name: str) -> tuple[Table, Row]:
