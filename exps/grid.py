@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -183,9 +183,9 @@ class Grid:
             while True:
                 tasks, more = self._look()
                 free = [task for task in tasks if not self._is_settled(task) and task not in self._here()]
-                taken = self._take(free, pool)
+                self._take(free, pool)
                 _show(bar, tasks, self._here())
-                if not self.running and not taken:
+                if not self.running:
                     elsewhere = [task for task in free if not self._is_settled(task)]
                     if not elsewhere and self._look() == (tasks, more):
                         return self
@@ -193,7 +193,7 @@ class Grid:
                     if elsewhere and not more and not any(_is_free(task.folder / ".sweep.lock") for task in elsewhere):
                         self.elsewhere = elsewhere
                         return self
-                self._collect(POLL)
+                self._collect()
 
     def _look(self) -> tuple[list[Task], bool]:
         points, more = self.points({task.point.name for task in self.failed_tasks} | self.refused.keys())
@@ -221,9 +221,8 @@ class Grid:
             return False
         return True
 
-    def _take(self, free: Sequence[Task], pool) -> int:
-        """Start tasks while there are jobs for them.  Returns how many."""
-        taken = 0
+    def _take(self, free: Sequence[Task], pool: ThreadPoolExecutor) -> None:
+        """Start tasks while there are jobs for them."""
         for task in free:
             if len(self.running) == self.jobs:
                 break
@@ -233,8 +232,6 @@ class Grid:
                 lock.release()
                 continue
             self.running[pool.submit(self._run, task)] = (task, lock)
-            taken += 1
-        return taken
 
     def _waits_for_phase_0(self, task: Task) -> bool:
         """Whether another run is training the network of phase 0 that this one can use."""
@@ -256,12 +253,12 @@ class Grid:
         with gpu(task.point.config.get("device")) as variables:
             return call(MAIN, *words, **threads(self.jobs), **variables)
 
-    def _collect(self, seconds: float) -> None:
-        """Wait for tasks that end, and see what came of them."""
+    def _collect(self) -> None:
+        """Wait POLL seconds for a task that ends, and see what came of it."""
         if not self.running:
-            time.sleep(seconds)
+            time.sleep(POLL)
             return
-        done, _ = wait(self.running, timeout=seconds, return_when=FIRST_COMPLETED)
+        done, _ = wait(self.running, timeout=POLL, return_when=FIRST_COMPLETED)
         for future in done:
             task, lock = self.running.pop(future)
             result = future.result()
