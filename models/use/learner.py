@@ -28,8 +28,7 @@ class Learner:
     Raises UserError where there is no such checkpoint, or no class means for nme.
 
     `network` maps normalised pictures to `models.networks.Outputs`; `class_names` are those of its logits, in order;
-    `class_means` (classes x D) are the nearest-mean classifier's, None where the run has none; `data` has the
-    transforms; `predictor` makes predictions.
+    `class_means` (classes x D) are the nearest-mean classifier's, None where the run has none.
     """
 
     def __init__(
