@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -230,9 +231,6 @@ def _commit() -> str:
 @cache
 def _machine() -> str:
     processor = platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as cpus:
-            processor = next((cpu.partition(":")[2].strip() for cpu in cpus if cpu.startswith("model name")), processor)
-    except OSError:
-        pass
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as cpus:
+        processor = next((cpu.partition(":")[2].strip() for cpu in cpus if cpu.startswith("model name")), processor)
     return f"{platform.system()}, {processor}, {os.cpu_count()} cores, Python {sys.version.split()[0]}"
