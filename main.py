@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,6 @@ from models import catalogue
 from models.use import command as use
 from utils import cli
 from utils import log as logs
-from utils.config.read import load_config
 from utils.config.schema import Config, as_dict
 from utils.config.show import help_text
 from utils.data.classes import DataManager
@@ -60,21 +59,17 @@ def command(argv: Sequence[str] | None) -> int | None:
         epilog="Using a trained network: main.py predict | evaluate | export RUN (--help says more).",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", type=cli.path, help="a JSON config; exps/config.json is the paper's experiment"
-    )
+    config_help = "a JSON config; exps/config.json is the paper's experiment"
+    parser.add_argument("--config", metavar="FILE", type=cli.path, help=config_help)
     parser.add_argument("--help-config", action="store_true", help="list every config key and exit")
-    parser.add_argument(
-        "--list", choices=("methods", "backbones", "datasets", "forms"), help="list what there is and exit"
-    )
+    kinds = ("methods", "backbones", "datasets", "forms")
+    parser.add_argument("--list", choices=kinds, help="list what there is and exit")
     parser.add_argument("--show-config", action="store_true", help="print the checked config as JSON and exit")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="replaces a key of the config; also --key value"
-    )
+    override_help = "replaces a key of the config; also --key value"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=override_help)
     arguments = parser.parse_intermixed_args(cli.options_as_overrides(parser, words))
-    methods, backbones = catalogue.methods(), catalogue.backbones()
     if arguments.help_config:
-        print(help_text(methods, backbones))
+        print(help_text(catalogue.methods(), catalogue.backbones()))
     elif arguments.list:
         values = dict(override.partition("=")[::2] for override in arguments.overrides)
         list_what_there_is(arguments.list, values.get("data_dir"))
@@ -82,7 +77,7 @@ def command(argv: Sequence[str] | None) -> int | None:
         file = next((word for word in arguments.overrides if word.endswith(".json")), "exps/config.json")
         raise UserError(f"no config: python main.py --config {file} [key=value ...]")
     else:
-        config = load_config(arguments.config, arguments.overrides, methods=methods, backbones=backbones)
+        config = catalogue.read_config(arguments.config, arguments.overrides)
         if arguments.show_config:
             print(json.dumps(as_dict(config), indent=2, ensure_ascii=False))
         else:
@@ -94,19 +89,16 @@ def list_what_there_is(kind: str, folder: str | None) -> None:
     """Print the methods, backbones, exemplar forms, or datasets: those in a data folder, and published lists."""
     if kind == "methods":
         configs = {file.stem: f"exps/{file.name}" for file in (Path(__file__).parent / "exps").glob("*.json")}
-        rows = [
-            [name, "yes" if info.uses_memory else "no", configs.get(name, "-"), info.paper]
-            for name, info in catalogue.methods().items()
-        ]
+        rows = []
+        for name, info in catalogue.methods().items():
+            rows.append([name, "yes" if info.uses_memory else "no", configs.get(name, "-"), info.paper])
         cli.show_table(("method", "exemplars", "config", "paper"), rows, left=4)
         return
     names: Iterable[str] = catalogue.backbones()
     if kind == "datasets":
         on_disk = datasets(data_dir(folder))
-        sizes = {
-            **dict.fromkeys(FETCHED, ""),
-            **{name: f" {len(published_labels(name) or ())} classes," for name in class_lists()},
-        }
+        sizes = dict.fromkeys(FETCHED, "")
+        sizes |= {name: f" {len(published_labels(name) or ())} classes," for name in class_lists()}
         missing = [name for name in sizes if name not in on_disk]
         names = [*on_disk, *(f"{name}:{sizes[name]} not there; {curate_command(name)} makes it" for name in missing)]
     if kind == "forms":
@@ -116,10 +108,8 @@ def list_what_there_is(kind: str, folder: str | None) -> None:
     print(cli.visible("\n".join(names)))
 
 
-def run(config: Config) -> ResultsFile:
-    """The experiment.  Returns what it writes to results.json."""
-    from exps.report.screen import show
-
+def run(config: Config) -> None:
+    """The experiment: one class order after another, then the table of their results."""
     experiment = prepare(config)
     try:
         for seed in experiment.orders:
@@ -130,14 +120,7 @@ def run(config: Config) -> ResultsFile:
         stop.going_on = f"the same command {going_on}"  # type: ignore[attr-defined]  # `utils.cli` says so
         raise
     experiment.fabric.barrier()  # wait until rank 0 has written: an early exit looks like a crash to the others
-    folder, results = experiment.output.folder, experiment.results
-    if experiment.fabric.is_global_zero:
-        runs, plain = {config.model_name: (folder, results.compared())}, io.StringIO()
-        show(runs)
-        show(runs, plain)
-        log.debug("\n%s", plain.getvalue())  # into the file, independent of the terminal's width
-    log.info("results: %s", folder / "results.json")
-    return results
+    experiment.show()
 
 
 def prepare(config: Config) -> "Experiment":
@@ -147,13 +130,11 @@ def prepare(config: Config) -> "Experiment":
 
     data_folder = data_dir(config.data_dir)
     config = replace(config, dataset=find_dataset(data_folder, config.dataset))
-    paths = DatasetPaths(data_folder, config.dataset, config.variant)
-    assert config.output_dir is not None  # load_config fills it in
-    folder = Path(config.output_dir)
+    folder = Path(config.output_dir or "")  # which load_config fills in
     check_folder("output_dir", folder)
     if config.phase0_cache:
         check_folder("phase0_cache", Path(config.phase0_cache))
-    orders = class_orders(config, paths)
+    orders = class_orders(config, DatasetPaths(data_folder, config.dataset, config.variant))
     data = orders[config.seed[0]]
     numbers = gone_images(folder, orders) if config.memory_only else None
     form = exemplar_form(config, data.paths, data.resolution)
@@ -181,14 +162,13 @@ def prepare(config: Config) -> "Experiment":
         check_compiler(fabric.device)
     if fabric.is_global_zero:
         output.claim()
-    logs.start(output.folder / "log.txt", quiet=not fabric.is_global_zero)
+    logs.start(folder / "log.txt", quiet=not fabric.is_global_zero)
     for note in config.notes:
         log.info("%s", note)
-
-    phase0_cache = Path(config.phase0_cache) if config.phase0_cache else output.folder / "phase0_cache"
+    phase0_cache = Path(config.phase0_cache) if config.phase0_cache else folder / "phase0_cache"
     pixel_cache = Path(os.path.abspath(phase0_cache)).parent / "pixel_cache"  # "." has no name that could be replaced
     transform, size = data.defaults.train_transform.prepare, data.decoded_bytes
-    pixels = open_cache(config.cache, config.cache_gib, pixel_cache, paths.root, transform, size, data.folders)
+    pixels = open_cache(config.cache, config.cache_gib, pixel_cache, data.paths.root, transform, size, data.folders)
     return Experiment(config, orders, exemplars, copies, fabric, output, phase0_cache, pixels)
 
 
@@ -208,9 +188,8 @@ def start(config: Config) -> "Fabric":
 class Experiment:
     """What the class orders of a run share.
 
-    orders: the data in each class order, by seed; exemplars: what they are; copies: those that are read, or None;
-    output: the folder of results; phase0_cache: the folder of trained phase-0 networks; pixels: decoded images, None
-    where none are kept.
+    orders: the data in each class order, by seed; copies: those that are read, or None; phase0_cache: the folder of
+    trained phase-0 networks; pixels: decoded images, None where none are kept; results: of all class orders so far.
     """
 
     config: Config
@@ -221,8 +200,7 @@ class Experiment:
     output: Output
     phase0_cache: Path
     pixels: "PictureCache | None"
-    results: ResultsFile = field(default_factory=lambda: ResultsFile.of({}, []))
-    """Of all class orders so far."""
+    results: ResultsFile | None = None
 
     def run(self, seed: int) -> None:
         """One class order's phases."""
@@ -242,16 +220,28 @@ class Experiment:
             folders = folder / "checkpoints", self.phase0_cache
             class_order = Run(config, data, fabric, memory, *folders, copies, history, pixels=self.pixels)
             records = Trainer(method, class_order).fit(after_phase=lambda records: self.write(seed, records))
-            if config.regenerate == "on_demand" and records and records[-1].copies_on_demand is not None:
-                log.info(copies_saved(config, data, records))
+        if config.regenerate == "on_demand" and records and records[-1].copies_on_demand is not None:
+            log.info(copies_saved(config, data, records))
 
     def write(self, seed: int, records: Sequence[Phase]) -> None:
         """Write the records of a class order's phases so far."""
+        if not self.fabric.is_global_zero:
+            return
         data = self.orders[seed]
-        order = ClassOrder.of(seed, data.class_names, records, data.nb_phases)
         warn_of_one_class(records[-1], data.class_names)
-        is_first = self.fabric.is_global_zero
-        self.results = self.output.write(order) if is_first else ResultsFile.of({}, [order])
+        self.results = self.output.write(ClassOrder.of(seed, data.class_names, records, data.nb_phases))
+
+    def show(self) -> None:
+        """Print the results, and write them to the log file, where the table is independent of the terminal's width."""
+        from exps.report.tables import show
+
+        if self.results is None:  # the first process alone has them
+            return
+        runs, plain = {self.config.model_name: (self.output.folder, self.results.compared())}, io.StringIO()
+        show(runs)
+        show(runs, plain)
+        log.debug("\n%s", plain.getvalue())
+        log.info("results: %s", self.output.folder / "results.json")
 
 
 def class_orders(config: Config, paths: DatasetPaths) -> dict[int, DataManager]:

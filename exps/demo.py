@@ -18,7 +18,6 @@ from typing import Any
 from exps.sweep import read
 from utils import cli
 from utils.cli import nb_cores
-from utils.config.read import read_json
 from utils.errors import UserError
 
 SWEEP = Path("exps/pareto_demo.json")
@@ -37,9 +36,9 @@ def run(command: str) -> None:
 
 def demo(seeds: list[int]) -> None:
     """Forms of exemplars at equal bytes."""
-    content, sweep = read_json(SWEEP), read(SWEEP, OUTPUT)
-    config, settings = content["config"], content["settings"]
-    where, copies = f"--dataset {config['dataset']}", config["augmentations_per_image"]
+    sweep = read(SWEEP, OUTPUT)
+    settings, where = sweep.settings, f"--dataset {sweep.config['dataset']}"
+    copies = sweep.config["augmentations_per_image"]
     run("-m utils.curate digits")
     run(f"compress/run.py {where} --limit 2 --seeds {copies} {settings}")
     run(f"-m exps.report.gallery {where} --copies {copies} {OUTPUT / 'exemplars.png'}")
@@ -53,7 +52,7 @@ def demo(seeds: list[int]) -> None:
         f"{OUTPUT}/: report.html (for a browser), table.md, table.csv, exemplars.png (image | edge map | copies)\n"
         "Read on: docs/results.md (more forms, budgets, class orders and data sets), docs/forms.md (what a form is)"
     )
-    check_accuracies(OUTPUT / "table.csv", content["expected"])
+    check_accuracies(OUTPUT / "table.csv", sweep.expected)
 
 
 def check_accuracies(table: Path, expected: dict[str, Any]) -> None:
@@ -76,13 +75,12 @@ def check_accuracies(table: Path, expected: dict[str, Any]) -> None:
 
 def what_it_says(orders: int) -> str:
     """What the sentences above, which the sweep computed, can and can't say.  orders: number of class orders."""
+    caution = f"{orders} class orders: a difference below twice its standard error, in parentheses, says nothing."
     if orders == 1:
         caution = (
             "One class order: differences of a few points say nothing, and of one order there is no standard error.\n"
             'SEEDS="1993 1994 1995" make demo takes three, and reuses this one.'
         )
-    else:
-        caution = f"{orders} class orders: a difference below twice its standard error, in parentheses, says nothing."
     return (
         f"{caution}\nThese are small digits, and the generator was trained on 250 others of each class: what wins here "
         "need not win on photographs."

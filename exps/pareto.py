@@ -21,14 +21,14 @@ The JSON file has
                      "cnn") or that of nearest means ("nme"), over the class orders tune_seeds (default: the first).
                      Only what is chosen is tested
     expected         recorded accuracies, which `exps.demo` compares with the demo's
-Every run has a budget in bytes, the same for all forms: keys that would change it are refused.  Runs share phase 0's
-networks, encoded files and copies.  What is finished is kept, so a sweep that was killed goes on when it is started
-again; the same command started in several processes or on several machines shares the runs, and --submit starts it N
-times on a SLURM cluster.  With --jobs N, each of N runs at a time has a GPU of its own where there are several.
+Runs share phase 0's networks, encoded files and copies.  What is finished is kept, so a sweep that was killed goes on
+when it is started again; the same command started in several processes or on several machines shares the runs.
 Written to --output (default: outputs/<name of the file>): runs/, table.md, table.csv and report.html.
 """
 
 import argparse
+import ast
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -37,17 +37,18 @@ from pathlib import Path
 from filelock import FileLock
 
 from exps.estimates import tell
-from exps.grid import finish
-from exps.points import Point, finished, refusal, results_of
-from exps.report.comparison import as_cells, as_markdown, notes, table_rows, verdict
+from exps.grid import Point, Points, finish, finished, refusal, results_of, watch
 from exps.report.entries import entries
-from exps.runs import COMPRESS, call, for_each, last_words, measured, threads
-from exps.submit import submit
-from exps.sweep import REAL, Candidate, Plan, Row, Sweep, check, made_ahead, read
+from exps.report.tables import as_cells, as_markdown, notes, table_rows, verdict
+from exps.runs import COMPRESS, ROOT, call, for_each, last_words, threads
+from exps.sweep import REAL, Candidate, Plan, Row, Sweep, check, measure, read
 from utils import cli
 from utils.data.paths import data_dir, find_dataset
 from utils.errors import UserError
 from utils.files import write_csv, write_text
+
+POLL = 10.0
+"""Seconds between two looks at the jobs of --submit."""
 
 
 def encode(plan: Plan, todo: Sequence[Point], jobs: int) -> dict[str, str]:
@@ -56,31 +57,29 @@ def encode(plan: Plan, todo: Sequence[Point], jobs: int) -> dict[str, str]:
     todo: the points that are not finished.  Returns the last words of what failed, by form.
     """
     sweep = plan.sweep
-    where = ["--data-dir", sweep.config["data_dir"]] if sweep.config.get("data_dir") else []
     settings = shlex.split(sweep.settings)
     if "--resolution" not in settings:
         settings += ["--resolution", "auto"]
-    copies: dict[str, int] = {}  # of each form
-    for candidate in sweep.candidates:
-        form = candidate.keys["syn_form"]
-        if "error" not in plan.measures["forms"][form] and made_ahead(sweep, candidate, plan.measures):
-            number = candidate.keys.get("augmentations_per_image", sweep.nb_copies)
-            copies[form] = max(number, copies.get(form, 0))
+    if sweep.config.get("data_dir"):
+        settings += ["--data-dir", sweep.config["data_dir"]]
     needed = {point.config["syn_form"] for point in todo if point.config["regenerate"] == "ahead"}
+    copies: dict[str, int] = {}  # of each form
+    for candidate in plan.candidates:
+        if candidate.syn_form in needed and plan.is_made_ahead(candidate):
+            copies[candidate.syn_form] = max(plan.nb_copies(candidate), copies.get(candidate.syn_form, 0))
 
     def encode_form(form: str) -> str | None:
         words = ["--dataset", sweep.config["dataset"], "--form", form, "--seeds", str(copies[form])]
         sweep.output.mkdir(parents=True, exist_ok=True)
         with FileLock(sweep.output / f".{form.replace(':', '-')}.lock", thread_local=False):  # one process for all
             print(f"{form}: encoding the train images", file=sys.stderr, flush=True)
-            done = call(COMPRESS, *where, *words, *settings, **threads(jobs))
+            done = call(COMPRESS, *words, *settings, **threads(jobs))
         if not done.returncode:
             return None
         lines = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
         return "; ".join([last_words(done), *lines[-3:]] if done.returncode == 2 else lines[-3:])
 
-    forms = [form for form in copies if form in needed]
-    failed = dict(zip(forms, for_each(forms, encode_form, jobs), strict=True))
+    failed = dict(zip(copies, for_each(copies, encode_form, jobs), strict=True))
     return {form: words for form, words in failed.items() if words is not None}
 
 
@@ -97,14 +96,20 @@ COLUMNS = (
     *("average_incremental_accuracy", "last_phase", "forgetting", "memory_bytes", "real_exemplars"),
     *("synthetic_exemplars", "seconds"),
 )
+NOTE = (
+    "All forms have the same budget in bytes per class: real exemplars first, then as many of the form as fit, in the "
+    "order of choice. What a form keeps, and each class's text, count in true bytes; networks and generators do not."
+)
+"""Below the page's title."""
 
 
 def write(plan: Plan, done: Sequence[Point], problems: Sequence[str]) -> None:
     """Write table.md, table.csv and report.html of the finished runs, and print the table and what it says."""
+    from exps.report.page import page  # imports Jinja2
+
     sweep = plan.sweep
     runs = {point.name: (point.folder, results) for point in done if (results := finished(point))}
-    labels = {point.name: _label(plan, point) for point in done}
-    compared = entries(runs, labels)
+    compared = entries(runs, plan.labels)
     cells = []
     for entry in compared:
         for order in entry.orders:
@@ -116,51 +121,33 @@ def write(plan: Plan, done: Sequence[Point], problems: Sequence[str]) -> None:
     rows = table_rows(compared)
     conclusion = "\n".join(f"- {line}" for line in verdict(rows))
     write_text(sweep.output / "table.md", f"{conclusion}\n\n{as_markdown(rows)}\n")
-    from exps.report.page import page  # imports Jinja2
-
+    said = [NOTE, *_how_chosen(plan), *(f"Missing: {problem}" for problem in problems)]
     title = f"Exemplar forms at equal bytes: {sweep.config['dataset']}, {', '.join(sweep.methods)}"
-    missing = [f"Missing: {problem}" for problem in problems]
     file = sweep.output / "report.html"
-    write_text(file, page(runs, title, [*_notes(plan), *missing], labels=labels, file=file))
+    write_text(file, page(runs, title, said, labels=plan.labels, file=file))
     cli.show_table(*as_cells(rows), [*notes(rows), conclusion], left=4)
 
 
-def _label(plan: Plan, point: Point) -> str:
-    """What the table calls a run's form."""
-    name, candidate = plan.rows[point.name]
-    row = next(row for row in plan.sweep.rows if row.name == name)
-    return f"{name}: {candidate.label}" if len(row.candidates) > 1 else candidate.label
-
-
-def _notes(plan: Plan) -> list[str]:
-    """Paragraphs below the page's title."""
-    notes = [
-        "All forms have the same budget in bytes per class: real exemplars first, then as many of the form as fit, in "
-        "the order of choice. What a form keeps, and each class's text, count in true bytes; networks and generators "
-        "do not."
+def _how_chosen(plan: Plan) -> list[str]:
+    """A paragraph on what validation pictures chose, if anything."""
+    if not plan.chosen:
+        return []
+    orders = ", ".join(map(str, plan.sweep.tune_seeds))
+    chosen = [f"{name} at {budget:,} bytes ({method}): {c}" for (name, method, budget), c in plan.chosen.items()]
+    return [
+        f"Chosen on {plan.sweep.val_per_class} train pictures of each class, held out from training and from the "
+        f"choice of exemplars (class orders {orders}), never on test pictures: {'; '.join(sorted(chosen))}."
     ]
-    if plan.chosen:
-        sweep = plan.sweep
-        orders = ", ".join(map(str, sweep.tune_seeds))
-        chosen = [f"{name} at {budget:,} bytes ({method}): {c}" for (name, method, budget), c in plan.chosen.items()]
-        notes.append(
-            f"Chosen on {sweep.val_per_class} train pictures of each class, held out from training and from the choice "
-            f"of exemplars (class orders {orders}), never on test pictures: {'; '.join(sorted(chosen))}."
-        )
-    return notes
 
 
 def pareto(options: argparse.Namespace) -> int:
     """What the command line asks for.  Returns the exit code."""
     if options.file is None:
         return _budget_only(options)
-    part = {name: getattr(options, name) for name in ("seeds", "budgets", "forms", "methods")}
-    sweep = read(options.file, options.output, **part)
+    sweep = read(options.file, options.output, **{name: getattr(options, name) for name in PARTS})
     check(sweep)
-    time = ["--time"] if options.dry_run else []
-    measures = measured(sweep.config, [REAL, *sweep.kept], sweep.settings, *time)
-    problems = [f"{form}: {costs['error']}" for form, costs in measures["forms"].items() if "error" in costs]
-    plan = Plan(sweep, measures)
+    plan = Plan(sweep, measure(sweep, *(["--time"] if options.dry_run else [])))
+    problems = [f"{form}: {words}" for form, words in plan.failed_forms.items()]
     known, _ = plan.known()
     todo = [point for point in known if finished(point) is None and refusal(point) is None]
     if options.dry_run:
@@ -190,32 +177,70 @@ def pareto(options: argparse.Namespace) -> int:
 
 def _budget_only(options: argparse.Namespace) -> int:
     """What budgets hold of a dataset, without a sweep's file."""
-    if not (options.dry_run and options.dataset and options.budgets):
-        raise UserError("give a sweep's file; or, with --dry-run, --dataset and --budgets.")
+    if not (options.dry_run and options.dataset and min(options.budgets, default=0) > 0):
+        raise UserError("give a sweep's file; or, with --dry-run, --dataset and --budgets (bytes above 0).")
     forms = options.forms or ["real", "jpeg:10", "webp:10", "avif:20", "edges", "edges@64", "text"]
-    config = {"dataset": find_dataset(data_dir(), options.dataset)}
-    candidates = []
+    rows = []
     for form in dict.fromkeys([REAL, *forms]):
-        real = None if form in (REAL, "text") else 1
-        filled = 0 if form == REAL else "fill"
-        keys = {"syn_form": form, "real_per_class": real, "syn_per_class": filled, "augmentation_prob": 0}
-        candidates.append(Candidate(form, form, keys))
-    rows = tuple(Row(candidate.form, (candidate,)) for candidate in candidates)
-    sweep = Sweep(config, rows, tuple(options.budgets), (), (1,), options.settings, "on_demand", Path("outputs"))
-    measures = measured(config, [REAL, *sweep.kept], sweep.settings)
-    tell(Plan(sweep, measures), [], [])
-    failed = [f"{form}: {costs['error']}" for form, costs in measures["forms"].items() if "error" in costs]
+        keys = {"real_per_class": None if form in (REAL, "text") else 1, "syn_per_class": 0 if form == REAL else "fill"}
+        rows.append(Row(form, (Candidate(form, form, {"syn_form": form, "augmentation_prob": 0, **keys}),)))
+    config = {"dataset": find_dataset(data_dir(), options.dataset)}
+    shared = {"forms": forms, "budgets": options.budgets, "methods": ["-"], "seeds": [1], "output": Path()}
+    sweep = Sweep(config=config, rows=rows, settings=options.settings, **shared)
+    plan = Plan(sweep, measure(sweep))
+    tell(plan, [], [])
+    for form, words in plan.failed_forms.items():
+        print(f"{form}: {words}", file=sys.stderr)
+    return 1 if plan.failed_forms else 0
+
+
+PARTS = ("seeds", "budgets", "forms", "methods")
+"""Options that replace what the file says, or take a part of it."""
+
+
+def submit(options: argparse.Namespace, output: Path, points: Points) -> int:
+    """Start the same sweep `options.submit` times as one array of SLURM jobs and wait for it.  Returns the exit code.
+
+    output: the sweep's folder; points: what it has.  The jobs share the runs; the last one writes the page.  When this
+    process is stopped, the jobs go on.  Raises UserError without submitit, which is optional, or for wrong parameters.
+    """
+    try:
+        import submitit
+    except ModuleNotFoundError:
+        raise UserError("--submit needs submitit: pip install submitit.") from None
+    parameters = dict(_parameter(text) for text in options.slurm)
+    words = [sys.executable, "-m", "exps.pareto", str(options.file), "--output", str(output)]
+    words += ["--jobs", str(options.jobs)]
+    for name in PARTS:
+        if values := getattr(options, name):
+            words += [f"--{name}", ",".join(map(str, values))]
+    executor = submitit.AutoExecutor(folder=output / "slurm")
+    executor.update_parameters(name="escort-sweep", **parameters)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    task = submitit.helpers.CommandFunction(words, cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": path})
+    with executor.batch():
+        jobs = [executor.submit(task) for _ in range(options.submit)]
+    print(f"submitted as {', '.join(str(job.job_id) for job in jobs)}; logs in {output}/slurm", flush=True)
+    watch(points, lambda: not all(job.done() for job in jobs), POLL)
+    failed = [f"job {job.job_id}: {error}" for job in jobs if (error := job.exception()) is not None]
     if failed:
         print(*failed, sep="\n", file=sys.stderr)
     return 1 if failed else 0
 
 
+def _parameter(text: str) -> tuple[str, object]:
+    """ "timeout_min=600" -> ("timeout_min", 600)."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"--slurm {text}: give KEY=VALUE, such as timeout_min=600.")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command.  Returns its exit code (`utils.cli`)."""
-    return cli.run(lambda: command(argv))
-
-
-def command(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m exps.pareto", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -227,15 +252,13 @@ def command(argv: Sequence[str] | None) -> int:
     parser.add_argument("--forms", type=_names, default=[], metavar="A,B", help="only these of the file's forms")
     parser.add_argument("--methods", type=_names, default=[], metavar="A,B", help="in place of the file's")
     parser.add_argument("--output", type=cli.path, metavar="DIR", help="default: outputs/<name of the file>")
-    parser.add_argument(
-        "--submit", type=cli.at_least(1), metavar="N", help="start this command N times on SLURM (needs submitit)"
-    )
-    parser.add_argument(
-        "--slurm", action="append", default=[], metavar="KEY=VALUE", help="of submitit, such as timeout_min=600"
-    )
+    start = "start this command N times on SLURM (needs submitit)"
+    parser.add_argument("--submit", type=cli.at_least(1), metavar="N", help=start)
+    parameter = "of submitit, such as timeout_min=600"
+    parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help=parameter)
     parser.add_argument("--dataset", metavar="D", help="with --dry-run, without a file: what budgets hold of a dataset")
     parser.add_argument("--settings", default="", help="with --dataset: options of compress/run.py")
-    return pareto(parser.parse_args(argv))
+    return cli.run(lambda: pareto(parser.parse_args(argv)))
 
 
 def _names(text: str) -> list[str]:

@@ -1,23 +1,25 @@
 """Commands that experiments of many runs start, and what happens to them when the experiment is stopped."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
+
 from utils.cli import nb_cores
-from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-MAIN, COMPRESS = ("main.py",), ("compress/run.py",)
-MEASURE = ("-m", "compress.measure")
+MAIN, COMPRESS, MEASURE = ("main.py",), ("compress/run.py",), ("-m", "compress.measure")
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 
@@ -29,7 +31,7 @@ class Children:
     """The commands that this process has started and that still run.  Threads may start and end them."""
 
     def __init__(self):
-        self._running: set[subprocess.Popen] = set()
+        self._running: list[subprocess.Popen] = []
         self._lock = threading.Lock()
 
     def start(self, program: Sequence[str], arguments: Sequence[str], variables: Mapping[str, str], **options):
@@ -39,19 +41,18 @@ class Children:
         environment = {**os.environ, **variables, "PYTHONPATH": path}
         with self._lock:
             process = subprocess.Popen([sys.executable, *script, *arguments], env=environment, **options)
-            self._running.add(process)
+            self._running = [*self._still_running(), process]
         return process
 
-    def ended(self, process: subprocess.Popen) -> None:
-        with self._lock:
-            self._running.discard(process)
+    def _still_running(self) -> list[subprocess.Popen]:
+        return [process for process in self._running if process.poll() is None]
 
     def stop(self) -> None:
         """Ask all of them to end, and kill those that have not after PATIENCE seconds."""
         limit = time.monotonic() + PATIENCE
         while True:  # a thread may start one more in the meantime
             with self._lock:
-                running = [process for process in self._running if process.poll() is None]
+                running = self._still_running()
             if not running:
                 return
             for process in running:
@@ -78,18 +79,17 @@ def stopped_together() -> Iterator[None]:
 
 
 def call(program: Sequence[str], *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    """Run a command of this project and keep what it prints.  variables: of its environment, unless set by the user."""
-    own = {name: value for name, value in variables.items() if name not in os.environ or name in ASSIGNED}
+    """Run a command of this project and keep what it prints.
+
+    variables: of its environment, unless the user has set them; CUDA_VISIBLE_DEVICES in any case, which `gpu` chooses
+    out of what the user has set.
+    """
+    own = {name: v for name, v in variables.items() if name not in os.environ or name == "CUDA_VISIBLE_DEVICES"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with stopped_together():
         process = children.start(program, arguments, own, text=True, errors="replace", **pipes)
         out, err = process.communicate()
-    children.ended(process)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-ASSIGNED = ("CUDA_VISIBLE_DEVICES",)
-"""Variables that a run is given even where the user has set them, out of what the user has set."""
 
 
 def follow(program: Sequence[str], *arguments: str) -> int:
@@ -98,10 +98,7 @@ def follow(program: Sequence[str], *arguments: str) -> int:
     A signal stops it as it would alone.
     """
     with stopped_together():
-        process = children.start(program, arguments, {})
-        code = process.wait()
-    children.ended(process)
-    return code
+        return children.start(program, arguments, {}).wait()
 
 
 def last_words(done: subprocess.CompletedProcess) -> str:
@@ -110,20 +107,15 @@ def last_words(done: subprocess.CompletedProcess) -> str:
     start = next((i for i, line in enumerate(lines) if line.startswith("error: ")), None)
     if start is None:
         return lines[-1] if lines else "no message"
-    end = start + 1
-    while end < len(lines) and lines[end].startswith(" "):
-        end += 1
-    return "\n".join(lines[start:end]).removeprefix("error: ")
+    message = [lines[start].removeprefix("error: ")]
+    message += itertools.takewhile(lambda line: line.startswith(" "), lines[start + 1 :])
+    return "\n".join(message)
 
 
-def measured(config: Mapping[str, Any], forms: Sequence[str], settings: str, *more: str) -> dict[str, Any]:
-    """What `compress.measure` says of a dataset's forms.  config: dataset and data_dir.  Raises UserError."""
-    where = ["--data-dir", config["data_dir"]] if config.get("data_dir") else []
-    words = ["--dataset", config["dataset"], "--forms", ",".join(forms), f"--settings={settings}", *more]
-    done = call(MEASURE, *where, *words)
-    if done.returncode:
-        raise UserError(last_words(done))
-    return json.loads(done.stdout.splitlines()[-1])
+def as_overrides(keys: Mapping[str, Any]) -> list[str]:
+    """Keys of main.py as it takes them on the command line, such as "milestones=[5,8]"."""
+    texts = {key: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for key, v in keys.items()}
+    return [f"{key}={text}" for key, text in texts.items()]
 
 
 def threads(jobs: int) -> dict[str, str]:
@@ -145,7 +137,42 @@ def pool_of(jobs: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown()
 
 
-def for_each(values: Iterable[Input], function: Callable[[Input], Output], jobs: int | None = None) -> list[Output]:
-    """A function's results, in the values' order; each call waits for a command, `jobs` (one a core) at a time."""
-    with pool_of(jobs or nb_cores()) as pool:
+def for_each(values: Iterable[Input], function: Callable[[Input], Output], jobs: int) -> list[Output]:
+    """A function's results, in the values' order; each call waits for a command, `jobs` at a time."""
+    with pool_of(jobs) as pool:
         return list(pool.map(function, values))
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine that the user lets this process see, as CUDA_VISIBLE_DEVICES names them."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
+    words = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(words, capture_output=True, text=True)
+    except OSError:
+        return []
+    return listed.stdout.split() if listed.returncode == 0 else []
+
+
+@contextmanager
+def gpu(device: Any) -> Iterator[dict[str, str]]:
+    """The environment of a run that gets a GPU of its own, {} where there is none to choose.
+
+    device: the run's key; one that names devices is left as it is.  A GPU is a lock in the machine's folder of
+    temporary files, so that all sweeps of a user share the GPUs; where all are taken, runs share them evenly.
+    """
+    gpus = visible_gpus() if device in (None, "auto", "cuda") else []
+    if len(gpus) < 2:
+        yield {}
+        return
+    with ExitStack() as stack:
+        for share in itertools.count():  # first a GPU that nobody has, then one that one run has, ...
+            for name in gpus:
+                lock = FileLock(Path(tempfile.gettempdir()) / f"escort-gpu-{os.getuid()}-{name}-{share}.lock")
+                try:
+                    stack.enter_context(lock.acquire(blocking=False))
+                except Timeout:
+                    continue
+                yield {"CUDA_VISIBLE_DEVICES": name}
+                return

@@ -11,12 +11,14 @@ import ast
 import dataclasses
 import importlib
 from collections import ChainMap
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convs import BACKBONES, LIBRARIES
-from utils.config.schema import MethodInfo
+from utils.config.read import load_config
+from utils.config.schema import Config, MethodInfo
 from utils.config.show import markdown
 from utils.errors import UserError
 
@@ -24,18 +26,11 @@ if TYPE_CHECKING:
     from models.training.method import Method
 
 FOLDER = Path(__file__).parent
-_LIGHT = (
-    "annotated_types",
-    "dataclasses",
-    "typing",
-    "collections.abc",
-    "utils.config.schema",
-    "utils.config.types",
-    "utils.errors",
-)
+_LIGHT = {
+    *("annotated_types", "dataclasses", "typing", "collections.abc"),
+    *("utils.config.schema", "utils.config.types", "utils.errors"),
+}
 """Modules that the code of a `Settings` may import from."""
-
-
 _FACTS = MethodInfo._fields[3:]
 """Class variables of a method that the config must know; each is written as a literal."""
 
@@ -60,17 +55,14 @@ def methods(folder: Path = FOLDER) -> dict[str, MethodInfo]:
     """
     classes, infos = _classes(folder), {}
     for name, described in classes.items():
-        if described.method:
+        if method := described.method:
             ancestors = _ancestors(name, classes)
-            settings = _joined(list(dict.fromkeys(c.settings for c in ancestors if c.settings is not None)))
-            facts = dict(ChainMap(*(ancestor.facts for ancestor in ancestors)))
-            infos[described.method] = MethodInfo(described.method, described.paper, settings, **facts)
+            settings = list(dict.fromkeys(c.settings for c in ancestors if c.settings is not None))
+            if len(settings) > 1:  # the keys of all of them, nearest first, as one dataclass
+                settings = [dataclasses.dataclass(type("Settings", tuple(settings), {}))]
+            facts = ChainMap(*(ancestor.facts for ancestor in ancestors))
+            infos[method] = MethodInfo(method, described.paper, settings[0] if settings else None, **facts)
     return dict(sorted(infos.items()))
-
-
-def class_names(folder: Path = FOLDER) -> dict[str, tuple[str, str]]:
-    """Method name -> (module, class)."""
-    return {c.method: (c.module, name) for name, c in _classes(folder).items() if c.method}
 
 
 @cache
@@ -87,8 +79,13 @@ def _classes(folder: Path) -> dict[str, _Class]:
 
 def load(name: str) -> "type[Method]":
     """The class of a method, imported now."""
-    module, class_name = class_names()[name]
-    return getattr(importlib.import_module(f"models.{module}"), class_name)
+    class_name, described = next((key, c) for key, c in _classes(FOLDER).items() if c.method == name)
+    return getattr(importlib.import_module(f"models.{described.module}"), class_name)
+
+
+def read_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """The checked config of a file with `key=value` overrides on top (`utils.config.read.load_config`)."""
+    return load_config(file, overrides, methods=methods(), backbones=backbones())
 
 
 def backbones() -> tuple[str, ...]:
@@ -123,25 +120,17 @@ def _ancestors(name: str, classes: dict[str, _Class]) -> list[_Class]:
     return ancestors
 
 
-def _joined(settings: list[type]) -> type | None:
-    """The keys of a method and of those that it derives from, nearest first, as one dataclass."""
-    if len(settings) < 2:
-        return settings[0] if settings else None
-    return dataclasses.dataclass(type("Settings", tuple(settings), {}))
-
-
 def _compiled(tree: ast.Module, node: ast.ClassDef, file: Path) -> type:
     """The class of a `Settings` statement, made from that statement and the file's light imports alone."""
     imports: list[ast.stmt] = []
     for statement in tree.body:
-        modules = [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else []
+        modules = {alias.name for alias in statement.names} if isinstance(statement, ast.Import) else set()
         if isinstance(statement, ast.ImportFrom):
-            modules = [statement.module or ""]
-        if modules and all(module in _LIGHT for module in modules):
+            modules = {statement.module or ""}
+        if modules and modules <= _LIGHT:
             imports.append(statement)
     namespace: dict[str, Any] = {"__name__": f"models.{file.stem}"}
-    code = compile(ast.Module([*imports, node], []), str(file), "exec")
-    exec(code, namespace)
+    exec(compile(ast.Module([*imports, node], []), str(file), "exec"), namespace)
     return namespace["Settings"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from exps import grid, points
+from exps import grid
 from utils.config.read import read_json
 from utils.files import write_json
 from utils.results.records import ClassOrder, Phase, ResultsFile, read_results
@@ -16,10 +16,10 @@ from utils.results.records import ClassOrder, Phase, ResultsFile, read_results
 KEYS = {"dataset": "D", "init_cls": 2, "increment": 2, "convnet_type": "resnet8", "model_name": "replay"}
 
 
-def point(folder: Path, name: str = "a", phase0=None, **keys) -> points.Point:
+def point(folder: Path, name: str = "a", phase0=None, **keys) -> grid.Point:
     keys = {**KEYS, "seed": [1, 2], **keys}
     arguments = ("--config", str(folder / name / "point.json"))
-    return points.Point(name, folder / name, points.checked_keys(keys), arguments, phase0, keys)
+    return grid.Point(name, folder / name, grid.checked_keys(keys), arguments, phase0, keys)
 
 
 def entry(seed: int, top1: float = 80.0, nme: float | None = None, phases: int = 2) -> ClassOrder:
@@ -42,7 +42,7 @@ def entry(seed: int, top1: float = 80.0, nme: float | None = None, phases: int =
     return ClassOrder.of(seed, names, [Phase.from_state(record, names) for record in records], phases)
 
 
-def write(point: points.Point, *entries: ClassOrder, config=None) -> None:
+def write(point: grid.Point, *entries: ClassOrder, config=None) -> None:
     """results.json of these class orders beside those that are there."""
     point.folder.mkdir(parents=True, exist_ok=True)
     file = point.folder / "results.json"
@@ -67,7 +67,7 @@ def fake_main(log: Path, seconds: float, fails: str = ""):
                 if folder.name == fails:
                     return subprocess.CompletedProcess(arguments, 2, "", "error: no luck\n  twice\n")
                 config = read_json(folder / "point.json")
-                one = points.Point(folder.name, folder, points.checked_keys(config), ())
+                one = grid.Point(folder.name, folder, grid.checked_keys(config), ())
                 write(one, entry(seed))
         except Timeout:
             return subprocess.CompletedProcess(arguments, 2, "", f"error: another process is working on seed {seed}")
@@ -81,5 +81,5 @@ def carry_out(folder: str, names: str, seconds: str, jobs: str = "1") -> None:
     grid.POLL = 0.05
     grid.call = fake_main(Path(folder) / "calls.txt", float(seconds))
     asked = [point(Path(folder), name) for name in names.split(",")]
-    outcome = grid.carry_out(lambda failed: (asked, False), int(jobs))
+    outcome = grid.Grid(lambda failed: (asked, False), int(jobs)).carry_out()
     print(len(outcome.elsewhere), outcome.failed)

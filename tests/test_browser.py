@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from exps.report import command
+from exps.report import __main__ as command
 from tests.test_page import of_form
 from utils.results.output import confusion_file, write_confusion
 

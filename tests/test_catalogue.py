@@ -131,7 +131,7 @@ HEAVY = ("torch", "transformers", "scipy", "torchmetrics", "matplotlib")
         ("main", ["--list", "backbones"]),
         ("main", ["--config", "exps/der.json", "epochz=3"]),
         ("main", ["--config", "exps/der.json", "--show-config"]),
-        ("exps.report.command", ["--help"]),
+        ("exps.report.__main__", ["--help"]),
         ("exps.report.gallery", ["--help"]),
         ("exps.compare", ["--help"]),
         ("utils.curate.command", ["--help"]),

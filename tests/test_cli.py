@@ -16,7 +16,7 @@ from compress import measure, quality
 from compress import run as compress
 from ControlNet import train as controlnet
 from exps import compare, pareto
-from exps.report import command as report
+from exps.report import __main__ as report
 from exps.report import gallery
 from utils import cli
 from utils import log as logs

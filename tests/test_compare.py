@@ -10,7 +10,6 @@ from models import catalogue
 from tests import forks
 from tests.little_config import KEYS
 from tests.shapes import make_shapes
-from utils.config.read import load_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,13 +106,12 @@ def test_a_table_has_methods_with_keys_of_their_own(config, run, tmp_path):
 
 
 def test_the_table_of_cifar10_has_every_method():
-    table = compare.read(ROOT / "exps" / "compare_cifar10.json")
-    methods, backbones = catalogue.methods(), catalogue.backbones()
-    assert set(table.methods) == set(methods)
-    for name, own in table.methods.items():
+    config, methods = compare.read(ROOT / "exps" / "compare_cifar10.json")
+    assert set(methods) == set(catalogue.methods())
+    for name, own in methods.items():
         for overrides in compare.MEMORIES.values():
             keys = [*own, *overrides, f"model_name={name}"]
-            assert load_config(table.config, keys, methods=methods, backbones=backbones).model_name == name
+            assert catalogue.read_config(config, keys).model_name == name
 
 
 def test_a_table_that_is_none(tmp_path, capsys):

@@ -15,7 +15,7 @@ import pytest
 import main
 from compress import quality
 from compress import run as compress
-from exps.report import command as report
+from exps.report import __main__ as report
 from exps.report import gallery
 from tests import processes
 from tests.folders import make_dataset, save_picture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from exps import grid, points, runs
+from exps import grid, runs
 from tests import grid_stub
 from tests.grid_stub import entry, fake_main, point, write
 from utils.results.records import load_results
@@ -27,7 +27,7 @@ def stub(tmp_path, monkeypatch):
         log = tmp_path / "calls.txt"
         log.unlink(missing_ok=True)
         monkeypatch.setattr(grid, "call", fake_main(log, seconds, fails))
-        outcome = grid.carry_out(lambda failed: (asked, False), jobs)
+        outcome = grid.Grid(lambda failed: (asked, False), jobs).carry_out()
         return outcome, log.read_text().splitlines() if log.exists() else []
 
     return carry_out
@@ -51,27 +51,27 @@ def test_results_of_another_config_are_refused_each_time(stub, tmp_path, changed
         outcome, calls = stub(other)
         assert said in outcome.failed["a"]
         assert not calls
-        assert points.finished(other) is None
-    assert points.finished(point(tmp_path, **before)).summary.seeds == [1, 2]
+        assert grid.finished(other) is None
+    assert grid.finished(point(tmp_path, **before)).summary.seeds == [1, 2]
 
 
 def test_what_main_fills_in_is_no_other_config(tmp_path):
     keys = {"budget_in": "bytes", "memory_bytes_per_class": 600, "syn_form": "webp:10", "augmentations_per_image": 3}
     asked = point(tmp_path, **keys, real_per_class=1, syn_per_class="fill")
     write(asked, entry(1), entry(2), config={**asked.config, "augmentations_per_image": 1, "syn_per_class": 7})
-    assert points.finished(asked) is not None
+    assert grid.finished(asked) is not None
     edges = point(tmp_path, **{**keys, "syn_form": "edges"}, real_per_class=1, syn_per_class="fill")
-    assert "syn_form" in points.refusal(edges)
+    assert "syn_form" in grid.refusal(edges)
 
 
 def test_only_the_class_orders_that_are_asked_for_count(stub, tmp_path):
     asked = point(tmp_path)
     write(asked, entry(1, 80.0), entry(2, 70.0), entry(5, 10.0))
-    done = points.finished(asked)
+    done = grid.finished(asked)
     assert done.summary.seeds == [1, 2]
     assert done.summary.cnn.average_incremental_accuracy.mean == pytest.approx(75.0)
     assert stub(asked)[1] == []
-    assert points.finished(point(tmp_path, seed=[1, 3])) is None
+    assert grid.finished(point(tmp_path, seed=[1, 3])) is None
 
 
 def test_damaged_results_count_as_none(tmp_path):
@@ -79,7 +79,7 @@ def test_damaged_results_count_as_none(tmp_path):
     asked.folder.mkdir()
     for content in ("[]", '{"runs": [{}]}', "{", '{"runs": 3}'):
         (asked.folder / "results.json").write_text(content)
-        assert points.finished(asked) is None
+        assert grid.finished(asked) is None
 
 
 def test_a_run_that_fails_is_named_with_all_lines(stub, tmp_path):
@@ -91,7 +91,7 @@ def test_a_run_that_fails_is_named_with_all_lines(stub, tmp_path):
 
 def test_a_run_whose_results_do_not_come_is_no_endless_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "call", lambda *words, **_: subprocess.CompletedProcess(words, 0, "", ""))
-    outcome = grid.carry_out(lambda failed: ([point(tmp_path, seed=[1])], False), 1)
+    outcome = grid.Grid(lambda failed: ([point(tmp_path, seed=[1])], False), 1).carry_out()
     assert "results are of another config" in outcome.failed["a"]
 
 
@@ -127,7 +127,7 @@ def test_four_processes_share_a_folder_and_one_is_killed(tmp_path):
     of_killed = {(name, seed) for name, seed, process, _ in lines if int(process) == killed}
     assert set(done.values()) == {1}, "every run once"
     assert done.keys() | of_killed == {(name, seed) for name in names for seed in "12"}
-    assert all(points.finished(point(tmp_path, name)) is not None for name in names), "the dead one's run is taken up"
+    assert all(grid.finished(point(tmp_path, name)) is not None for name in names), "the dead one's run is taken up"
 
 
 def test_a_run_of_a_dead_sweep_that_goes_on_is_waited_for(stub, tmp_path):
@@ -221,7 +221,7 @@ def test_jobs_are_at_least_one(command, jobs, capsys):
 
 
 def test_submit_starts_the_command_as_an_array(tmp_path, monkeypatch, capsys):
-    from exps import pareto, submit
+    from exps import pareto
 
     started = []
 
@@ -256,13 +256,13 @@ def test_submit_starts_the_command_as_an_array(tmp_path, monkeypatch, capsys):
     module.AutoExecutor, module.helpers = Executor, Helpers
     monkeypatch.setitem(sys.modules, "submitit", module)
     options = grid_stub_options(tmp_path)
-    assert submit.submit(options, tmp_path / "out", lambda failed: ([point(tmp_path)], False)) == 0
+    assert pareto.submit(options, tmp_path / "out", lambda failed: ([point(tmp_path)], False)) == 0
     assert started[0] == {"name": "escort-sweep", "timeout_min": 60, "slurm_partition": "gpu"}
     words = ["-m", "exps.pareto", "sweep.json", "--output", str(tmp_path / "out"), "--jobs", "2", "--budgets", "5,6"]
     assert started[1:] == [words] * 3
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(submit.UserError, match="pip install submitit"):
-        submit.submit(options, tmp_path / "out", lambda failed: ([], False))
+    with pytest.raises(pareto.UserError, match="pip install submitit"):
+        pareto.submit(options, tmp_path / "out", lambda failed: ([], False))
     assert pareto.main(["--submit", "2"]) == 2
 
 
@@ -276,8 +276,8 @@ def grid_stub_options(tmp_path):
 def test_results_are_read_again_when_they_change(tmp_path):
     asked = point(tmp_path)
     write(asked, entry(1))
-    assert points.done_orders(asked).keys() == {1}
+    assert grid.done_orders(asked).keys() == {1}
     write(asked, entry(2))
-    assert points.done_orders(asked).keys() == {1, 2}
+    assert grid.done_orders(asked).keys() == {1, 2}
     assert load_results(asked.folder).summary.seeds == [1, 2]
     assert grid_stub.KEYS["dataset"] == asked.config["dataset"]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from exps.report import command
+from exps.report import __main__ as command
 from utils.files import write_json
 from utils.results.metrics import (
     average_incremental_accuracy,

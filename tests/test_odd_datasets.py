@@ -8,7 +8,7 @@ import pytest
 import main
 from compress import measure, quality
 from compress import run as compress
-from exps.report import command as report
+from exps.report import __main__ as report
 from exps.report import gallery
 from tests.folders import save_noise
 from tests.little_config import phases, train_little

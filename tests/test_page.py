@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from exps.report import command as report
+from exps.report import __main__ as report
 from exps.report import entries, figures
 from exps.report import page as page_module
 from tests.shapes import make_shapes

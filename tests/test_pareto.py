@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from exps import demo, pareto
-from exps.points import finished
+from exps.grid import finished
 from exps.sweep import Plan, read
 from tests.grid_stub import entry, write
 from tests.little_config import KEYS
@@ -92,11 +92,11 @@ def test_killed_then_run_again_by_three_then_nothing_to_do(folder):
     [
         ({"config": {"dataset": "Shapes", "memory_bytes_per_class": 5}}, "memory_bytes_per_class itself"),
         ({"config": {"data_dir": "x"}}, "config must be"),
-        ({"budgets": [0]}, "above 0"),
-        ({"budgets": "100"}, "budgets must be a list"),
+        ({"budgets": [0]}, "budgets.0: must be greater than 0"),
+        ({"budgets": "100"}, "budgets: must be a valid list"),
         ({"forms": [{"form": "edges", "memory_per_class": 3}]}, "unknown key 'memory_per_class'"),
         ({"budget": [100]}, "unknown key 'budget'"),
-        ({"copies": "later"}, "copies is"),
+        ({"copies": "later"}, "copies: must be 'ahead' or 'on_demand'"),
     ],
 )
 def test_unequal_budgets_and_mistakes_are_refused(folder, capsys, changes, words):
@@ -139,7 +139,7 @@ def test_a_part_of_a_sweep(folder, capsys):
     file = sweep_file(folder, forms=["real", "webp:10", {"form": "text", "syn_per_class": 3}])
     sweep = read(file, folder / "o", seeds=[7], budgets=[900], forms=["text", "real"])
     names = [row.name for row in sweep.rows]
-    assert (names, sweep.budgets, sweep.seeds) == (["real", "text, syn_per_class=3, p = 0.4"], (900,), (7,))
+    assert (names, sweep.budgets, sweep.seeds) == (["real", "text, syn_per_class=3, p = 0.4"], [900], [7])
     assert pareto.main([str(file), "--output", str(folder / "refused"), "--forms", "real,edges"]) == 2
     assert "no form 'edges'; it has real, webp:10, text." in capsys.readouterr().err
 
@@ -251,7 +251,7 @@ def test_a_refused_config_shows_all_lines(folder, capsys):
     ("changes", "words"),
     [
         ({"tune": True}, "tune needs val_per_class"),
-        ({"tune": True, "val_per_class": 2, "tune_by": "test"}, "tune_by is"),
+        ({"tune": True, "val_per_class": 2, "tune_by": "test"}, "tune_by: must be 'cnn' or 'nme'"),
         ({"augmentation_prob": 2}, "a probability, 0 to 1"),
         ({"forms": ["webp:10", "webp:10"]}, "two rows are called 'webp:10, p = 0.4'"),
     ],
@@ -293,6 +293,17 @@ def test_what_a_budget_holds_by_the_arithmetic(folder, capsys, monkeypatch):
     assert rows["edges"][7] == str(3 * 5 * 6), "copies"
     assert rows["webp:10@8"][7] == "24", "one copy of each image: all would be equal"
     assert rows["text"][4].startswith(rows["real"][4].split()[0])
+
+
+@pytest.mark.long
+def test_the_time_of_a_sweep_whose_budgets_hold_no_real_image(folder, capsys):
+    forms = [{"form": "webp:10@8", "real_per_class": 0}]
+    file = sweep_file(folder, forms=forms, budgets=[200, 300], methods=["replay"])
+    assert pareto.main([str(file), "--output", str(folder / "none"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"  0 \+ [1-4]  ", said), said
+    assert re.search(r"training: about 0\.\d\d hours", said), said
+    assert not (folder / "none").exists()
 
 
 def test_the_demo_says_what_one_class_order_can_say_and_has_a_folder_of_its_own():

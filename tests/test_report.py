@@ -11,8 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from exps.report import command as report
-from exps.report import gallery, screen
+from exps.report import __main__ as report
+from exps.report import gallery, tables
 from tests.shapes import make_shapes
 from utils.config.schema import Config
 from utils.files import write_json
@@ -163,8 +163,8 @@ def test_a_table_on_terminals_of_any_width_and_in_a_file(tmp_path, monkeypatch, 
     names = ("[red]odd[/red]", "\x1b[2J", "ä" * 50)
     runs = {name: (tmp_path, load_results(write(tmp_path / f"{n}", (1, 2, 3), 10, 10))) for n, name in enumerate(names)}
     terminal, file = Terminal(), io.StringIO()
-    screen.show(runs, terminal)
-    screen.show(runs, file)
+    tables.show(runs, terminal)
+    tables.show(runs, file)
     assert "\x1b[2J" not in terminal.getvalue(), "a name does not clear the screen"
     text, plain = re.sub(r"\x1b\[\d*m", "", terminal.getvalue()), file.getvalue()
     assert "\x1b" not in text + plain
@@ -183,7 +183,7 @@ def test_a_plot_of_many_runs_with_odd_names(tmp_path):
     runs = {f"$x_$ {n}": (tmp_path, load_results(write(tmp_path / f"{n}"))) for n in range(18)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        screen.plot(runs, tmp_path / "plot.png")
+        gallery.plot(runs, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size[0] > 1000
 
 
@@ -191,7 +191,9 @@ def test_every_run_is_in_the_legend(tmp_path, monkeypatch):
     """matplotlib leaves out labels that begin with an underscore."""
     drawn, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **o: (drawn.append(figure), save(figure, *a, **o))[1])
-    screen.plot({name: (tmp_path, load_results(write(tmp_path / name))) for name in ("_a", "b")}, tmp_path / "plot.png")
+    gallery.plot(
+        {name: (tmp_path, load_results(write(tmp_path / name))) for name in ("_a", "b")}, tmp_path / "plot.png"
+    )
     assert [text.get_text().strip()[:2] for text in drawn[0].axes[0].get_legend().get_texts()] == ["_a", "b:"]
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exps.reproduce import command
-from exps.reproduce.command import with_records
+from exps.reproduce import __main__ as command
+from exps.reproduce.__main__ import with_records
 from exps.reproduce.rows import read_records, read_tables
 from models import catalogue
 from tests import pycil_reference

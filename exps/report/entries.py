@@ -1,8 +1,8 @@
 """Runs as they are compared: an entry for each run and classifier, and what follows from several entries."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ NEUTRAL = ("output_dir", "phase0_cache", "prefix", "data_dir", "cache", "cache_g
 
 Runs = Mapping[str, tuple[Path, Results]]
 """Name -> output folder and results."""
+
+
+def form_of(config: Mapping[str, Any]) -> str:
+    """The form of the exemplars that do not stay as they are; "real" where there are none."""
+    return config.get("syn_form", "edges") if config.get("syn_per_class") else REAL
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,7 @@ class Entry:
 
     @property
     def form(self) -> str:
-        """The form of the exemplars that do not stay as they are; "real" where there are none."""
-        return self.config.get("syn_form", "edges") if self.config.get("syn_per_class") else REAL
+        return form_of(self.config)
 
     @property
     def is_codec(self) -> bool:
@@ -67,6 +71,11 @@ class Entry:
         """The form with p, as legends name it."""
         return f"{self.label}, p = {self.probability:g}" if self.probability else self.label
 
+    def line_among(self, others: Iterable["Entry"]) -> str:
+        """The same, with the run's name where another one of the same method and form is among the others."""
+        alike = [other for other in others if (other.method, other.line) == (self.method, self.line)]
+        return self.line if len(alike) == 1 else f"{self.line}: {self.name}"
+
     @property
     def orders(self) -> list[ClassOrder]:
         """The class orders that the summary covers."""
@@ -77,10 +86,23 @@ class Entry:
         return self.results.summary.classifiers[self.classifier]
 
     @property
-    def last(self) -> Spread:
-        """Top-1 accuracy after the last phase, in percent."""
+    def average(self) -> Spread:
+        """Average incremental accuracy, in percent."""
+        return self.averages.average_incremental_accuracy
+
+    @property
+    def top1(self) -> list[Spread]:
+        """Top-1 accuracy by phase, in percent."""
         top1 = self.averages.top1
-        return Spread(mean=top1.mean[-1], std=top1.std[-1])
+        return [Spread(mean=mean, std=std) for mean, std in zip(top1.mean, top1.std, strict=True)]
+
+    @property
+    def last(self) -> Spread:
+        return self.top1[-1]
+
+    @property
+    def forgetting(self) -> Spread | None:
+        return self.averages.forgetting
 
     @property
     def scores(self) -> dict[int, float]:
@@ -109,12 +131,12 @@ def entries(runs: Runs, labels: Mapping[str, str] | None = None) -> list[Entry]:
     varied = [key for key in ("dataset", "convnet_type") if len({str(config.get(key)) for config in configs}) > 1]
     listed = []
     for name, (folder, results) in runs.items():
-        classifiers = results.summary.classifiers
-        model = " ".join(str(results.config.get(key)) for key in ("model_name", *varied))
+        config, classifiers = results.config, results.summary.classifiers
+        model = " ".join(str(config.get(key)) for key in ("model_name", *varied))
+        label = (labels or {}).get(name, form_of(config))
         for classifier in classifiers:
             method = f"{model} ({CLASSIFIERS[classifier]})" if len(classifiers) > 1 else model
-            entry = Entry(name, folder, results, classifier, model, method, "")
-            listed.append(replace(entry, label=(labels or {}).get(name, entry.form)))
+            listed.append(Entry(name, folder, results, classifier, model, method, label))
     return listed
 
 
@@ -125,8 +147,7 @@ def lines(compared: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:
     """
     by_line: dict[tuple[str, str], list[Entry]] = {}
     for entry in sorted(compared, key=lambda entry: entry.size):
-        alike = [e for e in compared if (e.method, e.line, e.size) == (entry.method, entry.line, entry.size)]
-        form = entry.line if len(alike) == 1 else f"{entry.line}: {entry.name}"
+        form = entry.line_among(e for e in compared if e.size == entry.size)
         by_line.setdefault((entry.method, form), []).append(entry)
     return by_line
 
@@ -159,17 +180,18 @@ def reference_of(entry: Entry, compared: Sequence[Entry]) -> Entry | None:
     same = [e for e in finished if e.method == entry.method and e.config["dataset"] == entry.config["dataset"]]
     if entry.budget is not None:
         same = [other for other in same if other.budget == entry.budget]
-    real = sorted((other for other in same if other.form == REAL), key=lambda other: other.probability)
-    reference = next(iter([*real, *same]), None)
+    real = [other for other in same if other.form == REAL]
+    reference = min(real, key=lambda other: other.probability) if real else next(iter(same), None)
     return None if reference is entry else reference
 
 
-def config_differences(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """(key, a value a config) of the keys in which configs differ, without those that change no number."""
-    keys = dict.fromkeys(key for config in configs.values() for key in config)
-    rows = [(key, [_text(config.get(key)) for config in configs.values()]) for key in keys if key not in NEUTRAL]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
+def config_differences(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[str, str]]]:
+    """(key, name of config -> value) of the keys in which configs differ, without those that change no number."""
+    keys = dict.fromkeys(key for config in configs.values() for key in config if key not in NEUTRAL)
+    rows = [(key, {name: in_words(config.get(key)) for name, config in configs.items()}) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values.values())) > 1]
 
 
-def _text(value: Any) -> str:
+def in_words(value: Any) -> str:
+    """A setting's value in a table."""
     return "–" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
+from typing import NamedTuple
 
 from exps.report.entries import Entry
 from exps.report.tables import mean_std
@@ -25,8 +25,7 @@ NO_MARKER_ABOVE = 30
 """Points of a line that has no markers."""
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """How a line is drawn."""
 
     colour: str
@@ -37,16 +36,9 @@ class Look:
         dash = f' stroke-dasharray="{self.dash}"' if self.dash else ""
         return f'<path d="{path}" fill="none" stroke="{self.colour}" stroke-width="1.6"{dash}/>'
 
-    def swatch(self) -> str:
-        """A piece of the line, for the legend."""
-        marker = f'<path d="{self.marker}" transform="translate(17,6)" fill="{self.colour}"/>'
-        return f'<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true">{self.line("M0,6H34")}{marker}</svg>'
-
 
 class Looks:
-    """How lines are drawn on one page: a colour and a marker for each form, a dash pattern for each method, so that
-    both
-    can be read off, and mean the same in all figures.
+    """How lines are drawn on one page: a colour and a marker for each form, a dash pattern for each method.
 
     lines: (method, form) of the page; a form that is not among them has its colour from when it is first drawn.
     """
@@ -70,7 +62,7 @@ def labels(lines: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
 
 def accuracy_limits(compared: Sequence[Entry]) -> tuple[float, float]:
     """The range of accuracies that figures over phases share: from and to a multiple of ten, in percent."""
-    values = [value for entry in compared for value in entry.averages.top1.mean]
+    values = [value.mean for entry in compared for value in entry.top1]
     low, high = min(values, default=0.0), max(values, default=100.0)
     return max(0.0, 10 * math.floor(low / 10 - 0.2)), min(100.0, 10 * math.ceil(high / 10 + 0.2))
 
@@ -79,17 +71,17 @@ def accuracy_over_bytes(lines: Mapping[tuple[str, str], Sequence[Entry]], looks:
     """Average incremental accuracy against bytes per class, a line a method and form; bars: standard deviation."""
     names = labels(lines)
     sizes = sorted({entry.size for line in lines.values() for entry in line})
-    averages = [entry.averages.average_incremental_accuracy for line in lines.values() for entry in line]
+    averages = [entry.average for line in lines.values() for entry in line]
     low = 10 * math.floor(min(value.mean - value.std for value in averages) / 10)
     high = 10 * math.ceil(max(value.mean + value.std for value in averages) / 10)
     axes = _Axes((math.log(sizes[0]), math.log(sizes[-1])), (max(0, low), min(100, high)))
     ticks = sizes if len(sizes) <= 6 else [sizes[0], *sizes[len(sizes) // 3 :: len(sizes) // 3]]
-    axes.grid([(math.log(size), f"{size:,}") for size in ticks], "memory (bytes per class, log scale)")
-    axes.name_y("average incremental accuracy (%)")
+    names_of_axes = "memory (bytes per class, log scale)", "average incremental accuracy (%)"
+    axes.grid([(math.log(size), f"{size:,}") for size in ticks], *names_of_axes)
     for (method, form), entries in lines.items():
-        points = [(math.log(entry.size), entry.averages.average_incremental_accuracy) for entry in entries]
+        points = [(math.log(entry.size), entry.average) for entry in entries]
         titles = [f"{names[method, form]}, {entry.size:,} bytes" for entry in entries]
-        axes.line(points, titles, looks.look(method, form), bars=True)
+        axes.line(points, titles, looks.look(method, form), band=False, bars=True)
     return axes.svg("bytes", "Average incremental accuracy against bytes per class") + _legend(lines, looks)
 
 
@@ -103,19 +95,23 @@ def accuracy_over_phases(
     names = labels(lines)
     seen = sorted({n for entry in lines.values() for n in entry.results.summary.classes_seen})
     axes = _Axes((seen[0], seen[-1]), limits)
-    ticks = seen[:: math.ceil(len(seen) / 8)]
-    axes.grid([(n, str(n)) for n in ticks], "classes seen")
-    axes.name_y("top-1 accuracy (%)")
+    axes.grid([(n, str(n)) for n in seen[:: math.ceil(len(seen) / 8)]], "classes seen", "top-1 accuracy (%)")
     for (method, form), entry in lines.items():
-        top1, classes = entry.averages.top1, entry.results.summary.classes_seen
-        points = [(n, Spread(mean=m, std=s)) for n, m, s in zip(classes, top1.mean, top1.std, strict=True)]
+        classes = entry.results.summary.classes_seen
+        points = list(zip(classes, entry.top1, strict=True))
         titles = [f"{names[method, form]}, {n} classes" for n in classes]
-        axes.line(points, titles, looks.look(method, form), band=len(lines) <= 6)  # more bands hide each other
+        # More bands hide each other.
+        axes.line(points, titles, looks.look(method, form), band=len(lines) <= 6, bars=False)
     return axes.svg(name, "Top-1 accuracy against classes seen") + _legend(lines, looks)
 
 
 def _legend(lines: Mapping[tuple[str, str], object], looks: Looks) -> str:
-    items = [f"<li>{looks.look(*line).swatch()} {escape(name)}</li>" for line, name in labels(lines).items()]
+    items = []
+    for line, name in labels(lines).items():
+        look = looks.look(*line)
+        piece = f'{look.line("M0,6H34")}<path d="{look.marker}" transform="translate(17,6)" fill="{look.colour}"/>'
+        swatch = f'<svg class="swatch" viewBox="0 0 34 12" aria-hidden="true">{piece}</svg>'
+        items.append(f"<li>{swatch} {escape(name)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -134,7 +130,8 @@ class _Axes:
         width, height = WIDTH - LEFT - RIGHT - 2 * inner, HEIGHT - TOP - BOTTOM
         return round(LEFT + inner + across * width, 1), round(TOP + (1 - up) * height, 1)
 
-    def grid(self, ticks: Sequence[tuple[float, str]], name: str) -> None:
+    def grid(self, ticks: Sequence[tuple[float, str]], x_name: str, y_name: str) -> None:
+        """ticks: values of the x axis, and what stands below them."""
         bottom = HEIGHT - BOTTOM
         for x, label in ticks:
             left, _ = self.at(x, 0)
@@ -146,24 +143,14 @@ class _Axes:
             self.parts.append(f'<path class="grid" d="M{LEFT},{top}H{WIDTH - RIGHT}"/>')
             self.parts.append(f'<text x="{LEFT - 6}" y="{top + 4}" text-anchor="end">{value}</text>')
         self.parts.append(f'<path class="axis" d="M{LEFT},{TOP}V{bottom}H{WIDTH - RIGHT}"/>')
-        middle = (LEFT + WIDTH - RIGHT) / 2
-        self.parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{name}</text>')
-
-    def name_y(self, name: str) -> None:
-        middle = (TOP + HEIGHT - BOTTOM) / 2
-        turned = f'transform="rotate(-90)" x="{-middle}" y="14"'
-        self.parts.append(f'<text {turned} text-anchor="middle">{name}</text>')
+        x, y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
+        self.parts.append(f'<text x="{x}" y="{HEIGHT - 8}" text-anchor="middle">{x_name}</text>')
+        self.parts.append(f'<text transform="rotate(-90)" x="{-y}" y="14" text-anchor="middle">{y_name}</text>')
 
     def line(
-        self,
-        points: Sequence[tuple[float, Spread]],
-        titles: Sequence[str],
-        look: Look,
-        *,
-        band: bool = False,
-        bars: bool = False,
+        self, points: Sequence[tuple[float, Spread]], titles: Sequence[str], look: Look, band: bool, bars: bool
     ) -> None:
-        """titles: of the points, shown where the mouse is, with their values."""
+        """titles: of the points, shown where the mouse is, with their values; band, bars: of deviations."""
         if band and any(value.std for _, value in points):
             upper = [self.at(x, value.mean + value.std) for x, value in points]
             lower = [self.at(x, value.mean - value.std) for x, value in reversed(points)]

@@ -9,18 +9,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, Template
 
-from exps.report import comparison, figures, pictures
+from exps.report import figures, pictures, tables
 from exps.report.entries import REAL, Entry, Runs, areas, config_differences, entries, lines
-from exps.report.tables import mean_std, paired
+from exps.report.tables import paired
 from utils.files import write_text
-from utils.results.records import Classifier, Spread, load_results
+from utils.results.records import Classifier, load_results
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -53,29 +55,25 @@ def page(
     by_line = lines(compared)
     single = len(runs) == 1
     configs = {name: results.config for name, (_, results) in runs.items()}
-    titles, rows = pictures.form_rows(compared)
     looks = figures.Looks(list(by_line))
-    table = comparison.table_rows(compared)
+    table = tables.table_rows(compared)
     return _template().render(
         title=title or _title(compared),
         notes=notes,
-        verdict=[] if single else comparison.verdict(table),
+        verdict=[] if single else tables.verdict(table),
         single=single,
         table=table,
-        classifiers=[c for c in comparison.WORDS if any(c in row.cells for row in table)],
-        several_methods=len({entry.model for entry in compared}) > 1,
-        budgets=len({entry.budget for entry in compared}) > 1,
+        classifiers=[c for c in tables.WORDS if any(c in row.cells for row in table)],
+        several_orders=any(len(entry.orders) > 1 for entry in compared),
+        grouped=len({row.group for row in table}) > 1,
         over_bytes=figures.accuracy_over_bytes(by_line, looks) if len({e.size for e in compared}) > 1 else None,
         over_phases=phase_figures(compared, looks),
         forgetting=_forgetting(compared),
         areas=area_table(by_line),
         details=[_details(row, compared, file) for row in table],
-        forms_titles=titles,
-        forms_rows=rows,
-        memory=_memory_rows(table),
+        forms_rows=pictures.form_rows(compared),
         provenance=_provenance_groups(compared),
-        config_names=list(configs),
-        differences=config_differences(configs) if not single else [],
+        differences=config_differences(configs),
         config=json.dumps(next(iter(configs.values())), indent=2, ensure_ascii=False) if single else None,
         foot=_foot(runs),
     )
@@ -84,8 +82,8 @@ def page(
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["mean_std"] = mean_std
-    environment.globals |= {"words": comparison.WORDS, "legend": comparison.LEGEND}
+    environment.filters["mean_std"] = tables.mean_std
+    environment.globals |= {"words": tables.WORDS, "legend": tables.LEGEND}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
@@ -96,7 +94,7 @@ def _title(compared: Sequence[Entry]) -> str:
     return f"{subjects}: {forms[0]}" if len(forms) == 1 else subjects
 
 
-def _details(row: comparison.Row, compared: Sequence[Entry], file: Path | None) -> dict[str, Any]:
+def _details(row: tables.Row, compared: Sequence[Entry], file: Path | None) -> dict[str, Any]:
     """What unfolds below a run: its files, its accuracy on each class, its confusion matrices."""
     own = [entry for entry in compared if entry.name == row.entry.name]
     per_class: dict[str, list[float | None]] = {}
@@ -107,12 +105,12 @@ def _details(row: comparison.Row, compared: Sequence[Entry], file: Path | None) 
                 if curve and curve[-1] is not None:
                     last.setdefault(label, []).append(curve[-1])
         for label, values in last.items():
-            per_class.setdefault(label, [None] * len(own))[column] = sum(values) / len(values)
-    matrices = [(comparison.WORDS[entry.classifier], pictures.confusion(entry)) for entry in own]
+            per_class.setdefault(label, [None] * len(own))[column] = fmean(values)
+    matrices = [(tables.WORDS[entry.classifier], pictures.confusion(entry)) for entry in own]
     return {
         "name": row.entry.name,
         "links": _links(row.entry.folder, file),
-        "classifiers": [comparison.WORDS[entry.classifier] for entry in own],
+        "classifiers": [tables.WORDS[entry.classifier] for entry in own],
         "per_class": sorted(per_class.items()),
         "confusions": [(word, matrix) for word, matrix in matrices if matrix],
     }
@@ -134,15 +132,14 @@ def phase_figures(compared: Sequence[Entry], looks: figures.Looks) -> list[tuple
     """
     groups: dict[tuple[int | None, Classifier], dict[tuple[str, str], Entry]] = {}
     for entry in compared:
-        alike = [e for e in compared if (e.budget, e.method, e.line) == (entry.budget, entry.method, entry.line)]
-        form = entry.line if len(alike) == 1 else f"{entry.line}: {entry.name}"
+        form = entry.line_among(e for e in compared if e.budget == entry.budget)
         groups.setdefault((entry.budget, entry.classifier), {})[entry.method, form] = entry
     limits = figures.accuracy_limits(compared)
     budgets, classifiers = {budget for budget, _ in groups}, {classifier for _, classifier in groups}
     panels = []
     for (budget, classifier), group in sorted(groups.items(), key=lambda item: item[0][0] or 0):
         parts = [f"{budget:,} bytes per class"] if budget and len(budgets) > 1 else []
-        parts += [comparison.WORDS[classifier]] if len(classifiers) > 1 else []
+        parts += [tables.WORDS[classifier]] if len(classifiers) > 1 else []
         for start in range(0, len(group), PANEL):
             name = f"phases-{budget or 0}-{classifier}-{start}"
             part = dict(list(group.items())[start : start + PANEL])
@@ -153,22 +150,19 @@ def phase_figures(compared: Sequence[Entry], looks: figures.Looks) -> list[tuple
 def _forgetting(compared: Sequence[Entry]) -> list[dict[str, Any]]:
     """Rows of bars.  share: of the longest one, in percent."""
     models, budgets = {entry.model for entry in compared}, {entry.budget for entry in compared}
-    spreads: list[tuple[Entry, str, Spread]] = []
+    rows: list[dict[str, Any]] = []
     for entry in compared:
-        if spread := entry.averages.forgetting:
+        if spread := entry.forgetting:
             parts = [entry.model] if len(models) > 1 else []
             parts += [entry.line, *([f"{entry.budget:,} bytes"] if len(budgets) > 1 and entry.budget else [])]
-            spreads.append((entry, ", ".join([*parts, comparison.WORDS[entry.classifier]]), spread))
-    labels = Counter(label for _, label, _ in spreads)
-    longest = max((spread.mean for *_, spread in spreads), default=0) or 1
-    return [
-        {
-            "name": label if labels[label] == 1 else f"{entry.name}: {label}",
-            "spread": spread,
-            "share": max(0.0, 100 * spread.mean / longest),
-        }
-        for entry, label, spread in spreads
-    ]
+            label = ", ".join([*parts, tables.WORDS[entry.classifier]])
+            rows.append({"run": entry.name, "label": label, "spread": spread})
+    labels = Counter(row["label"] for row in rows)
+    longest = max((row["spread"].mean for row in rows), default=0) or 1
+    for row in rows:
+        row["name"] = row["label"] if labels[row["label"]] == 1 else f"{row['run']}: {row['label']}"
+        row["share"] = max(0.0, 100 * row["spread"].mean / longest)
+    return rows
 
 
 def area_table(by_line: Mapping[tuple[str, str], Sequence[Entry]]) -> list[dict[str, Any]]:
@@ -179,24 +173,12 @@ def area_table(by_line: Mapping[tuple[str, str], Sequence[Entry]]) -> list[dict[
         sizes = [{entry.size for entry in line} for line in own.values() if len({entry.size for entry in line}) > 1]
         budgets = sorted(set.intersection(*sizes)) if sizes else []
         by_form = {form: areas(line, budgets) for form, line in own.items()}
+        listed = ", ".join(f"{budget:,}" for budget in budgets)
         for form, scores in by_form.items():
-            if scores:
+            if mean := paired(scores, dict.fromkeys(scores, 0.0)):
                 against = paired(scores, by_form.get(REAL, {})) if form != REAL else None
-                mean = paired(scores, dict.fromkeys(scores, 0.0))
-                row = {"method": method, "form": form, "mean": mean, "against": against}
-                rows.append({**row, "budgets": ", ".join(f"{budget:,}" for budget in budgets)})
+                rows.append({"method": method, "form": form, "mean": mean, "against": against, "budgets": listed})
     return sorted(rows, key=lambda row: (row["method"], -row["mean"].mean))
-
-
-def _memory_rows(table: Sequence[comparison.Row]) -> list[dict[str, Any]]:
-    """For each run: its name, figures of memory, network and time, and the forms in its memory after the last phase."""
-    rows = []
-    for row in table:
-        order, summary = row.entry.orders[0], row.entry.results.summary
-        forms = [form for form in order.memory.forms if form.exemplars]
-        network = 4 * order.phases[-1].parameters
-        rows.append({"name": row.entry.name, "summary": summary, "network": network, "forms": forms})
-    return rows
 
 
 def _provenance_groups(compared: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -249,9 +231,6 @@ def _commit() -> str:
 @cache
 def _machine() -> str:
     processor = platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as cpus:
-            processor = next((cpu.partition(":")[2].strip() for cpu in cpus if cpu.startswith("model name")), processor)
-    except OSError:
-        pass
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as cpus:
+        processor = next((cpu.partition(":")[2].strip() for cpu in cpus if cpu.startswith("model name")), processor)
     return f"{platform.system()}, {processor}, {os.cpu_count()} cores, Python {sys.version.split()[0]}"

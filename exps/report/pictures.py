@@ -4,16 +4,16 @@ import base64
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from compress.forms import form_named
 from compress.presets import PRESETS
-from exps.report.entries import REAL, Entry
+from exps.report.entries import REAL, Entry, in_words
 from utils.data.images import read_image
 from utils.data.paths import DatasetPaths, data_dir, find_dataset
 from utils.errors import UserError
@@ -31,8 +31,7 @@ MODELS = Path(__file__).resolve().parents[2] / "ControlNet" / "models"
 TRAINED_ON = {"sd15": "LAION-5B's captioned pictures (Stable Diffusion 1.5), and edge maps of 3 million pictures"}
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A picture with what is said of it.  uri: None where there is nothing to show; alt: what it shows; others: further
     copies, as `uri`."""
 
@@ -42,8 +41,7 @@ class Picture:
     others: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Confusion:
+class Confusion(NamedTuple):
     """A confusion matrix.
 
     names: of the classes, in order; cells: for each true class (percent, colour) of each predicted one, empty where
@@ -56,44 +54,39 @@ class Confusion:
     in_order: bool
 
 
-def form_rows(compared: Sequence[Entry]) -> tuple[list[str], list[list[Picture]]]:
-    """What the forms of several runs of one dataset keep: (titles, rows of pictures), a row an image.
+def form_rows(compared: Sequence[Entry]) -> list[dict[str, Picture]]:
+    """What the forms of several runs of one dataset keep: a row an image, pictures by the titles of their columns.
 
     The columns are the image, then for each form what is kept and the copies.  Shows an image of each of the first
     MOST_CLASSES classes, as far as files are at hand; no rows where none is, or where the runs have several datasets.
     """
     forms = [form for form in dict.fromkeys(entry.form for entry in compared) if form != REAL]
-    datasets = {
-        (data_dir(e.config.get("data_dir")), e.config["dataset"], e.config.get("variant", "")) for e in compared
-    }
+    configs = [entry.config for entry in compared]
+    datasets = {(data_dir(c.get("data_dir")), c["dataset"], c.get("variant", "")) for c in configs}
     if not forms or len(datasets) != 1:
-        return [], []
+        return []
     folder, dataset, variant = datasets.pop()
-    dataset = find_dataset(folder, dataset)
     try:
-        form_paths = {
-            form: DatasetPaths(folder, dataset, variant, form_named(form, PRESETS["high"]).files) for form in forms
-        }
-        paths = DatasetPaths(folder, dataset, variant)
+        paths = DatasetPaths(folder, find_dataset(folder, dataset), variant)
+        form_paths = {form: replace(paths, files=form_named(form, PRESETS["high"]).files) for form in forms}
         classes = [images for label in paths.classes()[:MOST_CLASSES] if (images := paths.images(label))]
     except UserError:
-        return [], []
+        return []
     # Of a class's images the first one of which the most forms have copies: those made on demand are few.
     first = [max(images, key=lambda i: sum(p.copy(i, 0).is_file() for p in form_paths.values())) for images in classes]
-    titles = ["original"]
-    rows = [[_thumbnail(image, image.stat().st_size, f"{image.parent.name}: original")] for image in first]
+    rows = [{"original": _thumbnail(image, image.stat().st_size, f"{image.parent.name}: original")} for image in first]
     for form, own in form_paths.items():
         files = [(own.find_kept(image), [own.copy(image, k) for k in range(MOST_COPIES)]) for image in first]
         if any(kept or copies[0].is_file() for kept, copies in files):
-            titles += [f"{form}: kept", f"{form}: comes back"]
             for image, row, (kept, copies) in zip(first, rows, files, strict=True):
                 size = kept.stat().st_size if kept else None
-                row.append(_thumbnail(kept, size, f"{image.parent.name}: {form}, kept"))
+                row[f"{form}: kept"] = _thumbnail(kept, size, f"{image.parent.name}: {form}, kept")
                 alt = f"{image.parent.name}: {form}, copy"
                 pictures = [_thumbnail(copy, None, alt) for copy in copies if copy.is_file()]
                 others = tuple(picture.uri for picture in pictures[1:] if picture.uri)
-                row.append(replace(pictures[0], others=others) if pictures else _thumbnail(None, None, alt))
-    return (titles, rows) if len(titles) > 1 else ([], [])
+                first_copy = pictures[0] if pictures else Picture(None, "not there")
+                row[f"{form}: comes back"] = first_copy._replace(others=others)
+    return rows if rows and len(rows[0]) > 1 else []
 
 
 def _thumbnail(file: Path | None, size: int | None, alt: str) -> Picture:
@@ -133,8 +126,8 @@ def confusion(entry: Entry) -> Confusion | None:
             text = confusion_file(entry.folder, order.seed, len(order.phases) - 1, entry.classifier).read_text("utf-8")
             header, *rows = csv.reader(io.StringIO(text))
             counts = np.array([[float(cell) for cell in row[1:]] for row in rows])
-            places = [header[1:].index(name) for name in names]
-            total += counts[np.ix_(places, places)]
+            columns = [header[1:].index(name) for name in names]
+            total += counts[np.ix_(columns, columns)]
         except (OSError, ValueError, IndexError):
             return None
     share = total / np.maximum(total.sum(axis=1, keepdims=True), 1)
@@ -161,11 +154,8 @@ def provenance(entry: Entry) -> list[tuple[str, str]]:
         return []
     rows = []
     for made_by in copies.made_by:
-        if made_by.settings is None:
-            rows.append(("settings", "not recorded"))
-            continue
-        flat = dict(_flat(made_by.settings))
-        rows += [(key, flat[key]) for key in sorted(flat, key=lambda key: (key not in ("model", "precision"), key))]
+        settings = {"settings": "not recorded"} if made_by.settings is None else dict(_flat(made_by.settings))
+        rows += sorted(settings.items(), key=lambda row: (row[0] not in ("model", "precision"), row))
     return [*rows, ("copies used", f"{copies.files:,}"), ("digest of copies", copies.digest), *_generator(copies)]
 
 
@@ -175,15 +165,12 @@ def _flat(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             flat += _flat(value)
         elif value is not None:
-            flat.append((key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+            flat.append((key, in_words(value)))
     return flat
 
 
 def _generator(copies: Copies) -> list[tuple[str, str]]:
-    """The generator's name or file, its bytes, and what it was trained on, as far as these are at hand.
-
-    Nothing for copies that no model made.
-    """
+    """The generator's name or file, its bytes, and what it was trained on; nothing for copies that no model made."""
     settings = [made_by.settings or {} for made_by in copies.made_by]
     if not any(each.get("model") or each.get("autoencoder") for each in settings):
         return []

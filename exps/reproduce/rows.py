@@ -1,20 +1,19 @@
 """The rows of published tables, and the recorded runs of them."""
 
 import difflib
-import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exps.runs import ROOT
+from exps.runs import ROOT, as_overrides
 from models import catalogue
-from utils.config.read import load_config, read_json
+from utils.config.read import read_json
 from utils.config.schema import Config, differences
 from utils.errors import UserError
-from utils.files import write_json
-from utils.results.records import CLASSIFIERS, Classifier, ResultsFile
+from utils.results.records import CLASSIFIERS, Classifier, Results
 
 FOLDER = Path(__file__).parent
 RECORDED = "recorded.json"
@@ -38,7 +37,7 @@ class Row:
     @property
     def overrides(self) -> list[str]:
         """The row's keys as main.py takes them on the command line."""
-        return [f"{key}={_as_text(value)}" for key, value in self.config.items()]
+        return as_overrides(self.config)
 
     def arguments(self, more: Sequence[str] = ()) -> list[str]:
         """main.py's arguments; more: the user's key=value."""
@@ -46,8 +45,7 @@ class Row:
 
     def load(self, more: Sequence[str] = ()) -> Config:
         """The checked config of a run.  Raises UserError."""
-        _, base, *overrides = self.arguments(more)
-        return load_config(Path(base), overrides, methods=catalogue.methods(), backbones=catalogue.backbones())
+        return catalogue.read_config(self.base, self.arguments(more)[2:])
 
 
 @dataclass(frozen=True)
@@ -74,11 +72,9 @@ class Table:
 def read_tables(folder: Path = FOLDER) -> list[Table]:
     """The tables of a folder, by file name.  Raises UserError for a file that is none, or a name that comes twice."""
     tables = [_table(file) for file in sorted(folder.glob("*.json")) if file.name != RECORDED]
-    names: set[str] = set()
-    for row in (row for table in tables for row in table.rows):
-        if row.name in names:
-            raise UserError(f"{folder}: two rows are named {row.name!r}.")
-        names.add(row.name)
+    names = Counter(row.name for table in tables for row in table.rows)
+    if twice := [name for name, number in names.items() if number > 1]:
+        raise UserError(f"{folder}: two rows are named {twice[0]!r}.")
     return tables
 
 
@@ -86,11 +82,13 @@ def _table(file: Path) -> Table:
     content = read_json(file)
     shared = {key: content.get(key, "") for key in ("dataset", "protocol")}
     try:
-        rows = [
-            Row(**{**shared, **row, "base": _base(file, row["base"]), "config": {**content.get("config", {}), **own}})
-            for row in content["rows"]
-            for own in (row.get("config", {}),)
-        ]
+        rows = []
+        for row in content["rows"]:
+            config = {**content.get("config", {}), **row.get("config", {})}
+            base = Path(os.path.normpath(file.parent.absolute() / row["base"]))
+            if not base.is_file():
+                raise UserError(f"{file}: there is no config {base}.")
+            rows.append(Row(**{**shared, **row, "base": base, "config": config}))
         table = Table(content["source"], content["url"], content["table"], content["note"], tuple(rows))
     except (KeyError, TypeError) as error:
         raise UserError(
@@ -103,13 +101,6 @@ def _table(file: Path) -> Table:
         if row.classifier not in CLASSIFIERS:
             raise UserError(f"{file}: row {row.name!r}: classifier is one of {', '.join(CLASSIFIERS)}.")
     return table
-
-
-def _base(file: Path, base: str) -> Path:
-    path = Path(os.path.normpath(file.parent.absolute() / base))
-    if not path.is_file():
-        raise UserError(f"{file}: there is no config {path}.")
-    return path
 
 
 def find_row(tables: Sequence[Table], name: str) -> tuple[Table, Row]:
@@ -127,40 +118,25 @@ def user_path(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-
-
 def rows_of(tables: Sequence[Table], config: Mapping[str, Any]) -> list[Row]:
     """The rows that a run with this config reproduces.
 
     config: of a results.json.  Its class orders may be others than the row's.  Raises UserError, with the row of the
     same method that is nearest, where there is none.
     """
-    nearest: tuple[list[str], str] | None = None
-    same = []
+    same_method = []  # rows with what differs
     for row in (row for table in tables for row in table.rows):
         own = row.load()
-        if own.model_name != config.get("model_name"):
-            continue
-        folder = own.dataset if own.dataset.lower() == str(config.get("dataset")).lower() else config.get("dataset")
-        differing = differences(own, {**config, "seed": own.seed, "dataset": folder})
-        if not differing:
-            same.append(row)
-        if nearest is None or len(differing) < len(nearest[0]):
-            nearest = (differing, row.name)
-    if same:
+        if own.model_name == config.get("model_name"):
+            same_method.append((row, differences(own, {**config, "seed": own.seed})))
+    if same := [row for row, differing in same_method if not differing]:
         return same
-    if nearest is None:
+    if not same_method:
         raise UserError(f"no row has model_name {config.get('model_name')}. python -m exps.reproduce --list shows all.")
-    differing, name = nearest
+    row, differing = min(same_method, key=lambda pair: len(pair[1]))
     more = f"; {len(differing) - 4} more" if len(differing) > 4 else ""
-    raise UserError(
-        f"this run reproduces no row. The nearest is {name}, from which it differs in {'; '.join(differing[:4])}{more}."
-    )
-
-
-# Recorded runs: recorded.json, {row: numbers}
+    words = f"{'; '.join(differing[:4])}{more}"
+    raise UserError(f"this run reproduces no row. The nearest is {row.name}, from which it differs in {words}.")
 
 
 def read_records(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
@@ -169,18 +145,12 @@ def read_records(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
     return read_json(file) if file.exists() else {}
 
 
-def keep(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
-    """Put a row's numbers into recorded.json."""
-    records = {**read_records(folder), name: dict(entry)}
-    write_json(folder / RECORDED, dict(sorted(records.items())))
-
-
-def figures(results: ResultsFile, row: Row) -> dict[str, Any]:
+def figures(results: Results, row: Row) -> dict[str, Any]:
     """Average and last accuracy in percent of a row's classifier, and of nearest means, means over class orders.
 
     Raises UserError where no class order is finished, or the method has no such classifier.
     """
-    if results.summary is None:
+    if results.unfinished:
         raise UserError(f"{row.name} is not finished. The command that started it goes on where it stopped.")
     classifiers = results.summary.classifiers
     if row.classifier not in classifiers:

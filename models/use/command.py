@@ -10,15 +10,13 @@ last unless --phase does (a run keeps the last `keep_checkpoints`).
 
 import argparse
 import csv
-import io
 import itertools
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from utils import cli
-from utils.files import write_text
+from utils.files import write_csv, write_text
 from utils.results.output import check_is_run, seed_folder
 
 COMMANDS = {
@@ -28,14 +26,21 @@ COMMANDS = {
 }
 
 
+OUTPUTS = {
+    "predict": "the CSV (default: the terminal)",
+    "evaluate": "write all figures there too, as JSON",
+    "export": "the ONNX file (default: RUN/seed<N>/phase<NN>.onnx); the JSON is FILE.json",
+}
+
+
 def run(argv: Sequence[str]) -> int:
     """One of `COMMANDS`, with its arguments.  Returns the exit code.  Raises UserError for what is wrong."""
     options = _parser(argv[0]).parse_args(argv[1:])
     check_is_run(options.run)
     from models.use.learner import Learner  # imports torch: a wrong folder is answered at once
 
-    chosen = {"seed": options.seed, "phase": options.phase, "device": options.device}
-    learner = Learner(options.run, classifier=options.classifier, **chosen)
+    chosen = {name: getattr(options, name) for name in ("seed", "phase", "device", "classifier")}
+    learner = Learner(options.run, **chosen)
     print(cli.visible(learner.description), file=sys.stderr)
     return {"predict": _predict, "evaluate": _evaluate, "export": _export}[argv[0]](learner, options)
 
@@ -55,12 +60,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     default = None if command == "evaluate" else "head"
     fallback = default or "both, as far as the run has them"
     parser.add_argument("--classifier", choices=("head", "nme"), default=default, help=f"{what} (default: {fallback})")
-    where = {
-        "predict": "the CSV (default: the terminal)",
-        "evaluate": "write all figures there too, as JSON",
-        "export": "the ONNX file (default: RUN/seed<N>/phase<NN>.onnx); the JSON is FILE.json",
-    }
-    parser.add_argument("--output", type=cli.output_file, metavar="FILE", help=where[command])
+    parser.add_argument("--output", type=cli.output_file, metavar="FILE", help=OUTPUTS[command])
     parser.add_argument("--seed", type=int, metavar="N", help="class order (default: the first)")
     parser.add_argument("--phase", type=int, metavar="N", help="phase, counted from 0 (default: the last one kept)")
     parser.add_argument("--device", default="auto", help='as the config\'s "device" (default: %(default)s)')
@@ -69,26 +69,30 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _predict(learner, options: argparse.Namespace) -> int:
     """Exit code 1 where some pictures can't be read: they are listed and left out."""
-    from models.use.predict import header, pictures_of, rows
+    from models.use.predictions import header, pictures_of, rows
 
-    table, broken = io.StringIO(), list[str]()
-    writer = csv.writer(table if options.output else sys.stdout, lineterminator="\n")
-    for row in itertools.chain([header(learner)], rows(learner, pictures_of(options.images), broken)):
-        writer.writerow(row if options.output else map(cli.visible, row))
+    broken: list[str] = []
+    predictions = rows(learner, pictures_of(options.images), broken)
     if options.output:
-        _write(options.output, table.getvalue())
+        write_csv(options.output, header(learner), list(predictions))
+        print("written:", cli.visible(str(options.output)), file=sys.stderr)
+    else:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        for row in itertools.chain([header(learner)], predictions):
+            writer.writerow(map(cli.visible, row))
     for message in broken:
         print(cli.visible(message), file=sys.stderr)
     return 1 if broken else 0
 
 
 def _evaluate(learner, options: argparse.Namespace) -> int:
-    from models.use.evaluate import evaluate, in_words
+    from models.use.predictions import evaluate, in_words
 
     figures = evaluate(learner, options.data)
     print(cli.visible("\n".join(in_words(figures, options.classifier))))
     if options.output:
-        _write(options.output, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+        write_text(options.output, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+        print("written:", cli.visible(str(options.output)), file=sys.stderr)
     return 0
 
 
@@ -98,8 +102,3 @@ def _export(learner, options: argparse.Namespace) -> int:
     default = seed_folder(learner.folder, learner.seed) / f"phase{learner.phase:02d}.onnx"
     print(cli.visible("\n".join(map(str, export(learner, options.output or default)))))
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    write_text(path, text)
-    print("written:", cli.visible(str(path)), file=sys.stderr)

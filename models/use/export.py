@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from models.use.learner import Learner
 from utils.data.augment import LargeTest, SmallTest
 from utils.errors import UserError
-from utils.files import printable, write_atomically
+from utils.files import printable, write_atomically, write_text
 
 OPSET = 18
 
@@ -44,11 +44,11 @@ class Classifier(nn.Module):
 
 def description(learner: Learner) -> dict[str, Any]:
     """What the JSON beside an exported file says."""
-    steps = transform(learner)
+    steps, output = transform(learner), "similarities" if learner.by_means else "probabilities"
     return {
         "input": {"name": "images", "dtype": "float32", "shape": ["batch", 3, steps["crop"], steps["crop"]]},
         "transform": steps,
-        "output": {"name": learner.confidence_name, "shape": ["batch", len(learner.class_names)]},
+        "output": {"name": output, "shape": ["batch", len(learner.class_names)]},
         "class_names": [printable(name) for name in learner.class_names],
     }
 
@@ -66,10 +66,7 @@ def transform(learner: Learner) -> dict[str, Any]:
 
 
 def export(learner: Learner, file: Path) -> list[Path]:
-    """Write the ONNX file, and FILE.json.  Returns both.
-
-    Raises UserError where a package is missing.
-    """
+    """Write the ONNX file, and FILE.json.  Returns both.  Raises UserError where a package is missing."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"export needs {' and '.join(missing)}: pip install onnx onnxscript")
@@ -93,5 +90,5 @@ def export(learner: Learner, file: Path) -> list[Path]:
     model = program.model_proto.SerializeToString()
     beside = file.with_name(file.name + ".json")
     write_atomically(file, lambda out: out.write(model))
-    write_atomically(beside, lambda out: out.write((json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode()))
+    write_text(beside, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return [file, beside]

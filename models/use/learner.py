@@ -14,7 +14,6 @@ from models.networks import Outputs
 from models.training import checkpoint
 from models.training.method import network_input
 from models.training.run import Predictor
-from utils.config.read import load_config
 from utils.data.classes import PhasedClasses, phase_starts
 from utils.devices import launch
 from utils.errors import UserError
@@ -29,8 +28,7 @@ class Learner:
     Raises UserError where there is no such checkpoint, or no class means for nme.
 
     `network` maps normalised pictures to `models.networks.Outputs`; `class_names` are those of its logits, in order;
-    `class_means` (classes x D) are the nearest-mean classifier's, None where the run has none; `data` has the
-    transforms; `predictor` makes predictions.
+    `class_means` (classes x D) are the nearest-mean classifier's, None where the run has none.
     """
 
     def __init__(
@@ -48,9 +46,7 @@ class Learner:
         state = checkpoint.load(path, checkpoint.AFTER_PHASE)
         if "picture_size" not in state:
             raise UserError(f"{path} was written by an earlier version, which did not keep the pictures' size.")
-        methods, backbones = catalogue.methods(), catalogue.backbones()
-        overrides = [f"device={device}"]
-        config = self.config = load_config(folder / "config.json", overrides, methods=methods, backbones=backbones)
+        config = self.config = catalogue.read_config(folder / "config.json", [f"device={device}"])
         on_gpu = torch.cuda.is_available() and config.device != "cpu"
         precision = "32-true" if config.precision == "16-mixed" and not on_gpu else config.precision
         fabric = launch(config.device, precision)
@@ -75,11 +71,6 @@ class Learner:
         what = f"{config.model_name}, {config.convnet_type}, {len(self.class_names)} classes"
         self.description = f"{what}, phase {self.phase} of seed {self.seed}: {path}"
 
-    @property
-    def confidence_name(self) -> str:
-        """What `confidences` are."""
-        return "similarities" if self.by_means else "probabilities"
-
     def confidences(self, outputs: Outputs) -> Tensor:
         """Of the classifier, B x classes, float32: softmax of the logits, or cosines to the class means (-1 for a class
         that has none)."""
@@ -94,8 +85,8 @@ def _choose(folder: Path, seed: int | None, phase: int | None) -> tuple[int, int
     """The class order and phase of a checkpoint that is there."""
     check_is_run(folder)
     seeds = [int(match[1]) for entry in folder.iterdir() if (match := re.fullmatch(r"seed(\d+)", entry.name))]
-    saved = {n: checkpoint.saved_phases(seed_folder(folder, n) / "checkpoints") for n in sorted(seeds)}
-    saved = {number: phases for number, phases in saved.items() if phases}
+    checkpoints = {number: seed_folder(folder, number) / "checkpoints" for number in sorted(seeds)}
+    saved = {n: phases for n, path in checkpoints.items() if (phases := checkpoint.saved_phases(path))}
     if not saved:
         command = f"python main.py --config {shlex.quote(str(folder / 'config.json'))}"
         raise UserError(f"{folder} has no finished phase: train it with {command}")
