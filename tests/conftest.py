@@ -5,12 +5,15 @@ import torchvision_compat  # noqa: F401  (before torchvision, which some tests i
 # isort: split
 import gc
 import os
+import shutil
 from collections.abc import Iterable
 
 import pytest
 import torch
 
+from compress import run
 from tests.little_model import little_model, save_checkpoint
+from tests.little_run import arguments, little_dataset
 
 ON_DEMAND = {
     "long": ("ESCORT_LONG", "takes five seconds or more, or repeats a quicker test"),
@@ -69,10 +72,33 @@ def checkpoint(tmp_path_factory):
     return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.safetensors")
 
 
+@pytest.fixture(scope="session")
+def finished(checkpoint, tmp_path_factory):
+    """A little dataset with the edge maps and copies that the command makes of it."""
+    paths = little_dataset(tmp_path_factory.mktemp("finished"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert run.main([*arguments(paths, checkpoint), "--precision", "fp32"]) == 0
+    torch.set_num_threads(threads)
+    return paths
+
+
+@pytest.fixture
+def made(paths, finished):
+    """Give a little dataset, the file's fixture `paths`, what `finished` has."""
+    shutil.copytree(finished.root, paths.root, dirs_exist_ok=True)
+
+
 @pytest.fixture(autouse=True)
 def a_cpu_without_bf16(monkeypatch):
     """Whatever the CPU, so that what is expected of "auto" precision is the same on all of them."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def a_fast_disk(monkeypatch):
+    """Nothing that a test writes has to outlast a power cut."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """A ControlLDM that makes a picture in a moment: the real classes at a very small size, with fixed random weights."""
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -37,6 +39,11 @@ def little_config() -> DictConfig:
 
 def little_model() -> ControlLDM:
     """On the CPU, in eval mode.  Its pictures are noise of full contrast, and depend on edge map, text and number."""
+    return copy.deepcopy(_little_model())
+
+
+@lru_cache(maxsize=1)
+def _little_model() -> ControlLDM:
     model = create_model(little_config())
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
