@@ -13,7 +13,8 @@ import torch
 
 from compress import run
 from tests.little_model import little_model, save_checkpoint
-from tests.little_run import arguments, little_dataset
+from tests.little_run import arguments, command, little_dataset
+from tests.shapes import make_shapes
 
 ON_DEMAND = {
     "long": ("ESCORT_LONG", "takes five seconds or more, or repeats a quicker test"),
@@ -67,6 +68,12 @@ def in_utf_8(value):
 
 
 @pytest.fixture(scope="session")
+def state():
+    """The little model's tensors by official names."""
+    return little_model().state_dict()
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """The little model's weights as a file, its config beside it."""
     return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.safetensors")
@@ -83,9 +90,27 @@ def finished(checkpoint, tmp_path_factory):
     return paths
 
 
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A data folder with the coloured shapes; no test writes to it."""
+    return make_shapes(tmp_path_factory.mktemp("shapes")).data_dir
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """A little dataset of noise; some files have another one."""
+    return little_dataset(tmp_path)
+
+
+@pytest.fixture
+def compress(paths, checkpoint, capsys):
+    """`little_run.command` of the dataset."""
+    return command(paths, checkpoint, capsys)
+
+
 @pytest.fixture
 def made(paths, finished):
-    """Give a little dataset, the file's fixture `paths`, what `finished` has."""
+    """Give the little dataset what `finished` has."""
     shutil.copytree(finished.root, paths.root, dirs_exist_ok=True)
 
 

@@ -16,7 +16,7 @@ from compress.training.cost import Cost
 from tests.conftest import long_but
 from tests.folders import save_noise
 from tests.little_config import phases, train_little
-from tests.little_run import command, little_dataset, tree
+from tests.little_run import tree
 from utils.data import codecs
 from utils.data.images import read_image
 from utils.data.paths import DatasetPaths
@@ -28,16 +28,6 @@ CODES = ["codebook:4@3", "codebook:3x2@3/1"]
 FORMS = [*PICTURES, "text", "edges@20", "edges:1.5", "edges+webp:10@16", "edges+colour@8", "thumb:40@8", *CODES]
 ONE_COPY = [*PICTURES, "codebook:4@3"]
 EACH = long_but(FORMS, "webp:10@20", "edges@20", "codebook:4@3")  # a codec, copies under control, copies of a code
-
-
-@pytest.fixture
-def paths(tmp_path):
-    return little_dataset(tmp_path)
-
-
-@pytest.fixture
-def compress(paths, checkpoint, capsys):
-    return command(paths, checkpoint, capsys)
 
 
 def of_form(paths: DatasetPaths, form: str) -> DatasetPaths:

@@ -41,16 +41,6 @@ def other_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def paths(tmp_path):
-    return little_dataset(tmp_path)
-
-
-@pytest.fixture
-def compress(paths, checkpoint, capsys):
-    return command(paths, checkpoint, capsys)
-
-
-@pytest.fixture
 def no_model_from_now(monkeypatch):
     """Call it, and from then on loading a model fails the test, and its weights are not there."""
     return lambda: without_weights(monkeypatch)

@@ -11,19 +11,9 @@ from PIL import Image
 from compress.coding.edge_maps import decode
 from tests.conftest import long_but
 from tests.folders import save_picture
-from tests.little_run import Killed, command, copies, kill_at, little_dataset, tree, without_weights
+from tests.little_run import Killed, copies, kill_at, tree, without_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
-
-
-@pytest.fixture
-def paths(tmp_path):
-    return little_dataset(tmp_path)
-
-
-@pytest.fixture
-def compress(paths, checkpoint, capsys):
-    return command(paths, checkpoint, capsys)
 
 
 def break_things(paths) -> dict[str, str]:
