@@ -5,12 +5,16 @@ import torchvision_compat  # noqa: F401  (before torchvision, which some tests i
 # isort: split
 import gc
 import os
+import shutil
 from collections.abc import Iterable
 
 import pytest
 import torch
 
+from compress import run
 from tests.little_model import little_model, save_checkpoint
+from tests.little_run import arguments, command, little_dataset
+from tests.shapes import make_shapes
 
 ON_DEMAND = {
     "long": ("ESCORT_LONG", "takes five seconds or more, or repeats a quicker test"),
@@ -64,15 +68,62 @@ def in_utf_8(value):
 
 
 @pytest.fixture(scope="session")
+def state():
+    """The little model's tensors by official names."""
+    return little_model().state_dict()
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """The little model's weights as a file, its config beside it."""
     return save_checkpoint(little_model(), tmp_path_factory.mktemp("models") / "little.safetensors")
+
+
+@pytest.fixture(scope="session")
+def finished(checkpoint, tmp_path_factory):
+    """A little dataset with the edge maps and copies that the command makes of it."""
+    paths = little_dataset(tmp_path_factory.mktemp("finished"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert run.main([*arguments(paths, checkpoint), "--precision", "fp32"]) == 0
+    torch.set_num_threads(threads)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A data folder with the coloured shapes; no test writes to it."""
+    return make_shapes(tmp_path_factory.mktemp("shapes")).data_dir
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """A little dataset of noise; some files have another one."""
+    return little_dataset(tmp_path)
+
+
+@pytest.fixture
+def compress(paths, checkpoint, capsys):
+    """`little_run.command` of the dataset."""
+    return command(paths, checkpoint, capsys)
+
+
+@pytest.fixture
+def made(paths, finished):
+    """Give the little dataset what `finished` has."""
+    shutil.copytree(finished.root, paths.root, dirs_exist_ok=True)
 
 
 @pytest.fixture(autouse=True)
 def a_cpu_without_bf16(monkeypatch):
     """Whatever the CPU, so that what is expected of "auto" precision is the same on all of them."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def a_fast_disk(monkeypatch):
+    """Nothing that a test writes has to outlast a power cut."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

@@ -1,14 +1,20 @@
 """A ControlLDM that makes a picture in a moment: the real classes at a very small size, with fixed random weights."""
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.model import MODELS_FOLDER, create_model
 from ControlNet.sampling import draw, fresh_noise, make_schedule, sample_latents
+
+CONTROL = "control_model."
+"""What the names of a control network's tensors begin with."""
 
 
 def little_config() -> DictConfig:
@@ -37,6 +43,11 @@ def little_config() -> DictConfig:
 
 def little_model() -> ControlLDM:
     """On the CPU, in eval mode.  Its pictures are noise of full contrast, and depend on edge map, text and number."""
+    return copy.deepcopy(_little_model())
+
+
+@lru_cache(maxsize=1)
+def _little_model() -> ControlLDM:
     model = create_model(little_config())
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -56,9 +67,27 @@ def sampled(model, name, steps, shape, cond, uncond=None, scale=9.0, *, x=None, 
     return sample_latents(model, name, schedule, x, cond, uncond, noise=noise, scales=scales, **how)
 
 
-def save_checkpoint(model: ControlLDM, path: Path) -> Path:
-    """The weights at `path` (.pth, or .safetensors, which loads faster), their config beside them for `load_model`."""
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    torch.save(state, path) if path.suffix == ".pth" else save_file(state, path)
-    OmegaConf.save(little_config(), path.with_suffix(".yaml"))
+def only(state: dict[str, Tensor], *beginnings: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name.startswith(beginnings)}
+
+
+def without(state: dict[str, Tensor], *beginnings: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if not name.startswith(beginnings)}
+
+
+def write(path: Path, state: dict, config: bool = True) -> Path:
+    """Tensors by name at `path` (.safetensors, which loads faster, else torch's format).
+
+    config: with the little model's config beside them, as `load_model` takes other weights for Stable Diffusion 1.5's.
+    """
+    if path.suffix == ".safetensors":
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    else:
+        torch.save(state, path)
+    if config:
+        OmegaConf.save(little_config(), path.with_suffix(".yaml"))
     return path
+
+
+def save_checkpoint(model: ControlLDM, path: Path) -> Path:
+    return write(path, model.state_dict())

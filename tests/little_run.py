@@ -17,14 +17,19 @@ def little_dataset(folder: Path) -> DatasetPaths:
     return make_dataset(folder, LABELS, train=2, size=(48, 40), ending=".jpg")
 
 
-def command(paths: DatasetPaths, checkpoint: Path, capsys):
-    """A function that runs the command with what the tests have in common: -> (exit code, stdout, stderr)."""
+def arguments(paths: DatasetPaths, checkpoint: Path, *, resolution="high", size="64", steps="1") -> list[str]:
+    """What the tests' commands have in common."""
+    where = ["--data-dir", str(paths.data_dir), "--dataset", paths.dataset, "--model", str(checkpoint)]
+    small = ["--size", size, "--steps", steps, "--batch-size", "4", "--device", "cpu", "--seeds", "2"]
+    return [*where, "--resolution", resolution, *small]
 
-    def call(*options, data=paths, resolution="high", size="64", steps="1"):
-        where = ["--data-dir", str(data.data_dir), "--dataset", data.dataset, "--model", str(checkpoint)]
-        small = ["--size", size, "--steps", steps, "--batch-size", "4", "--device", "cpu", "--seeds", "2"]
+
+def command(paths: DatasetPaths, checkpoint: Path, capsys):
+    """A function that runs the command with `arguments` and more options: -> (exit code, stdout, stderr)."""
+
+    def call(*options, data=paths, **common):
         try:
-            code = run.main([*where, "--resolution", resolution, *small, *options])
+            code = run.main([*arguments(data, checkpoint, **common), *options])
         except SystemExit as leave:
             code = leave.code
         written = capsys.readouterr()

@@ -29,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.methods import METHODS
 from tests.pycil_reference import Pictures, Reference, runs_of
-from tests.pycil_replay import Measured, Unlike, float64, train
+from tests.pycil_replay import Compared, Measured, Unlike, float64, train
 
 TOLERANCE = 1e-9
 MEANS_TOLERANCE = 1e-7
@@ -89,9 +89,9 @@ def compare_phase(row: Row, phase: int, reference: Reference, ours: Mapping[str,
             row.first = f"phase {phase}: exemplars differ"
 
 
-def compare(arrays: Mapping[str, np.ndarray], name: str, pictures: Pictures) -> Row:
-    """Repeat a run and compare it."""
-    reference, row, measured = Reference(arrays, name), Row(name), Measured()
+def compare(arrays: Mapping[str, np.ndarray], name: str, pictures: Pictures, nb_phases: int | None = None) -> Row:
+    """Repeat a run, or its first phases, and compare it."""
+    reference, row, measured = Reference(arrays, name, nb_phases), Row(name), Measured()
     phases, reason = reference.compared
     if reason:
         row.notes.append(f"{reason}; {phases} of {len(reference.sizes)} phases compared")
@@ -99,6 +99,8 @@ def compare(arrays: Mapping[str, np.ndarray], name: str, pictures: Pictures) -> 
         hook = register_optimizer_step_pre_hook(measured.on_step)
         try:
             train(reference, pictures, measured, Path(scratch))
+        except Compared:
+            pass
         except Unlike as unlike:
             row.first = str(unlike)
         finally:

@@ -20,16 +20,17 @@ from utils.data.paths import DatasetPaths
 class Reference:
     """The arrays of one run in a file of PyCIL's figures.
 
-    `args`: the keys of PyCIL's config; `constants`: those of its method's module; `sizes`: classes of each phase.
+    `args`: the keys of PyCIL's config; `constants`: those of its method's module; `sizes`: classes of each phase, of
+    the first nb_phases alone where given.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], name: str):
+    def __init__(self, arrays: Mapping[str, np.ndarray], name: str, nb_phases: int | None = None):
         self.arrays = arrays
         self.name = name
         meta = json.loads(str(arrays[f"{name}/meta"]))
         self.args: dict[str, Any] = meta["args"]
         self.constants: dict[str, Any] = meta["constants"]
-        self.sizes: list[int] = meta["increments"]
+        self.sizes: list[int] = meta["increments"][:nb_phases]
         self.method: str = self.args["model_name"]
 
     def get(self, phase: int, name: str) -> np.ndarray | None:

@@ -41,6 +41,10 @@ class Unlike(Exception):
     """The run can't go on: it trains on other pictures than PyCIL's."""
 
 
+class Compared(Exception):
+    """All phases that are compared are done."""
+
+
 class Still(SmallTest):
     """The test transform in place of augmentation."""
 
@@ -257,6 +261,8 @@ class FedTrainer(Trainer):
     run: FedRun
 
     def start_phase(self, phase: int) -> None:
+        if phase == self.run.reference.compared[0]:
+            raise Compared
         self.run.stage_number = 0
         self.run.measured.steps.clear()
         self.run.measured.phases.append({})

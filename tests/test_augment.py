@@ -9,6 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torchvision import transforms
 from torchvision.transforms import functional
 
+from tests.conftest import long_but
 from utils.data.augment import (
     CIFAR10_POLICY,
     IMAGENET_POLICY,
@@ -281,10 +282,10 @@ def test_posterize_keeps_the_published_bits(level):
     np.testing.assert_array_equal(operation("Posterize", level, 1), ImageOps.posterize(photograph(), bits))
 
 
-@pytest.mark.parametrize("policies", POLICIES.values())
-def test_sub_policies_and_operations_are_as_likely_as_published(policies):
+@pytest.mark.parametrize("kind", long_but(POLICIES, "imagenet"))
+def test_sub_policies_and_operations_are_as_likely_as_published(kind):
     """Of 25 sub-policies, which pictures change is the sum of their probabilities; 1.8 standard errors and more."""
-    numbers = np.random.default_rng(0).random((4000, 5))
+    numbers, policies = np.random.default_rng(0).random((4000, 5)), POLICIES[kind]
     picture = photograph().resize((16, 16))
     unchanged = np.mean([np.array_equal(auto_augment(picture, row, policies), picture) for row in numbers])
     idle = [np.prod([1 - probability for _, probability, _ in pair]) for pair in policies]
@@ -300,7 +301,7 @@ def test_large_training_leaves_torch_s_generator_alone():
     assert torch.rand(1) == expected
 
 
-@pytest.mark.parametrize("size", [(400, 300), (224, 224), (60, 500)])
+@pytest.mark.parametrize("size", [(400, 300), (224, 224), pytest.param((60, 500), marks=pytest.mark.long)])
 def test_boxes_are_spread_as_torchvision_s(size):
     """Quartiles of area, ratio and place over 4,000 boxes; (60, 500): most tries don't fit, many take the middle."""
     width, height = size

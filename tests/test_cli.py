@@ -18,6 +18,7 @@ from ControlNet import train as controlnet
 from exps import compare, pareto
 from exps.report import __main__ as report
 from exps.report import gallery
+from tests.conftest import long_but
 from utils import cli
 from utils import log as logs
 from utils.curate import command as curate
@@ -98,31 +99,36 @@ def test_where_an_output_can_t_be_written_is_said_first(command, arguments, tmp_
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["predict", "outputs/nosuch", "--images", "x"], "outputs/nosuch is not a run's output folder"),
-        (["--config", "exps/demo.json", "dataset=Nowhere"], "no train images of dataset 'Nowhere'"),
-        (["--config", "exps/demo.json", "dataset=Nowhere", "memory_only=true"], "no test images of dataset 'Nowhere'"),
-    ],
-)
-def test_what_is_not_there_is_said_before_torch_is_imported(arguments, words):
-    code = f"import sys, main; code = main.main({arguments}); print(code, 'torch' in sys.modules)"
-    done = shell(shlex.join([sys.executable, "-c", code]))
-    assert done.stdout == "2 False\n"
-    assert words in done.stderr
+MISSING = {
+    "outputs/nosuch is not a run's output folder": ["predict", "outputs/nosuch", "--images", "x"],
+    "no train images of dataset 'Nowhere'": ["--config", "exps/demo.json", "dataset=Nowhere"],
+    "no test images of dataset 'Nowhere'": ["--config", "exps/demo.json", "dataset=Nowhere", "memory_only=true"],
+}
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_closed_streams_are_written_to_nowhere(closed, tmp_path):
-    for command, code in (("--list methods", 0), ("--show-config --config exps/config.json", 0), ("nonsense", 2)):
-        done = shell(f"{sys.executable} main.py {command} {closed}")
-        assert done.returncode == code
-        assert "Traceback" not in done.stderr
+def test_what_is_not_there_is_said_before_torch_is_imported():
+    calls = f"[main.main(arguments) for arguments in {list(MISSING.values())}]"
+    done = shell(shlex.join([sys.executable, "-c", f"import sys, main; print({calls}, 'torch' in sys.modules)"]))
+    assert done.stdout == "[2, 2, 2] False\n"
+    assert all(words in done.stderr for words in MISSING)
+
+
+CLOSED = [
+    (command, code, closed)
+    for command, code in (("--list methods", 0), ("--show-config --config exps/config.json", 0), ("nonsense", 2))
+    for closed in (">&-", "2>&-", ">&- 2>&-")
+]
+
+
+@pytest.mark.parametrize(("command", "code", "closed"), long_but(CLOSED, *CLOSED[::4]))  # each command and each stream
+def test_closed_streams_are_written_to_nowhere(command, code, closed):
+    done = shell(f"{sys.executable} main.py {command} {closed}")
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
 
 
 def test_help_without_docstrings():
-    for command in ("main.py --help", "main.py predict --help", "main.py --list methods"):
+    for command in ("main.py --help", "main.py predict --help"):
         done = shell(f"{sys.executable} -OO {command}")
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout
@@ -183,18 +189,20 @@ def test_threads_that_wait_give_way_unless_the_user_decides(variables, spins):
     assert (done.stdout, done.stderr) == (f"{spins}\n", "")
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize(
-    "command",
-    ["main.py --help-config", "main.py --help", "compress/run.py --help", "-m utils.curate --help"],
-)
+COMMANDS = ["main.py --help-config", "main.py --help", "compress/run.py --help", "-m utils.curate --help"]
+READ = [(command, unbuffered) for command in COMMANDS for unbuffered in ("", "1")]
+
+
+@pytest.mark.parametrize(("command", "unbuffered"), long_but(READ, *READ[::3]))
 def test_a_reader_that_leaves_early_is_no_error(command, unbuffered):
     done = shell(f"{sys.executable} {command} | true; echo ${{PIPESTATUS[0]}}", PYTHONUNBUFFERED=unbuffered)
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("command", ["main.py --help-config", "main.py --list methods"])
+@pytest.mark.parametrize(
+    "command", long_but(["main.py --help-config", "main.py --list methods"], "main.py --help-config")
+)
 def test_a_full_disk_is_one_line(command):
     done = shell(f"{sys.executable} {command} > /dev/full", PYTHONUNBUFFERED="")
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")

@@ -47,7 +47,7 @@ OWN = {
     "beefiso": {"fusion_epochs": 1},
 }
 """Keys that these methods need, or that make them small."""
-COMPARED = tuple(METHODS) if asked_for("long") else ("icarl", "der")
+COMPARED = tuple(METHODS) if asked_for("long") else ("icarl",)
 COMPARING = ("il2a", "tagfex")
 """Methods that mix or compare the images that a process has at a time, so that dividing a batch changes the result."""
 NEARLY_TIED = ("coil", "podnet")

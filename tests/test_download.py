@@ -59,6 +59,7 @@ def hub(monkeypatch):
     """(handler class, address)"""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # before a further try
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 500_000)  # less is not kept of what breaks off
     handler = type("Handler", (Hub,), {"requests": [], "stop_after": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)

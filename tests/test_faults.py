@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 
 import main
-from compress import quality
-from compress import run as compress
+from compress import quality, run
 from exps.report import __main__ as report
 from exps.report import gallery
 from tests import processes
 from tests.folders import make_dataset, save_picture
 from tests.little_config import KEYS, phases
-from tests.little_run import command, little_dataset
 from utils.curate import command as curate
 from utils.data.paths import DatasetPaths
 from utils.memory import __main__ as memory
@@ -103,11 +101,12 @@ def no_room():
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_line_of_every_tool(config, tmp_path, capsys):
     assert main.main(["--config", str(config())]) == 0
     out, data, file = tmp_path / "out" / "config", ["--data-dir", str(tmp_path / "data")], tmp_path / "new"
     form = ["--dataset", "Toy", "--form", "webp:10"]
-    assert compress.main([*data, *form, "--resolution", "low"]) == 0
+    assert run.main([*data, *form, "--resolution", "low"]) == 0
     exemplars = DatasetPaths(tmp_path / "data", "Toy")
     for label in "abc":
         save_picture(exemplars.kept(exemplars.images(label)[0]).with_suffix(".webp"))
@@ -121,7 +120,7 @@ def test_a_full_disk_is_one_line_of_every_tool(config, tmp_path, capsys):
         (gallery.main, [*data, "--dataset=Toy", "--copies=0", str(file)]),
         (quality.main, [*data, *form, "--images=2", "--epochs=1", f"--json={file}"]),
         (memory.main, ["extract", str(out / "seed1993" / "memory" / "phase01.memory"), f"--to={file}"]),
-        (compress.main, [*data, "--dataset=Toy", "--form=webp:20", "--resolution=low"]),
+        (run.main, [*data, "--dataset=Toy", "--form=webp:20", "--resolution=low"]),
         (curate.main, ["folder", "--dataset=New", *data, f"--source={tmp_path / 'data' / 'Toy' / 'train'}"]),
     ):
         capsys.readouterr()
@@ -143,21 +142,13 @@ def test_a_small_shared_memory_goes_on_without_workers(config, tmp_path):
     assert "--shm-size" in done.stdout
 
 
-@pytest.mark.parametrize("command", [main.main, compress.main])
+@pytest.mark.parametrize("command", [main.main, run.main])
 def test_a_slurm_job_without_srun_is_told_at_once(command, config, monkeypatch, capsys):
     for name, value in {"SLURM_NTASKS": "8", "SLURM_JOB_NAME": "job", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}.items():
         monkeypatch.setenv(name, value)
     file = config()
-    of_compress = [
-        "--data-dir",
-        str(file.parent / "data"),
-        "--dataset",
-        "Toy",
-        "--resolution",
-        "low",
-        "--form",
-        "webp:9",
-    ]
+    where = f"--data-dir={file.parent / 'data'}"
+    of_compress = [where, "--dataset=Toy", "--resolution=low", "--form=webp:9"]
     assert command(["--config", str(file)] if command is main.main else of_compress) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: SLURM's job has 8 tasks")
@@ -182,14 +173,13 @@ def test_two_jobs_of_two_processes_share_a_phase_0_cache(config, tmp_path):
     assert one == two
 
 
-def test_prompts_that_are_cut_are_told(tmp_path, checkpoint, capsys, caplog):
-    paths = little_dataset(tmp_path)
+def test_prompts_that_are_cut_are_told(paths, compress, caplog):
     long = {"sushi": "raw fish on rice, " * 20, "apple pie": "apple pie"}
     (paths.root / "class_names.json").write_text(json.dumps(long))
-    assert command(paths, checkpoint, capsys)("--dry-run")[0] == 0
+    assert compress("--dry-run")[0] == 0
     assert "1 prompts have more than 75 tokens and are cut, such as that of class 'sushi'" in caplog.text
     caplog.clear()
     template = "a picture, " * 30 + "{label}"
-    assert command(paths, checkpoint, capsys)("--dry-run", "--prompt-template", template)[0] == 0
+    assert compress("--dry-run", "--prompt-template", template)[0] == 0
     assert "shorten --prompt-template (90 tokens)" in caplog.text
     assert "class_names.json" not in caplog.text

@@ -7,7 +7,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from models.training.checkpoint import Checkpoints
-from tests.test_main import data_dir, results, train  # noqa: F401  (fixtures)
+from tests.test_main import results, train  # noqa: F401  (a fixture)
 from utils.results import history
 from utils.results.history import History
 from utils.results.records import Record

@@ -1,5 +1,6 @@
 """LoRA files merged into a model, against diffusers' networks whose layers add scale * up(down(x)) to their output."""
 
+import copy
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from ControlNet.cldm.lora import merge
 from ControlNet.cldm.model import Lora, ModelError, load_model, weights_fingerprint
 from ControlNet.ldm.text import tokenize
 from tests.little_config import relative_error
-from tests.little_model import little_config, little_model, save_checkpoint
+from tests.little_model import little_config, little_model
 
 RANK = 3
 EVERY_KIND = (  # attention, feed-forward, projections, convolutions of every kind, timestep embeddings
@@ -24,17 +25,18 @@ EVERY_KIND = (  # attention, feed-forward, projections, convolutions of every ki
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(little_model(), tmp_path_factory.mktemp("lora") / "model.pth")
-
-
-@pytest.fixture
-def theirs():
+def networks():
     pytest.importorskip("diffusers")
     from tests.diffusers_models import diffusers_networks
 
-    networks = diffusers_networks(little_config(), little_model().state_dict())
-    return {name: networks[name] for name in ("unet", "text_encoder")}
+    made = diffusers_networks(little_config(), little_model().state_dict())
+    return {name: made[name] for name in ("unet", "text_encoder")}
+
+
+@pytest.fixture
+def theirs(networks):
+    """Networks to which a test may give hooks."""
+    return copy.deepcopy(networks)
 
 
 def low_rank(networks, seed=0, kinds=EVERY_KIND):

@@ -30,25 +30,18 @@ from utils.errors import Stopped, UserError
 from utils.results.records import Metrics, Phase
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    make_shapes(folder)
-    return folder
-
-
 @pytest.fixture
-def own_data_dir(data_dir, tmp_path):
+def own_data_dir(shapes, tmp_path):
     """A copy that a test may spoil."""
-    return Path(shutil.copytree(data_dir, tmp_path / "data"))
+    return Path(shutil.copytree(shapes, tmp_path / "data"))
 
 
 @pytest.fixture
-def train(tmp_path, data_dir):
+def train(tmp_path, shapes):
     """Calls main.py with a small config; returns its exit code."""
     values = {"model_name": "wa", "memory_per_class": 3, "real_per_class": 2, "syn_per_class": 4, "batch_size": 16}
     values |= {"augmentations_per_image": 2, "augmentation_prob": 0.4, "init_epoch": 6, "epochs": 6}
-    return partial(train_little, data_dir, tmp_path / "out", **values, init_lr=0.05, lrate=0.05)
+    return partial(train_little, shapes, tmp_path / "out", **values, init_lr=0.05, lrate=0.05)
 
 
 def numbers(run):
@@ -324,8 +317,8 @@ def test_lists(capsys, kind, words):
     assert set(words) <= set(capsys.readouterr().out.split())
 
 
-def test_the_datasets_of_a_folder_are_listed(data_dir, capsys):
-    for where in (["--data-dir", str(data_dir)], [f"--data-dir={data_dir}"], [f"data_dir={data_dir}"]):
+def test_the_datasets_of_a_folder_are_listed(shapes, capsys):
+    for where in (["--data-dir", str(shapes)], [f"--data-dir={shapes}"], [f"data_dir={shapes}"]):
         assert main.main(["--list", "datasets", *where]) == 0
         assert capsys.readouterr().out.splitlines()[0] == "Shapes"
 

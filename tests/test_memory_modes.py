@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from compress.training.exemplars import Cost
+from tests.conftest import long_but
 from tests.folders import save_noise, save_picture
 from tests.test_budget import edges_cost
 from utils.data.paths import DatasetPaths
@@ -96,7 +97,7 @@ def test_every_class_must_get_an_exemplar():
         check_total(199, 100, quotas(1, 0), COSTS, least=2)
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", long_but(SELECTIONS, "herding"))
 def test_classes_shrink_in_the_order_of_choice_and_end_as_if_chosen_at_once(paths, selection):
     total = 18 + 1e-9  # of 2 + 6/24 units a class at the ratio's own size: 8 times that
     memory, before = shared(paths, total, selection=selection, seed=3), {}

@@ -114,7 +114,8 @@ def ordinary_and_forgetful(tmp_path, checkpoint, forgetful, form, *, dies, ahead
     return found
 
 
-@pytest.mark.parametrize("form", long_but(FORMS, "webp:10@20"))
+@pytest.mark.long  # a quicker one is killed, too
+@pytest.mark.parametrize("form", FORMS)
 def test_a_run_from_the_memory_alone_is_the_ordinary_one(tmp_path, checkpoint, forgetful, form):
     ordinary, from_memory = ordinary_and_forgetful(tmp_path, checkpoint, forgetful, form, dies=False)
     assert from_memory == ordinary
@@ -161,7 +162,7 @@ SHARED = {
 METHODS = [name for name, about in catalogue.methods().items() if about.uses_memory]
 
 
-@pytest.mark.parametrize("method", long_but(METHODS, "rmm-icarl", "coil"))
+@pytest.mark.parametrize("method", long_but(METHODS, "rmm-icarl"))
 def test_every_method_goes_on_from_the_memory_alone(tmp_path, checkpoint, forgetful, method):
     """After each phase its classes are deleted, with their texts, and the run is stopped and started again."""
     values = {"model_name": method, "epochs": 1, **TINY.get(method, {})}

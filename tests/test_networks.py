@@ -12,6 +12,7 @@ from convs import BACKBONES
 from convs.blocks import AttendedBatchNorm, RepConv, fold_adapters
 from convs.resnet import build_backbone, joined, nb_parameters, split
 from models.training.method import fresh_backbone
+from tests.conftest import long_but
 
 
 def backbone(name="resnet8", kind="small", stem="7x7", pretrained=False):
@@ -24,7 +25,10 @@ def torchvision_model(name):
     return get_model(name, weights=None).eval()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+RESNETS = long_but(("resnet18", "resnet34", "resnet50"), "resnet18", "resnet50")  # of both kinds of blocks
+
+
+@pytest.mark.parametrize("name", RESNETS)
 def test_equals_torchvision_on_the_same_weights(name):
     torch.manual_seed(0)
     theirs = torchvision_model(name)
@@ -43,7 +47,7 @@ def test_equals_torchvision_on_the_same_weights(name):
     assert expected.shape == (2, ours.feature_dim)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("name", RESNETS)
 def test_large_cosine_backbones_lack_the_last_relu_alone(name):
     plain, cosine = backbone(name, "large").eval(), backbone(f"cosine_{name}", "large").eval()
     cosine.load_state_dict(plain.state_dict())
@@ -130,7 +134,7 @@ def test_cbam_sits_at_the_end_of_every_bottleneck():
     assert {re.sub(r"\.(mlp\.[02]|spatial)\.weight$", "", key) for key in missing} == norms
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+@pytest.mark.parametrize("name", long_but(("resnet18", "resnet34"), "resnet18"))
 def test_published_basic_blocks_never_apply_their_attention(name):
     plain, cbam, x = backbone(name).eval(), backbone(f"{name}_cbam").eval(), torch.randn(2, 3, 32, 32)
     cbam.load_state_dict(plain.state_dict())

@@ -57,6 +57,7 @@ def test_names_that_are_not_utf_8_go_through_training_checkpoints_and_reports(ru
     assert len(phases(tmp_path / "out")) == 2
 
 
+@pytest.mark.long
 def test_names_that_are_not_utf_8_go_through_every_tool(run, tmp_path, capsys):
     label, name = os.fsdecode(b"caf\xe9 $x_"), os.fsdecode(b"caf\xe9.png")
     try:

@@ -15,6 +15,7 @@ import pytest
 from exps import demo, pareto
 from exps.grid import finished
 from exps.sweep import Plan, read
+from tests.conftest import long_but
 from tests.grid_stub import entry, write
 from tests.little_config import KEYS
 from tests.shapes import make_shapes
@@ -144,7 +145,9 @@ def test_a_part_of_a_sweep(folder, capsys):
     assert "no form 'edges'; it has real, webp:10, text." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", SWEEPS, ids=[file.name for file in SWEEPS])
+@pytest.mark.parametrize(
+    "file", long_but(SWEEPS, *SWEEPS[1::2]), ids=lambda file: file.name
+)  # the small ones are quick
 def test_every_sweep_in_exps_can_be_read(file, tmp_path):
     sweep = read(file, tmp_path)
     measures = {"forms": {form: {"deterministic": True} for form in ("real", *sweep.kept)}}

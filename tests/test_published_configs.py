@@ -36,7 +36,16 @@ def file(tmp_path):
     return write
 
 
-LONG = ("tagfex.json", "pass.json", "il2a.json", "ssre.json", "pescr/config.json")
+LONG = (
+    "tagfex.json",
+    "pass.json",
+    "il2a.json",
+    "ssre.json",
+    "pescr/config.json",
+    "podnet.json",
+    "coil.json",
+    "beef.json",
+)
 
 
 @pytest.mark.parametrize("name", long_but(CONFIGS, *(name for name in CONFIGS if name not in LONG)))

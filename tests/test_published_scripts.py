@@ -11,7 +11,7 @@ from compress.generators.controlnet import PictureGenerator
 from compress.presets import HIGH, LOW, MAX_PIXELS, generated_size
 from compress.training.copies import check_copies
 from tests.folders import make_dataset
-from tests.little_run import LABELS, command, little_dataset, tree
+from tests.little_run import LABELS, tree
 from tests.regenerating import Maker, edges
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
@@ -110,8 +110,7 @@ def published_names(paths, seed: int) -> dict[Path, tuple[str, str]]:
     }
 
 
-def test_a_tree_of_the_published_scripts_is_taken_as_it_is(tmp_path, checkpoint, capsys):
-    paths = little_dataset(tmp_path)
+def test_a_tree_of_the_published_scripts_is_taken_as_it_is(paths, compress):
     for seed in range(2):
         for image, names in published_names(paths, seed).items():
             for name in names:
@@ -121,16 +120,14 @@ def test_a_tree_of_the_published_scripts_is_taken_as_it_is(tmp_path, checkpoint,
                 edge_map = cv2.Canny(np.array(picture.convert("RGB")), 100, 200)
             Image.fromarray(edge_map).save(names[1])
     before = tree(paths.root)
-    compress = command(paths, checkpoint, capsys)
     code, out, _ = compress()
     assert code == 0
     assert "edge maps: 0 made, 4 skipped" in out
     assert "copies: 0 made, 8 skipped" in out
     code, out, _ = compress("--verify")
     assert (code, "nothing is wrong" in out) == (0, True)
-    check_copies(
-        paths, edges(HIGH), [image for label in LABELS for image in paths.images(label)], 2
-    )  # the trainer takes them
+    images = [image for label in LABELS for image in paths.images(label)]
+    check_copies(paths, edges(HIGH), images, 2)  # the trainer takes them
     assert tree(paths.root) == before
     code, out, _ = compress("--repair")
     assert "edge maps: 0 made, 4 skipped (4 of them recoded), 0 failed" in out
@@ -139,9 +136,7 @@ def test_a_tree_of_the_published_scripts_is_taken_as_it_is(tmp_path, checkpoint,
     assert not list(paths.folder("kept").rglob("*.bmp"))
 
 
-def test_the_published_trainer_finds_our_copies(tmp_path, checkpoint, capsys):
-    paths = little_dataset(tmp_path)
-    assert command(paths, checkpoint, capsys)()[0] == 0
+def test_the_published_trainer_finds_our_copies(paths, made):
     for seed in range(2):
         for image, (copy, _) in published_names(paths, seed).items():
             with Image.open(copy) as picture, Image.open(image) as original:

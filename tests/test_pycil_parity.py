@@ -30,9 +30,12 @@ def pictures(arrays, tmp_path_factory):
 RUNS = [name for name in runs_of(ARRAYS) if Reference(ARRAYS, name).method in METHODS]
 
 
-@pytest.mark.parametrize("name", long_but(RUNS, "icarl"))  # it has exemplars and a teacher
-def test_every_step_is_pycil_s(name, arrays, pictures):
-    row = pycil_parity.compare(arrays, name, pictures)
+QUICK = ("icarl", 2)  # phases, of which the second has exemplars and a teacher
+
+
+@pytest.mark.parametrize(("name", "nb_phases"), long_but([QUICK, *((name, None) for name in RUNS)], QUICK))
+def test_every_step_is_pycil_s(name, nb_phases, arrays, pictures):
+    row = pycil_parity.compare(arrays, name, pictures, nb_phases)
     assert row.agrees, f"{row.first}; {row.differences}, exemplars {row.exemplars}"
     assert {"loss", "grad_norm", "logits"} <= set(row.differences)
 

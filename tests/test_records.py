@@ -41,16 +41,6 @@ def other_checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def paths(tmp_path):
-    return little_dataset(tmp_path)
-
-
-@pytest.fixture
-def compress(paths, checkpoint, capsys):
-    return command(paths, checkpoint, capsys)
-
-
-@pytest.fixture
 def no_model_from_now(monkeypatch):
     """Call it, and from then on loading a model fails the test, and its weights are not there."""
     return lambda: without_weights(monkeypatch)
@@ -97,8 +87,7 @@ def test_a_copy_and_its_folder_say_what_made_it(paths, compress):
     assert record["classes"] == list(LABELS)
 
 
-def test_the_same_settings_go_on_without_opening_a_copy(paths, compress, monkeypatch, no_model_from_now):
-    compress()
+def test_the_same_settings_go_on_without_opening_a_copy(paths, compress, monkeypatch, no_model_from_now, made):
     no_model_from_now()
     before = tree(paths.root)
     monkeypatch.setattr(plans, "read_mark", lambda copy: pytest.fail(f"{copy} was opened"))
@@ -120,8 +109,7 @@ def test_the_same_settings_go_on_without_opening_a_copy(paths, compress, monkeyp
         ({"resolution": "low"}, ["edge maps and copies", "edges of generated size False -> True"]),
     ],
 )
-def test_other_settings_stop_the_run_and_say_why(paths, compress, no_model_from_now, changed, words):
-    compress()
+def test_other_settings_stop_the_run_and_say_why(paths, compress, no_model_from_now, changed, words, made):
     no_model_from_now()
     before = tree(paths.root)
     options = changed.pop("options", [])
@@ -135,8 +123,7 @@ def test_other_settings_stop_the_run_and_say_why(paths, compress, no_model_from_
     assert tree(paths.root) == before
 
 
-def test_another_model_is_another_setting(paths, compress, other_checkpoint):
-    compress()
+def test_another_model_is_another_setting(paths, compress, other_checkpoint, made):
     before = tree(paths.root)
     other = ["--model", str(other_checkpoint)]
     for more in ((), ("--seeds", "3"), ("--dry-run",), ("--repair",)):
@@ -155,8 +142,7 @@ def test_another_model_is_another_setting(paths, compress, other_checkpoint):
 
 
 @pytest.mark.parametrize("option", ["--lora", "--decoder", "--base", "--model"])
-def test_a_model_that_is_not_there_is_not_taken_for_that_of_finished_copies(paths, compress, monkeypatch, option):
-    compress()
+def test_a_model_that_is_not_there_is_not_taken_for_that_of_finished_copies(paths, compress, monkeypatch, option, made):
     before = tree(paths.root)
     for more in ((), ("--dry-run",), ("--verify",), ("--repair",)):
         code, out, err = compress(option, "nosuch.safetensors", *more)
@@ -201,9 +187,8 @@ def test_copies_of_two_precisions_are_never_mixed(tmp_path, compress, capsys):
     assert tiny("--verify")[0] == 0
 
 
-def test_copies_of_a_version_without_precision_are_kept(paths, compress):
+def test_copies_of_a_version_without_precision_are_kept(paths, compress, made):
     """Their precision is unknown; what is added to them from now on is known."""
-    compress()
     file = record_file(paths)
     record = json.loads(file.read_text())
     del record["settings"]["precision"]
@@ -247,9 +232,8 @@ def test_replacing_makes_again_what_was_made_otherwise_alone(tmp_path, paths, co
 
 @pytest.mark.long
 @pytest.mark.parametrize("moment", [1, 0, 5, 8])
-def test_a_replacement_that_was_killed_goes_on(tmp_path, paths, compress, monkeypatch, moment):
+def test_a_replacement_that_was_killed_goes_on(tmp_path, paths, compress, monkeypatch, moment, made):
     """To the low resolution: edge maps are replaced, too."""
-    compress()
     with monkeypatch.context() as patch:
         kill_at(moment, patch)
         with pytest.raises(Killed):
@@ -272,8 +256,7 @@ def only_settings(paths):
 
 
 @pytest.mark.long
-def test_an_overwriting_run_that_was_killed_goes_on(paths, compress, monkeypatch):
-    compress()
+def test_an_overwriting_run_that_was_killed_goes_on(paths, compress, monkeypatch, made):
     with monkeypatch.context() as patch:
         kill_at(6, patch)
         with pytest.raises(Killed):
@@ -284,8 +267,7 @@ def test_an_overwriting_run_that_was_killed_goes_on(paths, compress, monkeypatch
     assert len(set(marks(paths))) == 2  # one for each class
 
 
-def test_keeping_apart(paths, compress):
-    compress()
+def test_keeping_apart(paths, compress, made):
     before = tree(paths.root)
     assert compress("--keep-apart", "two-steps", steps="2")[0] == 0
     after = tree(paths.root)
@@ -301,8 +283,7 @@ def test_keeping_apart(paths, compress):
     assert "../elsewhere" in err
 
 
-def test_a_changed_text_counts_for_its_class_alone(paths, compress):
-    compress()
+def test_a_changed_text_counts_for_its_class_alone(paths, compress, made):
     before = copies(paths)
     (paths.root / "class_names.json").write_text('{"sushi": "a plate of sushi"}')
     assert compress("--classes", "apple pie")[0] == 0
@@ -318,8 +299,7 @@ def test_a_changed_text_counts_for_its_class_alone(paths, compress):
     assert compress()[0] == 0
 
 
-def test_a_new_class_and_deleted_copies_are_no_change_of_settings(paths, compress):
-    compress()
+def test_a_new_class_and_deleted_copies_are_no_change_of_settings(paths, compress, made):
     save_noise(paths.folder("train") / "tarte" / "a.jpg", 9, (48, 40))
     assert compress()[0] == 0
     shutil.rmtree(paths.copies_folder("sushi"))
@@ -328,8 +308,7 @@ def test_a_new_class_and_deleted_copies_are_no_change_of_settings(paths, compres
     assert compress("--classes", "sushi")[0] == 2
 
 
-def test_copies_without_a_record_are_adopted(paths, compress):
-    compress()
+def test_copies_without_a_record_are_adopted(paths, compress, made):
     remove_marks(paths)
     before = tree(paths.root)
     code, out, _ = compress("--verify", steps="7")
@@ -349,8 +328,7 @@ def test_copies_without_a_record_are_adopted(paths, compress):
     assert None not in marks(paths)
 
 
-def test_marks_without_a_record_still_tell(paths, compress):
-    compress()
+def test_marks_without_a_record_still_tell(paths, compress, made):
     record_file(paths).unlink()
     code, _, err = compress("--seeds", "3", steps="2")
     assert code == 2
@@ -383,8 +361,7 @@ def test_a_record_of_a_version_that_knew_fewer_settings(paths):
     assert other.differences("sushi") == ["sampler 'ddim' -> 'dpm++2m'"]
 
 
-def test_a_broken_record_is_said(paths, compress):
-    compress()
+def test_a_broken_record_is_said(paths, compress, made):
     broken = record_file(paths)
     broken.write_text("{")
     code, _, err = compress()

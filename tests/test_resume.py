@@ -20,7 +20,6 @@ from tests import forks
 from tests.conftest import long_but
 from tests.digits import make_digits
 from tests.little_config import results, train_little, without, write_config
-from tests.shapes import make_shapes
 from utils.data.batches import EpochBatchSampler
 
 SHORT = {"epochs": 2, "compression_epochs": 2, "ft_epochs": 1, "milestones": [1], "init_milestones": [1]}
@@ -28,22 +27,15 @@ EVERY_STEP = {"checkpoint_every": 1e-9}
 NEVER = {"checkpoint_every": 0}
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    make_shapes(folder)
-    return folder
-
-
 @pytest.fixture
-def train(tmp_path, data_dir):
+def train(tmp_path, shapes):
     """Calls main.py with a small config of three phases; returns its exit code."""
     config = {
         **{"model_name": "icarl", "batch_size": 16, "augmentations_per_image": 2, "augmentation_prob": 0.4},
         **{"memory_per_class": 3, "real_per_class": 2, "syn_per_class": 4, "init_lr": 0.05, "lrate": 0.05},
         **SHORT,
     }
-    return lambda out, **values: train_little(data_dir, tmp_path / out, **{**config, "init_epoch": 2, **values})
+    return lambda out, **values: train_little(shapes, tmp_path / out, **{**config, "init_epoch": 2, **values})
 
 
 def checkpoints(out: Path) -> list[str]:

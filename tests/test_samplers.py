@@ -78,8 +78,10 @@ def by_scheduler(model, name, steps, inputs, guidance, generator):
     return x
 
 
-@pytest.mark.parametrize("steps", long_but((1, 4, 8), 1, 4))
-@pytest.mark.parametrize("name", SAMPLERS)
+EACH_SAMPLER = [(name, steps) for name in SAMPLERS for steps in (1, 4, 8)]
+
+
+@pytest.mark.parametrize(("name", "steps"), long_but(EACH_SAMPLER, ("ddim", 1), *((name, 4) for name in SAMPLERS)))
 def test_samplers_agree_with_diffusers(name, steps, model):
     eta = SCHEDULERS[name][2].get("eta", 0.0)
     ours = sample(name, model, steps, eta=eta, generator=generators(5, 6))

@@ -11,8 +11,8 @@ from compress.generators import build
 from compress.options import parse_settings
 from ControlNet.cldm.inference import make_ready
 from ControlNet.cldm.model import ModelError, load_model, weights_fingerprint
+from tests.conftest import long_but
 from tests.folders import make_dataset
-from tests.little_model import little_model, save_checkpoint
 
 diffusers = pytest.importorskip("diffusers", reason="is what is compared with")
 LAYOUTS = ("folder", "diffusers.safetensors", "taesd_decoder.pth", "taesd_decoder.safetensors")
@@ -43,12 +43,7 @@ def written(theirs, layout, folder):
     return path
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save_checkpoint(little_model(), tmp_path_factory.mktemp("model") / "little.safetensors")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", long_but(LAYOUTS, "folder", "taesd_decoder.safetensors"))
 def test_pictures_are_those_of_diffusers(layout, checkpoint, tmp_path):
     theirs = tiny_autoencoder()
     plain, model = load_model(checkpoint), load_model(checkpoint, decoder=written(theirs, layout, tmp_path))

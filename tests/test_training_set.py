@@ -19,6 +19,7 @@ from compress.forms import form_named
 from compress.presets import HIGH
 from compress.training.copies import check_copies
 from tests.chance import CHI2_999, chi2
+from tests.conftest import long_but
 from tests.folders import make_dataset, save_noise, save_picture
 from utils.data import batches as batches_module
 from utils.data import cache as cache_module
@@ -89,8 +90,10 @@ def test_a_synthetic_exemplar_is_always_a_copy_and_each_is_as_likely(greys):
         assert chi2(pairs, [first.size / K**2] * K**2) < CHI2_999[K * K - 1]
 
 
-@pytest.mark.parametrize("role", ["new", "real"])
-@pytest.mark.parametrize("p", [0.2, 0.7])
+REPLACED = [(role, p) for role in ("new", "real") for p in (0.2, 0.7)]
+
+
+@pytest.mark.parametrize(("role", "p"), long_but(REPLACED, ("new", 0.7), ("real", 0.2)))
 def test_a_real_image_is_replaced_with_probability_p_by_any_of_its_copies(greys, role, p):
     numbers = shown(training_set(greys, role, p), 60)
     replaced = numbers[numbers >= 0]
@@ -193,8 +196,10 @@ def test_the_order_of_epochs_and_the_state_of_torch_change_nothing(photos):
     assert not same(forwards[0], forwards[1])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["ram", "disk"])
+CACHES = [(kind, workers) for kind in ("ram", "disk") for workers in (0, 2)]
+
+
+@pytest.mark.parametrize(("kind", "workers"), long_but(CACHES, *CACHES[:3]))
 def test_a_cache_changes_nothing(photos, tmp_path, kind, workers):
     cache = open_cache(kind, 0.01, tmp_path, photos.root, TRANSFORM.prepare)
     plain, cached = photo_set(photos), photo_set(photos, pixels=cache)
@@ -311,8 +316,10 @@ def complaint(loader):
     return "none"
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("kind", ["truncated", "text"])
+UNREADABLE = [(kind, workers) for kind in ("truncated", "text") for workers in (0, 1)]
+
+
+@pytest.mark.parametrize(("kind", "workers"), long_but(UNREADABLE, *UNREADABLE[:3]))
 def test_an_unreadable_picture_is_named_in_one_line(tmp_path, kind, workers):
     paths = DatasetPaths(tmp_path, "Broken")
     image = save_noise(paths.folder("train") / "a" / "bad picture.jpg", 0, (64, 64))

@@ -11,19 +11,9 @@ from PIL import Image
 from compress.coding.edge_maps import decode
 from tests.conftest import long_but
 from tests.folders import save_picture
-from tests.little_run import Killed, command, copies, kill_at, little_dataset, tree, without_weights
+from tests.little_run import Killed, copies, kill_at, tree, without_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # for results that do not change with the machine
-
-
-@pytest.fixture
-def paths(tmp_path):
-    return little_dataset(tmp_path)
-
-
-@pytest.fixture
-def compress(paths, checkpoint, capsys):
-    return command(paths, checkpoint, capsys)
 
 
 def break_things(paths) -> dict[str, str]:
@@ -51,8 +41,7 @@ def break_things(paths) -> dict[str, str]:
     return broken
 
 
-def test_verify_and_repair_each_kind_of_damage(paths, compress):
-    compress()
+def test_verify_and_repair_each_kind_of_damage(paths, compress, made):
     whole = tree(paths.root)
     code, out, err = compress("--verify")
     assert (code, "nothing is wrong" in out) == (0, True)
@@ -80,9 +69,8 @@ def test_verify_and_repair_each_kind_of_damage(paths, compress):
 
 
 @pytest.mark.parametrize("moment", long_but((1, 2, None), 1))
-def test_an_edge_map_of_another_image_is_found_and_its_copies_made_again(paths, compress, monkeypatch, moment):
+def test_an_edge_map_of_another_image_is_found_and_its_copies_made_again(paths, compress, monkeypatch, moment, made):
     """Also where the repair itself is killed, once the edge map is right again."""
-    compress()
     whole = tree(paths.root)
     first, second = paths.images("sushi")
     shutil.copy(paths.find_kept(first), paths.find_kept(second))
@@ -113,8 +101,7 @@ def test_an_edge_map_of_the_wrong_size(paths, compress):
     assert "48 x 40 instead of 64 x 64 pixels" in out
 
 
-def test_verifying_with_other_settings_says_how_they_differ(paths, compress, monkeypatch):
-    compress()
+def test_verifying_with_other_settings_says_how_they_differ(paths, compress, monkeypatch, made):
     without_weights(monkeypatch)  # none are needed
     code, out, _ = compress("--verify", steps="2")
     assert code == 1
@@ -145,8 +132,7 @@ def save_as(kept, size, ending):
 
 
 @pytest.mark.parametrize("option", [(), ("--repair",)])
-def test_edge_maps_of_earlier_versions_are_coded_anew_and_their_copies_stay(paths, compress, option):
-    compress()
+def test_edge_maps_of_earlier_versions_are_coded_anew_and_their_copies_stay(paths, compress, option, made):
     whole = tree(paths.root)
     images = [image for label in ("sushi", "apple pie") for image in paths.images(label)]
     for image, ending in zip(images, (".webp", ".png", ".webp", ".png"), strict=True):
@@ -166,8 +152,7 @@ def test_edge_maps_of_earlier_versions_are_coded_anew_and_their_copies_stay(path
     assert compress("--verify")[0] == 0
 
 
-def test_an_earlier_version_s_edge_map_of_another_image_is_not_coded_anew(paths, compress):
-    compress()
+def test_an_earlier_version_s_edge_map_of_another_image_is_not_coded_anew(paths, compress, made):
     first = paths.images("sushi")[0]
     save_as(paths.kept(first), (40, 48), ".webp")
     edge_map = paths.kept(first).with_suffix(".webp")
@@ -180,8 +165,7 @@ def test_an_earlier_version_s_edge_map_of_another_image_is_not_coded_anew(paths,
     assert compress("--verify")[0] == 1
 
 
-def test_edge_maps_of_another_coder_are_not_mixed_with_this_one_s(paths, compress):
-    compress()
+def test_edge_maps_of_another_coder_are_not_mixed_with_this_one_s(paths, compress, made):
     (record,) = paths.folder("kept").glob("settings*.json")
     record.write_text(re.sub(r'"edge_coder": "\w+"', '"edge_coder": "000000000000"', record.read_text()))
     code, _, err = compress()
@@ -189,8 +173,7 @@ def test_edge_maps_of_another_coder_are_not_mixed_with_this_one_s(paths, compres
     assert "edge coder '000000000000' -> " in err
 
 
-def test_orphans_are_reported_and_never_deleted(paths, compress):
-    compress()
+def test_orphans_are_reported_and_never_deleted(paths, compress, made):
     orphans = [
         paths.copies_folder("sushi") / "gone_seed00.jpg",
         paths.copies_folder("sushi") / "notes.txt",
@@ -207,8 +190,7 @@ def test_orphans_are_reported_and_never_deleted(paths, compress):
     assert all(orphan.exists() for orphan in orphans)
 
 
-def test_a_bad_image_is_told_and_cannot_be_repaired(paths, compress):
-    compress()
+def test_a_bad_image_is_told_and_cannot_be_repaired(paths, compress, made):
     image = paths.images("sushi")[0]
     image.write_bytes(image.read_bytes()[:-300])
     for option in ("--verify", "--repair"):
