@@ -51,6 +51,7 @@ class Guided:
         self.model, self.reusing = model, reusing
         self._cond, self._uncond = cond, uncond
         self._features: dict[tuple[int, ...], Tensor] = {}  # ids of a hint's tensors -> its features
+        self._conditional = self._with_features(cond)  # what is computed without guidance
 
     def __call__(self, x: Tensor, t: Tensor | int, scale: float = 1.0, reuse: bool = False) -> Tensor:
         """The guided noise in x (B x 4 x h x w) at timesteps t (B, or one for all): float32, x's shape.
@@ -72,11 +73,6 @@ class Guided:
         if self.reusing:
             branch["deep"].reuse = reuse
         return self.model.apply_model(y, t, branch).float()
-
-    @cached_property
-    def _conditional(self) -> dict[str, Any]:
-        """What is computed without guidance."""
-        return self._with_features(self._cond)
 
     @cached_property
     def _branches(self) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ from ControlNet.cldm.model import ModelError, create_model, load_model
 from ControlNet.cldm.weights import find_weights, refuse_resolvers
 from ControlNet.ldm.autoencoder import PatchAutoencoder
 from ControlNet.objectives import AutoencoderTask, ConsistencyTask, DiffusionTask, TextTask
-from ControlNet.training_data import STAGES, StepSampler, Views, step_seed, user_path
+from ControlNet.training_data import STAGES, Views, step_seed, user_path
 
 TASKS = dict(zip(STAGES, (AutoencoderTask, TextTask, DiffusionTask, DiffusionTask, ConsistencyTask), strict=True))
 FIXED_KEYS = [
@@ -123,12 +123,9 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
         state |= {k: v for k, v in fabric.load(checkpoint, state).items() if k in ("step", "log")}
         fabric.print(f"{stage}: going on from step {state['step']} of {settings.steps}")
     wrapped, optimizer = fabric.setup(task, optimizer)
-    loader = DataLoader(
-        data,
-        batch_sampler=StepSampler(state["step"], settings.steps, settings.batch_size),
-        num_workers=config.num_workers,
-        persistent_workers=config.num_workers > 0,
-    )
+    keys = [[(step, i) for i in range(settings.batch_size)] for step in range(state["step"], settings.steps)]
+    workers = config.num_workers
+    loader = DataLoader(data, batch_sampler=keys, num_workers=workers, persistent_workers=workers > 0)
     batches: Any = fabric.setup_dataloaders(loader, use_distributed_sampler=False)
     began, sums = time.time(), dict[str, list[Tensor]]()
     bar = tqdm(batches, stage, total=settings.steps, initial=state["step"])

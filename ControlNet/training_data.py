@@ -4,7 +4,6 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -137,20 +136,6 @@ def _moved(image: np.ndarray, rng: np.random.Generator, amount: DictConfig) -> n
     offset = centre - linear @ centre + rng.uniform(-1, 1, 2) * amount.shift * np.array([width, height])
     matrix = np.hstack([linear, offset[:, None]])
     return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
-
-
-class StepSampler:
-    """Batches of (step, position) for the remaining steps."""
-
-    def __init__(self, start: int, stop: int, batch_size: int):
-        self.start, self.stop, self.batch_size = start, stop, batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start, self.stop):
-            yield [(step, i) for i in range(self.batch_size)]
-
-    def __len__(self) -> int:
-        return self.stop - self.start
 
 
 def step_seed(seed: int, stage: str, step: int) -> int:

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import pytest
 
-from ControlNet.cldm.download import download_sd15
 from ControlNet.cldm.files import ModelError
+from ControlNet.cldm.weights import download_sd15
 
 pytest.importorskip("huggingface_hub")
 
@@ -134,7 +134,7 @@ def test_no_connection_is_said_in_words(tmp_path):
 
 
 def test_a_hub_without_the_file_is_said_in_words(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("ControlNet.cldm.download.FILE", "models/elsewhere.pth")
+    monkeypatch.setattr("ControlNet.cldm.weights.OFFICIAL_FILE", "models/elsewhere.pth")
     with pytest.raises(ModelError, match=r"can't fetch .*elsewhere.pth \(.*404"):
         download_sd15(tmp_path, hub[1])
 

@@ -21,7 +21,7 @@ from compress.presets import HIGH, LOW, SAMPLERS
 from ControlNet.cldm.inference import make_ready
 from ControlNet.cldm.model import MODELS_FOLDER, create_empty_model
 from ControlNet.cldm.small_decoder import SmallDecoder, use_small_decoder
-from ControlNet.ldm.schedule import scaled_linear_betas, schedule_buffers
+from ControlNet.ldm.schedule import schedule_buffers
 from ControlNet.train import TASKS
 from tests.conftest import long_but
 from tests.little_model import little_config, little_model
@@ -60,7 +60,7 @@ def on_meta(config, dtype):
         model = create_empty_model(config)
     for name, part in model.named_children():
         part.to(torch.float32 if dtype == torch.float16 and name == "first_stage_model" else dtype)
-    model.alphas_cumprod = torch.tensor(schedule_buffers(scaled_linear_betas(1000, 0.00085, 0.012))["alphas_cumprod"])
+    model.alphas_cumprod = torch.tensor(schedule_buffers(1000, 0.00085, 0.012)["alphas_cumprod"])
     return model.eval().requires_grad_(False)
 
 

@@ -11,9 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ControlNet.cldm import inference
-from ControlNet.cldm.inference import make_ready, release, visiting
-from ControlNet.ldm import packed
-from ControlNet.ldm.packed import PackedConv2d, PackedLinear, pack_weights
+from ControlNet.cldm.inference import PackedConv2d, PackedLinear, make_ready, pack_weights, release, visiting
 from tests.little_config import relative_error
 from tests.little_model import little_model, sampled
 
@@ -84,7 +82,7 @@ def test_packed_layers_are_as_near_in_bf16_as_plain_ones(layers):
 
 
 def test_a_precision_that_is_not_packed_is_computed_plainly(layers, monkeypatch):
-    monkeypatch.setattr(packed, "_computes", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(inference, "_computes", lambda dtype: dtype == torch.float32)
     pack_weights(layers.bfloat16())
     with torch.inference_mode():
         assert layers(torch.randn(1, 4, 8, 8).bfloat16()).dtype == torch.bfloat16

@@ -155,18 +155,13 @@ def _unet_modules(levels: int, n: int, attend: Collection[int]) -> dict[str, str
     attend: the levels of the decoder that have transformers.
     """
     modules = {
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "conv_in": "input_blocks.0.0",
-        "mid_block.resnets.0": "middle_block.0",
-        "mid_block.attentions.0": "middle_block.1",
-        "mid_block.resnets.1": "middle_block.2",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+        "mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2",
+        "mid_block.attentions.0": "middle_block.1", "controlnet_mid_block": "middle_block_out.0",
         "controlnet_cond_embedding.conv_in": "input_hint_block.0",
         "controlnet_cond_embedding.conv_out": "input_hint_block.14",
-        "controlnet_mid_block": "middle_block_out.0",
-    }
+    }  # fmt: skip
     modules |= {f"controlnet_cond_embedding.blocks.{k}": f"input_hint_block.{2 + 2 * k}" for k in range(6)}
     modules |= {f"controlnet_down_blocks.{k}": f"zero_convs.{k}.0" for k in range(levels * (n + 1))}
     for i in range(levels):

@@ -27,10 +27,8 @@ from torchvision.utils import make_grid
 from ControlNet.cldm import model as plain
 from ControlNet.cldm.cldm import ControlLDM
 from ControlNet.cldm.ddim import DDIMSampler
-from ControlNet.cldm.model import ModelError, load_model, load_state_dict
+from ControlNet.cldm.model import ModelError, load_model, load_state_dict  # noqa: F401  of `cldm.model`, too
 from ControlNet.ldm.util import log_txt_as_img
-
-__all__ = ["ImageLogger", "LightningControlLDM", "ModelError", "create_model", "load_model", "load_state_dict"]
 
 
 def create_model(config_path: str | os.PathLike | DictConfig | Mapping) -> "LightningControlLDM":
@@ -131,15 +129,12 @@ class LightningControlLDM(ControlLDM, pl.LightningModule):
         }
         if sample:
             log["samples"] = self.decode_first_stage(self.sample_log(cond, len(z), True, ddim_steps, eta=ddim_eta)[0])
-        if unconditional_guidance_scale > 1.0:
-            guidance: dict[str, Any] = {
-                "unconditional_guidance_scale": unconditional_guidance_scale,
-                "unconditional_conditioning": {
-                    "c_concat": [hint], "c_crossattn": [self.get_unconditional_conditioning(len(z))]
-                },
-            }  # fmt: skip
+        scale = unconditional_guidance_scale
+        if scale > 1.0:
+            uncond = {"c_concat": [hint], "c_crossattn": [self.get_unconditional_conditioning(len(z))]}
+            guidance: Any = {"unconditional_guidance_scale": scale, "unconditional_conditioning": uncond}
             samples, _ = self.sample_log(cond, len(z), True, ddim_steps, eta=ddim_eta, **guidance)
-            log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = self.decode_first_stage(samples)
+            log[f"samples_cfg_scale_{scale:.2f}"] = self.decode_first_stage(samples)
         return log
 
     @torch.no_grad()

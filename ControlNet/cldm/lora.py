@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ControlNet.cldm import diffusers_layout
-from ControlNet.cldm.files import ModelError, digest, load_state_dict
+from ControlNet.cldm.files import ModelError, digest, load_state_dict, read_metadata
 
 _TEXT = diffusers_layout.NETWORKS["text_encoder"]
 _TENSOR = re.compile(r"(.+?)(?:\.lora(?:_linear_layer)?\.|_lora\.|\.lora_)(down|up|mid|A|B)(?:\.\w+)?\.weight")
@@ -124,10 +123,7 @@ def _alphas_of_peft(path: Path, layers: Mapping[str, Mapping[str, Tensor]]) -> d
 
 def _alphas_of_diffusers(path: Path, layers: Iterable[str]) -> dict[str, float]:
     """The alphas of layers by the head of diffusers' files, where it has them by network."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safe_open(path, "pt") as file:
-        settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    settings = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
     alphas = {layer: settings.get(f"{layer.partition('.')[0]}.lora_alpha") for layer in layers}
     return {layer: float(alpha) for layer, alpha in alphas.items() if alpha is not None}
 

@@ -67,13 +67,10 @@ def create_empty_model(config_path: str | os.PathLike | DictConfig | Mapping) ->
 
 
 def load_model(
-    spec: str | os.PathLike = "sd15",
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    base: str | os.PathLike | None = None,
-    loras: Sequence[tuple[str | Path, float]] = (),
+    spec: str | os.PathLike = "sd15", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    base: str | os.PathLike | None = None, loras: Sequence[tuple[str | Path, float]] = (),
     decoder: str | os.PathLike | None = None,
-) -> ControlLDM:
+) -> ControlLDM:  # fmt: skip
     """A ControlLDM ready to sample: weights loaded strictly, in eval mode, without gradients.
 
     spec: "sd15" (the official weights, ControlNet/models/control_sd15_canny.pth), "tiny" (bundled), a checkpoint's
@@ -123,11 +120,9 @@ def _filled_model(weights: Weights, loras: Sequence[tuple[str | Path, float]] = 
 
 
 def weights_fingerprint(
-    spec: str | os.PathLike = "sd15",
-    base: str | os.PathLike | None = None,
-    loras: Sequence[tuple[str | Path, float]] = (),
-    decoder: str | os.PathLike | None = None,
-) -> str:
+    spec: str | os.PathLike = "sd15", base: str | os.PathLike | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (), decoder: str | os.PathLike | None = None,
+) -> str:  # fmt: skip
     """What tells the weights of `load_model` with the same arguments from others, without building the model.
 
     It is `weights.fingerprint`, and "+", digest and scale of each LoRA, "+decoder:" and digest of the decoder.

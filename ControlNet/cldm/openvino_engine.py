@@ -19,10 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ControlNet.cldm.cldm import ControlLDM
-from ControlNet.ldm.attention import CrossAttention
-from ControlNet.ldm.autoencoder import AutoencoderKL
-from ControlNet.ldm.packed import pack_weights
-from ControlNet.ldm.unet import DeepFeatures
+from ControlNet.ldm.unet import CrossAttention, DeepFeatures
 
 FORMAT = 1
 """Of the converted networks: to be raised where the same weights would be converted to another function."""
@@ -76,30 +73,29 @@ def use_openvino(model: ControlLDM, precision: str = "fp32") -> None:
         deep = cond.get("deep")
         reused = deep is not None and deep.blocks is not None
         inputs = {"x": x_noisy, "t": t, "context": torch.cat(cond["c_crossattn"], dim=1)}
-        if cond["c_concat"] is not None:
+        is_controlled = cond["c_concat"] is not None
+        if is_controlled:
             hint_features = cond.get("hint_features")
             if hint_features is None:
                 hint_features = model.control_model.encode_hint(torch.cat(cond["c_concat"], dim=1))
             inputs |= {"hint_features": hint_features, "scales": torch.tensor(model.control_scales)}
         if reused:
             inputs["features"] = deep.features  # type: ignore[union-attr]  # there, where they are reused
-        kind = (cond["c_concat"] is not None, reused)
-        if kind not in steps:
-            steps[kind] = _Network(_Step(model), precision)
-        eps, *features = steps[kind](inputs)
+        if (is_controlled, reused) not in steps:
+            steps[is_controlled, reused] = _Network(_Step(model), precision)
+        eps, *features = steps[is_controlled, reused](inputs)
         if features and deep is not None:
             (deep.features,) = features
         return eps
 
-    decoder = _Network(_Decoder(model.first_stage_model), precision)
+    autoencoder = model.first_stage_model
+    decoder = _Network(nn.Sequential(autoencoder.post_quant_conv, autoencoder.decoder), precision)
 
     def decode_first_stage(z: Tensor, *_, **__) -> Tensor:
-        return decoder({"z": z / model.scale_factor})[0]
+        return decoder({"input": z / model.scale_factor})[0]
 
     model.apply_model = apply_model  # type: ignore[method-assign]
     model.decode_first_stage = decode_first_stage  # type: ignore[method-assign]
-    for network in (model.control_model.input_hint_block, model.first_stage_model.encoder):  # torch still computes them
-        pack_weights(network)
 
 
 class _Step(nn.Module):
@@ -122,17 +118,6 @@ class _Step(nn.Module):
             x=x, timesteps=t, context=context, control=control, only_mid_control=self.only_mid_control, deep=deep
         )
         return (eps, deep.features) if features is None else (eps,)
-
-
-class _Decoder(nn.Module):
-    """AutoencoderKL.decode."""
-
-    def __init__(self, autoencoder: AutoencoderKL):
-        super().__init__()
-        self.post_quant_conv, self.decoder = autoencoder.post_quant_conv, autoencoder.decoder
-
-    def forward(self, z):
-        return (self.decoder(self.post_quant_conv(z)),)
 
 
 class _Network:

@@ -26,10 +26,12 @@ class _Block(nn.Module):
 
 
 class SmallDecoder(nn.Module):
-    """TAESD's decoder: latents of unit variance, B x 4 x h x w -> images, B x 3 x 8h x 8w, about [-1, 1].
+    """TAESD's decoder: latents, B x 4 x h x w -> images, B x 3 x 8h x 8w, about [-1, 1].
 
-    `layers` has the names of diffusers' AutoencoderTiny.
+    factor: brings the latents to unit variance.  `layers` has the names of diffusers' AutoencoderTiny.
     """
+
+    factor = 1.0
 
     def __init__(self, latent_channels: int = 4, channels: int = 64):
         super().__init__()
@@ -41,16 +43,7 @@ class SmallDecoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 3, 3, padding=1))
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layers(torch.tanh(z / 3) * 3) * 2 - 1
-
-
-class _Scaled(nn.Module):
-    def __init__(self, factor: float):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, z: Tensor) -> Tensor:
-        return z * self.factor
+        return self.layers(torch.tanh(z * self.factor / 3) * 3) * 2 - 1
 
 
 def use_small_decoder(autoencoder: AutoencoderKL, scale_factor: float, decoder: SmallDecoder) -> None:
@@ -58,7 +51,8 @@ def use_small_decoder(autoencoder: AutoencoderKL, scale_factor: float, decoder: 
 
     scale_factor: the model's, which the autoencoder's latents lack to have unit variance.
     """
-    autoencoder.add_module("post_quant_conv", _Scaled(scale_factor))
+    decoder.factor = scale_factor
+    autoencoder.add_module("post_quant_conv", nn.Identity())
     autoencoder.add_module("decoder", decoder)
 
 

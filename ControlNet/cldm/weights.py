@@ -1,9 +1,10 @@
-"""Find weights, rename them to the official checkpoint's names, check them against a model, and fingerprint them."""
+"""Find weights, with the official checkpoint's names, check them against a model, and fingerprint them."""
 
 import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from yaml import YAMLError
 
 from ControlNet.cldm import diffusers_layout
-from ControlNet.cldm.files import ModelError, load_state_dict
+from ControlNet.cldm.files import ModelError, broke_off, load_state_dict, read_metadata
 
 MODELS_FOLDER = Path(__file__).parent.parent / "models"
 BUNDLED = {
@@ -25,6 +25,7 @@ BUNDLED = {
     "tiny": ("cldm_tiny.yaml", "cldm_tiny.safetensors"),
 }
 """Short names: config and weights in ControlNet/models."""
+OFFICIAL_REPOSITORY, OFFICIAL_FILE = "lllyasviel/ControlNet", "models/control_sd15_canny.pth"
 
 CONTROL = diffusers_layout.NETWORKS["controlnet"]
 UNET = diffusers_layout.NETWORKS["unet"]
@@ -119,21 +120,48 @@ def _read(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def download_sd15(folder: Path = MODELS_FOLDER, endpoint: str | None = None) -> Path:
+    """The official control_sd15_canny.pth (5.7 GB) in `folder`, fetched from the Hugging Face hub unless it is there.
+
+    A connection that breaks is taken up again, and a later call begins anew; the file gets its name when its SHA-256
+    is the hub's.  endpoint: the hub's address, None for HF_ENDPOINT or the usual one.
+    Raises ModelError: no connection, no space, or other contents than the hub promised.
+    """
+    # here, because no other run of the program has to do with the hub
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    path = folder / BUNDLED["sd15"][1]
+    if path.is_file() and not broke_off(path):
+        return path
+    url, unfinished = hf_hub_url(OFFICIAL_REPOSITORY, OFFICIAL_FILE, endpoint=endpoint), folder / "download"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sha256 = get_hf_file_metadata(url).etag
+        fetched = Path(hf_hub_download(OFFICIAL_REPOSITORY, OFFICIAL_FILE, local_dir=unfinished, endpoint=endpoint))
+        with fetched.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise ModelError(f"what came from {url} is not the official file: start the download again")
+        os.replace(fetched, path)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the hub's HTTP library of the day raises
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ModelError(f"can't save {path}: {error.strerror}") from error
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"can't fetch {url} ({why[0]}): start it again, or, on a machine without network, copy the file to {folder}"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return path
+
+
 def trained_hint(spec: str | os.PathLike) -> str | None:
     """What the control network of weights was trained on: "edges" or "thumb@SIDE"; None where they don't say.
 
     Files of ControlNet/train.py say it, and the bundled names are of edge maps.
     """
-    if str(spec) in BUNDLED:
-        return "edges"
-    path = Path(spec).expanduser()
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("hint")
-    except (OSError, SafetensorError):  # what loads the weights names it
-        return None
+    return "edges" if str(spec) in BUNDLED else read_metadata(Path(spec).expanduser()).get("hint")
 
 
 def fingerprint(weights: Weights) -> str:

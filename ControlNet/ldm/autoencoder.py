@@ -46,10 +46,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = normalize(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -74,25 +71,21 @@ class Middle(nn.Sequential):
 class Level(nn.Module):
     """Blocks at one size of the feature maps, each perhaps with attention; then perhaps a change of the size."""
 
-    downsample: Downsample | None
-    upsample: Upsample | None
-
     def __init__(self, channels_in: int, channels_out: int, blocks: int, attend: bool, dropout: float):
         super().__init__()
         self.block = nn.ModuleList(
             ResnetBlock(channels_in if i == 0 else channels_out, channels_out, dropout) for i in range(blocks)
         )
         self.attn = nn.ModuleList(AttnBlock(channels_out) for _ in range(blocks if attend else 0))
-        self.downsample = self.upsample = None
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
 
     def forward(self, h: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             h = block(h)
             if len(self.attn):
                 h = self.attn[i](h)
-        if self.downsample is not None:
-            h = self.downsample(h)
-        return h if self.upsample is None else self.upsample(h)
+        return self.upsample(self.downsample(h))
 
 
 class Encoder(nn.Module):

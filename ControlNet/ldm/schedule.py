@@ -20,13 +20,12 @@ DISTILLED_STEPS = 50
 """Timesteps that LCM and TCD are distilled to, among which theirs are chosen."""
 
 
-def scaled_linear_betas(timesteps: int, linear_start: float, linear_end: float) -> np.ndarray:
-    """beta_t: the squares of evenly spaced values, sqrt(linear_start) to sqrt(linear_end); float64, (timesteps,)."""
-    return np.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=np.float64) ** 2
+def schedule_buffers(timesteps: int, linear_start: float, linear_end: float) -> dict[str, np.ndarray]:
+    """The tables that the official checkpoint carries, by its names; each float32 of shape (timesteps,).
 
-
-def schedule_buffers(betas: np.ndarray) -> dict[str, np.ndarray]:
-    """The tables that the official checkpoint carries, by its names; each float32 of shape (timesteps,)."""
+    beta_t: the squares of evenly spaced values, sqrt(linear_start) to sqrt(linear_end).
+    """
+    betas = np.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=np.float64) ** 2
     alphas = 1.0 - betas
     alphas_cumprod = np.cumprod(alphas)
     previous = np.append(1.0, alphas_cumprod[:-1])

@@ -19,9 +19,8 @@ from compress.plan import Plan
 from compress.records import Recipe
 from ControlNet.cldm import openvino_engine
 from ControlNet.cldm.cldm import ControlLDM
-from ControlNet.cldm.download import download_sd15
 from ControlNet.cldm.model import ModelError, load_model, weights_fingerprint
-from ControlNet.cldm.weights import trained_hint
+from ControlNet.cldm.weights import download_sd15, trained_hint
 from ControlNet.ldm.schedule import ddim_timesteps
 from ControlNet.ldm.text import MAX_LENGTH, nb_tokens
 from utils.data.images import image_bits
