@@ -137,13 +137,13 @@ def test_nothing_is_oversized():
 
 
 MOST = {
-    "main": (334, 1),
-    "exps": (3181, 19),
-    "compress": (6472, 39),
-    "models": (5227, 46),
+    "main": (323, 1),
+    "exps": (3176, 19),
+    "compress": (5992, 33),
+    "models": (4972, 43),
     "convs": (670, 6),
     "ControlNet": (4251, 31),
-    "utils": (7004, 50),
+    "utils": (6460, 37),
 }
 """(lines, files) of each package.  These numbers only go down: a package that has to grow makes room in itself first.
 `python -m tests.test_house` prints the table for today's code: 3 % above its lines, and its files."""
