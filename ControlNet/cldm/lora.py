@@ -83,8 +83,8 @@ def _read(path: Path) -> dict[str, dict[str, Tensor]]:
             what = f"is a {kind}, and only plain LoRA is supported" if kind else f"is no LoRA: it holds {name}"
             raise ModelError(f"{path} {what}")
         layers.setdefault(_plain(layer), {})[part] = tensor
-    for layer, alpha in (_alphas_of_peft(path, layers) | _alphas_of_diffusers(path, layers)).items():
-        layers[layer].setdefault("alpha", torch.tensor(alpha))
+    for layer, value in (_alphas_of_peft(path, layers) | _alphas_of_diffusers(path, layers)).items():
+        layers[layer].setdefault("alpha", torch.tensor(value))
     return layers
 
 

@@ -180,29 +180,31 @@ def fingerprint(weights: Weights) -> str:
         step = max(1, len(values) // FINGERPRINT_VALUES)
         picked = values[::step].to("cpu", torch.float16)
         digest.update(f"{name} {tuple(tensor.shape)} ".encode() + picked.numpy().tobytes())
-    params, values = read_config(weights.config)["model"]["params"], dict[str, float]()
+    config, settings = read_config(weights.config), dict[str, float]()
     try:
+        params = config["model"]["params"]
         for key, default in CONFIG_VALUES.items():
             network, name = key.split(".")
             source = (params[network].get("params") or {}) if network else params
-            values[key] = float(source.get(name, default))
+            settings[key] = float(source.get(name, default))
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}"
         raise ModelError(f"can't read the model config {weights.config}: {reason}") from error
-    config_digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    config_digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return f"{digest.hexdigest()[:16]}.{config_digest[:8]}"
 
 
 def read_config(config: str | os.PathLike | DictConfig | Mapping) -> dict[str, Any]:
     """A model's config, a .yaml path or its content, with ${key} resolved.  Raises ModelError."""
+    content: Any = config
     if isinstance(config, str | os.PathLike):
         try:
-            config = OmegaConf.load(Path(config).expanduser())
+            content = OmegaConf.load(Path(config).expanduser())
         except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
             raise ModelError(f"can't read the model config {config}: {error}") from error
-    config = OmegaConf.create(config)
-    refuse_resolvers(config, "the model config")
-    content: Any = OmegaConf.to_container(config, resolve=True)
+    content = OmegaConf.create(content)
+    refuse_resolvers(content, "the model config")
+    content = OmegaConf.to_container(content, resolve=True)
     if not isinstance(content, dict) or "model" not in content:
         raise ModelError("a model config has one key, `model`, with `target` and `params`")
     return content
