@@ -11,7 +11,7 @@ from tests.methods import METHODS
 from tests.shapes import make_shapes
 
 RATE = 1.25e-3  # of the backbone; no method has it of its own
-QUICK = ("ewc", "beefiso", "tagfex")
+QUICK = ("ewc", "tagfex")
 
 
 @pytest.fixture(scope="module")

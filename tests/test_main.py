@@ -416,8 +416,10 @@ def test_an_empty_class_folder(train, own_data_dir, capsys, mode):
     assert f"{mode}/red disc" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("content", [b"this is text, not a picture", "half"])
+UNDECODABLE = [(content, workers) for content in (b"this is text, not a picture", "half") for workers in (0, 1)]
+
+
+@pytest.mark.parametrize(("content", "workers"), long_but(UNDECODABLE, *UNDECODABLE[::3]))
 def test_a_picture_that_does_not_decode(train, own_data_dir, capsys, content, workers):
     image = own_data_dir / "Shapes" / "train" / "red disc" / "003.png"
     image.write_bytes(image.read_bytes()[:200] if content == "half" else content)

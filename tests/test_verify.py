@@ -131,8 +131,9 @@ def save_as(kept, size, ending):
         name: value for name, value in content["settings"].items() if name != "edge_coder"}}))  # fmt: skip
 
 
-@pytest.mark.parametrize("option", [(), ("--repair",)])
+@pytest.mark.parametrize("option", ["", pytest.param("--repair", marks=pytest.mark.long)])
 def test_edge_maps_of_earlier_versions_are_coded_anew_and_their_copies_stay(paths, compress, option, made):
+    option = option.split()
     whole = tree(paths.root)
     images = [image for label in ("sushi", "apple pie") for image in paths.images(label)]
     for image, ending in zip(images, (".webp", ".png", ".webp", ".png"), strict=True):
