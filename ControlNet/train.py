@@ -24,6 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def fit(fabric: Fabric, model: ControlLDM, stage: str, config: DictConfig) -> No
             began, sums = time.time(), {}
             write_whole(checkpoint, lambda path: fabric.save(path, state))
             losses_file, text = output / f"{stage}_losses.json", json.dumps(state["log"], indent=1)
-            write_whole(losses_file, lambda path, text=text: path.write_text(text))
+            write_whole(losses_file, partial(Path.write_text, data=text))
     if settings.get("ema_decay"):
         task.load_state_dict(average.module.state_dict())
 

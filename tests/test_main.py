@@ -204,8 +204,8 @@ def test_copies_on_demand(train, tmp_path, own_data_dir, monkeypatch, capsys):
     asked = []
 
     class Stub:
-        def __init__(self, paths, options, *, resolution, form, copies, fabric):
-            assert (options, resolution, copies) == ("--model tiny --resolution high", "high", 2)
+        def __init__(self, paths, options, *, default, copies, fabric):
+            assert (options, default.preset.name, copies) == ("--model tiny --resolution high", "high", 2)
 
         def state(self, exemplars):
             return {}

@@ -257,7 +257,8 @@ class ControlLDM(LatentDiffusion):
         is_diffusing: True for UNet and control network, False for autoencoder and text encoder.
         """
         gpu = "cuda" if torch.cuda.is_available() else "cpu"
-        for network in (self.model, self.control_model):
-            network.to(gpu if is_diffusing else "cpu")
-        for network in (self.first_stage_model, self.cond_stage_model):
-            network.to("cpu" if is_diffusing else gpu)
+        sampling, coding = (gpu, "cpu") if is_diffusing else ("cpu", gpu)
+        self.model.to(sampling)
+        self.control_model.to(sampling)
+        self.first_stage_model.to(coding)
+        self.cond_stage_model.to(coding)

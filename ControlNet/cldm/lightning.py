@@ -38,7 +38,7 @@ def create_model(config_path: str | os.PathLike | DictConfig | Mapping) -> "Ligh
     return model
 
 
-class LightningControlLDM(ControlLDM, pl.LightningModule):
+class LightningControlLDM(ControlLDM, pl.LightningModule):  # type: ignore[misc]  # both have dtype and device
     """A ControlLDM that a Trainer trains.
 
     Attributes: `learning_rate`; `sd_locked`, whether training leaves the UNet's decoder as it is.
