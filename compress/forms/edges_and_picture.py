@@ -82,7 +82,7 @@ class EdgesAndColour(_EdgesAndStart):
     """side: shorter side of the tiny picture in pixels.  A kept file is one code, of the picture and the edge map."""
 
     side: int
-    noun = "code of edge map and colours"
+    noun = "edge-and-colour code"
 
     def settings(self) -> dict[str, Any]:
         return {**self.edges.settings(), "colour_side": self.side}
