@@ -127,6 +127,12 @@ def test_closed_streams_are_written_to_nowhere(command, code, closed):
     assert "Traceback" not in done.stderr
 
 
+def test_names_that_are_not_utf_8_may_go_to_a_closed_stream():
+    script = "import os, sys; from utils import cli; sys.exit(cli.run(lambda: print(os.fsdecode(b'b\\xffrd'))))"
+    done = shell(f'{sys.executable} -c "{script}" >&-')
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_help_without_docstrings():
     for command in ("main.py --help", "main.py predict --help"):
         done = shell(f"{sys.executable} -OO {command}")

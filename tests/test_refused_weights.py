@@ -273,3 +273,15 @@ def test_a_model_config_does_not_read_the_environment(tmp_path):
     config.write_text("model: {target: cldm.cldm.ControlLDM, params: {monitor: '${oc.env:HOME}'}}")
     with pytest.raises(ModelError, match=r"\$\{oc.env:HOME\}; only references to its own keys"):
         create_model(config)
+
+
+def test_a_model_config_with_a_reference_to_nothing_is_named(state, tmp_path):
+    """Also where the config lies beside weights whose fingerprint is asked for."""
+    path = write(tmp_path / "model.safetensors", state)
+    config = path.with_suffix(".yaml")
+    config.write_text(
+        "model: {target: cldm.cldm.ControlLDM, params: {scale_factor: '${nosuch}', control_stage_config: {}}}"
+    )
+    for use in (lambda: create_model(config), lambda: weights_fingerprint(path)):
+        with pytest.raises(ModelError, match=r"can't read the model config .*model\.yaml: .*nosuch"):
+            use()

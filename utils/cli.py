@@ -142,8 +142,9 @@ def _tolerate_odd_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (until the process ends)
-        elif hasattr(stream, "reconfigure"):
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (until the process ends)
+            setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -47,8 +47,8 @@ _device: torch.device | None = None  # of the Fabric that was launched last
 
 
 def launch(device: str | list[int], precision: Precision = "32-true", patience: timedelta | None = None) -> Fabric:
-    """The launched Fabric.  Pictures and features do not depend on the device: on GPUs too float32 is float32, which
-    cuDNN would round to TensorFloat-32's 10 bits, and kernels are not chosen by timing (cudnn.benchmark).
+    """The launched Fabric.  On GPUs too float32 is float32, which cuDNN would round to TensorFloat-32's 10 bits, and
+    kernels are not chosen by timing (cudnn.benchmark), so that equal runs choose equal ones.
 
     device: auto, cpu, cuda, cuda:N or the indices of CUDA devices; which ones is ignored where torchrun or SLURM has
     started the processes; patience: how long a process waits for the others, where they work separately and meet at the
@@ -197,7 +197,17 @@ def by_all(fabric: Fabric, function: Callable[[], T]) -> list[T]:
 
 def by_first(fabric: Fabric, function: Callable[[], T]) -> T:
     """What process 0's call returns, in all of them.  A UserError ends them all, and is printed by process 0."""
-    return cast(T, by_all(fabric, lambda: function() if fabric.is_global_zero else None)[0])
+    value: Any = None
+    error: UserError | None = None
+    if fabric.is_global_zero:
+        try:
+            value = function()
+        except UserError as raised:
+            error = raised
+    value, failed = fabric.broadcast((value, error is not None))
+    if failed:
+        raise error or SystemExit(2)
+    return value
 
 
 @contextmanager

@@ -41,8 +41,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, durably
         raise
     if durably:
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename
-        os.close(folder)
+        try:
+            os.fsync(folder)  # the rename
+        finally:
+            os.close(folder)
 
 
 def check_folder(name: str, folder: Path) -> None:

@@ -110,7 +110,7 @@ def _alphas_of_peft(path: Path, layers: Mapping[str, Mapping[str, Tensor]]) -> d
         return alphas
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        patterns = dict(config.get("alpha_pattern") or {})
+        patterns = {pattern: float(value) for pattern, value in dict(config.get("alpha_pattern") or {}).items()}
         for layer, tensors in layers.items():
             rank = len(tensors["down"]) if "down" in tensors else 1
             own = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))

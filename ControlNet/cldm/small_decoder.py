@@ -42,6 +42,9 @@ class SmallDecoder(nn.Module):
             layers += [_Block(channels) for _ in range(blocks)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 3, 3, padding=1))
 
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}"  # a converted network depends on it
+
     def forward(self, z: Tensor) -> Tensor:
         return self.layers(torch.tanh(z * self.factor / 3) * 3) * 2 - 1
 
@@ -67,7 +70,11 @@ def load_small_decoder(path: str | os.PathLike, latent_channels: int = 4) -> Sma
     shapes, expected = ({name: tuple(t.shape) for name, t in each.items()} for each in (state, decoder.state_dict()))
     for name in sorted(shapes | expected):
         if shapes.get(name) != expected.get(name):
-            what = f"{name} is {shapes.get(name, 'missing')}, not {expected.get(name, 'known')}"
+            what = f"{name} is {shapes.get(name)}, not {expected.get(name)}"
+            if name not in expected:
+                what = f"it has {name}"
+            elif name not in shapes:
+                what = f"it lacks {name}"
             raise ModelError(f"{file} is no decoder of TAESD for this model's latents: {what}")
     decoder.load_state_dict(state)
     return decoder

@@ -197,16 +197,18 @@ def fingerprint(weights: Weights) -> str:
 def read_config(config: str | os.PathLike | DictConfig | Mapping) -> dict[str, Any]:
     """A model's config, a .yaml path or its content, with ${key} resolved.  Raises ModelError."""
     content: Any = config
-    if isinstance(config, str | os.PathLike):
-        try:
+    name = "the model config"
+    try:
+        if isinstance(config, str | os.PathLike):
+            name += f" {config}"
             content = OmegaConf.load(Path(config).expanduser())
-        except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
-            raise ModelError(f"can't read the model config {config}: {error}") from error
-    content = OmegaConf.create(content)
-    refuse_resolvers(content, "the model config")
-    content = OmegaConf.to_container(content, resolve=True)
+        content = OmegaConf.create(content)
+        refuse_resolvers(content, name)
+        content = OmegaConf.to_container(content, resolve=True)
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
+        raise ModelError(f"can't read {name}: {error}") from error
     if not isinstance(content, dict) or "model" not in content:
-        raise ModelError("a model config has one key, `model`, with `target` and `params`")
+        raise ModelError(f"{name} must have one key, `model`, with `target` and `params`")
     return content
 
 

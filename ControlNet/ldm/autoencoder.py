@@ -93,7 +93,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self, *, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attn_resolutions: Sequence[int],
-        in_channels: int, resolution: int, z_channels: int, dropout: float = 0.0, double_z: bool = True, **ignored,
+        in_channels: int, resolution: int, z_channels: int, dropout: float, double_z: bool = True, **ignored,
     ):  # fmt: skip
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
@@ -121,7 +121,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self, *, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attn_resolutions: Sequence[int],
-        out_ch: int, resolution: int, z_channels: int, dropout: float = 0.0, **ignored,
+        out_ch: int, resolution: int, z_channels: int, dropout: float, **ignored,
     ):  # fmt: skip
         super().__init__()
         channels = ch * ch_mult[-1]

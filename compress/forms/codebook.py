@@ -62,7 +62,7 @@ class Codebook(Form):
         return words if self.atoms == 1 else math.comb(words, self.atoms) * 2**self.atoms
 
     def using(self, machine: Any) -> "Codebook":
-        from compress.generators import check_encodes  # imports torch, which --help does not need
+        from compress.generators import check_encodes  # imports the generators, which --help does not need
 
         check_encodes(self.name, machine.model, "encode")
         return replace(self, machine=machine)

@@ -79,7 +79,7 @@ class Form(_Described):
     """A form and its settings.  Immutable and picklable.
 
     name: as users write it; noun: what messages call a kept file; kept_endings: of kept files: the first is written,
-    all are read;
+    all are read, and more where `files` says so;
     needs_model: whether copies come from a diffusion model; has_start: whether they start from a kept picture;
     deterministic: whether all copies of an image are equal, which are PNGs then; seeded_by_name: whether the noise
     differs between images; needs_weights: whether encoding takes a model (`using`);
@@ -216,7 +216,7 @@ def decoded(kept: bytes) -> np.ndarray:
 
 
 def resized(image: np.ndarray, size: tuple[int, int], enlarging: int = cv2.INTER_LANCZOS4) -> np.ndarray:
-    """An image (HxWx3 uint8) at the size (height, width) at which it is encoded: enlarged so, reduced by area."""
+    """An image (HxWx3 or HxW uint8) at the size (height, width) at which it is encoded: enlarged so, reduced by area."""
     if image.shape[:2] == size:
         return image
     is_larger = math.prod(size) >= image.shape[0] * image.shape[1]

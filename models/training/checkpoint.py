@@ -143,7 +143,7 @@ class StepClock:
 class Checkpoints:
     """Those of one run: one after each phase, and at most one within the present phase.
 
-    clock: since the last one.
+    clock: tells when the next one within a phase is due.
     """
 
     def __init__(self, run: Run):

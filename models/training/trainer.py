@@ -141,7 +141,7 @@ class Trainer:
         if len(self.records) < self.data.nb_phases and method.uses_memory:
             if self.config.memory_only:
                 self._take_from_archive(state["phase"])
-            self._make_missing(with_copies=False)  # what was deleted since then
+            self._make_kept_files()  # what was deleted since then
             self._make_missing(with_copies=True)
 
     def save_phase(self) -> None:
@@ -217,7 +217,7 @@ class Trainer:
         images = [self.data.train_images(target) for target in targets]
         features = self.run.features(method.evaluated, images, method.describe("choosing exemplars"))
         memory.update(dict(zip(targets, images, strict=True)), features, method.exemplar_units)
-        self._make_missing(finished, with_copies=False)
+        self._make_kept_files(finished)
         if self.run.fabric.is_global_zero:
             self.archive_bytes = archive.write(memory, self._archive_path(method.phase))
         if self.config.memory_only:
@@ -230,17 +230,21 @@ class Trainer:
         images = self.run.new_images_with_copies(phase)
         return (self.run.copies.make(images, with_copies=True) or 0) if self.run.copies and images else 0
 
+    def _make_kept_files(self, finished: Collection[Path] = ()) -> None:
+        """Make the exemplars' missing kept files, and drop the exemplars that do not fit by their true sizes."""
+        if self.run.copies is not None:
+            self._make_missing(finished, with_copies=False)
+            self.run.memory.enforce_budget()
+
     def _make_missing(self, finished: Collection[Path] = (), *, with_copies: bool) -> int | None:
-        """Make what is missing of the exemplars' kept files and copies, and drop exemplars that do not fit then.
+        """Make what is missing of the exemplars' kept files, and of their copies if these are asked for.
 
         finished: exemplars that have theirs.  Returns the number of copies made, None where all are made ahead.
         """
         if self.run.copies is None:
             return None
         images = [image for image in self.run.exemplars_with_copies() if image not in finished]
-        made = self.run.copies.make(images, with_copies)
-        self.run.memory.enforce_budget()  # edge maps cost what they cost
-        return made
+        return self.run.copies.make(images, with_copies)
 
     def _archive_path(self, phase: int) -> Path:
         return self.run.folder.parent / "memory" / f"phase{phase:02d}.memory"

@@ -55,7 +55,7 @@ def divide(files: Mapping[str, Mapping[str, Path]], split: Split) -> list[Pictur
             raise UserError(f"class {label!r} has {len(named)} pictures: too few to divide into train and test.")
         texts = {name: f"{split.seed}/{label}/{name}".encode("utf-8", "surrogateescape") for name in named}
         count = min(max(round(split.share * len(named)), 1), len(named) - 1)
-        for_test = sorted(named, key=lambda name: hashlib.sha256(texts[name]).digest())[:count]
+        for_test = set(sorted(named, key=lambda name: hashlib.sha256(texts[name]).digest())[:count])
         for name, file in named.items():
             pictures.append(Picture("test" if name in for_test else "train", label, name, file))
     return pictures

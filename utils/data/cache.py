@@ -63,6 +63,7 @@ class PictureCache:
         is_whole = self._open()
         if file is not None and not is_whole:
             file.unlink(missing_ok=True)  # others may have it open, so it is replaced, not truncated
+            self._close()  # or its bytes would stay on the disk
             self._open()
 
     def __reduce__(self):
@@ -106,7 +107,7 @@ class PictureCache:
         else:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
-        weakref.finalize(self, os.close, self._fd)
+        self._close = weakref.finalize(self, os.close, self._fd)
         # key -> offset of pixels, height, width, checksum
         self._scanned, self._index = _START, dict[bytes, tuple[int, int, int, int]]()
         with self._locked():
