@@ -140,10 +140,10 @@ MOST = {
     "main": (323, 1),
     "exps": (3176, 19),
     "compress": (5992, 33),
-    "models": (4976, 43),
+    "models": (4972, 43),
     "convs": (670, 6),
-    "ControlNet": (4265, 31),
-    "utils": (6474, 37),
+    "ControlNet": (4255, 31),
+    "utils": (6460, 37),
 }
 """(lines, files) of each package.  These numbers only go down: a package that has to grow makes room in itself first.
 `python -m tests.test_house` prints the table for today's code: 3 % above its lines, and its files."""

@@ -216,7 +216,7 @@ def decoded(kept: bytes) -> np.ndarray:
 
 
 def resized(image: np.ndarray, size: tuple[int, int], enlarging: int = cv2.INTER_LANCZOS4) -> np.ndarray:
-    """An image (HxWx3 or HxW uint8) at the size (height, width) at which it is encoded: enlarged so, reduced by area."""
+    """An image (HxWx3 or HxW, uint8) at the size (height, width) at which it is encoded: enlarged so, or by area."""
     if image.shape[:2] == size:
         return image
     is_larger = math.prod(size) >= image.shape[0] * image.shape[1]
