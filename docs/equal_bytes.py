@@ -1,6 +1,6 @@
 """What a memory of B bytes per class is worth in several forms, on one page of code and in seconds.
 
-    python docs/equal_bytes.py [--bytes 300,600,1200] [--draws 3]
+    python docs/equal_bytes.py [--bytes 300,600,1200,2400] [--draws 3]
 
 No incremental learning, no network: 10 classes of handwritten digits, for each class a memory of B bytes in one form,
 and a support vector machine (RBF kernel) that is trained on what comes back from these memories and tested on 1,500

@@ -1,4 +1,5 @@
-"""Commands that experiments of many runs start, and what happens to them when the experiment is stopped."""
+"""Commands that experiments of many runs start, and what happens to them when the experiment is stopped; the GPUs that
+each may have."""
 
 import itertools
 import json

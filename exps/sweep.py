@@ -121,7 +121,7 @@ def read(file: Path, output: Path | None, *, forms: Sequence[str] = (), **lists:
     except ValidationError as error:
         fault = error.errors()[0]
         words = fault["msg"].replace("Input should be", "must be")
-        raise UserError(f"{file}: {'.'.join(map(str, fault['loc']))}: {words}.") from None
+        raise UserError(f"{file}: {'.'.join(map(str, fault['loc'][:2]))}: {words}.") from None
     if sweep.tune and not sweep.val_per_class:
         raise UserError(f"{file}: tune needs val_per_class: train images of each class that are held out to choose.")
     rows = [row for form in sweep.forms for row in _rows(file, form, sweep)]

@@ -85,8 +85,9 @@ def finished(checkpoint, tmp_path_factory):
     paths = little_dataset(tmp_path_factory.mktemp("finished"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert run.main([*arguments(paths, checkpoint), "--precision", "fp32"]) == 0
+    code = run.main([*arguments(paths, checkpoint), "--precision", "fp32"])
     torch.set_num_threads(threads)
+    assert code == 0
     return paths
 
 

@@ -133,11 +133,11 @@ def test_names_that_are_not_utf_8_may_go_to_a_closed_stream():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_help_without_docstrings():
-    for command in ("main.py --help", "main.py predict --help"):
-        done = shell(f"{sys.executable} -OO {command}")
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout
+@pytest.mark.parametrize("command", long_but(("--help", "predict --help", "--list methods"), "--help"))
+def test_commands_without_docstrings(command):
+    done = shell(f"{sys.executable} -OO main.py {command}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
 
 
 IMPATIENT = """

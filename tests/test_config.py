@@ -112,6 +112,7 @@ def test_overrides_have_types_and_reach_other_keys(tmp_path):
         ({"real_per_class": -1}, r"real_per_class must be greater than or equal to 0"),
         ({"real_per_class": 21}, r"21 real exemplars cost 21 units, more than memory_per_class = 20"),
         ({"syn_per_class": 3, "augmentations_per_image": 0}, r"augmentations_per_image must be at least 1"),
+        ({"augmentation_prob": 0.1, "augmentations_per_image": 0}, r"augmentations_per_image must be at least 1"),
         ({"fixed_memory": False}, r"memory_size must be given where fixed_memory is false"),
         ({"fixed_memory": False, "memory_size": -1}, r"memory_size must be greater than or equal to 0"),
         ({"exemplar_selection": "best"}, r"exemplar_selection must be 'herding', 'random' or 'closest'"),

@@ -112,6 +112,22 @@ def assert_alike(ours, theirs):
     assert not loose, loose
 
 
+@pytest.mark.parametrize(("device", "accelerator", "indices"), [("cuda:1", "cuda", [1]), ([0, 2], "cuda", [0, 2])])
+def test_named_gpus_are_those_that_fabric_gets(device, accelerator, indices, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(devices, "_device", None)
+    asked = {}
+
+    def fabric(**arguments):
+        asked.update(arguments)
+        return SimpleNamespace(launch=lambda: None, device=torch.device("cpu"))
+
+    monkeypatch.setattr(devices, "Fabric", fabric)
+    launch(device)
+    assert (asked["accelerator"], asked["devices"]) == (accelerator, indices)
+
+
 @pytest.mark.long
 def test_batches_in_parts(train, at_once):
     divisible = {method: state for method, state in at_once.items() if method not in COMPARING}

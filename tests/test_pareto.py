@@ -94,6 +94,7 @@ def test_killed_then_run_again_by_three_then_nothing_to_do(folder):
         ({"config": {"dataset": "Shapes", "memory_bytes_per_class": 5}}, "memory_bytes_per_class itself"),
         ({"config": {"data_dir": "x"}}, "config must be"),
         ({"budgets": [0]}, "budgets.0: must be greater than 0"),
+        ({"forms": [3]}, "forms.0: must be"),
         ({"budgets": "100"}, "budgets: must be a valid list"),
         ({"forms": [{"form": "edges", "memory_per_class": 3}]}, "unknown key 'memory_per_class'"),
         ({"budget": [100]}, "unknown key 'budget'"),
@@ -145,9 +146,10 @@ def test_a_part_of_a_sweep(folder, capsys):
     assert "no form 'edges'; it has real, webp:10, text." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "file", long_but(SWEEPS, *SWEEPS[1::2]), ids=lambda file: file.name
-)  # the small ones are quick
+SMALL = [file for file in SWEEPS if file.stem in ("pareto_demo", "pareto_digits_tuned")]
+
+
+@pytest.mark.parametrize("file", long_but(SWEEPS, *SMALL), ids=lambda file: file.name)
 def test_every_sweep_in_exps_can_be_read(file, tmp_path):
     sweep = read(file, tmp_path)
     measures = {"forms": {form: {"deterministic": True} for form in ("real", *sweep.kept)}}
